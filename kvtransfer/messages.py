@@ -1,0 +1,260 @@
+"""What a worker and its own transfer process say to each other.
+
+The worker asks (`Command`), the transfer process reports (`Event`). One frame carries a list of them,
+so that a step of the worker costs one message however many slots it touched. All fields are bounded
+here where a fixed bound exists; bounds that depend on the configuration (slot numbers, token ranges)
+are checked by whoever receives them.
+
+Vocabulary: a *transfer* is one request's KV in one attempt; a *segment* is a run of its tokens, over
+all layers, that fits one slot; a *slot* is one region of the staging buffer; a *generation* is one use
+of one slot; an *epoch* is one life of one process.
+"""
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+MAX_SEGMENTS_PER_MESSAGE = 4096
+
+Epoch = Annotated[int, Meta(ge=1, lt=2**63)]
+TransferId = Annotated[int, Meta(ge=1, lt=2**63)]
+SlotIndex = Annotated[int, Meta(ge=0, lt=2**20)]
+Generation = Annotated[int, Meta(ge=1, lt=2**63)]
+TokenIndex = Annotated[int, Meta(ge=0, lt=2**31)]
+ByteCount = Annotated[int, Meta(ge=0, lt=2**40)]
+Checksum = Annotated[int, Meta(ge=0, lt=2**64)]
+Address = Annotated[str, Meta(min_length=1, max_length=512)]
+Reason = Annotated[str, Meta(max_length=1024)]
+
+
+class KvGeometry(Struct, frozen=True, forbid_unknown_fields=True):
+    """The shape of one token's KV, as it travels. Two sides must agree on all of it.
+
+    `model_digest` identifies configuration and checkpoint; page size and page layout are deliberately
+    absent: each side keeps its own.
+    """
+
+    model_digest: Annotated[str, Meta(min_length=1, max_length=128)]
+    layers: Annotated[int, Meta(ge=1, le=1024)]
+    kv_heads: Annotated[int, Meta(ge=1, le=4096)]
+    head_dim: Annotated[int, Meta(ge=1, le=4096)]
+    dtype: Literal["float32", "bfloat16", "float16"]
+
+    @property
+    def itemsize_bytes(self) -> int:
+        return 4 if self.dtype == "float32" else 2
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's keys and values over all layers."""
+        return self.kv_heads * self.layers * 2 * self.head_dim * self.itemsize_bytes
+
+
+class TransferAddress(Struct, frozen=True, forbid_unknown_fields=True):
+    """Where peers reach a transfer process, in which of its lives."""
+
+    endpoint: Address
+    epoch: Epoch
+
+
+class SlotUse(Struct, frozen=True, array_like=True):
+    """One use of one slot. Only this pair, never the slot number alone, permits a write."""
+
+    slot: SlotIndex
+    generation: Generation
+
+
+class Segment(Struct, frozen=True, array_like=True):
+    """Tokens `[start_token, start_token + token_count)` of a transfer, lying in one slot.
+
+    `checksum` is that of the slot's first `byte_count` bytes, or None where checksums are off.
+    """
+
+    slot: SlotIndex
+    generation: Generation
+    start_token: TokenIndex
+    token_count: Annotated[int, Meta(ge=1, lt=2**31)]
+    byte_count: Annotated[int, Meta(ge=1, lt=2**40)]
+    checksum: Checksum | None = None
+
+
+Segments = Annotated[list[Segment], Meta(max_length=MAX_SEGMENTS_PER_MESSAGE)]
+SlotUses = Annotated[list[SlotUse], Meta(max_length=MAX_SEGMENTS_PER_MESSAGE)]
+
+
+# ---------------------------------------------------------------- worker -> transfer process
+
+
+class AttachWorker(Struct, frozen=True, tag="attach", forbid_unknown_fields=True):
+    """First message of a worker, and again whenever the transfer process says `NotAttached`.
+
+    A new `worker_epoch` ends every transfer of the worker's former life.
+    """
+
+    worker_epoch: Epoch
+    geometry: KvGeometry
+
+
+class OpenReceive(Struct, frozen=True, tag="open_receive", forbid_unknown_fields=True):
+    """Pages are reserved for tokens `[start_token, end_token)`: have `source` push them.
+
+    An empty range is legal (everything was in the prefix cache): it only confirms the reservation.
+    """
+
+    transfer_id: TransferId
+    source: TransferAddress
+    start_token: TokenIndex
+    end_token: TokenIndex
+    deadline_s: Annotated[float, Meta(gt=0, le=86400)]
+
+
+class OpenSend(Struct, frozen=True, tag="open_send", forbid_unknown_fields=True):
+    """A request is queued whose KV will go out under `transfer_id`, to whoever was told of it."""
+
+    transfer_id: TransferId
+    deadline_s: Annotated[float, Meta(gt=0, le=86400)]
+
+
+class Filled(Struct, frozen=True, tag="filled", forbid_unknown_fields=True):
+    """The worker has packed these segments into send slots lent by `SendSlots`: move them."""
+
+    transfer_id: TransferId
+    segments: Segments
+
+
+class Freed(Struct, frozen=True, tag="freed", forbid_unknown_fields=True):
+    """The worker has unpacked (or, after `Aborted`, dropped) these receive slots."""
+
+    slots: SlotUses
+
+
+class Commit(Struct, frozen=True, tag="commit", forbid_unknown_fields=True):
+    """Every token of the transfer is in the worker's pages: the source may let its KV go."""
+
+    transfer_id: TransferId
+
+
+class Abort(Struct, frozen=True, tag="abort", forbid_unknown_fields=True):
+    """The worker gives the transfer up, on either side. Idempotent; unknown ids are counted, no more."""
+
+    transfer_id: TransferId
+    reason: Reason
+
+
+class Ping(Struct, frozen=True, tag="ping", forbid_unknown_fields=True):
+    """Sent when the link has been quiet; answered with `Stats`, or `NotAttached`."""
+
+    worker_epoch: Epoch
+
+
+Command = AttachWorker | OpenReceive | OpenSend | Filled | Freed | Commit | Abort | Ping
+
+
+# ---------------------------------------------------------------- transfer process -> worker
+
+
+class Attached(Struct, frozen=True, tag="attached", forbid_unknown_fields=True):
+    """The staging buffer the two now share.
+
+    Host memory comes as a file descriptor over the UNIX socket `staging_socket` (see staging.py);
+    device memory as a CUDA IPC handle.
+    """
+
+    address: TransferAddress
+    mover: Annotated[str, Meta(max_length=32)]
+    slots: Annotated[int, Meta(ge=1, lt=2**20)]
+    slot_bytes: Annotated[int, Meta(ge=1, lt=2**40)]
+    checksum: bool
+    staging_socket: Address | None = None
+    cuda_ipc_handle: Annotated[bytes, Meta(max_length=256)] | None = None
+    cuda_device: Annotated[int, Meta(ge=0, lt=1024)] | None = None
+
+
+class Refused(Struct, frozen=True, tag="refused", forbid_unknown_fields=True):
+    """The worker cannot be attached (another one is, or a token does not fit a slot)."""
+
+    reason: Reason
+
+
+class NotAttached(Struct, frozen=True, tag="not_attached", forbid_unknown_fields=True):
+    """This process does not know the worker: it was restarted. All former transfers are gone."""
+
+    epoch: Epoch
+
+
+class SendConfirmed(Struct, frozen=True, tag="send_confirmed", forbid_unknown_fields=True):
+    """The destination has pages; it lacks tokens `[start_token, end_token)`."""
+
+    transfer_id: TransferId
+    start_token: TokenIndex
+    end_token: TokenIndex
+
+
+class SendSlots(Struct, frozen=True, tag="send_slots", forbid_unknown_fields=True):
+    """Send slots lent to the worker, one for each grant that the destination gave."""
+
+    transfer_id: TransferId
+    slots: SlotUses
+
+
+class Arrived(Struct, frozen=True, tag="arrived", forbid_unknown_fields=True):
+    """Segments that lie in receive slots, checked for epoch, transfer, generation, range and length."""
+
+    transfer_id: TransferId
+    segments: Segments
+
+
+class SendCommitted(Struct, frozen=True, tag="send_committed", forbid_unknown_fields=True):
+    """The destination has everything: the held KV may go."""
+
+    transfer_id: TransferId
+
+
+class Aborted(Struct, frozen=True, tag="aborted", forbid_unknown_fields=True):
+    """The transfer has ended without a commit, on either side; its slots need no further reply.
+
+    Receive slots already reported by `Arrived` and not yet freed must still be `Freed`.
+    """
+
+    transfer_id: TransferId
+    reason: Reason
+
+
+class SlotCounts(Struct, frozen=True, array_like=True):
+    """`free + granted + filled + quarantined == slots`, always."""
+
+    free: int
+    granted: int
+    filled: int
+    quarantined: int
+
+
+class Stats(Struct, frozen=True, tag="stats", forbid_unknown_fields=True):
+    """The transfer process's own account, about once a second and in answer to `Ping`."""
+
+    epoch: Epoch
+    counts: SlotCounts
+    open_sends: int
+    open_receives: int
+    peers: int
+    moved_bytes: int
+    moved_segments: int
+    move_seconds: float
+    oldest_grant_age_s: float
+    dropped: dict[str, int]
+    resident_bytes: int
+    staging_resident_bytes: int
+    device_bytes: int | None = None
+
+
+Event = (
+    Attached
+    | Refused
+    | NotAttached
+    | SendConfirmed
+    | SendSlots
+    | Arrived
+    | SendCommitted
+    | Aborted
+    | Stats
+)

@@ -1,0 +1,95 @@
+"""What two transfer processes say to each other. Data never travels here: the mover writes it.
+
+The receiving side connects to the sending side (it alone knows that it has pages), so grants flow along
+the connection and reports of writes flow back. The first message each way is `PeerHello`; until both have
+agreed on version, geometry and slot size, everything else is dropped and counted.
+"""
+
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+from kvtransfer.messages import (
+    Epoch,
+    KvGeometry,
+    Reason,
+    Segments,
+    SlotUses,
+    TokenIndex,
+    TransferId,
+)
+
+
+class PeerHello(Struct, frozen=True, tag="hello", forbid_unknown_fields=True):
+    """Who is speaking, and where its staging buffer lies for the mover.
+
+    `expected_epoch` is the life the receiver was told to talk to; a sender in another life answers
+    `PeerRefused`. `agent_metadata` is the mover's own description of the registered buffer.
+    """
+
+    version: Annotated[str, Meta(max_length=64)]
+    epoch: Epoch
+    expected_epoch: Epoch | None
+    mover: Annotated[str, Meta(max_length=32)]
+    geometry: KvGeometry
+    slots: Annotated[int, Meta(ge=1, lt=2**20)]
+    slot_bytes: Annotated[int, Meta(ge=1, lt=2**40)]
+    agent_name: Annotated[str, Meta(min_length=1, max_length=128)]
+    agent_metadata: Annotated[bytes, Meta(max_length=1 << 20)]
+    base_address: Annotated[int, Meta(ge=0, lt=2**64)]
+    device_id: Annotated[int, Meta(ge=0, lt=1024)]
+
+
+class PeerRefused(Struct, frozen=True, tag="refused", forbid_unknown_fields=True):
+    reason: Reason
+
+
+class PeerPing(Struct, frozen=True, tag="ping", forbid_unknown_fields=True):
+    """Sent when a connection has been quiet, both ways; silence past the limit means a lost peer."""
+
+    epoch: Epoch
+
+
+class Offer(Struct, frozen=True, tag="offer", forbid_unknown_fields=True):
+    """Receiver to sender: pages are reserved for these tokens; grants follow."""
+
+    transfer_id: TransferId
+    start_token: TokenIndex
+    end_token: TokenIndex
+
+
+class Grant(Struct, frozen=True, tag="grant", forbid_unknown_fields=True):
+    """Receiver to sender: each of these slots may be written once, in this generation."""
+
+    transfer_id: TransferId
+    slots: SlotUses
+
+
+class Written(Struct, frozen=True, tag="written", forbid_unknown_fields=True):
+    """Sender to receiver: these segments lie in the granted slots (slot numbers are the receiver's)."""
+
+    transfer_id: TransferId
+    segments: Segments
+
+
+class Committed(Struct, frozen=True, tag="committed", forbid_unknown_fields=True):
+    """Receiver to sender: the transfer is complete; unused grants are void."""
+
+    transfer_id: TransferId
+
+
+class Cancel(Struct, frozen=True, tag="cancel", forbid_unknown_fields=True):
+    """Either way: the transfer has failed. The sender answers with `Closed` once nothing is in flight;
+    until then the receiver keeps the granted slots in quarantine."""
+
+    transfer_id: TransferId
+    reason: Reason
+
+
+class Closed(Struct, frozen=True, tag="closed", forbid_unknown_fields=True):
+    """Sender to receiver: no write of this transfer is in flight, and none will start."""
+
+    transfer_id: TransferId
+
+
+PeerMessage = PeerHello | PeerRefused | PeerPing | Offer | Grant | Written | Committed | Cancel | Closed
