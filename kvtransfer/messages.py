@@ -16,13 +16,13 @@ from msgspec import Meta, Struct
 
 MAX_SEGMENTS_PER_MESSAGE = 4096
 
-Epoch = Annotated[int, Meta(ge=1, lt=2**63)]
-TransferId = Annotated[int, Meta(ge=1, lt=2**63)]
+Epoch = Annotated[int, Meta(ge=1, le=2**63 - 1)]
+TransferId = Annotated[int, Meta(ge=1, le=2**63 - 1)]
 SlotIndex = Annotated[int, Meta(ge=0, lt=2**20)]
-Generation = Annotated[int, Meta(ge=1, lt=2**63)]
+Generation = Annotated[int, Meta(ge=1, le=2**63 - 1)]
 TokenIndex = Annotated[int, Meta(ge=0, lt=2**31)]
 ByteCount = Annotated[int, Meta(ge=0, lt=2**40)]
-Checksum = Annotated[int, Meta(ge=0, lt=2**64)]
+Checksum = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Address = Annotated[str, Meta(min_length=1, max_length=512)]
 Reason = Annotated[str, Meta(max_length=1024)]
 

@@ -36,7 +36,7 @@ class PeerHello(Struct, frozen=True, tag="hello", forbid_unknown_fields=True):
     slot_bytes: Annotated[int, Meta(ge=1, lt=2**40)]
     agent_name: Annotated[str, Meta(min_length=1, max_length=128)]
     agent_metadata: Annotated[bytes, Meta(max_length=1 << 20)]
-    base_address: Annotated[int, Meta(ge=0, lt=2**64)]
+    base_address: Annotated[int, Meta(ge=0, le=2**63 - 1)]
     device_id: Annotated[int, Meta(ge=0, lt=1024)]
 
 

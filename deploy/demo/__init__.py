@@ -1,0 +1,1 @@
+"""The bundled demo model: its text generator, its training script and the trained files."""

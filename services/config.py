@@ -1,0 +1,45 @@
+"""What a worker process is told at start, and nothing else: one frozen value, built by the command line."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from services.messages import Role
+
+Device = Literal["cpu", "cuda"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    """Sizes are in the unit their name ends with; addresses are ZMQ endpoints (`ipc://` or `tcp://`)."""
+
+    name: str
+    role: Role
+    model_dir: Path
+    listen: str
+    transfer: str | None = None
+    """The transfer process's worker endpoint; None for a unified worker without one."""
+    device: Device = "cpu"
+    device_index: int = 0
+    dtype: Dtype = "float32"
+    load_format: Literal["auto", "dummy"] = "auto"
+    mem_fraction: float = 0.85
+    device_memory_bytes: int | None = None
+    """The size of the device where it is not read from a driver (CPU)."""
+    max_model_len: int = 0
+    """0: what the checkpoint's configuration says."""
+    page_size_tokens: int = 16
+    max_batch: int = 64
+    """Sequences in one decode step."""
+    max_chunk_tokens: int = 512
+    """Tokens in one forward pass, prefill and decode together."""
+    max_queue: int = 1024
+    """Requests waiting; more are refused as overloaded."""
+    prefix_cache: bool = True
+    staging_slots: int = 16
+    """What the ledger plans for; the transfer process owns the buffer and says what it really is."""
+    staging_slot_bytes: int = 16 << 20
+    drain_timeout_s: float = 30.0
+    key_dir: Path | None = None
+    """CURVE keys and the allow-list for `tcp://` addresses."""

@@ -1,0 +1,281 @@
+"""What a router and a worker say to each other.
+
+The router asks (`Request`), the worker reports (`Report`). A frame carries a list, so that a step of a
+worker costs one message for each router, however many tokens it made. Token ids are bounded by the
+worker against its vocabulary; everything that has a fixed bound has it here.
+
+A request is named by `request_id`, an integer the router draws at random: what a client calls its
+request is a label and stays in the router.
+"""
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+from kvtransfer.messages import TransferAddress
+
+MAX_CHOICES = 128
+MAX_TOP_LOGPROBS = 20
+
+Epoch = Annotated[int, Meta(ge=1, le=2**63 - 1)]
+RequestId = Annotated[int, Meta(ge=1, le=2**63 - 1)]
+TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
+TokenIds = Annotated[list[TokenId], Meta(min_length=1, max_length=1 << 24)]
+ChoiceIndex = Annotated[int, Meta(ge=0, lt=MAX_CHOICES)]
+Role = Literal["prefill", "decode", "unified"]
+FinishReason = Literal["stop", "length"]
+Probability = Annotated[float, Meta(ge=0, le=1)]
+
+
+class Sampling(Struct, frozen=True, forbid_unknown_fields=True):
+    """How tokens are drawn. The router fills in every field; `seed` is always set.
+
+    `logprobs` is None (off) or how many alternatives come with each token (0: the token's own only).
+    `prompt_logprobs` likewise for the prompt's tokens, which then skip the prefix cache.
+    """
+
+    max_tokens: Annotated[int, Meta(ge=1, lt=2**31)]
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)]
+    temperature: Annotated[float, Meta(ge=0, le=100)] = 1.0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Meta(ge=0, lt=2**31)] = 0
+    min_p: Probability = 0.0
+    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] = 1.0
+    presence_penalty: Annotated[float, Meta(ge=-100, le=100)] = 0.0
+    frequency_penalty: Annotated[float, Meta(ge=-100, le=100)] = 0.0
+    logit_bias: Annotated[dict[TokenId, float], Meta(max_length=1024)] = {}
+    logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    prompt_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    ignore_eos: bool = False
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=128)] = []
+
+
+class Work(Struct, frozen=True, forbid_unknown_fields=True):
+    """One prompt and its `choices` continuations, whole and alike for every worker that touches it.
+
+    `salt` separates tenants' prefix caches. `deadline_s` is counted from receipt.
+    """
+
+    request_id: RequestId
+    prompt: TokenIds
+    sampling: Sampling
+    choices: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] = 1
+    salt: Annotated[bytes, Meta(max_length=64)] = b""
+    deadline_s: Annotated[float, Meta(gt=0, le=86400)] = 600.0
+
+
+# ---------------------------------------------------------------- router -> worker
+
+
+class RouterHello(Struct, frozen=True, tag="hello", forbid_unknown_fields=True):
+    """First message on a connection; answered with `WorkerHello`, or `Refusal` if versions differ."""
+
+    version: Annotated[str, Meta(max_length=64)]
+    router_epoch: Epoch
+
+
+class Generate(Struct, frozen=True, tag="generate", forbid_unknown_fields=True):
+    """Unified worker: run the prompt and decode it."""
+
+    work: Work
+
+
+class Prefill(Struct, frozen=True, tag="prefill", forbid_unknown_fields=True):
+    """Prefill worker: run the prompt, sample each choice's first token, push the KV under `transfer_id`
+    to the decode worker that is told of it by `Reserve`."""
+
+    work: Work
+    transfer_id: RequestId
+
+
+class Reserve(Struct, frozen=True, tag="reserve", forbid_unknown_fields=True):
+    """Decode worker: hold pages for this prompt and have `source` push its KV."""
+
+    work: Work
+    transfer_id: RequestId
+    source: TransferAddress
+
+
+class FirstToken(Struct, frozen=True, array_like=True):
+    choice: ChoiceIndex
+    token: TokenId
+
+
+class Join(Struct, frozen=True, tag="join", forbid_unknown_fields=True):
+    """Decode worker: these choices of a reserved request go on after the token the prefill worker drew.
+    Choices not named have already ended."""
+
+    request_id: RequestId
+    first_tokens: Annotated[list[FirstToken], Meta(min_length=1, max_length=MAX_CHOICES)]
+
+
+class Cancel(Struct, frozen=True, tag="cancel", forbid_unknown_fields=True):
+    """End a request, or one choice of it. No report follows; unknown ids are ignored."""
+
+    request_id: RequestId
+    choice: ChoiceIndex | None = None
+
+
+class StatusRequest(Struct, frozen=True, tag="status_request", forbid_unknown_fields=True):
+    """Answered with `Status` at once. Also the router's heartbeat."""
+
+    ask_id: Annotated[int, Meta(ge=0, le=2**63 - 1)]
+
+
+Request = RouterHello | Generate | Prefill | Reserve | Join | Cancel | StatusRequest
+
+
+# ---------------------------------------------------------------- worker -> router
+
+
+class WorkerHello(Struct, frozen=True, array_like=True, tag="worker_hello"):
+    """Who a worker is, for as long as `worker_epoch` lasts.
+
+    `max_prompt_tokens` is what its pool could ever hold for one sequence, and at most `max_model_len`.
+    """
+
+    version: str
+    name: str
+    role: Role
+    worker_epoch: Epoch
+    model_digest: str
+    vocab_size: int
+    max_model_len: int
+    max_sequence_tokens: int
+    page_size_tokens: int
+    pages: int
+    transfer: TransferAddress | None
+
+
+class Refusal(Struct, frozen=True, array_like=True, tag="refusal"):
+    """The connection is refused: nothing else will be answered."""
+
+    message: str
+
+
+class TopLogprob(Struct, frozen=True, array_like=True):
+    token: int
+    logprob: float
+
+
+class TokenLogprob(Struct, frozen=True, array_like=True):
+    """The token's own log probability and, best first, those of the asked-for alternatives."""
+
+    logprob: float
+    top: list[TopLogprob]
+
+
+class Tokens(Struct, frozen=True, array_like=True, tag="t"):
+    """New tokens of one choice. `finish` is set on the last one, exactly once for each choice that the
+    worker ends itself (end token, stop token id, length)."""
+
+    request_id: int
+    choice: int
+    tokens: list[int]
+    logprobs: list[TokenLogprob] | None = None
+    finish: FinishReason | None = None
+
+
+class PrefillDone(Struct, frozen=True, array_like=True, tag="p"):
+    """Comes with a request's first tokens, just before them in the same frame.
+
+    `prompt_logprobs[i]` belongs to prompt token i + 1 (the first token has none).
+    """
+
+    request_id: int
+    queue_s: float
+    prefill_s: float
+    cached_tokens: int
+    prompt_logprobs: list[TokenLogprob] | None = None
+
+
+class DecodeStarted(Struct, frozen=True, array_like=True, tag="d"):
+    """A decode worker has the whole KV and the first tokens.
+
+    `transfer_s` runs from the reservation's first grant to the last segment's unpacking;
+    `tail_s` is how long the request waited for it after its first token was known.
+    """
+
+    request_id: int
+    transfer_s: float
+    tail_s: float
+    transferred_tokens: int
+    cached_tokens: int
+
+
+class Failed(Struct, frozen=True, array_like=True, tag="f"):
+    """The request has ended here with an error; nothing more will come for it.
+
+    `retryable` says that nothing is wrong with the request itself.
+    """
+
+    request_id: int
+    code: Literal["invalid", "too_long", "overloaded", "deadline", "transfer", "draining", "internal"]
+    message: str
+    retryable: bool
+
+
+class Pages(Struct, frozen=True, array_like=True):
+    """`free + cached + used == total`; cached pages hold reusable prefixes and no request."""
+
+    total: int
+    free: int
+    cached: int
+    used: int
+
+
+class Slots(Struct, frozen=True, array_like=True):
+    total: int
+    free: int
+    granted: int
+    filled: int
+    quarantined: int
+
+
+class LedgerEntry(Struct, frozen=True, forbid_unknown_fields=True):
+    """One line of the memory ledger. `inside` says whether it counts against `mem_fraction`."""
+
+    process: str
+    name: str
+    inside: bool
+    planned_bytes: int
+    measured_bytes: int | None
+    note: str = ""
+
+
+class Ledger(Struct, frozen=True, forbid_unknown_fields=True):
+    device: str
+    device_bytes: int
+    mem_fraction: float
+    entries: list[LedgerEntry]
+
+
+class Status(Struct, frozen=True, array_like=True, tag="status"):
+    """A worker's account of itself, about once a second and in answer to `StatusRequest`.
+
+    `counters` only grow (tokens, requests by outcome, prefix-cache queries and hits, transfer bytes,
+    dropped messages by reason ...).
+    """
+
+    ask_id: int | None
+    worker_epoch: int
+    name: str
+    role: Role
+    state: Literal["ready", "draining", "no_transfer"]
+    pid: int
+    transfer_pid: int | None
+    queued: int
+    running: int
+    reserved: int
+    holding: int
+    pages: Pages
+    slots: Slots | None
+    open_sends: int
+    open_receives: int
+    prompt_tokens_per_s: float
+    output_tokens_per_s: float
+    counters: dict[str, float]
+    ledger: Ledger
+
+
+Report = WorkerHello | Refusal | Tokens | PrefillDone | DecodeStarted | Failed | Status
