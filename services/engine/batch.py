@@ -1,0 +1,51 @@
+"""What one engine step is asked and what it answers: plain values, so that schedulers need no torch."""
+
+from dataclasses import dataclass, field
+
+from services.messages import Sampling, TokenLogprob
+
+
+@dataclass(slots=True)
+class Draw:
+    """One token to sample after a row's last position.
+
+    `position` is the index the new token will have in the sequence: with the request's seed and the
+    choice it keys the random number, so a draw does not depend on the batch, worker or attempt.
+    `prompt` and `output` are what the penalties look at; `output` holds the choice's tokens so far.
+    """
+
+    choice: int
+    position: int
+    sampling: Sampling
+    prompt: list[int]
+    output: list[int]
+
+
+@dataclass(slots=True)
+class Row:
+    """New tokens of one sequence: a prefill chunk or a single decode token.
+
+    `tokens` take positions `start ...`; `pages` is the sequence's page table and covers all of them.
+    `draws` is empty for a chunk that does not end its prompt, and has one entry for each choice that
+    starts from this position. `targets[i]` is the token that really follows `tokens[i]`; given only
+    when the prompt's log probabilities are wanted (`prompt_logprobs` alternatives each).
+    """
+
+    tokens: list[int]
+    start: int
+    pages: list[int]
+    draws: list[Draw] = field(default_factory=list)
+    targets: list[int] = field(default_factory=list)
+    prompt_logprobs: int = 0
+
+
+@dataclass(slots=True)
+class Drawn:
+    token: int
+    logprob: TokenLogprob | None = None
+
+
+@dataclass(slots=True)
+class RowResult:
+    drawn: list[Drawn] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
