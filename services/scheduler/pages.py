@@ -1,0 +1,139 @@
+"""The page pool: which page of the KV pool is free, in use, or a reusable prefix. Pure bookkeeping.
+
+A page is *used* while at least one sequence holds it, *cached* when nobody does but its content is a
+known prefix, *free* otherwise. Cached pages are evicted, least recently used first, when free ones run
+out. `free + cached + used == total` after every call.
+
+Prefixes are found by a chain of SHA-256 digests, one for each full page: digest(page i) =
+SHA-256(digest(page i - 1) || tokens of page i), rooted in the tenant's salt, so that neither a collision
+nor a guess lets one tenant see another's prefixes. The idea of hashing page by page is vLLM's automatic
+prefix caching; the salt answers CVE-2025-46570.
+"""
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from hashlib import sha256
+
+from services.scheduler.errors import OutOfPages, PageAccountingError
+
+
+@dataclass(frozen=True, slots=True)
+class PageCounts:
+    total: int
+    free: int
+    cached: int
+    used: int
+
+
+def chain_root(salt: bytes) -> bytes:
+    return sha256(b"baton prefix chain\0" + salt).digest()
+
+
+def chain_digest(parent: bytes, tokens: Seq[int]) -> bytes:
+    """The digest of one full page of `tokens` that follows the prefix known by `parent`."""
+    return sha256(parent + array("q", tokens).tobytes()).digest()
+
+
+class PagePool:
+    """Hands out page numbers `0 .. total - 1`. Every page returned by `allocate`, `share` or
+    `match_prefix` is owed one `release`."""
+
+    def __init__(self, total: int, page_size_tokens: int, prefix_cache: bool = True) -> None:
+        self.total = total
+        self.page_size_tokens = page_size_tokens
+        self.prefix_cache = prefix_cache
+        self.prefix_queries_tokens = 0
+        self.prefix_hits_tokens = 0
+        self._free = list(range(total - 1, -1, -1))
+        self._holders = [0] * total
+        self._digest: list[bytes | None] = [None] * total
+        self._page_of: dict[bytes, int] = {}
+        self._idle: OrderedDict[int, None] = OrderedDict()
+
+    @property
+    def available(self) -> int:
+        """Pages that `allocate` could hand out now."""
+        return len(self._free) + len(self._idle)
+
+    def counts(self) -> PageCounts:
+        free, cached = len(self._free), len(self._idle)
+        return PageCounts(self.total, free, cached, self.total - free - cached)
+
+    def pages_for(self, tokens: int) -> int:
+        return -(-tokens // self.page_size_tokens)
+
+    def can_allocate(self, pages: int) -> bool:
+        return pages <= self.available
+
+    def allocate(self, pages: int) -> list[int]:
+        if not self.can_allocate(pages):
+            raise OutOfPages(f"{pages} pages asked, {self.available} available of {self.total}")
+        return [self._take() for _ in range(pages)]
+
+    def share(self, pages: Seq[int]) -> None:
+        """One more holder for each of these pages, which must be in use."""
+        for page in pages:
+            if self._holders[page] == 0:
+                raise PageAccountingError(f"page {page} shared while nobody holds it")
+            self._holders[page] += 1
+
+    def release(self, pages: Seq[int]) -> None:
+        """One holder less. The tail goes first, so that eviction shortens prefixes from their end."""
+        for page in reversed(pages):
+            if self._holders[page] == 0:
+                raise PageAccountingError(f"page {page} released while nobody holds it")
+            self._holders[page] -= 1
+            if self._holders[page] == 0:
+                if self._digest[page] is None:
+                    self._free.append(page)
+                else:
+                    self._idle[page] = None
+
+    def match_prefix(self, salt: bytes, tokens: Seq[int], limit_tokens: int) -> list[int]:
+        """The longest known run of full pages at the head of `tokens`, at most `limit_tokens` long."""
+        if not self.prefix_cache:
+            return []
+        size = self.page_size_tokens
+        self.prefix_queries_tokens += len(tokens)
+        found: list[int] = []
+        digest = chain_root(salt)
+        for start in range(0, min(limit_tokens, len(tokens)) // size * size, size):
+            digest = chain_digest(digest, tokens[start : start + size])
+            page = self._page_of.get(digest)
+            if page is None:
+                break
+            found.append(page)
+        for page in found:
+            self._idle.pop(page, None)
+            self._holders[page] += 1
+        self.prefix_hits_tokens += len(found) * size
+        return found
+
+    def publish(self, page: int, digest: bytes) -> None:
+        """The held `page` now holds the KV that `digest` names. The first page with a content keeps it."""
+        if self._holders[page] == 0:
+            raise PageAccountingError(f"page {page} published while nobody holds it")
+        if self.prefix_cache and self._digest[page] is None and digest not in self._page_of:
+            self._digest[page] = digest
+            self._page_of[digest] = page
+
+    def forget_prefixes(self) -> None:
+        """Drop every cached prefix; held pages stay with their holders."""
+        self._free.extend(self._idle)
+        self._idle.clear()
+        self._page_of.clear()
+        self._digest = [None] * self.total
+
+    def _take(self) -> int:
+        if self._free:
+            page = self._free.pop()
+        else:
+            page, _ = self._idle.popitem(last=False)
+            digest = self._digest[page]
+            if digest is not None:
+                del self._page_of[digest]
+                self._digest[page] = None
+        self._holders[page] = 1
+        return page

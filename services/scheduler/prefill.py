@@ -1,0 +1,107 @@
+"""The prefill worker's policy: which prompts run, and whose KV is kept until it is handed over.
+
+A prompt whose reservation is confirmed goes first: its KV can leave while it is computed. One that is not
+confirmed yet runs only while no confirmed one waits, and gives its pages back if a confirmed one needs
+them; it is then computed again later, without drawing its first tokens a second time.
+"""
+
+from services.messages import Work
+from services.scheduler.batch import RunningBatch
+from services.scheduler.pages import PagePool
+from services.scheduler.sequence import Sequence, State, StepPlan, prompt_sequence
+
+
+class PrefillScheduler:
+    def __init__(self, pool: PagePool, max_batch: int, max_chunk_tokens: int) -> None:
+        self.batch = RunningBatch(pool, max_batch, max_chunk_tokens)
+        self.waiting: list[Sequence] = []
+        self.holding: dict[int, Sequence] = {}
+        self._confirmed: set[int] = set()
+        self._sequences: dict[int, Sequence] = {}
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    def add(self, work: Work) -> Sequence:
+        sequence = prompt_sequence(work)
+        self.batch.number(sequence)
+        self._sequences[work.request_id] = sequence
+        self.waiting.append(sequence)
+        return sequence
+
+    def confirm(self, request_id: int) -> None:
+        """The decode worker has pages for this request. Unknown ids have ended meanwhile."""
+        if request_id in self._sequences:
+            self._confirmed.add(request_id)
+
+    def get(self, request_id: int) -> Sequence | None:
+        return self._sequences.get(request_id)
+
+    def schedule(self) -> StepPlan:
+        self._admit()
+        plan = StepPlan()
+        self.batch.plan_decodes(plan)
+        self.batch.plan_chunks(plan)
+        return plan
+
+    def finish_step(self, plan: StepPlan) -> list[Sequence]:
+        """Count the step's tokens as computed; returns the prompts it completed, now held."""
+        self.batch.advance(plan)
+        done = [one.sequence for one in plan.scheduled if one.sequence.pending_tokens == 0]
+        for sequence in done:
+            self.batch.leave(sequence, State.HOLDING)
+            self.holding[sequence.work.request_id] = sequence
+        return done
+
+    def end(self, request_id: int) -> Sequence | None:
+        """Handed over, cancelled or failed: release everything. Unknown ids are ignored."""
+        sequence = self._sequences.pop(request_id, None)
+        if sequence is None:
+            return None
+        self._confirmed.discard(request_id)
+        self.holding.pop(request_id, None)
+        if sequence in self.waiting:
+            self.waiting.remove(sequence)
+        self.batch.end(sequence)
+        return sequence
+
+    # ------------------------------------------------------------ admission
+
+    def _admit(self) -> None:
+        while self.batch.wants_more():
+            confirmed = next((one for one in self.waiting if self._is_confirmed(one)), None)
+            if confirmed is not None:
+                if not self._admit_confirmed(confirmed):
+                    return
+            elif any(self._is_confirmed(one) for one in self.batch.running):
+                return
+            elif not self._admit_unconfirmed():
+                return
+
+    def _admit_confirmed(self, sequence: Sequence) -> bool:
+        while not self.batch.admit(sequence):
+            unconfirmed = self._youngest_unconfirmed()
+            if unconfirmed is None:
+                return False
+            self.holding.pop(unconfirmed.work.request_id, None)
+            self.batch.reset(unconfirmed)
+            self.waiting.append(unconfirmed)
+            self.waiting.sort(key=lambda one: one.arrival)
+        self.waiting.remove(sequence)
+        return True
+
+    def _admit_unconfirmed(self) -> bool:
+        # One whose first tokens are out gains nothing from being computed before it is confirmed.
+        candidate = next((one for one in self.waiting if one.choices), None)
+        if candidate is None or not self.batch.admit(candidate):
+            return False
+        self.waiting.remove(candidate)
+        return True
+
+    def _youngest_unconfirmed(self) -> Sequence | None:
+        holders = [*self.batch.running, *self.holding.values()]
+        unconfirmed = [one for one in holders if not self._is_confirmed(one)]
+        return max(unconfirmed, key=lambda one: one.arrival, default=None)
+
+    def _is_confirmed(self, sequence: Sequence) -> bool:
+        return sequence.work.request_id in self._confirmed

@@ -1,0 +1,108 @@
+"""A sequence: the tokens of one choice, the pages their KV lies in, and where in its life it is.
+
+There is one idea of work for prefill and decode alike: a sequence has `tokens`, of which the first
+`computed_tokens` have their KV in its pages. A step computes some of the pending ones; when none is left,
+the last position's logits draw what comes next. A prompt is a sequence with many tokens pending, a
+decoding choice has exactly one, a preempted choice has all of them again (vLLM v1 schedules this way).
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from services.messages import FirstToken, Work
+from services.scheduler.errors import IllegalMove
+
+
+class State(StrEnum):
+    WAITING = "waiting"  # no pages; in a queue
+    RESERVED = "reserved"  # decode worker: holds pages, its KV is on the way
+    RUNNING = "running"  # in the batch
+    HOLDING = "holding"  # prefill worker: computed, kept until the decode worker has it
+    ENDED = "ended"  # holds nothing
+
+
+MOVES: dict[State, frozenset[State]] = {
+    State.WAITING: frozenset({State.RESERVED, State.RUNNING, State.ENDED}),
+    State.RESERVED: frozenset({State.RUNNING, State.WAITING, State.ENDED}),
+    State.RUNNING: frozenset({State.WAITING, State.HOLDING, State.ENDED}),
+    State.HOLDING: frozenset({State.WAITING, State.ENDED}),
+    State.ENDED: frozenset(),
+}
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """`prompt_tokens` of `tokens` are the prompt; the rest was generated.
+
+    `choices` tells which of the request's choices start from the next draw: all of them for a prompt,
+    one for a choice that decodes, none for a prompt whose first tokens are already out. `arrival` orders
+    sequences by age: the youngest is preempted first.
+    """
+
+    work: Work
+    tokens: list[int]
+    choices: list[int]
+    state: State = State.WAITING
+    arrival: int = 0
+    computed_tokens: int = 0
+    cached_tokens: int = 0
+    pages: list[int] = field(default_factory=list)
+    digests: list[bytes] = field(default_factory=list)
+    published_pages: int = 0
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.work.prompt)
+
+    @property
+    def pending_tokens(self) -> int:
+        return len(self.tokens) - self.computed_tokens
+
+    @property
+    def output(self) -> list[int]:
+        return self.tokens[self.prompt_tokens :]
+
+    def move(self, to: State) -> None:
+        if to not in MOVES[self.state]:
+            raise IllegalMove(f"request {self.work.request_id}: {self.state} -> {to}")
+        self.state = to
+
+
+def prompt_sequence(work: Work) -> Sequence:
+    """The sequence that runs a request's prompt and draws every choice's first token."""
+    return Sequence(work=work, tokens=list(work.prompt), choices=list(range(work.choices)))
+
+
+def choice_sequence(work: Work, first: FirstToken) -> Sequence:
+    """One choice that goes on after its first token, without pages yet."""
+    return Sequence(work=work, tokens=[*work.prompt, first.token], choices=[first.choice])
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduled:
+    """Tokens `[start, start + count)` of a sequence, computed in this step.
+
+    `draws` is False for a chunk after which tokens are still pending, and where nothing is to be drawn.
+    """
+
+    sequence: Sequence
+    start: int
+    count: int
+    draws: bool
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """One engine step: which tokens of which sequences to compute. False when there is nothing to do."""
+
+    scheduled: list[Scheduled] = field(default_factory=list)
+    tokens: int = 0
+
+    def __bool__(self) -> bool:
+        return bool(self.scheduled)
+
+    def add(self, sequence: Sequence, count: int) -> None:
+        ends = count == sequence.pending_tokens
+        draws = ends and bool(sequence.choices)
+        self.scheduled.append(Scheduled(sequence, sequence.computed_tokens, count, draws))
+        self.tokens += count
