@@ -192,7 +192,7 @@ class PrefillDone(Struct, frozen=True, array_like=True, tag="p"):
 class DecodeStarted(Struct, frozen=True, array_like=True, tag="d"):
     """A decode worker has the whole KV and the first tokens.
 
-    `transfer_s` runs from the reservation's first grant to the last segment's unpacking;
+    `transfer_s` runs from the first segment's arrival to the last one's unpacking;
     `tail_s` is how long the request waited for it after its first token was known.
     """
 

@@ -28,6 +28,12 @@ class Reservation:
     def complete(self) -> bool:
         return self.arrived and self.first_tokens is not None
 
+    def live_choices(self) -> set[int]:
+        """Choices that may still go on: those joined, or all while none is named, less the ended ones."""
+        if self.first_tokens is None:
+            return set(range(self.prompt.work.choices)) - self.ended_choices
+        return {one.choice for one in self.first_tokens} - self.ended_choices
+
 
 class DecodeScheduler:
     def __init__(self, pool: PagePool, max_batch: int, max_chunk_tokens: int) -> None:
@@ -39,6 +45,9 @@ class DecodeScheduler:
 
     def __len__(self) -> int:
         return len(self.reservations) + len(self._sequences)
+
+    def __contains__(self, request_id: int) -> bool:
+        return request_id in self.reservations or request_id in self._sequences
 
     @property
     def reserved(self) -> int:
@@ -82,6 +91,9 @@ class DecodeScheduler:
         if reservation is None or reservation.first_tokens is not None:
             return None
         reservation.first_tokens = first_tokens
+        if not reservation.live_choices():
+            self._drop(reservation)
+            return None
         return self._complete(reservation)
 
     def start(self) -> list[tuple[int, int]]:
@@ -89,9 +101,8 @@ class DecodeScheduler:
         copies: list[tuple[int, int]] = []
         while self._joined:
             reservation = self._joined[0]
-            live = [
-                one for one in reservation.first_tokens or [] if one.choice not in reservation.ended_choices
-            ]
+            choices = reservation.live_choices()
+            live = [one for one in reservation.first_tokens or [] if one.choice in choices]
             if len(self.batch.running) + len(live) > max(self.batch.max_batch, len(live)):
                 break
             self._joined.popleft()
@@ -140,14 +151,16 @@ class DecodeScheduler:
         return reservation
 
     def _end_reservation(self, reservation: Reservation, choice: int | None) -> bool:
-        work = reservation.prompt.work
         if choice is not None:
             reservation.ended_choices.add(choice)
-            if len(reservation.ended_choices) < work.choices:
+            if reservation.live_choices():
                 return False
-        del self.reservations[work.request_id]
+        self._drop(reservation)
+        return True
+
+    def _drop(self, reservation: Reservation) -> None:
+        del self.reservations[reservation.prompt.work.request_id]
         for queue in (self.waiting, self._joined):
             if reservation in queue:
                 queue.remove(reservation)
         self.batch.end(reservation.prompt)
-        return True

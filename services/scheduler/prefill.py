@@ -73,9 +73,7 @@ class PrefillScheduler:
             if confirmed is not None:
                 if not self._admit_confirmed(confirmed):
                     return
-            elif any(self._is_confirmed(one) for one in self.batch.running):
-                return
-            elif not self._admit_unconfirmed():
+            elif any(self._is_confirmed(one) for one in self.batch.running) or not self._admit_unconfirmed():
                 return
 
     def _admit_confirmed(self, sequence: Sequence) -> bool:

@@ -1,0 +1,275 @@
+"""The asyncio side of one worker: what a router holds for each of its workers.
+
+Life of a connection:
+1. `start()` opens a link and greets with `RouterHello`.
+2. `WorkerHello` makes it READY, until that worker's epoch ends; `Refusal` makes it REFUSED.
+3. Every `heartbeat_s` a `StatusRequest` goes out; any frame that comes back proves life.
+4. A closed connection, `timeout_s` of silence or another epoch makes it LOST: everything that was asked of
+   that life is void. The link is thrown away with all it had queued, and a new one begins at 1.
+"""
+
+import asyncio
+import enum
+import importlib.metadata
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import zmq
+import zmq.utils.monitor
+
+from kvtransfer.channel import ChannelKeys, Codec, Link
+from kvtransfer.errors import BatonTransferError, TransferConfigError
+from services.messages import (
+    Refusal,
+    Report,
+    Request,
+    RouterHello,
+    Status,
+    StatusRequest,
+    WorkerHello,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class ClientState(enum.Enum):
+    CONNECTING = "connecting"
+    READY = "ready"
+    REFUSED = "refused"
+    LOST = "lost"
+    CLOSED = "closed"
+
+
+MOVES: dict[ClientState, frozenset[ClientState]] = {
+    ClientState.CONNECTING: frozenset(
+        {ClientState.READY, ClientState.REFUSED, ClientState.LOST, ClientState.CLOSED}
+    ),
+    ClientState.READY: frozenset({ClientState.LOST, ClientState.CLOSED}),
+    ClientState.REFUSED: frozenset({ClientState.LOST, ClientState.CLOSED}),
+    ClientState.LOST: frozenset({ClientState.CONNECTING, ClientState.CLOSED}),
+    ClientState.CLOSED: frozenset(),
+}
+
+
+class ClientConfigError(ValueError):
+    """A worker's endpoint or the keys for it cannot work; the message says why."""
+
+
+class IllegalClientMove(RuntimeError):
+    """A connection was moved between two states that `MOVES` does not join."""
+
+
+def software_version() -> str:
+    """What `RouterHello` and `WorkerHello` carry: both sides must run the same release."""
+    return importlib.metadata.version("baton")
+
+
+def load_keys(key_dir: Path | None) -> ChannelKeys | None:
+    """CURVE keys for `tcp://` endpoints. Raises ClientConfigError."""
+    if key_dir is None:
+        return None
+    try:
+        return ChannelKeys.load(key_dir)
+    except TransferConfigError as error:
+        raise ClientConfigError(str(error)) from error
+
+
+class WorkerClient:
+    """One worker, as one event loop sees it. Not thread-safe: everything happens in that loop.
+
+    `on_reports(client, reports)` gets what concerns requests (never hello, refusal or status), one call for
+    each wake-up; `on_state(client, old, new)` every change of state. Both run inside the loop and must not
+    block. `hello` and `status` are those of the present life, None outside of one.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        *,
+        router_epoch: int,
+        on_reports: Callable[["WorkerClient", list[Report]], None],
+        on_state: Callable[["WorkerClient", ClientState, ClientState], None],
+        keys: ChannelKeys | None = None,
+        heartbeat_s: float = 0.5,
+        timeout_s: float = 10.0,
+    ) -> None:
+        self.endpoint = endpoint
+        self.state = ClientState.LOST
+        self.hello: WorkerHello | None = None
+        self.status: Status | None = None
+        self.status_at_s = 0.0
+        self.message = "not connected yet"
+        self.dropped: dict[str, int] = {}
+        self._router_epoch = router_epoch
+        self._on_reports, self._on_state = on_reports, on_state
+        self._keys, self._heartbeat_s, self._timeout_s = keys, heartbeat_s, timeout_s
+        self._receives, self._sends = Codec[Report](Report), Codec[Request](Request)
+        self._link: Link[Report, Request] | None = None
+        self._monitor: zmq.Socket[bytes] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._heard_at_s = 0.0
+        self._ask_id = 0
+
+    def start(self) -> None:
+        """Begins to connect, in the running loop. Raises ClientConfigError for a bad endpoint."""
+        self._loop = asyncio.get_running_loop()
+        try:
+            self._open()
+        except TransferConfigError as error:
+            raise ClientConfigError(str(error)) from error
+        self._timer = self._loop.call_later(self._heartbeat_s, self._tick)
+
+    def close(self) -> None:
+        """Ends the connection and its timer. Idempotent."""
+        if self.state is ClientState.CLOSED:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._drop_link()
+        self.hello = self.status = None
+        self._move(ClientState.CLOSED, "closed")
+
+    def send(self, messages: list[Request]) -> bool:
+        """One frame to the worker's present life. False: there is none, or its queue is full."""
+        if self.state is not ClientState.READY:
+            return False
+        return self._send(messages)
+
+    # -- the link
+
+    def _open(self) -> None:
+        self._link = Link(self.endpoint, self._receives, self._sends, keys=self._keys, on_drop=self._on_drop)
+        socket = self._link.socket
+        self._monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._loop.add_reader(socket.getsockopt(zmq.FD), self._on_readable)
+        self._loop.add_reader(self._monitor.getsockopt(zmq.FD), self._on_monitor)
+        self._heard_at_s = self._loop.time()
+        self._move(ClientState.CONNECTING, "connecting")
+        self._send([RouterHello(software_version(), self._router_epoch)])
+
+    def _drop_link(self) -> None:
+        link, monitor = self._link, self._monitor
+        self._link = self._monitor = None
+        if link is None or monitor is None:
+            return
+        self._loop.remove_reader(link.socket.getsockopt(zmq.FD))
+        self._loop.remove_reader(monitor.getsockopt(zmq.FD))
+        link.socket.disable_monitor()
+        monitor.close(linger=0)
+        link.close()
+
+    def _send(self, messages: list[Request]) -> bool:
+        link = self._link
+        if link is None:
+            return False
+        try:
+            sent = link.send(messages)
+        except BatonTransferError as error:
+            logger.error("worker %s: %s", self.endpoint, error)
+            return False
+        # ZMQ's descriptor is edge-triggered and sending may swallow the edge of something that arrived.
+        if self._pending(link):
+            self._loop.call_soon(self._on_readable)
+        return sent
+
+    def _on_drop(self, reason: str) -> None:
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+
+    @staticmethod
+    def _pending(link: "Link[Report, Request]") -> bool:
+        return bool(int(link.socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
+
+    def _on_readable(self) -> None:
+        link = self._link
+        if link is None or not self._pending(link):
+            return
+        reports = link.receive()
+        self._heard_at_s = self._loop.time()
+        passed_on: list[Report] = []
+        for report in reports:
+            if isinstance(report, WorkerHello | Refusal | Status):
+                if passed_on:
+                    self._on_reports(self, passed_on)
+                    passed_on = []
+                self._on_own(report)
+                if self._link is not link:
+                    return
+            elif self.state is ClientState.READY:
+                passed_on.append(report)
+            else:
+                self._on_drop("report_without_hello")
+        if passed_on:
+            self._on_reports(self, passed_on)
+        # One batch a turn, so that a flood of frames does not starve the HTTP side.
+        if self._link is link and self._pending(link):
+            self._loop.call_soon(self._on_readable)
+
+    def _on_own(self, report: WorkerHello | Refusal | Status) -> None:
+        if isinstance(report, Refusal):
+            if self.state is ClientState.CONNECTING:
+                self._move(ClientState.REFUSED, report.message)
+            return
+        if isinstance(report, WorkerHello):
+            if self.hello is not None and report.worker_epoch != self.hello.worker_epoch:
+                self._lose("the worker was restarted")
+            elif self.state is ClientState.CONNECTING:
+                if report.version != software_version():
+                    self._move(
+                        ClientState.REFUSED, f"the worker runs {report.version}, not {software_version()}"
+                    )
+                    return
+                self.hello = report
+                self._move(ClientState.READY, "ready")
+                self._ask()
+            return
+        if self.hello is None:
+            return
+        if report.worker_epoch != self.hello.worker_epoch:
+            self._lose("the worker was restarted")
+            return
+        self.status, self.status_at_s = report, self._loop.time()
+
+    def _on_monitor(self) -> None:
+        closed = False
+        while self._monitor is not None and int(self._monitor.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            zmq.utils.monitor.recv_monitor_message(self._monitor, zmq.NOBLOCK)
+            closed = True
+        if closed:
+            # Frames that came before the end still count: a last `Failed` says more than "lost".
+            while self._link is not None and self._pending(self._link):
+                self._on_readable()
+            if self.state not in (ClientState.LOST, ClientState.CLOSED):
+                self._lose("the connection was closed")
+
+    # -- life and death
+
+    def _tick(self) -> None:
+        self._timer = self._loop.call_later(self._heartbeat_s, self._tick)
+        silent_s = self._loop.time() - self._heard_at_s
+        if self.state is ClientState.LOST:
+            try:
+                self._open()
+            except BatonTransferError as error:
+                self.message = str(error)
+        elif silent_s > self._timeout_s:
+            self._lose(f"silent for {silent_s:.1f} s")
+        elif self.state is ClientState.READY:
+            self._ask()
+
+    def _ask(self) -> None:
+        self._ask_id += 1
+        self._send([StatusRequest(self._ask_id)])
+
+    def _lose(self, why: str) -> None:
+        self._drop_link()
+        self.hello = self.status = None
+        self._move(ClientState.LOST, why)
+
+    def _move(self, state: ClientState, message: str) -> None:
+        if state not in MOVES[self.state]:
+            raise IllegalClientMove(f"{self.endpoint}: {self.state.value} -> {state.value}")
+        old, self.state, self.message = self.state, state, message
+        if old is not state and {old, state} != {ClientState.CONNECTING, ClientState.LOST}:
+            logger.info("worker %s: %s (%s)", self.endpoint, state.value, message)
+        self._on_state(self, old, state)

@@ -1,0 +1,164 @@
+"""The decode role: reserve pages, take KV in, decode.
+
+1. `Reserve` comes in: the request waits until there are pages for its prompt.
+2. Pages are taken (less what the prefix cache has) and the KV is asked of the source.
+3. Arrived segments are unpacked between steps; after the last the transfer is committed.
+4. `Join` names the choices that go on and their first tokens; with both, they enter the batch.
+5. Each step draws one token a choice, until it ends here, or the router ends it.
+"""
+
+from kvtransfer.client import TransferLost
+
+from kvtransfer.messages import Aborted, Arrived, Event, TransferAddress
+from services.engine.batch import RowResult
+from services.engine.errors import ChecksumMismatch
+from services.kv_pull import KvPull
+from services.messages import Cancel, DecodeStarted, Join, Request, Reserve
+from services.roles.role import Occupancy, Parts, Role
+from services.scheduler.decode import DecodeScheduler, Reservation
+from services.scheduler.sequence import Scheduled
+
+
+class DecodeRole(Role):
+    def __init__(self, parts: Parts, pull: KvPull) -> None:
+        super().__init__(parts)
+        self.scheduler = DecodeScheduler(parts.pool, parts.limits.max_batch, parts.max_chunk_tokens)
+        self.pull = pull
+        self._sources: dict[int, TransferAddress] = {}
+        self._transfer_s: dict[int, float] = {}
+
+    def accept(self, router: bytes, request: Request) -> None:
+        match request:
+            case Reserve(work=work, transfer_id=transfer_id, source=source):
+                if self.take(router, work, transfer_id, len(self.scheduler.waiting)) is not None:
+                    self.scheduler.add(work)
+                    self._sources[work.request_id] = source
+            case Join(request_id=request_id, first_tokens=first_tokens):
+                live = self.parts.requests.get(request_id)
+                if live is None or any(one.choice >= live.work.choices for one in first_tokens):
+                    self.parts.counters["dropped_join"] += 1
+                    return
+                live.joined_s = self.parts.clock()
+                self._report_started(self.scheduler.join(request_id, first_tokens))
+                if request_id not in self.scheduler:
+                    self.end(request_id, "every choice ended")
+            case Cancel(request_id=request_id, choice=int(choice)):
+                if request_id in self.parts.requests and self.scheduler.end(request_id, choice):
+                    self.end(request_id, "every choice ended")
+            case Cancel():
+                self.cancel(request)
+            case _:
+                self.parts.counters["dropped_wrong_role"] += 1
+
+    def on_transfer(self, event: Event | TransferLost) -> None:
+        match event:
+            case Arrived(transfer_id=transfer_id):
+                try:
+                    complete = self.pull.unpack(event)
+                except ChecksumMismatch as mismatch:
+                    self.parts.counters["checksum_mismatches"] += 1
+                    self._fail_transfer(transfer_id, str(mismatch))
+                    return
+                if complete is not None:
+                    self._arrived(complete.sequence.work.request_id, complete.transfer_s)
+            case Aborted(transfer_id=transfer_id, reason=reason):
+                if transfer_id in self.pull.open_ids():
+                    self.pull.close(transfer_id)
+                    self._fail_transfer(transfer_id, reason)
+            case TransferLost():
+                lost = self.pull.open_ids()
+                self.pull.clear()
+                for transfer_id in lost:
+                    self._fail_transfer(transfer_id, "the transfer process was restarted")
+
+    def step(self) -> bool:
+        self._reserve()
+        self.parts.engine.copy_pages(self.scheduler.start())
+        plan = self.scheduler.schedule()
+        if not plan:
+            return False
+        done = self.execute(plan)
+        if not done:
+            return True
+        self.scheduler.finish_step(plan)
+        for scheduled, result in done:
+            if scheduled.draws:
+                self._append(scheduled, result)
+        return True
+
+    def occupancy(self) -> Occupancy:
+        scheduler = self.scheduler
+        return Occupancy(
+            queued=len(scheduler.waiting) + len(scheduler.batch.resuming),
+            running=len(scheduler.batch.running),
+            reserved=scheduler.reserved,
+        )
+
+    def preemptions(self) -> int:
+        return self.scheduler.batch.preemptions
+
+    def release(self, request_id: int, reason: str) -> None:
+        live = self.parts.requests.get(request_id)
+        if live is not None and live.transfer_id is not None:
+            self.pull.close(live.transfer_id, abort_reason=reason)
+        self._sources.pop(request_id, None)
+        self._transfer_s.pop(request_id, None)
+        self.scheduler.end(request_id)
+
+    # ------------------------------------------------------------ transfers
+
+    def _reserve(self) -> None:
+        """Pages for waiting prompts; a prompt that is wholly in the prefix cache has arrived at once."""
+        now_s = self.parts.clock()
+        for sequence in self.scheduler.reserve():
+            request_id = sequence.work.request_id
+            live = self.parts.requests.get(request_id)
+            if live is None or live.transfer_id is None:
+                continue
+            source = self._sources.pop(request_id)
+            left_s = max(live.deadline_at_s - now_s, 0.001)
+            incoming = self.pull.open(sequence, live.transfer_id, source, left_s)
+            if incoming.missing_tokens == 0:
+                self._arrived(request_id, 0.0)
+
+    def _arrived(self, request_id: int, transfer_s: float) -> None:
+        self._transfer_s[request_id] = transfer_s
+        self._report_started(self.scheduler.arrived(request_id))
+
+    def _fail_transfer(self, transfer_id: int, reason: str) -> None:
+        live = self.parts.requests.of_transfer(transfer_id)
+        if live is not None:
+            self.fail(live.work.request_id, "transfer", f"KV did not arrive: {reason}", True)
+
+    def _report_started(self, reservation: Reservation | None) -> None:
+        if reservation is None:
+            return
+        prompt = reservation.prompt
+        live = self.parts.requests.get(prompt.work.request_id)
+        if live is None or live.joined_s is None:
+            return
+        self.parts.outbox.add(
+            live.router,
+            DecodeStarted(
+                request_id=prompt.work.request_id,
+                transfer_s=self._transfer_s.pop(prompt.work.request_id, 0.0),
+                tail_s=self.parts.clock() - live.joined_s,
+                transferred_tokens=prompt.prompt_tokens - prompt.cached_tokens,
+                cached_tokens=prompt.cached_tokens,
+            ),
+        )
+
+    # ------------------------------------------------------------ tokens
+
+    def _append(self, scheduled: Scheduled, result: RowResult) -> None:
+        sequence, drawn = scheduled.sequence, result.drawn[0]
+        live = self.parts.requests.get(sequence.work.request_id)
+        if live is None:
+            return
+        sequence.tokens.append(drawn.token)
+        choice = sequence.choices[0]
+        output_tokens = len(sequence.tokens) - sequence.prompt_tokens
+        if self.report_token(live, choice, output_tokens, drawn) and self.scheduler.end(
+            live.work.request_id, choice
+        ):
+            self.end(live.work.request_id, "every choice ended")

@@ -1,0 +1,109 @@
+"""The prefill role: run prompts in chunks, draw first tokens, push KV, hold it until it has arrived.
+
+1. `Prefill` comes in: the request is queued and its transfer opened.
+2. The decode side confirms its reservation and grants slots; confirmed prompts run first.
+3. After each chunk, what was computed is packed into lent slots and moved.
+4. The prompt's end draws the first token of every choice; the router has them at once.
+5. The KV is held until the decode side has committed it. A request whose choices all ended with their
+   first token is released immediately.
+"""
+
+from kvtransfer.client import TransferLost
+
+from kvtransfer.messages import Aborted, Event, SendCommitted, SendConfirmed, SendSlots
+from services.engine.batch import RowResult
+from services.kv_push import KvPush
+from services.messages import Cancel, Prefill, Request
+from services.roles.role import Occupancy, Parts, Role
+from services.scheduler.prefill import PrefillScheduler
+from services.scheduler.sequence import Scheduled
+
+
+class PrefillRole(Role):
+    def __init__(self, parts: Parts, push: KvPush) -> None:
+        super().__init__(parts)
+        self.scheduler = PrefillScheduler(parts.pool, parts.limits.max_batch, parts.max_chunk_tokens)
+        self.push = push
+
+    def accept(self, router: bytes, request: Request) -> None:
+        match request:
+            case Prefill(work=work, transfer_id=transfer_id):
+                live = self.take(router, work, transfer_id, len(self.scheduler.waiting))
+                if live is not None:
+                    sequence = self.scheduler.add(work)
+                    self.push.open(sequence, transfer_id, work.deadline_s)
+            case Cancel():
+                self.cancel(request)
+            case _:
+                self.parts.counters["dropped_wrong_role"] += 1
+
+    def on_transfer(self, event: Event | TransferLost) -> None:
+        match event:
+            case SendConfirmed():
+                live = self.parts.requests.of_transfer(event.transfer_id)
+                if live is not None and self.push.confirmed(event):
+                    self.scheduler.confirm(live.work.request_id)
+                elif live is not None:
+                    self.fail(live.work.request_id, "transfer", "the destination expects another prompt", True)
+            case SendSlots():
+                self.push.lend(event)
+            case SendCommitted(transfer_id=transfer_id):
+                live = self.parts.requests.of_transfer(transfer_id)
+                self.push.close(transfer_id)
+                if live is not None:
+                    self.end(live.work.request_id, "committed")
+            case Aborted(transfer_id=transfer_id, reason=reason):
+                live = self.parts.requests.of_transfer(transfer_id)
+                self.push.close(transfer_id)
+                if live is not None:
+                    self.fail(live.work.request_id, "transfer", f"KV was not delivered: {reason}", True)
+            case TransferLost():
+                self.push.clear()
+                for live in self.parts.requests.all():
+                    self.fail(live.work.request_id, "transfer", "the transfer process was restarted", True)
+
+    def step(self) -> bool:
+        packed = self.push.pack()
+        plan = self.scheduler.schedule()
+        if not plan:
+            return packed > 0
+        done = self.execute(plan)
+        if not done:
+            return True
+        self.scheduler.finish_step(plan)
+        for scheduled, result in done:
+            self._report(scheduled, result)
+        self.push.pack()
+        return True
+
+    def occupancy(self) -> Occupancy:
+        scheduler = self.scheduler
+        return Occupancy(
+            queued=len(scheduler.waiting),
+            running=len(scheduler.batch.running),
+            holding=len(scheduler.holding),
+        )
+
+    def preemptions(self) -> int:
+        return self.scheduler.batch.preemptions
+
+    def release(self, request_id: int, reason: str) -> None:
+        live = self.parts.requests.get(request_id)
+        if live is not None and live.transfer_id is not None:
+            self.push.close(live.transfer_id, abort_reason=reason)
+        self.scheduler.end(request_id)
+
+    def _report(self, scheduled: Scheduled, result: RowResult) -> None:
+        """A chunk's log probabilities are kept; a prompt's end is reported, and ends choices that stop."""
+        self.collect_prompt_logprobs(scheduled, result)
+        sequence = scheduled.sequence
+        live = self.parts.requests.get(sequence.work.request_id)
+        if live is None or not scheduled.draws:
+            return
+        self.report_prefill(live, sequence)
+        ended = 0
+        for choice, drawn in zip(sequence.choices, result.drawn, strict=True):
+            ended += self.report_token(live, choice, 1, drawn)
+        if ended == len(sequence.choices):
+            self.end(live.work.request_id, "every choice ended with its first token")
+        sequence.choices = []

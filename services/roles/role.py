@@ -1,0 +1,191 @@
+"""What every role of a worker shares: taking requests in, running a step, ending requests.
+
+A role is policy over one engine, one page pool and one transfer client. It is driven by the worker's
+loop: `accept` for each message of a router, `on_transfer` for each event of the transfer process, `step`
+once a turn. All of them run on the loop's only thread.
+"""
+
+import logging
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from kvtransfer.client import TransferLost
+
+from kvtransfer.messages import Event
+from services.engine.batch import Drawn, RowResult
+from services.engine.engine import Engine
+from services.messages import Cancel, Failed, PrefillDone, Request, Tokens, Work
+from services.outbox import Outbox
+from services.requests import Live, Requests
+from services.rows import row_of, wants_prompt_logprobs
+from services.rules import Limits, finish_reason, refuse
+from services.scheduler.pages import PagePool
+from services.scheduler.sequence import Scheduled, Sequence, StepPlan
+
+log = logging.getLogger(__name__)
+
+FailureCode = Literal["invalid", "too_long", "overloaded", "deadline", "transfer", "draining", "internal"]
+
+
+@dataclass(slots=True, eq=False)
+class Parts:
+    """What the worker built at start and lends to its role."""
+
+    engine: Engine
+    pool: PagePool
+    limits: Limits
+    max_chunk_tokens: int
+    outbox: Outbox
+    clock: Callable[[], float]
+    requests: Requests = field(default_factory=Requests)
+    counters: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True, slots=True)
+class Occupancy:
+    """Requests by where they are; all zero at rest."""
+
+    queued: int = 0
+    running: int = 0
+    reserved: int = 0
+    holding: int = 0
+
+
+class Role(ABC):
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+
+    # ------------------------------------------------------------ driven by the loop
+
+    @abstractmethod
+    def accept(self, router: bytes, request: Request) -> None:
+        """A `Generate`, `Prefill`, `Reserve`, `Join` or `Cancel`; one that is not this role's is counted."""
+
+    @abstractmethod
+    def on_transfer(self, event: Event | TransferLost) -> None: ...
+
+    @abstractmethod
+    def step(self) -> bool:
+        """One engine step, and what it makes possible; False if there was nothing to do."""
+
+    @abstractmethod
+    def occupancy(self) -> Occupancy: ...
+
+    @abstractmethod
+    def preemptions(self) -> int:
+        """How often a running choice had to give up its pages."""
+
+    @abstractmethod
+    def release(self, request_id: int, reason: str) -> None:
+        """Give back everything a request holds here. Called once for each, when it leaves `requests`."""
+
+    def sweep(self) -> None:
+        """End every request whose deadline has passed."""
+        for live in self.parts.requests.expired(self.parts.clock()):
+            seconds = f"{live.work.deadline_s:g} s"
+            self.fail(live.work.request_id, "deadline", f"not finished within {seconds}", False)
+
+    def drop_router(self, router: bytes) -> None:
+        """A router is gone: nobody wants its requests any more."""
+        lost = self.parts.requests.of_router(router)
+        if lost:
+            log.warning("router %s is gone with %d requests", router.hex(), len(lost))
+        for live in lost:
+            self.end(live.work.request_id, "router lost")
+
+    # ------------------------------------------------------------ entering and leaving
+
+    def take(self, router: bytes, work: Work, transfer_id: int | None, queued: int) -> Live | None:
+        """Keep a new request, or refuse it with one `Failed`; None if it was not kept."""
+        requests = self.parts.requests
+        if work.request_id in requests or (transfer_id is not None and requests.has_transfer(transfer_id)):
+            self.parts.counters["dropped_duplicate_request"] += 1
+            return None
+        failed = refuse(work, self.parts.limits, queued)
+        if failed is not None:
+            self.parts.counters["requests_refused"] += 1
+            self.parts.outbox.add(router, failed)
+            return None
+        self.parts.counters["requests_accepted"] += 1
+        return requests.add(work, router, self.parts.clock(), transfer_id)
+
+    def cancel(self, request: Cancel) -> None:
+        if request.choice is None and request.request_id in self.parts.requests:
+            self.parts.counters["requests_cancelled"] += 1
+            self.end(request.request_id, "cancelled")
+
+    def end(self, request_id: int, reason: str) -> None:
+        """Forget a request without a report."""
+        if request_id in self.parts.requests:
+            self.release(request_id, reason)
+            self.parts.requests.remove(request_id)
+
+    def fail(self, request_id: int, code: FailureCode, message: str, retryable: bool) -> None:
+        live = self.parts.requests.get(request_id)
+        if live is None:
+            return
+        log.warning("request %d failed: %s: %s", request_id, code, message)
+        self.parts.counters[f"requests_failed_{code}"] += 1
+        self.parts.outbox.add(live.router, Failed(request_id, code, message, retryable))
+        self.end(request_id, code)
+
+    # ------------------------------------------------------------ a step
+
+    def execute(self, plan: StepPlan) -> list[tuple[Scheduled, RowResult]]:
+        """Run a plan on the engine; an engine error fails the plan's requests, not the worker.
+
+        On a GPU an error may have spoilt the context, so there it ends the process.
+        """
+        for one in plan.scheduled:
+            live = self.parts.requests.get(one.sequence.work.request_id)
+            if live is not None and live.started_s is None:
+                live.started_s = self.parts.clock()
+        try:
+            results = self.parts.engine.execute([row_of(one) for one in plan.scheduled])
+        except (RuntimeError, ValueError, IndexError) as error:
+            ids = sorted({one.sequence.work.request_id for one in plan.scheduled})
+            log.exception("engine step failed for requests %s", ids)
+            self.parts.counters["engine_errors"] += 1
+            if self.parts.engine.device.type == "cuda":
+                raise
+            for request_id in ids:
+                self.fail(request_id, "internal", f"the engine failed: {type(error).__name__}", False)
+            return []
+        self.parts.counters["steps"] += 1
+        for one in plan.scheduled:
+            if one.count > 1 or one.start < one.sequence.prompt_tokens:
+                self.parts.counters["prompt_tokens"] += one.count
+        return list(zip(plan.scheduled, results, strict=True))
+
+    def collect_prompt_logprobs(self, scheduled: Scheduled, result: RowResult) -> None:
+        live = self.parts.requests.get(scheduled.sequence.work.request_id)
+        if live is not None and wants_prompt_logprobs(scheduled):
+            live.prompt_logprobs.extend(result.prompt_logprobs)
+
+    def report_prefill(self, live: Live, sequence: Sequence) -> None:
+        now_s = self.parts.clock()
+        started_s = live.started_s if live.started_s is not None else now_s
+        self.parts.outbox.add(
+            live.router,
+            PrefillDone(
+                live.work.request_id,
+                started_s - live.arrived_s,
+                now_s - started_s,
+                sequence.cached_tokens,
+                live.prompt_logprobs if live.work.sampling.prompt_logprobs is not None else None,
+            ),
+        )
+
+    def report_token(self, live: Live, choice: int, output_tokens: int, drawn: Drawn) -> bool:
+        """Report a choice's newly drawn token, its `output_tokens`-th; True if the choice ends with it."""
+        finish = finish_reason(live.work, drawn.token, output_tokens, self.parts.limits)
+        logprobs = None if drawn.logprob is None else [drawn.logprob]
+        report = Tokens(live.work.request_id, choice, [drawn.token], logprobs, finish)
+        self.parts.outbox.add(live.router, report)
+        self.parts.counters["output_tokens"] += 1
+        if finish is not None:
+            self.parts.counters[f"choices_finished_{finish}"] += 1
+        return finish is not None

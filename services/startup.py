@@ -1,0 +1,149 @@
+"""From a configuration to a worker that can take work: plan, attach, load, measure, allocate.
+
+1. Read the model's configuration; plan the ledger with estimates; refuse before anything is allocated.
+2. Attach the transfer process; its staging buffer is what the ledger really has to count.
+3. Load the weights; run one worst-case forward; plan again with what was measured.
+4. Allocate the pool in the pages that the plan leaves.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from kvtransfer.client import TransferClient
+
+from kvtransfer.channel import ChannelKeys
+from services.config import WorkerConfig
+from services.engine.engine import Engine
+from services.engine.model_config import ModelConfig, read_model_config
+from services.engine.staging_view import StagingView
+from services.memory.estimate import contexts, estimate_activation_bytes
+from services.memory.inputs import PlanInput
+from services.memory.measure import NotMeasurable, gpu_facts, gpu_process_bytes, host_phase, resident_bytes
+from services.memory.plan import Measured, MemoryPlan, plan_memory
+
+log = logging.getLogger(__name__)
+
+DEFAULT_CPU_DEVICE_BYTES = 2 << 30
+ATTACH_DEADLINE_S = 30.0
+
+
+@dataclass(slots=True)
+class Prepared:
+    """What `prepare` built. `measured` is what this process knows of its own lines."""
+
+    config: WorkerConfig
+    model: ModelConfig
+    engine: Engine
+    transfer: TransferClient | None
+    staging: StagingView | None
+    plan: MemoryPlan
+    measured: Measured
+
+
+def plan_inputs(config: WorkerConfig, model: ModelConfig) -> PlanInput:
+    """The ledger's inputs before anything runs; exact for weights, pages and staging."""
+    context = contexts(config.device)
+    if config.device == "cuda":
+        facts = gpu_facts(config.device_index)
+        device, device_bytes = f"cuda:{config.device_index} {facts.name}", facts.total_bytes
+    else:
+        device, device_bytes = "cpu", config.device_memory_bytes or DEFAULT_CPU_DEVICE_BYTES
+    with_transfer = config.transfer is not None
+    return PlanInput(
+        device=device,
+        device_bytes=config.device_memory_bytes or device_bytes,
+        mem_fraction=config.mem_fraction,
+        weights_bytes=model.parameter_bytes(config.dtype),
+        page_bytes=config.page_size_tokens * model.kv_token_bytes(config.dtype),
+        page_size_tokens=config.page_size_tokens,
+        max_model_len=config.max_model_len,
+        max_chunk_tokens=config.max_chunk_tokens,
+        max_batch=config.max_batch,
+        activation_bytes=estimate_activation_bytes(
+            model, config.dtype, config.max_chunk_tokens, config.max_batch
+        ),
+        worker_context_bytes=context.worker_bytes,
+        graphs_bytes=context.graphs_bytes,
+        staging_slots=config.staging_slots if with_transfer else 0,
+        staging_slot_bytes=config.staging_slot_bytes if with_transfer else 0,
+        transfer_context_bytes=context.transfer_bytes if with_transfer else 0,
+    )
+
+
+def resolve_max_model_len(config: WorkerConfig, model: ModelConfig) -> WorkerConfig:
+    """The flag, or the checkpoint's own; more than the checkpoint was made for is refused."""
+    if config.max_model_len > model.max_model_len:
+        raise ValueError(
+            f"--max-model-len {config.max_model_len}: the checkpoint's configuration allows "
+            f"{model.max_model_len}"
+        )
+    return replace(config, max_model_len=config.max_model_len or model.max_model_len)
+
+
+def prepare(
+    config: WorkerConfig, worker_epoch: int, progress: Callable[[int, int], None]
+) -> Prepared:
+    """Raises CheckpointError, DoesNotFit or a transfer error, each with a message for the operator."""
+    context_bytes = resident_bytes()
+    model = read_model_config(config.model_dir)
+    config = resolve_max_model_len(config, model)
+    plan = plan_memory(plan_inputs(config, model))
+
+    engine = Engine(config, model)
+    transfer = None
+    staging = None
+    if config.transfer is not None:
+        transfer = TransferClient(
+            config.transfer,
+            worker_epoch=worker_epoch,
+            geometry=engine.geometry,
+            keys=None if config.key_dir is None else ChannelKeys.load(config.key_dir),
+            deadline_s=ATTACH_DEADLINE_S,
+        )
+        staging = StagingView(transfer, config.device_index)
+
+    started_s = time.monotonic()
+    with host_phase() as loading:
+        weights_bytes = engine.load(progress)
+    log.info("weights: %d bytes in %.1f s", weights_bytes, time.monotonic() - started_s)
+    activation_bytes = engine.measure_activations()
+
+    inputs = replace(plan.inputs, weights_bytes=weights_bytes, activation_bytes=activation_bytes)
+    if transfer is not None:
+        inputs = replace(inputs, staging_slots=transfer.slots, staging_slot_bytes=transfer.slot_bytes)
+    plan = plan_memory(inputs)
+    with host_phase() as pooling:
+        pool_bytes = engine.allocate_pool(plan.pages)
+
+    on_cpu = config.device == "cpu"
+    measured = Measured(
+        weights_bytes=loading.held_bytes if on_cpu else weights_bytes,
+        kv_pool_bytes=pooling.held_bytes if on_cpu else pool_bytes,
+        activation_bytes=activation_bytes,
+        worker_context_bytes=context_bytes,
+    )
+    return Prepared(config, model, engine, transfer, staging, plan, measured)
+
+
+def measure_now(prepared: Prepared) -> Measured:
+    """The measured column as of now: the worker's own lines, and what its transfer process reports."""
+    measured, transfer = prepared.measured, prepared.transfer
+    if prepared.config.device == "cuda":
+        held_bytes = prepared.engine.allocator_bytes()
+        try:
+            process_bytes = gpu_process_bytes(prepared.config.device_index)
+            measured = replace(measured, worker_context_bytes=max(0, process_bytes - held_bytes))
+        except NotMeasurable as error:
+            log.debug("context not measured: %s", error)
+    stats = None if transfer is None else transfer.last_stats
+    if stats is not None:
+        if stats.device_bytes is not None:
+            staging_bytes, total_bytes = prepared.plan.inputs.staging_bytes, stats.device_bytes
+        else:
+            staging_bytes, total_bytes = stats.staging_resident_bytes, stats.resident_bytes
+        measured = replace(
+            measured, staging_bytes=staging_bytes, transfer_context_bytes=max(0, total_bytes - staging_bytes)
+        )
+    return measured

@@ -1,0 +1,273 @@
+"""A worker process: one engine, one role, one thread.
+
+1. Prepare: plan the memory, attach the transfer process, load weights, measure, allocate (startup.py).
+2. Listen for routers and greet each.
+3. Turn: take in what routers and the transfer process sent; run one step of the role; send what came out.
+   With nothing to do, sleep until a message comes.
+4. About once a second: tell every router the status, end requests whose deadline has passed.
+5. SIGTERM: refuse new work, finish what runs within the drain time, leave.
+"""
+
+import logging
+import os
+import secrets
+import signal
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from types import FrameType
+
+import zmq
+from kvtransfer.client import TransferClient
+
+from kvtransfer.channel import ChannelKeys, Codec, Server
+from services.config import WorkerConfig
+from services.kv_pull import KvPull
+from services.kv_push import KvPush
+from services.messages import (
+    Failed,
+    Generate,
+    Pages,
+    Prefill,
+    Refusal,
+    Report,
+    Request,
+    Reserve,
+    RouterHello,
+    Slots,
+    Status,
+    StatusRequest,
+    WorkerHello,
+)
+from services.outbox import Outbox
+from services.rates import Rate
+from services.roles.decode import DecodeRole
+from services.roles.prefill import PrefillRole
+from services.roles.role import Parts, Role
+from services.roles.unified import UnifiedRole
+from services.rules import Limits
+from services.scheduler.pages import PagePool
+from services.startup import Prepared, measure_now, prepare
+
+log = logging.getLogger(__name__)
+
+VERSION = version("baton")
+STATUS_INTERVAL_S = 1.0
+ROUTER_SILENCE_S = 15.0
+IDLE_WAIT_MS = 250
+
+
+def run(config: WorkerConfig, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+    """Serve until SIGTERM. Raises before listening if the worker cannot be built."""
+    worker_epoch = secrets.randbits(62) | 1
+    prepared = prepare(config, worker_epoch, progress)
+    worker = Worker(prepared, worker_epoch)
+    signal.signal(signal.SIGTERM, worker.on_signal)
+    signal.signal(signal.SIGINT, worker.on_signal)
+    try:
+        worker.serve()
+    finally:
+        worker.close()
+
+
+class Worker:
+    def __init__(self, prepared: Prepared, worker_epoch: int) -> None:
+        config, engine = prepared.config, prepared.engine
+        self.prepared = prepared
+        self.config = config
+        self.epoch = worker_epoch
+        self.transfer: TransferClient | None = prepared.transfer
+        pool = PagePool(prepared.plan.pages, config.page_size_tokens, config.prefix_cache)
+        keys = None if config.key_dir is None else ChannelKeys.load(config.key_dir)
+        self.server: Server[Request, Report] = Server(
+            config.listen, Codec(Request), Codec(Report), keys=keys, on_drop=self._count_drop
+        )
+        limits = Limits(
+            vocab_size=engine.vocab_size,
+            max_sequence_tokens=min(config.max_model_len, pool.total * pool.page_size_tokens),
+            max_batch=config.max_batch,
+            max_queue=config.max_queue,
+            eos_token_ids=frozenset(engine.eos_token_ids),
+        )
+        self.parts = Parts(
+            engine=engine,
+            pool=pool,
+            limits=limits,
+            max_chunk_tokens=config.max_chunk_tokens,
+            outbox=Outbox(self.server.send),
+            clock=time.monotonic,
+        )
+        self.role = _build_role(self.parts, prepared)
+        self._routers: dict[bytes, float] = {}
+        self._prompt_rate, self._output_rate = Rate(), Rate()
+        self._draining_until_s: float | None = None
+        self._next_status_s = 0.0
+        self._poller = zmq.Poller()
+        self._poller.register(self.server.socket, zmq.POLLIN)
+        if self.transfer is not None:
+            self._poller.register(self.transfer.socket, zmq.POLLIN)
+
+    # ------------------------------------------------------------ life
+
+    def serve(self) -> None:
+        log.info("%s worker %s listens at %s", self.config.role, self.config.name, self.server.endpoint)
+        busy = False
+        while not self._finished():
+            self._poller.poll(0 if busy else IDLE_WAIT_MS)
+            self._take_in()
+            busy = self.role.step()
+            self._once_a_second()
+            self._send_out()
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        """First: drain. Second: leave at once."""
+        now_s = time.monotonic()
+        self._draining_until_s = now_s if self._draining_until_s else now_s + self.config.drain_timeout_s
+
+    def close(self) -> None:
+        self.server.close()
+        if self.transfer is not None:
+            self.transfer.close()
+        log.info("worker %s has ended", self.config.name)
+
+    def _finished(self) -> bool:
+        if self._draining_until_s is None:
+            return False
+        return not self.parts.requests or time.monotonic() >= self._draining_until_s
+
+    # ------------------------------------------------------------ one turn
+
+    def _take_in(self) -> None:
+        now_s = time.monotonic()
+        for router, requests in self.server.receive():
+            if router not in self._routers and not self._greet(router, requests):
+                continue
+            self._routers[router] = now_s
+            for request in requests:
+                self._accept(router, request)
+        if self.transfer is not None:
+            for event in self.transfer.receive(now_s):
+                self.role.on_transfer(event)
+
+    def _greet(self, router: bytes, requests: list[Request]) -> bool:
+        """The first message must be a hello of our own version; anything else is refused."""
+        first = requests[0] if requests else None
+        if isinstance(first, RouterHello) and first.version == VERSION:
+            return True
+        theirs = first.version if isinstance(first, RouterHello) else "unknown (no hello)"
+        self._count_drop("router_refused")
+        self.server.send(router, [Refusal(f"this worker is version {VERSION}, the router is {theirs}")])
+        return False
+
+    def _accept(self, router: bytes, request: Request) -> None:
+        match request:
+            case RouterHello():
+                self.server.send(router, [self._hello(), self._status(None)])
+            case StatusRequest(ask_id=ask_id):
+                self.server.send(router, [self._status(ask_id)])
+            case Generate(work=work) | Prefill(work=work) | Reserve(work=work) if self._draining_until_s:
+                self.parts.outbox.add(
+                    router, Failed(work.request_id, "draining", "this worker is shutting down", True)
+                )
+            case _:
+                self.role.accept(router, request)
+
+    def _send_out(self) -> None:
+        if self.transfer is not None:
+            self.transfer.flush()
+        for router in self.parts.outbox.flush():
+            self._drop_router(router)
+
+    def _once_a_second(self) -> None:
+        now_s = time.monotonic()
+        if now_s < self._next_status_s:
+            return
+        self._next_status_s = now_s + STATUS_INTERVAL_S
+        if self.transfer is not None:
+            self.transfer.tick(now_s)
+        self.role.sweep()
+        self._prompt_rate.observe(now_s, self.parts.counters["prompt_tokens"])
+        self._output_rate.observe(now_s, self.parts.counters["output_tokens"])
+        status = self._status(None) if self._routers else None
+        for router, heard_s in list(self._routers.items()):
+            silent = now_s - heard_s > ROUTER_SILENCE_S
+            if silent or (status is not None and not self.server.send(router, [status])):
+                self._drop_router(router)
+
+    def _drop_router(self, router: bytes) -> None:
+        self._routers.pop(router, None)
+        self.role.drop_router(router)
+
+    def _count_drop(self, reason: str) -> None:
+        self.parts.counters[f"dropped_{reason}"] += 1
+
+    # ------------------------------------------------------------ accounts
+
+    def _hello(self) -> WorkerHello:
+        return WorkerHello(
+            version=VERSION,
+            name=self.config.name,
+            role=self.config.role,
+            worker_epoch=self.epoch,
+            model_digest=self.prepared.engine.geometry.model_digest,
+            vocab_size=self.parts.limits.vocab_size,
+            max_model_len=self.config.max_model_len,
+            max_sequence_tokens=self.parts.limits.max_sequence_tokens,
+            page_size_tokens=self.config.page_size_tokens,
+            pages=self.parts.pool.total,
+            transfer=None if self.transfer is None else self.transfer.address,
+        )
+
+    def _status(self, ask_id: int | None) -> Status:
+        pool, occupancy, transfer = self.parts.pool, self.role.occupancy(), self.transfer
+        pages = pool.counts()
+        stats = None if transfer is None else transfer.last_stats
+        slots = None
+        if transfer is not None and stats is not None:
+            counts = stats.counts
+            slots = Slots(transfer.slots, counts.free, counts.granted, counts.filled, counts.quarantined)
+        counters: dict[str, float] = dict(self.parts.counters)
+        counters["prefix_cache_queries"] = pool.prefix_queries_tokens
+        counters["prefix_cache_hits"] = pool.prefix_hits_tokens
+        counters["preemptions"] = self.role.preemptions()
+        if stats is not None:
+            counters["transfer_bytes"] = stats.moved_bytes
+            counters["transfer_segments"] = stats.moved_segments
+            counters["transfer_seconds"] = stats.move_seconds
+            counters["oldest_grant_age_s"] = stats.oldest_grant_age_s
+            counters |= {f"transfer_dropped_{reason}": count for reason, count in stats.dropped.items()}
+        state = "draining" if self._draining_until_s else "ready"
+        if transfer is not None and not transfer.ready:
+            state = "no_transfer"
+        return Status(
+            ask_id=ask_id,
+            worker_epoch=self.epoch,
+            name=self.config.name,
+            role=self.config.role,
+            state=state,  # type: ignore[arg-type]
+            pid=os.getpid(),
+            transfer_pid=None if transfer is None else transfer.pid,
+            queued=occupancy.queued,
+            running=occupancy.running,
+            reserved=occupancy.reserved,
+            holding=occupancy.holding,
+            pages=Pages(pages.total, pages.free, pages.cached, pages.used),
+            slots=slots,
+            open_sends=0 if stats is None else stats.open_sends,
+            open_receives=0 if stats is None else stats.open_receives,
+            prompt_tokens_per_s=self._prompt_rate.per_second(),
+            output_tokens_per_s=self._output_rate.per_second(),
+            counters=counters,
+            ledger=self.prepared.plan.ledger(measure_now(self.prepared)),
+        )
+
+
+def _build_role(parts: Parts, prepared: Prepared) -> Role:
+    role, transfer, staging = prepared.config.role, prepared.transfer, prepared.staging
+    if role == "unified":
+        return UnifiedRole(parts)
+    if transfer is None or staging is None:
+        raise ValueError(f"--transfer: a {role} worker needs the address of its transfer process")
+    if role == "prefill":
+        return PrefillRole(parts, KvPush(parts.engine, transfer, staging))
+    return DecodeRole(parts, KvPull(parts.engine, transfer, staging, parts.clock))
