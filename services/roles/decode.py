@@ -10,13 +10,13 @@
 from kvtransfer.client import TransferLost
 
 from kvtransfer.messages import Aborted, Arrived, Event, TransferAddress
-from services.engine.batch import RowResult
+from services.engine.batch import Drawn
 from services.engine.errors import ChecksumMismatch
 from services.kv_pull import KvPull
 from services.messages import Cancel, DecodeStarted, Join, Request, Reserve
 from services.roles.role import Occupancy, Parts, Role
 from services.scheduler.decode import DecodeScheduler, Reservation
-from services.scheduler.sequence import Scheduled
+from services.scheduler.sequence import Sequence
 
 
 class DecodeRole(Role):
@@ -77,20 +77,22 @@ class DecodeRole(Role):
         plan = self.scheduler.schedule()
         if not plan:
             return False
-        done = self.execute(plan)
-        if not done:
+        result = self.execute(plan)
+        if result is None:
             return True
         self.scheduler.finish_step(plan)
-        for scheduled, result in done:
-            if scheduled.draws:
-                self._append(scheduled, result)
+        for sequence, drawn in result.decodes:
+            self._append(sequence, drawn)
+        for chunk, row in result.chunks:
+            if chunk.draws:
+                self._append(chunk.sequence, row.drawn[0])
         return True
 
     def occupancy(self) -> Occupancy:
         scheduler = self.scheduler
         return Occupancy(
             queued=len(scheduler.waiting) + len(scheduler.batch.resuming),
-            running=len(scheduler.batch.running),
+            running=len(scheduler.batch),
             reserved=scheduler.reserved,
         )
 
@@ -150,15 +152,12 @@ class DecodeRole(Role):
 
     # ------------------------------------------------------------ tokens
 
-    def _append(self, scheduled: Scheduled, result: RowResult) -> None:
-        sequence, drawn = scheduled.sequence, result.drawn[0]
+    def _append(self, sequence: Sequence, drawn: Drawn) -> None:
         live = self.parts.requests.get(sequence.work.request_id)
         if live is None:
             return
         sequence.tokens.append(drawn.token)
-        choice = sequence.choices[0]
-        output_tokens = len(sequence.tokens) - sequence.prompt_tokens
-        if self.report_token(live, choice, output_tokens, drawn) and self.scheduler.end(
-            live.work.request_id, choice
-        ):
+        choice, output_tokens = sequence.choices[0], len(sequence.tokens) - sequence.prompt_tokens
+        ended = self.report_token(live, choice, output_tokens, drawn)
+        if ended and self.scheduler.end(live.work.request_id, choice):
             self.end(live.work.request_id, "every choice ended")

@@ -16,7 +16,7 @@ from services.kv_push import KvPush
 from services.messages import Cancel, Prefill, Request
 from services.roles.role import Occupancy, Parts, Role
 from services.scheduler.prefill import PrefillScheduler
-from services.scheduler.sequence import Scheduled
+from services.scheduler.sequence import Chunk
 
 
 class PrefillRole(Role):
@@ -44,7 +44,7 @@ class PrefillRole(Role):
                 if live is not None and self.push.confirmed(event):
                     self.scheduler.confirm(live.work.request_id)
                 elif live is not None:
-                    self.fail(live.work.request_id, "transfer", "the destination expects another prompt", True)
+                    self.fail(live.work.request_id, "transfer", "the destination wants another prompt", True)
             case SendSlots():
                 self.push.lend(event)
             case SendCommitted(transfer_id=transfer_id):
@@ -67,12 +67,12 @@ class PrefillRole(Role):
         plan = self.scheduler.schedule()
         if not plan:
             return packed > 0
-        done = self.execute(plan)
-        if not done:
+        result = self.execute(plan)
+        if result is None:
             return True
         self.scheduler.finish_step(plan)
-        for scheduled, result in done:
-            self._report(scheduled, result)
+        for chunk, drawn in result.chunks:
+            self._report(chunk, drawn)
         self.push.pack()
         return True
 
@@ -80,7 +80,7 @@ class PrefillRole(Role):
         scheduler = self.scheduler
         return Occupancy(
             queued=len(scheduler.waiting),
-            running=len(scheduler.batch.running),
+            running=len(scheduler.batch),
             holding=len(scheduler.holding),
         )
 
@@ -93,12 +93,12 @@ class PrefillRole(Role):
             self.push.close(live.transfer_id, abort_reason=reason)
         self.scheduler.end(request_id)
 
-    def _report(self, scheduled: Scheduled, result: RowResult) -> None:
+    def _report(self, chunk: Chunk, result: RowResult) -> None:
         """A chunk's log probabilities are kept; a prompt's end is reported, and ends choices that stop."""
-        self.collect_prompt_logprobs(scheduled, result)
-        sequence = scheduled.sequence
+        self.collect_prompt_logprobs(chunk, result)
+        sequence = chunk.sequence
         live = self.parts.requests.get(sequence.work.request_id)
-        if live is None or not scheduled.draws:
+        if live is None or not chunk.draws:
             return
         self.report_prefill(live, sequence)
         ended = 0

@@ -20,10 +20,10 @@ from services.engine.engine import Engine
 from services.messages import Cancel, Failed, PrefillDone, Request, Tokens, Work
 from services.outbox import Outbox
 from services.requests import Live, Requests
-from services.rows import row_of, wants_prompt_logprobs
+from services.rows import rows_of, wants_prompt_logprobs
 from services.rules import Limits, finish_reason, refuse
 from services.scheduler.pages import PagePool
-from services.scheduler.sequence import Scheduled, Sequence, StepPlan
+from services.scheduler.sequence import Chunk, Sequence, StepPlan
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,14 @@ class Occupancy:
     running: int = 0
     reserved: int = 0
     holding: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step drew, in the plan's order."""
+
+    decodes: list[tuple[Sequence, Drawn]]
+    chunks: list[tuple[Chunk, RowResult]]
 
 
 class Role(ABC):
@@ -134,35 +142,37 @@ class Role(ABC):
 
     # ------------------------------------------------------------ a step
 
-    def execute(self, plan: StepPlan) -> list[tuple[Scheduled, RowResult]]:
+    def execute(self, plan: StepPlan) -> StepResult | None:
         """Run a plan on the engine; an engine error fails the plan's requests, not the worker.
 
         On a GPU an error may have spoilt the context, so there it ends the process.
         """
-        for one in plan.scheduled:
-            live = self.parts.requests.get(one.sequence.work.request_id)
+        for chunk in plan.chunks:
+            live = self.parts.requests.get(chunk.sequence.work.request_id)
             if live is not None and live.started_s is None:
                 live.started_s = self.parts.clock()
         try:
-            results = self.parts.engine.execute([row_of(one) for one in plan.scheduled])
+            results = self.parts.engine.execute(rows_of(plan))
         except (RuntimeError, ValueError, IndexError) as error:
-            ids = sorted({one.sequence.work.request_id for one in plan.scheduled})
+            ids = sorted({one.work.request_id for one in plan.sequences()})
             log.exception("engine step failed for requests %s", ids)
             self.parts.counters["engine_errors"] += 1
             if self.parts.engine.device.type == "cuda":
                 raise
             for request_id in ids:
                 self.fail(request_id, "internal", f"the engine failed: {type(error).__name__}", False)
-            return []
+            return None
         self.parts.counters["steps"] += 1
-        for one in plan.scheduled:
-            if one.count > 1 or one.start < one.sequence.prompt_tokens:
-                self.parts.counters["prompt_tokens"] += one.count
-        return list(zip(plan.scheduled, results, strict=True))
+        self.parts.counters["prompt_tokens"] += sum(chunk.count for chunk in plan.chunks)
+        decodes = len(plan.decodes)
+        return StepResult(
+            [(one, result.drawn[0]) for one, result in zip(plan.decodes, results[:decodes], strict=True)],
+            list(zip(plan.chunks, results[decodes:], strict=True)),
+        )
 
-    def collect_prompt_logprobs(self, scheduled: Scheduled, result: RowResult) -> None:
-        live = self.parts.requests.get(scheduled.sequence.work.request_id)
-        if live is not None and wants_prompt_logprobs(scheduled):
+    def collect_prompt_logprobs(self, chunk: Chunk, result: RowResult) -> None:
+        live = self.parts.requests.get(chunk.sequence.work.request_id)
+        if live is not None and wants_prompt_logprobs(chunk.sequence):
             live.prompt_logprobs.extend(result.prompt_logprobs)
 
     def report_prefill(self, live: Live, sequence: Sequence) -> None:

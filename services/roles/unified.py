@@ -3,11 +3,10 @@
 from kvtransfer.client import TransferLost
 
 from kvtransfer.messages import Event
-from services.engine.batch import RowResult
+from services.engine.batch import Drawn, RowResult
 from services.messages import Cancel, FirstToken, Generate, Request
-from services.requests import Live
 from services.roles.role import Occupancy, Parts, Role
-from services.scheduler.sequence import Scheduled
+from services.scheduler.sequence import Sequence
 from services.scheduler.unified import UnifiedScheduler
 
 
@@ -36,24 +35,25 @@ class UnifiedRole(Role):
         plan = self.scheduler.schedule()
         if not plan:
             return False
-        done = self.execute(plan)
-        if not done:
+        result = self.execute(plan)
+        if result is None:
             return True
         self.scheduler.finish_step(plan)
-        for scheduled, result in done:
-            self.collect_prompt_logprobs(scheduled, result)
-            live = self.parts.requests.get(scheduled.sequence.work.request_id)
-            if live is None or not scheduled.draws:
+        for sequence, drawn in result.decodes:
+            self._append(sequence, drawn)
+        for chunk, row in result.chunks:
+            self.collect_prompt_logprobs(chunk, row)
+            if not chunk.draws:
                 continue
-            if len(scheduled.sequence.tokens) == scheduled.sequence.prompt_tokens:
-                self._fork(live, scheduled, result)
+            if len(chunk.sequence.tokens) == chunk.sequence.prompt_tokens:
+                self._fork(chunk.sequence, row)
             else:
-                self._append(live, scheduled, result)
+                self._append(chunk.sequence, row.drawn[0])
         return True
 
     def occupancy(self) -> Occupancy:
         queued = len(self.scheduler.waiting) + len(self.scheduler.batch.resuming)
-        return Occupancy(queued=queued, running=len(self.scheduler.batch.running))
+        return Occupancy(queued=queued, running=len(self.scheduler.batch))
 
     def preemptions(self) -> int:
         return self.scheduler.batch.preemptions
@@ -61,23 +61,26 @@ class UnifiedRole(Role):
     def release(self, request_id: int, reason: str) -> None:
         self.scheduler.end(request_id)
 
-    def _fork(self, live: Live, scheduled: Scheduled, result: RowResult) -> None:
-        prompt = scheduled.sequence
+    def _fork(self, prompt: Sequence, row: RowResult) -> None:
+        """A prompt's end: report every choice's first token, and go on with those that did not end."""
+        live = self.parts.requests.get(prompt.work.request_id)
+        if live is None:
+            return
         self.report_prefill(live, prompt)
         going: list[FirstToken] = []
-        for choice, drawn in zip(prompt.choices, result.drawn, strict=True):
+        for choice, drawn in zip(prompt.choices, row.drawn, strict=True):
             if not self.report_token(live, choice, 1, drawn):
                 going.append(FirstToken(choice, drawn.token))
         self.parts.engine.copy_pages(self.scheduler.fork(prompt, going))
         if not going:
             self.parts.requests.remove(live.work.request_id)
 
-    def _append(self, live: Live, scheduled: Scheduled, result: RowResult) -> None:
-        sequence, drawn = scheduled.sequence, result.drawn[0]
+    def _append(self, sequence: Sequence, drawn: Drawn) -> None:
+        live = self.parts.requests.get(sequence.work.request_id)
+        if live is None:
+            return
         sequence.tokens.append(drawn.token)
-        choice = sequence.choices[0]
-        output_tokens = len(sequence.tokens) - sequence.prompt_tokens
-        if self.report_token(live, choice, output_tokens, drawn) and self.scheduler.end(
-            live.work.request_id, choice
-        ):
+        choice, output_tokens = sequence.choices[0], len(sequence.tokens) - sequence.prompt_tokens
+        ended = self.report_token(live, choice, output_tokens, drawn)
+        if ended and self.scheduler.end(live.work.request_id, choice):
             self.parts.requests.remove(live.work.request_id)

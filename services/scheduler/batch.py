@@ -1,28 +1,43 @@
 """The running batch: the sequences that take part in steps, and the pages they hold.
 
-All three schedulers are this plus a policy of what enters. The batch computes decode tokens first (they
-are what users watch), then fills the step up to `max_chunk_tokens` with chunks of prompts. When a
-sequence needs a page and none is left, the youngest running sequence is preempted: its pages are
-released, and it is computed again later (mostly from the prefix cache). The oldest always goes on, so
-the batch never stands still.
+All three schedulers are this plus a policy of what enters. A step computes one token of each decoding
+sequence first (they are what users watch), then fills up to `max_chunk_tokens` with chunks of the
+sequences that have more pending. When a sequence needs a page and none is left, the youngest one is
+preempted: its pages are released, and it is computed again later (mostly from the prefix cache). The
+oldest always goes on, so the batch never stands still.
+
+A step of a full batch touches each decoding sequence twice and does no other work for it unless it
+crosses a page border: at 256 sequences the scheduler must not cost what a kernel costs.
 """
 
+from bisect import insort
 from collections.abc import Iterable
 
 from services.messages import FirstToken
+from services.scheduler.errors import IllegalMove
 from services.scheduler.pages import PagePool, chain_digest, chain_root
 from services.scheduler.sequence import Sequence, State, StepPlan, choice_sequence
 
 
+def _age(sequence: Sequence) -> int:
+    return sequence.arrival
+
+
 class RunningBatch:
+    """`decoding` and `computing` are disjoint, each oldest first; together they are what runs."""
+
     def __init__(self, pool: PagePool, max_batch: int, max_chunk_tokens: int) -> None:
         self.pool = pool
         self.max_batch = max_batch
         self.max_chunk_tokens = max_chunk_tokens
-        self.running: list[Sequence] = []
+        self.decoding: list[Sequence] = []
+        self.computing: list[Sequence] = []
         self.resuming: list[Sequence] = []
         self.preemptions = 0
         self._arrivals = 0
+
+    def __len__(self) -> int:
+        return len(self.decoding) + len(self.computing)
 
     def number(self, sequence: Sequence) -> None:
         """Give a sequence that is new here its age."""
@@ -31,18 +46,28 @@ class RunningBatch:
 
     # ------------------------------------------------------------ entering
 
-    def has_room(self) -> bool:
-        return len(self.running) < self.max_batch
+    def has_room(self, choices: int = 1) -> bool:
+        """Whether `choices` more can decode; a prompt counts as the choices it will become."""
+        prompts = sum(max(1, len(one.choices)) for one in self.computing)
+        return len(self.decoding) + prompts + choices <= self.max_batch
+
+    def wants_more(self) -> bool:
+        """Whether a step would have room for tokens beyond what the running sequences have pending."""
+        pending = len(self.decoding) + sum(one.pending_tokens for one in self.computing)
+        return self.has_room() and pending < self.max_chunk_tokens
 
     def admit(self, sequence: Sequence) -> bool:
         """Take pages for all of a waiting sequence's tokens and run it; False if there are too few.
 
         A page for each running sequence is left over, so that an arrival does not at once preempt.
         """
-        if not self.has_room() or not self._take_pages(sequence, len(sequence.tokens) - 1, len(self.running)):
+        if not self.has_room(max(1, len(sequence.choices))):
+            return False
+        if not self._take_pages(sequence, len(sequence.tokens) - 1, len(self)):
             return False
         sequence.computed_tokens = sequence.cached_tokens
-        self.enter(sequence)
+        sequence.move(State.RUNNING)
+        insort(self.computing, sequence, key=_age)
         return True
 
     def admit_resuming(self) -> None:
@@ -52,16 +77,11 @@ class RunningBatch:
 
     def reserve(self, sequence: Sequence) -> bool:
         """Take pages for a prompt whose KV another worker computes; False if there are too few."""
-        headroom = len(self.running) + sequence.work.choices if self.running else 0
+        headroom = len(self) + sequence.work.choices if len(self) else 0
         if not self._take_pages(sequence, len(sequence.tokens), headroom):
             return False
         sequence.move(State.RESERVED)
         return True
-
-    def enter(self, sequence: Sequence) -> None:
-        sequence.move(State.RUNNING)
-        self.running.append(sequence)
-        self.running.sort(key=lambda one: one.arrival)
 
     def fork(
         self, prompt: Sequence, first_tokens: Iterable[FirstToken]
@@ -90,40 +110,50 @@ class RunningBatch:
             else:
                 self.pool.share(partial)
             self.pool.share(prompt.pages[:full])
-            sequence.pages = prompt.pages[:full] + own
+            self._give_pages(sequence, prompt.pages[:full] + own)
             sequence.digests = list(prompt.digests)
             sequence.published_pages = prompt.published_pages
             sequence.computed_tokens = prompt.computed_tokens
-            self.enter(sequence)
+            sequence.move(State.RUNNING)
+            insort(self.decoding, sequence, key=_age)
         self.end(prompt)
         return copies, sequences
 
     # ------------------------------------------------------------ a step
 
-    def plan_decodes(self, plan: StepPlan) -> None:
-        for sequence in list(self.running):
-            if sequence.state is State.RUNNING and sequence.pending_tokens == 1 and self._grow(sequence):
-                plan.add(sequence, 1)
-
-    def plan_chunks(self, plan: StepPlan) -> None:
-        for sequence in self.running:
+    def plan_step(self) -> StepPlan:
+        plan = StepPlan()
+        for sequence in [one for one in self.decoding if one.computed_tokens >= one.capacity_tokens]:
+            if sequence.state is State.RUNNING:  # not preempted by an older one just now
+                self._grow(sequence)
+        plan.decodes = self.decoding.copy()
+        plan.tokens = len(plan.decodes)
+        for sequence in self.computing:
             budget = self.max_chunk_tokens - plan.tokens
             if budget <= 0:
-                return
-            if sequence.pending_tokens > 1:
-                plan.add(sequence, min(budget, sequence.pending_tokens))
+                break
+            plan.add_chunk(sequence, min(budget, sequence.pending_tokens))
+        return plan
 
-    def wants_more(self) -> bool:
-        """Whether a step would have room for tokens beyond what the running sequences have pending."""
-        return self.has_room() and sum(one.pending_tokens for one in self.running) < self.max_chunk_tokens
+    def finish_step(self, plan: StepPlan) -> None:
+        """The step is done: its tokens' KV is in the pages.
 
-    def advance(self, plan: StepPlan) -> None:
-        """The step is done: its tokens' KV is in the pages. Full pages become findable prefixes."""
-        for one in plan.scheduled:
-            one.sequence.computed_tokens += one.count
-            self.publish(one.sequence)
+        A prompt's full pages become findable prefixes at once, those of its output when it leaves its
+        pages: hashing them during decode would cost more than the rest of the step. A choice that was
+        computed again and has nothing pending any more decodes from now on.
+        """
+        for sequence in plan.decodes:
+            sequence.computed_tokens += 1
+        for chunk in plan.chunks:
+            sequence = chunk.sequence
+            sequence.computed_tokens += chunk.count
+            self.publish(sequence)
+            if sequence.pending_tokens == 0 and len(sequence.tokens) > sequence.prompt_tokens:
+                self.computing.remove(sequence)
+                insort(self.decoding, sequence, key=_age)
 
     def publish(self, sequence: Sequence) -> None:
+        """Make the full pages that are computed findable as prefixes."""
         size = self.pool.page_size_tokens
         full = sequence.computed_tokens // size
         digests = sequence.digests
@@ -137,15 +167,15 @@ class RunningBatch:
 
     # ------------------------------------------------------------ leaving
 
-    def leave(self, sequence: Sequence, to: State) -> None:
-        """Out of the batch, with its pages (`HOLDING`)."""
-        self.running.remove(sequence)
-        sequence.move(to)
+    def hold(self, sequence: Sequence) -> None:
+        """Out of the batch, with its pages."""
+        self._remove(sequence)
+        sequence.move(State.HOLDING)
 
     def end(self, sequence: Sequence) -> None:
         """From any state to `ENDED`: out of the batch, pages released."""
         if sequence.state is State.RUNNING:
-            self.running.remove(sequence)
+            self._remove(sequence)
         elif sequence in self.resuming:
             self.resuming.remove(sequence)
         self._release(sequence)
@@ -153,16 +183,28 @@ class RunningBatch:
 
     def preempt(self, sequence: Sequence) -> None:
         self.preemptions += 1
-        self.running.remove(sequence)
+        self._remove(sequence)
         self._release(sequence)
         self._wait_again(sequence)
 
     def reset(self, sequence: Sequence) -> None:
         """Back to `WAITING` without pages, but into no queue of this batch."""
         if sequence.state is State.RUNNING:
-            self.running.remove(sequence)
+            self._remove(sequence)
         self._release(sequence)
         sequence.move(State.WAITING)
+
+    def _remove(self, sequence: Sequence) -> None:
+        for part in (self.decoding, self.computing):
+            if sequence in part:
+                part.remove(sequence)
+                return
+        raise IllegalMove(f"request {sequence.work.request_id} runs, but not in this batch")
+
+    def _wait_again(self, sequence: Sequence) -> None:
+        if sequence.state is not State.WAITING:
+            sequence.move(State.WAITING)
+        insort(self.resuming, sequence, key=_age)
 
     # ------------------------------------------------------------ pages
 
@@ -175,32 +217,29 @@ class RunningBatch:
         if not self.pool.can_allocate(needed + headroom_pages):
             self.pool.release(cached)
             return False
-        sequence.pages = cached + self.pool.allocate(needed)
+        self._give_pages(sequence, cached + self.pool.allocate(needed))
         sequence.cached_tokens = len(cached) * self.pool.page_size_tokens
         sequence.published_pages = len(cached)
         return True
 
-    def _grow(self, sequence: Sequence) -> bool:
-        """Give a decoding sequence the page its next token needs; False if it was preempted instead."""
-        if self.pool.pages_for(sequence.computed_tokens + 1) <= len(sequence.pages):
-            return True
+    def _give_pages(self, sequence: Sequence, pages: list[int]) -> None:
+        sequence.pages = pages
+        sequence.capacity_tokens = len(pages) * self.pool.page_size_tokens
+
+    def _grow(self, sequence: Sequence) -> None:
+        """Give a decoding sequence the page its next token needs, or preempt it if it is the youngest."""
         while not self.pool.can_allocate(1):
-            youngest = self.running[-1]
+            youngest = max((*self.decoding[-1:], *self.computing[-1:]), key=_age)
             self.preempt(youngest)
             if youngest is sequence:
-                return False
+                return
         sequence.pages += self.pool.allocate(1)
-        return True
+        sequence.capacity_tokens += self.pool.page_size_tokens
 
     def _release(self, sequence: Sequence) -> None:
+        self.publish(sequence)
         self.pool.release(sequence.pages)
-        sequence.pages = []
+        self._give_pages(sequence, [])
         sequence.computed_tokens = 0
         sequence.cached_tokens = 0
         sequence.published_pages = 0
-
-    def _wait_again(self, sequence: Sequence) -> None:
-        if sequence.state is not State.WAITING:
-            sequence.move(State.WAITING)
-        self.resuming.append(sequence)
-        self.resuming.sort(key=lambda one: one.arrival)

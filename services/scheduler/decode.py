@@ -103,7 +103,7 @@ class DecodeScheduler:
             reservation = self._joined[0]
             choices = reservation.live_choices()
             live = [one for one in reservation.first_tokens or [] if one.choice in choices]
-            if len(self.batch.running) + len(live) > max(self.batch.max_batch, len(live)):
+            if not self.batch.has_room(len(live)):
                 break
             self._joined.popleft()
             request_id = reservation.prompt.work.request_id
@@ -118,13 +118,10 @@ class DecodeScheduler:
 
     def schedule(self) -> StepPlan:
         self.batch.admit_resuming()
-        plan = StepPlan()
-        self.batch.plan_decodes(plan)
-        self.batch.plan_chunks(plan)
-        return plan
+        return self.batch.plan_step()
 
     def finish_step(self, plan: StepPlan) -> None:
-        self.batch.advance(plan)
+        self.batch.finish_step(plan)
 
     def end(self, request_id: int, choice: int | None = None) -> bool:
         """End a request, or one choice; True when nothing of the request is left. Unknown ids: False."""

@@ -8,7 +8,7 @@ them; it is then computed again later, without drawing its first tokens a second
 from services.messages import Work
 from services.scheduler.batch import RunningBatch
 from services.scheduler.pages import PagePool
-from services.scheduler.sequence import Sequence, State, StepPlan, prompt_sequence
+from services.scheduler.sequence import Sequence, StepPlan, prompt_sequence
 
 
 class PrefillScheduler:
@@ -39,17 +39,14 @@ class PrefillScheduler:
 
     def schedule(self) -> StepPlan:
         self._admit()
-        plan = StepPlan()
-        self.batch.plan_decodes(plan)
-        self.batch.plan_chunks(plan)
-        return plan
+        return self.batch.plan_step()
 
     def finish_step(self, plan: StepPlan) -> list[Sequence]:
         """Count the step's tokens as computed; returns the prompts it completed, now held."""
-        self.batch.advance(plan)
-        done = [one.sequence for one in plan.scheduled if one.sequence.pending_tokens == 0]
+        self.batch.finish_step(plan)
+        done = [one.sequence for one in plan.chunks if one.sequence.pending_tokens == 0]
         for sequence in done:
-            self.batch.leave(sequence, State.HOLDING)
+            self.batch.hold(sequence)
             self.holding[sequence.work.request_id] = sequence
         return done
 
@@ -73,7 +70,7 @@ class PrefillScheduler:
             if confirmed is not None:
                 if not self._admit_confirmed(confirmed):
                     return
-            elif any(self._is_confirmed(one) for one in self.batch.running) or not self._admit_unconfirmed():
+            elif any(map(self._is_confirmed, self.batch.computing)) or not self._admit_unconfirmed():
                 return
 
     def _admit_confirmed(self, sequence: Sequence) -> bool:
@@ -97,7 +94,7 @@ class PrefillScheduler:
         return True
 
     def _youngest_unconfirmed(self) -> Sequence | None:
-        holders = [*self.batch.running, *self.holding.values()]
+        holders = [*self.batch.computing, *self.holding.values()]
         unconfirmed = [one for one in holders if not self._is_confirmed(one)]
         return max(unconfirmed, key=lambda one: one.arrival, default=None)
 

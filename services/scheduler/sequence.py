@@ -47,6 +47,7 @@ class Sequence:
     computed_tokens: int = 0
     cached_tokens: int = 0
     pages: list[int] = field(default_factory=list)
+    capacity_tokens: int = 0  # what `pages` hold; kept beside them because every step compares it
     digests: list[bytes] = field(default_factory=list)
     published_pages: int = 0
 
@@ -79,10 +80,10 @@ def choice_sequence(work: Work, first: FirstToken) -> Sequence:
 
 
 @dataclass(frozen=True, slots=True)
-class Scheduled:
-    """Tokens `[start, start + count)` of a sequence, computed in this step.
+class Chunk:
+    """Tokens `[start, start + count)` of a sequence with many pending, computed in this step.
 
-    `draws` is False for a chunk after which tokens are still pending, and where nothing is to be drawn.
+    `draws` is False if tokens are still pending after it, and where nothing is to be drawn.
     """
 
     sequence: Sequence
@@ -93,16 +94,19 @@ class Scheduled:
 
 @dataclass(slots=True)
 class StepPlan:
-    """One engine step: which tokens of which sequences to compute. False when there is nothing to do."""
+    """One engine step: a token of each of `decodes`, then `chunks`. False when there is nothing to do."""
 
-    scheduled: list[Scheduled] = field(default_factory=list)
+    decodes: list[Sequence] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
     tokens: int = 0
 
     def __bool__(self) -> bool:
-        return bool(self.scheduled)
+        return self.tokens > 0
 
-    def add(self, sequence: Sequence, count: int) -> None:
-        ends = count == sequence.pending_tokens
-        draws = ends and bool(sequence.choices)
-        self.scheduled.append(Scheduled(sequence, sequence.computed_tokens, count, draws))
+    def add_chunk(self, sequence: Sequence, count: int) -> None:
+        draws = count == sequence.pending_tokens and bool(sequence.choices)
+        self.chunks.append(Chunk(sequence, sequence.computed_tokens, count, draws))
         self.tokens += count
+
+    def sequences(self) -> list[Sequence]:
+        return [*self.decodes, *(one.sequence for one in self.chunks)]

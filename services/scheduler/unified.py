@@ -30,13 +30,10 @@ class UnifiedScheduler:
             if not self.batch.admit(self.waiting[0]):
                 break
             self.waiting.popleft()
-        plan = StepPlan()
-        self.batch.plan_decodes(plan)
-        self.batch.plan_chunks(plan)
-        return plan
+        return self.batch.plan_step()
 
     def finish_step(self, plan: StepPlan) -> None:
-        self.batch.advance(plan)
+        self.batch.finish_step(plan)
 
     def fork(self, prompt: Sequence, first_tokens: list[FirstToken]) -> list[tuple[int, int]]:
         """A computed prompt goes on as these choices; returns page copies that are due at once."""
