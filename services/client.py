@@ -75,6 +75,10 @@ def load_keys(key_dir: Path | None) -> ChannelKeys | None:
         raise ClientConfigError(str(error)) from error
 
 
+def _descriptor(socket: "zmq.Socket[bytes]") -> int:
+    return int(socket.getsockopt(zmq.FD))
+
+
 class WorkerClient:
     """One worker, as one event loop sees it. Not thread-safe: everything happens in that loop.
 
@@ -142,8 +146,8 @@ class WorkerClient:
         self._link = Link(self.endpoint, self._receives, self._sends, keys=self._keys, on_drop=self._on_drop)
         socket = self._link.socket
         self._monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        self._loop.add_reader(socket.getsockopt(zmq.FD), self._on_readable)
-        self._loop.add_reader(self._monitor.getsockopt(zmq.FD), self._on_monitor)
+        self._loop.add_reader(_descriptor(socket), self._on_readable)
+        self._loop.add_reader(_descriptor(self._monitor), self._on_monitor)
         self._heard_at_s = self._loop.time()
         self._move(ClientState.CONNECTING, "connecting")
         self._send([RouterHello(software_version(), self._router_epoch)])
@@ -153,8 +157,8 @@ class WorkerClient:
         self._link = self._monitor = None
         if link is None or monitor is None:
             return
-        self._loop.remove_reader(link.socket.getsockopt(zmq.FD))
-        self._loop.remove_reader(monitor.getsockopt(zmq.FD))
+        self._loop.remove_reader(_descriptor(link.socket))
+        self._loop.remove_reader(_descriptor(monitor))
         link.socket.disable_monitor()
         monitor.close(linger=0)
         link.close()
@@ -209,6 +213,8 @@ class WorkerClient:
         if isinstance(report, Refusal):
             if self.state is ClientState.CONNECTING:
                 self._move(ClientState.REFUSED, report.message)
+            elif self.state is ClientState.READY:
+                self._lose(f"the worker has forgotten this router: {report.message}")
             return
         if isinstance(report, WorkerHello):
             if self.hello is not None and report.worker_epoch != self.hello.worker_epoch:

@@ -12,8 +12,8 @@ from kvtransfer.client import TransferClient
 
 from kvtransfer.messages import Arrived, SlotUse, TransferAddress
 from services.engine.engine import Engine
-from services.engine.staging_view import StagingView
 from services.scheduler.sequence import Sequence
+from services.staging import Staging
 
 
 @dataclass(slots=True)
@@ -27,7 +27,7 @@ class Incoming:
 
 class KvPull:
     def __init__(
-        self, engine: Engine, client: TransferClient, staging: StagingView, clock: Callable[[], float]
+        self, engine: Engine, client: TransferClient, staging: Staging, clock: Callable[[], float]
     ) -> None:
         self._engine = engine
         self._client = client

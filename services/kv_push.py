@@ -11,8 +11,8 @@ from kvtransfer.client import TransferClient
 
 from kvtransfer.messages import Segment, SendConfirmed, SendSlots, SlotUse
 from services.engine.engine import Engine
-from services.engine.staging_view import StagingView
 from services.scheduler.sequence import Sequence
+from services.staging import Staging
 
 
 @dataclass(slots=True)
@@ -27,7 +27,7 @@ class Outgoing:
 
 
 class KvPush:
-    def __init__(self, engine: Engine, client: TransferClient, staging: StagingView) -> None:
+    def __init__(self, engine: Engine, client: TransferClient, staging: Staging) -> None:
         self._engine = engine
         self._client = client
         self._staging = staging

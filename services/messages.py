@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from kvtransfer.messages import TransferAddress
+from kvtransfer.messages import TransferAddress as TransferAddress
 
 MAX_CHOICES = 128
 MAX_TOP_LOGPROBS = 20

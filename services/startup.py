@@ -17,16 +17,15 @@ from kvtransfer.channel import ChannelKeys
 from services.config import WorkerConfig
 from services.engine.engine import Engine
 from services.engine.model_config import ModelConfig, read_model_config
-from services.engine.staging_view import StagingView
-from services.memory.estimate import contexts, estimate_activation_bytes
-from services.memory.inputs import PlanInput
+from services.memory.estimate import plan_input_for
 from services.memory.measure import NotMeasurable, gpu_facts, gpu_process_bytes, host_phase, resident_bytes
 from services.memory.plan import Measured, MemoryPlan, plan_memory
+from services.staging import Staging
 
 log = logging.getLogger(__name__)
 
 DEFAULT_CPU_DEVICE_BYTES = 2 << 30
-ATTACH_DEADLINE_S = 30.0
+ATTACH_TIMEOUT_S = 30.0
 
 
 @dataclass(slots=True)
@@ -37,39 +36,17 @@ class Prepared:
     model: ModelConfig
     engine: Engine
     transfer: TransferClient | None
-    staging: StagingView | None
+    staging: Staging | None
     plan: MemoryPlan
     measured: Measured
 
 
-def plan_inputs(config: WorkerConfig, model: ModelConfig) -> PlanInput:
-    """The ledger's inputs before anything runs; exact for weights, pages and staging."""
-    context = contexts(config.device)
-    if config.device == "cuda":
-        facts = gpu_facts(config.device_index)
-        device, device_bytes = f"cuda:{config.device_index} {facts.name}", facts.total_bytes
-    else:
-        device, device_bytes = "cpu", config.device_memory_bytes or DEFAULT_CPU_DEVICE_BYTES
-    with_transfer = config.transfer is not None
-    return PlanInput(
-        device=device,
-        device_bytes=config.device_memory_bytes or device_bytes,
-        mem_fraction=config.mem_fraction,
-        weights_bytes=model.parameter_bytes(config.dtype),
-        page_bytes=config.page_size_tokens * model.kv_token_bytes(config.dtype),
-        page_size_tokens=config.page_size_tokens,
-        max_model_len=config.max_model_len,
-        max_chunk_tokens=config.max_chunk_tokens,
-        max_batch=config.max_batch,
-        activation_bytes=estimate_activation_bytes(
-            model, config.dtype, config.max_chunk_tokens, config.max_batch
-        ),
-        worker_context_bytes=context.worker_bytes,
-        graphs_bytes=context.graphs_bytes,
-        staging_slots=config.staging_slots if with_transfer else 0,
-        staging_slot_bytes=config.staging_slot_bytes if with_transfer else 0,
-        transfer_context_bytes=context.transfer_bytes if with_transfer else 0,
-    )
+def device_size(config: WorkerConfig) -> tuple[str, int]:
+    """The device's name and bytes: what the driver says, or on a CPU what it was given."""
+    if config.device == "cpu":
+        return "cpu", config.device_memory_bytes or DEFAULT_CPU_DEVICE_BYTES
+    facts = gpu_facts(config.device_index)
+    return facts.name, config.device_memory_bytes or facts.total_bytes
 
 
 def resolve_max_model_len(config: WorkerConfig, model: ModelConfig) -> WorkerConfig:
@@ -89,7 +66,8 @@ def prepare(
     context_bytes = resident_bytes()
     model = read_model_config(config.model_dir)
     config = resolve_max_model_len(config, model)
-    plan = plan_memory(plan_inputs(config, model))
+    device_name, device_bytes = device_size(config)
+    plan = plan_memory(plan_input_for(config, model, device_name=device_name, device_bytes=device_bytes))
 
     engine = Engine(config, model)
     transfer = None
@@ -100,9 +78,9 @@ def prepare(
             worker_epoch=worker_epoch,
             geometry=engine.geometry,
             keys=None if config.key_dir is None else ChannelKeys.load(config.key_dir),
-            deadline_s=ATTACH_DEADLINE_S,
+            timeout_s=ATTACH_TIMEOUT_S,
         )
-        staging = StagingView(transfer, config.device_index)
+        staging = Staging(transfer, config.device_index)
 
     started_s = time.monotonic()
     with host_phase() as loading:

@@ -215,7 +215,7 @@ class Worker:
             max_sequence_tokens=self.parts.limits.max_sequence_tokens,
             page_size_tokens=self.config.page_size_tokens,
             pages=self.parts.pool.total,
-            transfer=None if self.transfer is None else self.transfer.address,
+            transfer=self.transfer.address if self.transfer is not None and self.transfer.ready else None,
         )
 
     def _status(self, ask_id: int | None) -> Status:
@@ -246,7 +246,7 @@ class Worker:
             role=self.config.role,
             state=state,  # type: ignore[arg-type]
             pid=os.getpid(),
-            transfer_pid=None if transfer is None else transfer.pid,
+            transfer_pid=None if stats is None else stats.pid,
             queued=occupancy.queued,
             running=occupancy.running,
             reserved=occupancy.reserved,

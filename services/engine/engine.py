@@ -1,0 +1,271 @@
+"""The engine of one worker rank: weights, the KV pool, one forward pass a step, and the pool's moves.
+
+Life cycle, in this order, each step once:
+
+1. `Engine(config, model)`      nothing is allocated
+2. `load(progress)`             weights
+3. `measure_activations()`      one worst-case forward, before the pool takes the rest
+4. `allocate_pool(pages)`       the pool
+5. `execute`, `copy_pages`, `pack`, `unpack`   for as long as the worker lives
+
+Everything runs on the caller's thread and is complete when a method returns.
+"""
+
+import os
+from collections.abc import Callable
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from kvtransfer.messages import KvGeometry
+from services.config import WorkerConfig
+from services.engine.attention_plan import CPU_LIMITS, CUDA_LIMITS, KvLayout
+from services.engine.batch import Draw, Row, RowResult
+from services.engine.checkpoint_files import model_digest
+from services.engine.errors import EngineStateError, RowError
+from services.engine.kv_pool import KvPool
+from services.engine.layers import Decoder
+from services.engine.model_config import ModelConfig
+from services.engine.models.registry import make_decoder
+from services.engine.parameters import Parameters
+from services.engine.peak_memory import peak_bytes
+from services.engine.sampler import sample, token_logprobs
+from services.engine.segments import Slot, pack, unpack
+from services.engine.step_inputs import build_step, order_rows
+from services.engine.weights import fill_dummy, load_safetensors
+from services.engine.worst_case import worst_case_rows
+from services.messages import TokenLogprob
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PROMPT_LOGPROB_ROWS = 64
+"""Prompt positions whose logits are held at once: those of a long prompt would be gigabytes."""
+
+
+class EngineState(Enum):
+    NEW = "new"
+    LOADED = "loaded"
+    SERVING = "serving"
+
+
+MOVES: dict[EngineState, EngineState | None] = {
+    EngineState.NEW: EngineState.LOADED,
+    EngineState.LOADED: EngineState.SERVING,
+    EngineState.SERVING: None,
+}
+
+
+class Engine:
+    """See the module's docstring for the order of calls; another order raises `EngineStateError`."""
+
+    def __init__(self, config: WorkerConfig, model: ModelConfig) -> None:
+        self.config = config
+        self.model = model
+        self.device = (
+            torch.device("cuda", config.device_index) if config.device == "cuda" else torch.device("cpu")
+        )
+        self.dtype = DTYPES[config.dtype]
+        self.layout = KvLayout(model.layers, model.kv_heads, config.page_size_tokens, model.head_dim)
+        self.limits = CUDA_LIMITS if config.device == "cuda" else CPU_LIMITS
+        self.state = EngineState.NEW
+        self._decoder: Decoder | None = None
+        self._pool: KvPool | None = None
+        self._geometry: KvGeometry | None = None
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        else:
+            torch.set_num_threads(cpu_threads())
+
+    # ------------------------------------------------------------ what a worker asks about the model
+
+    @property
+    def geometry(self) -> KvGeometry:
+        """The KV's shape as it travels. Reads the weight files' headers once, for the digest."""
+        if self._geometry is None:
+            self._geometry = KvGeometry(
+                model_digest=model_digest(self.model, self.config.dtype, self.config.load_format),
+                layers=self.model.layers,
+                kv_heads=self.model.kv_heads,
+                head_dim=self.model.head_dim,
+                dtype=self.config.dtype,
+            )
+        return self._geometry
+
+    @property
+    def page_bytes(self) -> int:
+        return KvPool.page_bytes(self.layout, self.dtype)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.vocab_size
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        return self.model.eos_token_ids
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of one sequence: the configured limit, or what the checkpoint was made for."""
+        return self.config.max_model_len or self.model.max_model_len
+
+    # ------------------------------------------------------------ start
+
+    @torch.inference_mode()
+    def load(self, progress: Callable[[int, int], None]) -> int:
+        """Allocate and fill the weights; returns their bytes. `progress(done_bytes, total_bytes)` is called
+        as they come. Raises `CheckpointError`."""
+        self._move(EngineState.LOADED)
+        parameters = Parameters(self.dtype, self.device)
+        decoder = make_decoder(self.model, parameters)
+        if self.config.load_format == "dummy":
+            fill_dummy(parameters.views, self.device, progress)
+        else:
+            load_safetensors(self.model, parameters.views, progress)
+        self._decoder = decoder
+        return parameters.byte_count
+
+    @torch.inference_mode()
+    def measure_activations(self) -> int:
+        """Peak bytes beyond the weights of one forward at `max_chunk_tokens` and `max_batch`, sampling with
+        every filter on. A few pages stand in for the pool; contexts as long as the model allows read them
+        over and over. Two layers run: every further one reuses their memory."""
+        if self.state is not EngineState.LOADED:
+            raise EngineStateError(
+                f"activations are measured between load and allocate_pool, not when {self.state}"
+            )
+        scratch = KvPool(self.layout, 4, self.dtype, self.device)
+        rows = worst_case_rows(
+            self.config, self.layout, self.limits, scratch.pages, self.max_model_len, PROMPT_LOGPROB_ROWS
+        )
+        windows = self.model.windows
+        widest = windows.index(None) if None in windows else 0
+        layers = min(self.model.layers, max(2, widest + 1))
+
+        def work() -> None:
+            self._run(rows, scratch, layers)
+
+        return peak_bytes(work, self.device)
+
+    def allocate_pool(self, pages: int) -> int:
+        """Allocate the KV pool, zeroed; returns its bytes."""
+        self._move(EngineState.SERVING)
+        self._pool = KvPool(self.layout, pages, self.dtype, self.device)
+        return self._pool.byte_count
+
+    # ------------------------------------------------------------ steps
+
+    @torch.inference_mode()
+    def execute(self, rows: list[Row]) -> list[RowResult]:
+        """One forward over all rows, prefill chunks and decode tokens mixed; results in the rows' order.
+
+        Raises `RowError` before anything is written if a row names what does not exist.
+        """
+        return self._run(rows, self.pool, None)
+
+    def _run(self, rows: list[Row], pool: KvPool, layers: int | None) -> list[RowResult]:
+        if not rows:
+            return []
+        order = order_rows(rows)
+        ordered = [rows[at] for at in order]
+        for row in ordered:
+            self._check(row)
+        decoder = self.decoder
+        step = build_step(ordered, self.model, self.layout, pool.pages, self.limits, self.device)
+        hidden = decoder.forward(step, pool, layers)
+
+        results: list[RowResult] = [RowResult() for _ in rows]
+        last_tokens: list[int] = []
+        draws: list[Draw] = []
+        draw_rows: list[int] = []
+        draw_results: list[RowResult] = []
+        first = 0
+        for at, row in zip(order, ordered, strict=True):
+            if row.targets:
+                results[at].prompt_logprobs = self._prompt_logprobs(
+                    hidden[first : first + len(row.targets)], row
+                )
+            first += len(row.tokens)
+            if row.draws:
+                last_tokens.append(first - 1)
+                for draw in row.draws:
+                    draws.append(draw)
+                    draw_rows.append(len(last_tokens) - 1)
+                    draw_results.append(results[at])
+        if draws:
+            if len(last_tokens) < first:
+                hidden = hidden.index_select(0, torch.tensor(last_tokens, device=self.device))
+            drawn = sample(decoder.logits(hidden), draw_rows, draws)
+            for result, token in zip(draw_results, drawn, strict=True):
+                result.drawn.append(token)
+        return results
+
+    def _prompt_logprobs(self, hidden: Tensor, row: Row) -> list[TokenLogprob]:
+        logprobs: list[TokenLogprob] = []
+        for first in range(0, len(row.targets), PROMPT_LOGPROB_ROWS):
+            targets = row.targets[first : first + PROMPT_LOGPROB_ROWS]
+            logits = self.decoder.logits(hidden[first : first + len(targets)])
+            logprobs += token_logprobs(logits, targets, [row.prompt_logprobs] * len(targets))
+        return logprobs
+
+    def _check(self, row: Row) -> None:
+        """What build_step does not see, and what on a GPU would end the process."""
+        if len(row.targets) > len(row.tokens):
+            raise RowError(f"row has {len(row.targets)} targets for {len(row.tokens)} tokens")
+        if row.targets and not 0 <= min(row.targets) <= max(row.targets) < self.vocab_size:
+            raise RowError(f"target out of range: the vocabulary has {self.vocab_size}")
+        for draw in row.draws:
+            named = list(draw.sampling.logit_bias)
+            if draw.sampling.repetition_penalty != 1.0:
+                named += draw.prompt
+            if named and not 0 <= min(named) <= max(named) < self.vocab_size:
+                raise RowError(f"draw names a token out of range: the vocabulary has {self.vocab_size}")
+
+    # ------------------------------------------------------------ the pool's moves
+
+    @torch.inference_mode()
+    def copy_pages(self, pairs: list[tuple[int, int]]) -> None:
+        """Copy whole pages, `(source, destination)` each. Raises `SegmentError`."""
+        self.pool.copy_pages(pairs)
+
+    @torch.inference_mode()
+    def pack(
+        self, pages: list[int], start_token: int, token_count: int, slot: Slot, with_checksum: bool
+    ) -> tuple[int, int | None]:
+        """Gather a run of a sequence's tokens into a slot (uint8, host memory or a tensor of the device).
+
+        `pages` is the sequence's page table from its first token. Returns `(byte_count, checksum)`.
+        """
+        return pack(self.pool, pages, start_token, token_count, slot, with_checksum)
+
+    @torch.inference_mode()
+    def unpack(
+        self, pages: list[int], start_token: int, token_count: int, slot: Slot, checksum: int | None
+    ) -> None:
+        """Scatter a slot into a sequence's pages. Raises `SegmentError`, `ChecksumMismatch`."""
+        unpack(self.pool, pages, start_token, token_count, slot, checksum)
+
+    # ------------------------------------------------------------ state
+
+    @property
+    def decoder(self) -> Decoder:
+        if self._decoder is None:
+            raise EngineStateError("load the weights first")
+        return self._decoder
+
+    @property
+    def pool(self) -> KvPool:
+        if self._pool is None:
+            raise EngineStateError("allocate the pool first")
+        return self._pool
+
+    def _move(self, target: EngineState) -> None:
+        if MOVES[self.state] is not target:
+            raise EngineStateError(f"engine is {self.state.value}: cannot become {target.value}")
+        self.state = target
+
+
+def cpu_threads() -> int:
+    """Threads for the products on a CPU: what OMP_NUM_THREADS says, else half the cores this process may
+    use, since a prefill and a decode worker usually share a host."""
+    named = os.environ.get("OMP_NUM_THREADS", "")
+    return int(named) if named.isdigit() and int(named) > 0 else max(1, len(os.sched_getaffinity(0)) // 2)

@@ -1,0 +1,137 @@
+"""The parts that the decoders of all families are built from, and the decoder's frame."""
+
+from abc import ABC, abstractmethod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from services.engine.kv_pool import KvPool
+from services.engine.model_config import ModelConfig
+from services.engine.ops.attention import paged_attention
+from services.engine.ops.kv_write import write_kv
+from services.engine.ops.rms_norm import head_rms_norm, rms_norm
+from services.engine.ops.rotary import rotate
+from services.engine.ops.swiglu import silu_mul
+from services.engine.parameters import Parameters
+from services.engine.rope import inverse_frequencies, rotation
+from services.engine.step_inputs import StepInputs
+
+
+class Attention:
+    """Grouped-query attention (Ainslie et al., 2023) with rotary positions over the paged pool.
+
+    The families differ in which biases there are, in the norm of query and key heads (`head_norm`), and in
+    the window.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        parameters: Parameters,
+        layer: int,
+        *,
+        qkv_bias: bool = False,
+        output_bias: bool = False,
+        head_norm: bool = False,
+        window: int | None = None,
+    ) -> None:
+        name = f"model.layers.{layer}.self_attn."
+        self.layer = layer
+        self.heads, self.kv_heads, self.head_dim = model.heads, model.kv_heads, model.head_dim
+        self.window = window
+        self.scale = model.head_dim**-0.5
+        self.eps = model.rms_norm_eps
+        rows = {"q_proj": self.heads, "k_proj": self.kv_heads, "v_proj": self.kv_heads}
+
+        def qkv(kind: str) -> dict[str, int]:
+            return {f"{name}{part}.{kind}": heads * self.head_dim for part, heads in rows.items()}
+
+        hidden, mixed = model.hidden_size, self.heads * self.head_dim
+        self.qkv_weight = parameters.fused(qkv("weight"), hidden)
+        self.qkv_bias = parameters.fused(qkv("bias")) if qkv_bias else None
+        self.output_weight = parameters.tensor(name + "o_proj.weight", hidden, mixed)
+        self.output_bias = parameters.tensor(name + "o_proj.bias", hidden) if output_bias else None
+        self.head_norm: Tensor | None = None
+        if head_norm:
+            copies = {name + "q_norm.weight": self.heads, name + "k_norm.weight": self.kv_heads}
+            self.head_norm = parameters.repeated(copies, self.head_dim)
+
+    def forward(self, x: Tensor, step: StepInputs, cos: Tensor, sin: Tensor, pool: KvPool) -> Tensor:
+        """`x` `[tokens, hidden]` to the same; writes the new tokens' keys and values before it attends."""
+        qkv = F.linear(x, self.qkv_weight, self.qkv_bias).view(x.shape[0], -1, self.head_dim)
+        rotated = qkv[:, : self.heads + self.kv_heads]
+        if self.head_norm is not None:
+            rotated = head_rms_norm(rotated, self.head_norm, self.eps)
+        rotated = rotate(rotated, cos, sin)
+        kv = torch.cat((rotated[:, self.heads :], qkv[:, self.heads + self.kv_heads :]), dim=1)
+        write_kv(pool.layer_rows[self.layer], step.write_index, kv)
+        mixed = paged_attention(
+            rotated[:, : self.heads], pool.layer_blocks[self.layer], step.spans[self.window], self.scale
+        )
+        return F.linear(mixed.reshape(x.shape[0], -1), self.output_weight, self.output_bias)
+
+
+class GatedMlp:
+    """SwiGLU feed-forward, gate and up in one product."""
+
+    def __init__(self, model: ModelConfig, parameters: Parameters, layer: int, *, bias: bool = False) -> None:
+        name = f"model.layers.{layer}.mlp."
+        size = model.intermediate_size
+
+        def gate_up(kind: str) -> dict[str, int]:
+            return {f"{name}gate_proj.{kind}": size, f"{name}up_proj.{kind}": size}
+
+        self.gate_up_weight = parameters.fused(gate_up("weight"), model.hidden_size)
+        self.gate_up_bias = parameters.fused(gate_up("bias")) if bias else None
+        self.down_weight = parameters.tensor(name + "down_proj.weight", model.hidden_size, size)
+        self.down_bias = parameters.tensor(name + "down_proj.bias", model.hidden_size) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate_up = F.linear(x, self.gate_up_weight, self.gate_up_bias)
+        return F.linear(silu_mul(gate_up), self.down_weight, self.down_bias)
+
+
+class DecoderLayer(ABC):
+    """One layer. Takes and gives `(x, residual)`, so that each add is joined with the norm that follows."""
+
+    @abstractmethod
+    def forward(
+        self, x: Tensor, residual: Tensor, step: StepInputs, cos: Tensor, sin: Tensor, pool: KvPool
+    ) -> tuple[Tensor, Tensor]:
+        """Both `[tokens, hidden]`; `residual` may be overwritten."""
+
+
+class Decoder(ABC):
+    """Embedding, layers, final norm, output matrix. A family says what its layers are."""
+
+    def __init__(self, model: ModelConfig, parameters: Parameters) -> None:
+        self.model = model
+        self.embedding = parameters.tensor("model.embed_tokens.weight", model.vocab_size, model.hidden_size)
+        self.layers = [self.make_layer(parameters, layer) for layer in range(model.layers)]
+        self.final_norm = parameters.tensor("model.norm.weight", model.hidden_size)
+        self.output = self.embedding
+        if not model.tied_embeddings:
+            self.output = parameters.tensor("lm_head.weight", model.vocab_size, model.hidden_size)
+        frequencies, self.rotation_factor = inverse_frequencies(model.rope, model.head_dim)
+        self.frequencies = frequencies.to(parameters.device)
+
+    @abstractmethod
+    def make_layer(self, parameters: Parameters, layer: int) -> DecoderLayer:
+        """Allocate layer number `layer`."""
+
+    def forward(self, step: StepInputs, pool: KvPool, layers: int | None = None) -> Tensor:
+        """Hidden states `[tokens, hidden]` before the final norm; fills the new tokens' KV.
+
+        `layers` runs only that many: what a memory measurement needs, since they reuse their memory.
+        """
+        cos, sin = rotation(step.positions, self.frequencies, self.rotation_factor)
+        residual = F.embedding(step.tokens, self.embedding)
+        x = torch.zeros_like(residual)
+        for layer in self.layers[:layers]:
+            x, residual = layer.forward(x, residual, step, cos, sin, pool)
+        return residual.add_(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`[n, hidden]` of `forward` to logits `[n, vocab]` in the model's dtype."""
+        return F.linear(rms_norm(hidden, self.final_norm, self.model.rms_norm_eps), self.output)

@@ -1,0 +1,281 @@
+"""What the engine must know of a model, read from a Hugging Face directory into one frozen value.
+
+The reading goes through `transformers`' own configuration classes, so that defaults, old spellings
+(`rope_scaling`) and per-family rules (which layers slide) are those the model was published with. The
+values themselves need no torch: a memory plan is made from them before anything is loaded.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from services.config import Dtype
+from services.engine.errors import CheckpointError
+
+RopeKind = Literal["default", "linear", "llama3", "yarn"]
+SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+SUPPORTED_ROPE_KINDS: tuple[RopeKind, ...] = ("default", "linear", "llama3", "yarn")
+_IGNORED_ROPE_KEYS = {"type", "partial_rotary_factor", "finetuned"}
+
+
+@dataclass(frozen=True, slots=True)
+class RopeConfig:
+    """Rotary position embedding and how it is stretched (see rope.py). Unused fields keep their defaults."""
+
+    kind: RopeKind
+    theta: float
+    factor: float = 1.0
+    original_max_positions: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    attention_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Shape of one decoder. `windows[i]` is layer i's sliding window in tokens, None for full attention."""
+
+    model_dir: Path
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    tied_embeddings: bool
+    max_model_len: int
+    windows: tuple[int | None, ...]
+    rope: RopeConfig
+    eos_token_ids: tuple[int, ...]
+
+    def parameter_count(self) -> int:
+        """Parameters as they lie in memory: a tied output matrix counts once, the vector that normalises
+        query or key heads once for each head."""
+        total = (self.heads + self.kv_heads - 2) * self.head_dim * self.layers if self.qk_norm else 0
+        for shape in self.tensor_shapes().values():
+            size = 1
+            for extent in shape:
+                size *= extent
+            total += size
+        return total
+
+    def parameter_bytes(self, dtype: Dtype) -> int:
+        return self.parameter_count() * dtype_bytes(dtype)
+
+    def kv_token_bytes(self, dtype: Dtype) -> int:
+        """Keys and values of one token over all layers."""
+        return self.layers * 2 * self.kv_heads * self.head_dim * dtype_bytes(dtype)
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor that is loaded, by its name in the checkpoint."""
+        q_rows, kv_rows = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        shapes: dict[str, tuple[int, ...]] = {
+            "model.embed_tokens.weight": (self.vocab_size, self.hidden_size)
+        }
+        for layer in range(self.layers):
+            prefix = f"model.layers.{layer}."
+            attention, mlp = prefix + "self_attn.", prefix + "mlp."
+            shapes[prefix + "input_layernorm.weight"] = (self.hidden_size,)
+            shapes[prefix + "post_attention_layernorm.weight"] = (self.hidden_size,)
+            for name, rows in (("q_proj", q_rows), ("k_proj", kv_rows), ("v_proj", kv_rows)):
+                shapes[f"{attention}{name}.weight"] = (rows, self.hidden_size)
+                if self.qkv_bias:
+                    shapes[f"{attention}{name}.bias"] = (rows,)
+            shapes[attention + "o_proj.weight"] = (self.hidden_size, q_rows)
+            if self.output_bias:
+                shapes[attention + "o_proj.bias"] = (self.hidden_size,)
+            if self.qk_norm:
+                shapes[attention + "q_norm.weight"] = (self.head_dim,)
+                shapes[attention + "k_norm.weight"] = (self.head_dim,)
+            for name, rows, columns in (
+                ("gate_proj", self.intermediate_size, self.hidden_size),
+                ("up_proj", self.intermediate_size, self.hidden_size),
+                ("down_proj", self.hidden_size, self.intermediate_size),
+            ):
+                shapes[f"{mlp}{name}.weight"] = (rows, columns)
+                if self.mlp_bias:
+                    shapes[f"{mlp}{name}.bias"] = (rows,)
+        shapes["model.norm.weight"] = (self.hidden_size,)
+        if not self.tied_embeddings:
+            shapes["lm_head.weight"] = (self.vocab_size, self.hidden_size)
+        return shapes
+
+
+def dtype_bytes(dtype: Dtype) -> int:
+    return 4 if dtype == "float32" else 2
+
+
+def read_model_config(model_dir: Path) -> ModelConfig:
+    """Read `config.json` and `generation_config.json`. Never fetches anything, never runs remote code.
+
+    Raises `CheckpointError` if the directory does not hold a model that this engine can run.
+    """
+    path = model_dir / "config.json"
+    raw = _read_json(path)
+    architecture = _architecture(raw, path)
+    if raw.get("quantization_config") is not None:
+        raise CheckpointError(
+            f"{path}: quantization_config is set; only float32, bfloat16, float16 weights are supported"
+        )
+
+    from transformers import AutoConfig  # slow to import, and a plan of a bad directory should fail fast
+
+    try:
+        config: Any = AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever transformers finds wrong is the checkpoint's fault
+        raise CheckpointError(f"{path}: {error}") from error
+
+    try:
+        return _from_transformers(model_dir, architecture, config, path)
+    except (AttributeError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path}: incomplete configuration: {error}") from error
+
+
+def _from_transformers(model_dir: Path, architecture: str, config: Any, path: Path) -> ModelConfig:
+    if config.hidden_act != "silu":
+        raise CheckpointError(f"{path}: hidden_act {config.hidden_act!r} is not supported (only 'silu')")
+    heads, kv_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
+    head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    if kv_heads < 1 or heads % kv_heads:
+        raise CheckpointError(
+            f"{path}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
+        )
+    if head_dim % 2:
+        raise CheckpointError(f"{path}: head_dim {head_dim} is odd; rotary embeddings need an even one")
+    sizes = {
+        name: int(getattr(config, name))
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "max_position_embeddings",
+        )
+    }
+    for name, value in sizes.items():
+        if value < 1:
+            raise CheckpointError(f"{path}: {name} is {value}, must be at least 1")
+    llama = architecture == "LlamaForCausalLM"
+    bias = (
+        bool(getattr(config, "attention_bias", False))
+        if llama or architecture == "Qwen3ForCausalLM"
+        else False
+    )
+    return ModelConfig(
+        model_dir=model_dir,
+        architecture=architecture,
+        vocab_size=sizes["vocab_size"],
+        hidden_size=sizes["hidden_size"],
+        intermediate_size=sizes["intermediate_size"],
+        layers=sizes["num_hidden_layers"],
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=float(config.rms_norm_eps),
+        qkv_bias=bias or architecture == "Qwen2ForCausalLM",
+        output_bias=bias,
+        mlp_bias=llama and bool(config.mlp_bias),
+        qk_norm=architecture == "Qwen3ForCausalLM",
+        tied_embeddings=bool(config.tie_word_embeddings),
+        max_model_len=sizes["max_position_embeddings"],
+        windows=_windows(architecture, config, sizes["num_hidden_layers"], path),
+        rope=_rope(config.rope_parameters, path),
+        eos_token_ids=_eos_token_ids(config.eos_token_id, model_dir, sizes["vocab_size"]),
+    )
+
+
+def _windows(architecture: str, config: Any, layers: int, path: Path) -> tuple[int | None, ...]:
+    """Mistral slides in every layer or in none; Qwen by `layer_types`; Llama never."""
+    window = getattr(config, "sliding_window", None)
+    if architecture == "LlamaForCausalLM" or window is None:
+        return (None,) * layers
+    if int(window) < 1:
+        raise CheckpointError(f"{path}: sliding_window is {window}, must be at least 1")
+    if architecture == "MistralForCausalLM":
+        return (int(window),) * layers
+    kinds = list(config.layer_types)
+    if len(kinds) != layers or not set(kinds) <= {"full_attention", "sliding_attention"}:
+        raise CheckpointError(
+            f"{path}: layer_types must name 'full_attention' or 'sliding_attention' "
+            f"for each of the {layers} layers"
+        )
+    return tuple(int(window) if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _rope(values: Mapping[str, Any] | None, path: Path) -> RopeConfig:
+    parameters = dict(values or {})
+    kind = parameters.pop("rope_type", parameters.get("type", "default"))
+    if kind not in SUPPORTED_ROPE_KINDS:
+        raise CheckpointError(
+            f"{path}: rope type {kind!r} is not supported (supported: {', '.join(SUPPORTED_ROPE_KINDS)})"
+        )
+    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        raise CheckpointError(f"{path}: partial_rotary_factor is not supported")
+    renamed = {"rope_theta": "theta", "original_max_position_embeddings": "original_max_positions"}
+    fields: dict[str, Any] = {"theta": 10000.0}
+    for key, value in parameters.items():
+        if key not in _IGNORED_ROPE_KEYS and value is not None:
+            fields[renamed.get(key, key)] = value
+    if kind != "default" and not (isinstance(fields.get("factor"), int | float) and fields["factor"] >= 1):
+        raise CheckpointError(f"{path}: rope type {kind!r} needs a factor of at least 1")
+    try:
+        return RopeConfig(kind=kind, **fields)
+    except TypeError as error:
+        raise CheckpointError(f"{path}: rope parameters: {error}") from error
+
+
+def _eos_token_ids(from_config: Any, model_dir: Path, vocab_size: int) -> tuple[int, ...]:
+    """The end tokens of both files: chat models often name the end of a turn only in the second."""
+    found: set[int] = set()
+    sources = [("config.json", from_config)]
+    generation = model_dir / "generation_config.json"
+    if generation.exists():
+        sources.append((generation.name, _read_json(generation).get("eos_token_id")))
+    for name, value in sources:
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        for token in ids:
+            if not isinstance(token, int) or not 0 <= token < vocab_size:
+                raise CheckpointError(
+                    f"{model_dir / name}: eos_token_id {token!r} is not a token below vocab_size {vocab_size}"
+                )
+            found.add(token)
+    return tuple(sorted(found))
+
+
+def _architecture(raw: Mapping[str, Any], path: Path) -> str:
+    named = raw.get("architectures")
+    architecture = named[0] if isinstance(named, list) and named else None
+    if architecture not in SUPPORTED_ARCHITECTURES:
+        raise CheckpointError(
+            f"{path}: architecture {architecture!r} is not supported "
+            f"(supported: {', '.join(SUPPORTED_ARCHITECTURES)})"
+        )
+    return str(architecture)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: not found; --model must be a Hugging Face model directory") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: must hold a JSON object, holds {type(values).__name__}")
+    return values

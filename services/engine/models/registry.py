@@ -1,0 +1,27 @@
+"""Which decoder runs which architecture."""
+
+from services.engine.errors import CheckpointError
+from services.engine.layers import Decoder
+from services.engine.model_config import ModelConfig
+from services.engine.models.llama import LlamaDecoder
+from services.engine.models.mistral import MistralDecoder
+from services.engine.models.qwen2 import Qwen2Decoder
+from services.engine.models.qwen3 import Qwen3Decoder
+from services.engine.parameters import Parameters
+
+DECODERS: dict[str, type[Decoder]] = {
+    "LlamaForCausalLM": LlamaDecoder,
+    "MistralForCausalLM": MistralDecoder,
+    "Qwen2ForCausalLM": Qwen2Decoder,
+    "Qwen3ForCausalLM": Qwen3Decoder,
+}
+
+
+def make_decoder(model: ModelConfig, parameters: Parameters) -> Decoder:
+    """Allocate the model's decoder, unfilled. Raises `CheckpointError` for an unknown architecture."""
+    decoder = DECODERS.get(model.architecture)
+    if decoder is None:
+        raise CheckpointError(
+            f"architecture {model.architecture!r} is not supported (supported: {', '.join(DECODERS)})"
+        )
+    return decoder(model, parameters)

@@ -1,0 +1,49 @@
+"""How much memory a piece of work takes at its peak, beyond what was held before it."""
+
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from services.engine.errors import EngineError
+
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+_RESET_PEAK = "5"
+"""What makes Linux set VmHWM back to the present resident size (proc(5))."""
+
+
+def peak_bytes(work: Callable[[], None], device: torch.device) -> int:
+    """Run `work`; return its peak. On a GPU by torch's allocator, on a CPU by the kernel's account of the
+    process. Where the kernel does not let the peak be reset, the growth of the all-time peak is returned,
+    which a bigger peak before may hide."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        held = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        torch.cuda.synchronize(device)
+        return max(0, torch.cuda.max_memory_allocated(device) - held)
+    _give_back_free_heap()
+    try:
+        _CLEAR_REFS.write_text(_RESET_PEAK)
+        before = _status_bytes("VmRSS")
+    except OSError:
+        before = _status_bytes("VmHWM")
+    work()
+    return max(0, _status_bytes("VmHWM") - before)
+
+
+def _give_back_free_heap() -> None:
+    """Memory that the C library keeps for later would be used again unnoticed. Only glibc has the call."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _status_bytes(field: str) -> int:
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise EngineError(f"{_STATUS} has no {field}: cannot measure memory on this system")

@@ -1,0 +1,68 @@
+"""Moves a run of a sequence's tokens between its pages and a staging slot, with an optional checksum."""
+
+import torch
+from torch import Tensor
+
+from services.engine.errors import ChecksumMismatch, SegmentError
+from services.engine.kv_pool import KvPool
+from services.engine.ops.checksum import checksum
+from services.engine.ops.kv_segment import index_of, pack_segment, unpack_segment
+from services.engine.staging_view import host_view
+
+Slot = memoryview | Tensor
+
+
+def pack(
+    pool: KvPool, pages: list[int], start_token: int, token_count: int, slot: Slot, with_checksum: bool
+) -> tuple[int, int | None]:
+    """Write tokens `[start_token, start_token + token_count)` to the head of `slot`, canonically laid out.
+
+    `pages` is the sequence's page table from its first token. Returns the bytes written and, if asked for,
+    their checksum. Raises `SegmentError`.
+    """
+    data, used, first_offset, segment = _resolve(pool, pages, start_token, token_count, slot)
+    pack_segment(pool.data, index_of(used, pool.data.device), first_offset, segment)
+    return data.numel(), checksum(data) if with_checksum else None
+
+
+def unpack(
+    pool: KvPool, pages: list[int], start_token: int, token_count: int, slot: Slot, expected: int | None
+) -> None:
+    """The inverse of `pack`, from the head of `slot`; checks `expected` before any page is touched.
+
+    Raises `SegmentError`, `ChecksumMismatch`.
+    """
+    data, used, first_offset, segment = _resolve(pool, pages, start_token, token_count, slot)
+    if expected is not None:
+        found = checksum(data)
+        if found != expected:
+            raise ChecksumMismatch(
+                f"tokens [{start_token}, {start_token + token_count}): checksum {found:016x}, "
+                f"the sender packed {expected:016x}"
+            )
+    unpack_segment(pool.data, index_of(used, pool.data.device), first_offset, segment)
+
+
+def _resolve(
+    pool: KvPool, pages: list[int], start_token: int, token_count: int, slot: Slot
+) -> tuple[Tensor, list[int], int, Tensor]:
+    """The slot's used bytes, the pages concerned, the first token's place in them, and the typed view."""
+    layout = pool.layout
+    if start_token < 0 or token_count < 1:
+        raise SegmentError(f"segment needs start >= 0 and tokens >= 1, has {start_token} and {token_count}")
+    first_page = start_token // layout.page_size_tokens
+    last_page = (start_token + token_count - 1) // layout.page_size_tokens
+    if last_page >= len(pages):
+        raise SegmentError(f"{len(pages)} pages do not cover tokens up to {start_token + token_count - 1}")
+    used = pages[first_page : last_page + 1]
+    if min(used) < 0 or max(used) >= pool.pages:
+        raise SegmentError(f"page out of range: the pool has {pool.pages}")
+    shape = (layout.kv_heads, layout.layers, 2, token_count, layout.head_dim)
+    byte_count = torch.Size(shape).numel() * pool.data.element_size()
+    whole = slot if isinstance(slot, Tensor) else host_view(slot)
+    if whole.dtype != torch.uint8 or whole.dim() != 1 or whole.numel() < byte_count:
+        raise SegmentError(
+            f"segment of {byte_count} bytes does not fit the slot ({tuple(whole.shape)} {whole.dtype})"
+        )
+    data = whole[:byte_count]
+    return data, used, start_token % layout.page_size_tokens, data.view(pool.data.dtype).view(shape)

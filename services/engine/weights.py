@@ -1,0 +1,57 @@
+"""Fills a decoder's parameters: from safetensors, mapped and copied tensor by tensor straight to their place,
+or with random numbers of the real shape."""
+
+from collections.abc import Callable
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from services.engine.checkpoint_files import DUMMY_SEED, check_tensors, read_checkpoint_files
+from services.engine.errors import CheckpointError
+from services.engine.model_config import ModelConfig
+
+Progress = Callable[[int, int], None]
+
+
+def load_safetensors(model: ModelConfig, views: dict[str, Tensor], progress: Progress) -> None:
+    """Copy every tensor of the checkpoint into its view, converting the dtype on the way.
+
+    Files are mapped, so that beyond the parameters themselves only one tensor is in memory at a time.
+    `progress(done_bytes, total_bytes)` counts the files' bytes. Raises `CheckpointError`.
+    """
+    files = read_checkpoint_files(model.model_dir)
+    located = check_tensors(model, files)
+    total_bytes = sum(
+        tensor.byte_count for file in files for tensor in file.tensors if tensor.name in located
+    )
+    done_bytes = 0
+    progress(0, total_bytes)
+    for file in files:
+        try:
+            with safe_open(file.path, framework="pt", device="cpu") as stored:
+                for tensor in file.tensors:
+                    if located.get(tensor.name) is not file:
+                        continue
+                    views[tensor.name].copy_(stored.get_tensor(tensor.name))
+                    done_bytes += tensor.byte_count
+                    progress(done_bytes, total_bytes)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file.path}: cannot be read: {error}") from error
+
+
+def fill_dummy(views: dict[str, Tensor], device: torch.device, progress: Progress) -> None:
+    """Random weights from a fixed seed, drawn on the device: norms are 1, matrices keep the variance."""
+    generator = torch.Generator(device=device).manual_seed(DUMMY_SEED)
+    total_bytes = sum(view.numel() * view.element_size() for view in views.values())
+    done_bytes = 0
+    progress(0, total_bytes)
+    for name, view in views.items():
+        if "norm" in name:
+            view.fill_(1.0)
+        elif name.endswith(".bias"):
+            view.zero_()
+        else:
+            view.normal_(0.0, view.shape[-1] ** -0.5, generator=generator)
+        done_bytes += view.numel() * view.element_size()
+        progress(done_bytes, total_bytes)

@@ -1,0 +1,92 @@
+"""What a ledger's lines will be before anything runs, from the model's configuration and the device's kind.
+
+Weights and pages are exact. Activations, graphs and contexts are formulas; the worker measures them at
+start and the ledger shows both.
+"""
+
+from dataclasses import dataclass
+
+from services.config import Device, Dtype, WorkerConfig
+from services.engine.model_config import ModelConfig, dtype_bytes
+from services.memory.inputs import PlanInput
+
+_MIB = 1 << 20
+_CPU_ATTENTION_COPIES = 2
+"""Scores and their softmax, which the torch reference holds whole and in float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contexts:
+    """What processes take of a device by being there, outside every other line."""
+
+    worker_bytes: int
+    transfer_bytes: int
+    graphs_bytes: int
+
+
+def contexts(device: Device) -> Contexts:
+    """CPU: the resident size of an interpreter with torch and transformers, and of one with NIXL. CUDA: a
+    context after the first torch kernel with cuBLAS workspaces and compiled kernels, a bare driver context
+    (527 and 639 MiB were measured on H200), and the shared graph pool."""
+    if device == "cuda":
+        return Contexts(worker_bytes=896 * _MIB, transfer_bytes=544 * _MIB, graphs_bytes=512 * _MIB)
+    return Contexts(worker_bytes=320 * _MIB, transfer_bytes=96 * _MIB, graphs_bytes=0)
+
+
+def estimate_activation_bytes(
+    model: ModelConfig, dtype: Dtype, max_chunk_tokens: int, max_batch: int, device: Device = "cuda"
+) -> int:
+    """The peak of one forward of `max_chunk_tokens` tokens that samples for `max_batch` sequences.
+
+    The widest moment of a layer is the gated MLP (residual, its input, gate, up, their product) or
+    attention (residual, input, q, k, v, output), of which one at a time is alive; the logits follow in
+    float32 with two copies for sorting and probabilities. On a CPU the plain attention also holds a chunk's
+    scores against itself.
+    """
+    mlp_width = 2 * model.hidden_size + 3 * model.intermediate_size
+    attention_width = 2 * model.hidden_size + model.head_dim * 2 * (model.heads + model.kv_heads)
+    forward_bytes = max_chunk_tokens * max(mlp_width, attention_width) * dtype_bytes(dtype)
+    scores_bytes = 0
+    if device == "cpu":
+        scores_bytes = _CPU_ATTENTION_COPIES * model.heads * max_chunk_tokens * max_chunk_tokens * 4
+    logits_bytes = 3 * max_batch * model.vocab_size * 4
+    return forward_bytes + scores_bytes + logits_bytes + 8 * _MIB
+
+
+def plan_input_for(
+    config: WorkerConfig,
+    model: ModelConfig,
+    *,
+    device_name: str,
+    device_bytes: int,
+) -> PlanInput:
+    """The ledger's input for a worker, before it has allocated anything.
+
+    `max_model_len` 0 takes the checkpoint's own; more than that raises ValueError.
+    """
+    if config.max_model_len > model.max_model_len:
+        raise ValueError(
+            f"--max-model-len: {config.max_model_len} exceeds the model's own limit of "
+            f"{model.max_model_len} tokens"
+        )
+    outside = contexts(config.device)
+    staged = config.transfer is not None
+    return PlanInput(
+        device=device_name,
+        device_bytes=device_bytes,
+        mem_fraction=config.mem_fraction,
+        weights_bytes=model.parameter_bytes(config.dtype),
+        page_bytes=config.page_size_tokens * model.kv_token_bytes(config.dtype),
+        page_size_tokens=config.page_size_tokens,
+        max_model_len=config.max_model_len or model.max_model_len,
+        max_chunk_tokens=config.max_chunk_tokens,
+        max_batch=config.max_batch,
+        activation_bytes=estimate_activation_bytes(
+            model, config.dtype, config.max_chunk_tokens, config.max_batch, config.device
+        ),
+        worker_context_bytes=outside.worker_bytes,
+        graphs_bytes=outside.graphs_bytes,
+        staging_slots=config.staging_slots if staged else 0,
+        staging_slot_bytes=config.staging_slot_bytes if staged else 0,
+        transfer_context_bytes=outside.transfer_bytes if staged else 0,
+    )

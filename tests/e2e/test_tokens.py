@@ -1,0 +1,87 @@
+"""Greedy tokens through router, prefill, transfer and decode equal those of transformers, for every family.
+
+The pages of the two workers are the same here but the staging slots are small, so that most prompts need
+several segments, and chunks are smaller than the longer prompts.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.checkpoints import FAMILIES, LLAMA3_ROPE, VOCAB_SIZE, YARN_ROPE, make_checkpoint
+from tests.e2e.cluster import Cluster
+
+PAGE = 16
+CHUNK = 64
+NEW_TOKENS = 12
+LENGTHS = (1, PAGE - 1, PAGE, PAGE + 1, CHUNK, 3 * CHUNK + 7, 5 * PAGE, 300)
+OPTIONS: dict[str, dict[str, Any]] = {
+    "llama": {"rope": LLAMA3_ROPE},
+    "mistral": {"sliding_window": 40},
+    "qwen2": {"rope": YARN_ROPE, "tied": True},
+    "qwen3": {"sharded": True},
+}
+
+
+def prompt_of(length: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(1000 * seed + length)
+    return torch.randint(10, VOCAB_SIZE, (length,), generator=generator).tolist()
+
+
+def reference(model_dir: Path, prompts: list[list[int]], count: int) -> list[list[int]]:
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    outputs = []
+    for prompt in prompts:
+        with torch.inference_mode():
+            out = model.generate(
+                torch.tensor([prompt]), max_new_tokens=count, do_sample=False, pad_token_id=0, eos_token_id=None
+            )
+        outputs.append(out[0, len(prompt) :].tolist())
+    return outputs
+
+
+def ask(cluster: Cluster, prompt: list[int], count: int = NEW_TOKENS) -> dict[str, Any]:
+    answer = cluster.http.post(
+        "/v1/completions",
+        json={
+            "model": "tiny",
+            "prompt": prompt,
+            "max_tokens": count,
+            "temperature": 0,
+            "ignore_eos": True,
+            "return_token_ids": True,
+        },
+    )
+    assert answer.status_code == 200, answer.text
+    body: dict[str, Any] = answer.json()
+    return body
+
+
+def tokens_of(body: dict[str, Any]) -> list[int]:
+    tokens: list[int] = body["choices"][0]["token_ids"]
+    return tokens
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_equal_transformers(family: str, tmp_path: Path) -> None:
+    model_dir = make_checkpoint(family, tmp_path / "model", seed=3, **OPTIONS[family])  # type: ignore[arg-type]
+    prompts = [prompt_of(length, seed) for seed in (1, 2) for length in LENGTHS]
+    wanted = reference(model_dir, prompts, NEW_TOKENS)
+    flags = ("--page-size", str(PAGE), "--max-chunk-tokens", str(CHUNK), "--max-batch", "16")
+    staging = ("--staging-slots", "4", "--staging-slot-bytes", "32768", "--served-model-name", "tiny")
+    with Cluster(model_dir, tmp_path, *flags, *staging) as cluster:
+        one_by_one = [tokens_of(ask(cluster, prompt)) for prompt in prompts[: len(LENGTHS)]]
+        assert one_by_one == wanted[: len(LENGTHS)]
+        moved = cluster.worker("decode")["status"]["counters"]
+        with ThreadPoolExecutor(8) as pool:  # mixed batches; half of the prompts are prefix hits now
+            together = list(pool.map(lambda prompt: ask(cluster, prompt), prompts))
+        assert [tokens_of(body) for body in together] == wanted
+        full_hit = ask(cluster, prompts[LENGTHS.index(5 * PAGE)])
+        assert tokens_of(full_hit) == wanted[LENGTHS.index(5 * PAGE)]
+        assert full_hit["usage"]["prompt_tokens_details"]["cached_tokens"] == 4 * PAGE
+        assert moved["transfer_segments"] > len(LENGTHS)
+        cluster.assert_at_rest()
