@@ -15,6 +15,9 @@ from typing import Annotated, Literal
 from msgspec import Meta, Struct
 
 MAX_SEGMENTS_PER_MESSAGE = 4096
+WITHDRAWN = "withdrawn"
+"""The reason of an abort that is no failure: the request needs no KV any more, and its router says so to
+both workers. It may overtake what the router says."""
 
 Epoch = Annotated[int, Meta(ge=1, le=2**63 - 1)]
 TransferId = Annotated[int, Meta(ge=1, le=2**63 - 1)]
@@ -233,6 +236,7 @@ class Stats(Struct, frozen=True, tag="stats", forbid_unknown_fields=True):
     """The transfer process's own account, about once a second and in answer to `Ping`."""
 
     epoch: Epoch
+    pid: Annotated[int, Meta(ge=0, lt=2**31)]
     counts: SlotCounts
     open_sends: int
     open_receives: int

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvtransfer.client import TransferClient
-
 from kvtransfer.messages import Arrived, SlotUse, TransferAddress
 from services.engine.engine import Engine
 from services.scheduler.sequence import Sequence
@@ -79,10 +78,12 @@ class KvPull:
         self._finish(incoming)
         return incoming
 
-    def close(self, transfer_id: int, abort_reason: str | None = None) -> None:
-        """Forget a transfer; with a reason, tell the transfer process to end it. Idempotent."""
-        if self._incoming.pop(transfer_id, None) is not None and abort_reason is not None:
+    def close(self, transfer_id: int, abort_reason: str | None = None) -> bool:
+        """Forget a transfer; with a reason, tell the transfer process to end it. False if none was open."""
+        was_open = self._incoming.pop(transfer_id, None) is not None
+        if was_open and abort_reason is not None:
             self._client.abort(transfer_id, abort_reason)
+        return was_open
 
     def open_ids(self) -> list[int]:
         return list(self._incoming)

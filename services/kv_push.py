@@ -8,7 +8,6 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from kvtransfer.client import TransferClient
-
 from kvtransfer.messages import Segment, SendConfirmed, SendSlots, SlotUse
 from services.engine.engine import Engine
 from services.scheduler.sequence import Sequence

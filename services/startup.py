@@ -11,9 +11,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from kvtransfer.client import TransferClient
-
 from kvtransfer.channel import ChannelKeys
+from kvtransfer.client import TransferClient
 from services.config import WorkerConfig
 from services.engine.engine import Engine
 from services.engine.model_config import ModelConfig, read_model_config

@@ -18,9 +18,9 @@ from importlib.metadata import version
 from types import FrameType
 
 import zmq
-from kvtransfer.client import TransferClient
 
 from kvtransfer.channel import ChannelKeys, Codec, Server
+from kvtransfer.client import TransferClient
 from services.config import WorkerConfig
 from services.kv_pull import KvPull
 from services.kv_push import KvPush

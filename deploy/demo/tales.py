@@ -12,9 +12,12 @@ from dataclasses import dataclass
 
 ANIMALS = (
     "fox", "owl", "bear", "rabbit", "mouse", "hedgehog", "otter", "badger", "squirrel", "duck", "frog",
-    "turtle", "crow", "cat", "dog", "horse", "goat", "hen", "wolf", "deer", "beaver", "mole", "lion", "elephant",
+    "turtle", "crow", "cat", "dog", "horse", "goat", "hen", "wolf", "deer", "beaver", "mole", "lion",
+    "elephant",
 )  # fmt: skip
-PEOPLE = ("robot", "dragon", "wizard", "knight", "pirate", "sailor", "baker", "farmer", "girl", "boy", "princess")
+PEOPLE = (
+    "robot", "dragon", "wizard", "knight", "pirate", "sailor", "baker", "farmer", "girl", "boy", "princess",
+)  # fmt: skip
 HEROES = ANIMALS + PEOPLE
 ALWAYS_SHE = frozenset({"girl", "princess", "hen"})
 ALWAYS_HE = frozenset({"boy"})
@@ -27,15 +30,10 @@ THINGS = (
     "basket", "little boat", "book", "ring", "flute",
 )  # fmt: skip
 PLACES = (
-    "at the edge of a quiet forest",
-    "by a slow river",
-    "on a green hill",
-    "near an old mill",
-    "in a small village by the sea",
-    "under a tall oak tree",
-    "beside a blue lake",
+    "at the edge of a quiet forest", "by a slow river", "on a green hill", "near an old mill",
+    "in a small village by the sea", "under a tall oak tree", "beside a blue lake",
     "in a valley full of flowers",
-)
+)  # fmt: skip
 MOODS = ("small", "kind", "curious", "brave", "clever", "shy", "cheerful", "quiet")
 FOODS = ("warm bread", "apple pie", "honey cakes", "sweet berries", "hot soup", "fresh plums")
 
@@ -44,7 +42,7 @@ OPENINGS = (
     "Once upon a time, there was {a_mood} {hero} named {name} who lived {place}.",
     "Long ago, {a_mood} {hero} named {name} lived {place}.",
     "There once was {a_mood} {hero} named {name} who lived {place}.",
-)
+)  # fmt: skip
 
 Slot = tuple[str, ...]
 
@@ -71,7 +69,6 @@ PLOTS: dict[str, Plot] = {
             ("At last, they found the {thing} under a heap of leaves.",
              "At last, {fname} found the {thing} behind a big stone."),
             ("{name} thanked {fname}, and they shared some {food}.",),
-            ("From that day on, {name} and {fname} were good friends.", ""),
         ),
         "When you have lost something, it is good to ask a friend for help.",
     ),
@@ -110,7 +107,7 @@ PLOTS: dict[str, Plot] = {
             ("But for a long time, nothing grew.", "Days went by, and nothing grew."),
             ('"Maybe it is only a stone," said {name}.', ""),
             ('"Be patient," said {a_friend} named {fname}.',),
-            ("So {name} waited through the sun and the rain.", "So {name} waited and sang to it every evening."),
+            ("So {name} waited through sun and rain.", "So {name} waited and sang to it every evening."),
             ("One morning, a green leaf came out of the ground.",),
             ("By the end of summer, it was a tall tree full of fruit.",),
             ("{name} and {fname} sat in its shade and ate {food}.",),
@@ -154,7 +151,7 @@ PLOTS: dict[str, Plot] = {
             ("{name} thought for a while.", ""),
             ("Then {he} gave {fname} half of the food.",),
             ('"I will not forget this," said {fname}.',),
-            ("When spring came, {fname} came back with a basket full of {food}.",),
+            ("When spring came, {fname} came back with {food} for two.",),
             ('"Now it is my turn to share," said {fname}.',),
             ("{name} was never hungry again.", "They ate together in the sun."),
         ),
@@ -201,7 +198,7 @@ PLOTS: dict[str, Plot] = {
         ),
         "The best gift is one that comes from the heart.",
     ),
-}
+}  # fmt: skip
 
 SKILLS = ("swim", "sing", "dance", "read", "paint", "fly a kite")
 
@@ -235,6 +232,12 @@ def with_article(word: str) -> str:
     return ("an " if word[0] in "aeiou" else "a ") + word
 
 
+def plural(word: str) -> str:
+    """More than one hero of a kind."""
+    irregular = {"fox": "foxes", "mouse": "mice", "wolf": "wolves", "deer": "deer", "princess": "princesses"}
+    return irregular.get(word, word + "s")
+
+
 def pick_name(rng: random.Random, kind: str) -> str:
     """A name that fits the hero: "princess" gets a she-name, a fox may get either."""
     she = kind in ALWAYS_SHE or (kind not in ALWAYS_HE and rng.random() < 0.5)
@@ -253,7 +256,7 @@ def draw_cast(rng: random.Random) -> Cast:
 
 
 def tell(rng: random.Random, cast: Cast | None = None) -> Tale:
-    """Tell one tale of 7 to 11 sentences."""
+    """Tell one tale of 8 to 10 sentences."""
     cast = cast or draw_cast(rng)
     plot = PLOTS[rng.choice(tuple(PLOTS))]
     she = cast.name in SHE_NAMES

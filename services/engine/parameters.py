@@ -29,6 +29,8 @@ class Parameters:
         """`[sum of copies, size]` whose rows repeat the named vectors; filled through expanded views."""
         whole = torch.empty((sum(copies_of.values()), size), dtype=self.dtype, device=self.device)
         self.byte_count += whole.numel() * whole.element_size()
-        for (name, _), part in zip(copies_of.items(), torch.split(whole, list(copies_of.values())), strict=True):
+        for (name, _), part in zip(
+            copies_of.items(), torch.split(whole, list(copies_of.values())), strict=True
+        ):
             self.views[name] = part
         return whole

@@ -8,8 +8,7 @@
 """
 
 from kvtransfer.client import TransferLost
-
-from kvtransfer.messages import Aborted, Arrived, Event, TransferAddress
+from kvtransfer.messages import WITHDRAWN, Aborted, Arrived, Event, TransferAddress
 from services.engine.batch import Drawn
 from services.engine.errors import ChecksumMismatch
 from services.kv_pull import KvPull
@@ -41,10 +40,10 @@ class DecodeRole(Role):
                 live.joined_s = self.parts.clock()
                 self._report_started(self.scheduler.join(request_id, first_tokens))
                 if request_id not in self.scheduler:
-                    self.end(request_id, "every choice ended")
+                    self.end(request_id, WITHDRAWN)
             case Cancel(request_id=request_id, choice=int(choice)):
                 if request_id in self.parts.requests and self.scheduler.end(request_id, choice):
-                    self.end(request_id, "every choice ended")
+                    self.end(request_id, WITHDRAWN)
             case Cancel():
                 self.cancel(request)
             case _:
@@ -62,8 +61,8 @@ class DecodeRole(Role):
                 if complete is not None:
                     self._arrived(complete.sequence.work.request_id, complete.transfer_s)
             case Aborted(transfer_id=transfer_id, reason=reason):
-                if transfer_id in self.pull.open_ids():
-                    self.pull.close(transfer_id)
+                was_open = self.pull.close(transfer_id)
+                if was_open and reason != WITHDRAWN:  # else the router's Cancel is on its way
                     self._fail_transfer(transfer_id, reason)
             case TransferLost():
                 lost = self.pull.open_ids()
@@ -160,4 +159,4 @@ class DecodeRole(Role):
         choice, output_tokens = sequence.choices[0], len(sequence.tokens) - sequence.prompt_tokens
         ended = self.report_token(live, choice, output_tokens, drawn)
         if ended and self.scheduler.end(live.work.request_id, choice):
-            self.end(live.work.request_id, "every choice ended")
+            self.end(live.work.request_id, WITHDRAWN)

@@ -9,8 +9,7 @@
 """
 
 from kvtransfer.client import TransferLost
-
-from kvtransfer.messages import Aborted, Event, SendCommitted, SendConfirmed, SendSlots
+from kvtransfer.messages import WITHDRAWN, Aborted, Event, SendCommitted, SendConfirmed, SendSlots
 from services.engine.batch import RowResult
 from services.kv_push import KvPush
 from services.messages import Cancel, Prefill, Request
@@ -51,11 +50,13 @@ class PrefillRole(Role):
                 live = self.parts.requests.of_transfer(transfer_id)
                 self.push.close(transfer_id)
                 if live is not None:
-                    self.end(live.work.request_id, "committed")
+                    self.end(live.work.request_id, WITHDRAWN)
             case Aborted(transfer_id=transfer_id, reason=reason):
                 live = self.parts.requests.of_transfer(transfer_id)
                 self.push.close(transfer_id)
-                if live is not None:
+                if live is not None and reason == WITHDRAWN:
+                    self.end(live.work.request_id, reason)
+                elif live is not None:
                     self.fail(live.work.request_id, "transfer", f"KV was not delivered: {reason}", True)
             case TransferLost():
                 self.push.clear()
@@ -105,5 +106,5 @@ class PrefillRole(Role):
         for choice, drawn in zip(sequence.choices, result.drawn, strict=True):
             ended += self.report_token(live, choice, 1, drawn)
         if ended == len(sequence.choices):
-            self.end(live.work.request_id, "every choice ended with its first token")
+            self.end(live.work.request_id, WITHDRAWN)
         sequence.choices = []

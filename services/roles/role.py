@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from kvtransfer.client import TransferLost
-
-from kvtransfer.messages import Event
+from kvtransfer.messages import WITHDRAWN, Event
 from services.engine.batch import Drawn, RowResult
 from services.engine.engine import Engine
 from services.messages import Cancel, Failed, PrefillDone, Request, Tokens, Work
@@ -102,7 +101,7 @@ class Role(ABC):
         if lost:
             log.warning("router %s is gone with %d requests", router.hex(), len(lost))
         for live in lost:
-            self.end(live.work.request_id, "router lost")
+            self.end(live.work.request_id, WITHDRAWN)
 
     # ------------------------------------------------------------ entering and leaving
 
@@ -123,10 +122,10 @@ class Role(ABC):
     def cancel(self, request: Cancel) -> None:
         if request.choice is None and request.request_id in self.parts.requests:
             self.parts.counters["requests_cancelled"] += 1
-            self.end(request.request_id, "cancelled")
+            self.end(request.request_id, WITHDRAWN)
 
     def end(self, request_id: int, reason: str) -> None:
-        """Forget a request without a report."""
+        """Forget a request without a report; `reason` is what the other side of its transfer is told."""
         if request_id in self.parts.requests:
             self.release(request_id, reason)
             self.parts.requests.remove(request_id)

@@ -1,7 +1,6 @@
 """The unified role: prompts and decoding choices in every step, no transfer."""
 
 from kvtransfer.client import TransferLost
-
 from kvtransfer.messages import Event
 from services.engine.batch import Drawn, RowResult
 from services.messages import Cancel, FirstToken, Generate, Request

@@ -26,7 +26,7 @@ class Plan:
     cut_after: int | None = None
 
 
-def make_plans(seed: int) -> list[Plan]:
+def make_plans(seed: int, max_tokens: list[int]) -> list[Plan]:
     random_ = random.Random(seed)
     plans: list[Plan] = []
     for index in range(REQUESTS):
@@ -34,7 +34,7 @@ def make_plans(seed: int) -> list[Plan]:
         body: dict[str, Any] = {
             "model": "tiny",
             "prompt": [random_.randrange(VOCAB_SIZE) for _ in range(length)],
-            "max_tokens": random_.choice([1, 2, 5, 20, 40]),
+            "max_tokens": random_.choice(max_tokens),
             "temperature": random_.choice([0, 0.7, 1.3]),
             "n": random_.choice([1, 1, 1, 2, 3]),
             "seed": index,
@@ -115,21 +115,18 @@ async def run_all(url: str, plans: list[Plan], at_once: int) -> list[BaseExcepti
     return [one for one in outcomes if one is not None]
 
 
-# Plenty of room, and a pool and staging so small that reservations wait and choices are preempted.
-SIZES = {
-    "roomy": ("--device-memory", "2GiB"),
-    "tight": ("--staging-slots", "3", "--staging-slot-bytes", "16384", "--max-batch", "12"),
-}
-
-
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", ["roomy", "tight"])
 def test_two_hundred_mixed_requests_end_as_they_should(size: str, tmp_path: Path) -> None:
+    """`tight` has a pool and staging so small that reservations wait and choices are preempted."""
     model_dir = make_checkpoint("qwen3", tmp_path / "model", seed=5, max_model_len=MAX_MODEL_LEN)
     flags = ("--served-model-name", "tiny", "--max-chunk-tokens", "256")
+    max_tokens = [1, 2, 5, 20, 40]
     if size == "tight":
-        flags += ("--mem-fraction", _fraction_for_pages(model_dir, pages=150))
-    with Cluster(model_dir, tmp_path, *flags, *SIZES[size]) as cluster:
-        failures = asyncio.run(run_all(cluster.url, make_plans(7), at_once=48))
+        flags += ("--mem-fraction", _fraction_for_pages(model_dir, pages=MAX_MODEL_LEN // 16))
+        flags += ("--staging-slots", "3", "--staging-slot-bytes", "16384", "--max-batch", "24")
+        max_tokens = [1, 2, 100, 200]
+    with Cluster(model_dir, tmp_path, *flags) as cluster:
+        failures = asyncio.run(run_all(cluster.url, make_plans(7, max_tokens), at_once=48))
         assert not failures, failures[:3]
         cluster.assert_at_rest()
         status = cluster.worker("decode")["status"]

@@ -1,0 +1,55 @@
+# Works from a fresh clone with Python 3.11 or newer and make. `make` alone says what there is.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+BATON_PORT ?= 8000
+BATON_MODEL ?= deploy/models/tales
+MODEL = $(BATON_MODEL)
+
+# A GPU gets the torch that its driver runs, everything else the one without.
+HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+CONSTRAINTS := $(if $(HAS_GPU),constraints-cuda.txt,constraints.txt)
+EXTRA_INDEX := $(if $(BATON_TORCH_INDEX),--extra-index-url $(BATON_TORCH_INDEX))
+
+.PHONY: help setup serve test check bench-cpu clean
+
+help:
+	@echo "make setup      a virtual environment in $(VENV) with everything needed"
+	@echo "make serve      serve BATON_MODEL ($(BATON_MODEL)) at BATON_PORT ($(BATON_PORT))"
+	@echo "make test       all tests that this machine can run"
+	@echo "make check      linter, types, rules of the code base"
+	@echo "make bench-cpu  router, scheduler and mover by the clock, without a GPU"
+	@echo "make clean      remove caches and build outputs; 'rm -r $(VENV)' removes the environment"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "make: $(PYTHON) is missing or older than 3.11; install Python 3.11 or name one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	  { echo "make: $(PYTHON) has no venv module; install it (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(EXTRA_INDEX) -c $(CONSTRAINTS) -e '.[dev]'
+	@touch $@
+
+serve: $(STAMP)
+	@BATON_PORT=$(BATON_PORT) $(BIN)/baton serve $(MODEL)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/unit/test_rules.py
+
+bench-cpu: $(STAMP)
+	$(BIN)/python -m deploy.bench.scheduler
+	$(BIN)/python -m deploy.bench.router
+	$(BIN)/python -m deploy.bench.mover
+
+clean:
+	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +

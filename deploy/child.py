@@ -1,0 +1,75 @@
+"""What makes a process a good child of the launcher: it ends when the launcher does, and leaves no directory.
+
+The launcher may be killed with SIGKILL, so the child must notice by itself: the kernel sends it SIGTERM
+(PR_SET_PDEATHSIG), on which it drains; and a thread that waits for the launcher's end makes sure that a
+child which does not come to its end within its grace is killed.
+"""
+
+import contextlib
+import ctypes
+import logging
+import os
+import select
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+_PR_SET_PDEATHSIG = 1
+_EXTRA_GRACE_S = 5.0
+
+
+@contextlib.contextmanager
+def child_of_launcher(parent_pid: int | None, run_dir: Path | None, grace_s: float) -> Iterator[None]:
+    """Around a process's `run()`. Without a `parent_pid` (not started by a launcher) nothing is watched.
+
+    On leaving, the run directory is removed if this was the last process to use it. Until the process has
+    handlers of its own, SIGTERM ends it with a clean SystemExit.
+    """
+    signal.signal(signal.SIGTERM, _leave)
+    try:
+        if parent_pid is not None:
+            _follow(parent_pid, grace_s)
+        yield
+    finally:
+        if run_dir is not None:
+            with contextlib.suppress(OSError):
+                run_dir.rmdir()
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(0)
+
+
+def _follow(parent_pid: int, grace_s: float) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    try:
+        watched = os.pidfd_open(parent_pid)
+    except ProcessLookupError:
+        raise SystemExit(0) from None
+    if os.getppid() != parent_pid:  # it ended before prctl, so no signal will come
+        raise SystemExit(0)
+    threading.Thread(target=_end_with, args=(watched, grace_s), name="launcher-watch", daemon=True).start()
+
+
+def log_to_stderr() -> None:
+    """Plain lines; the launcher adds the name of the process."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    for package in ("deploy", "kvtransfer", "router", "services"):
+        logging.getLogger(package).setLevel(logging.INFO)
+
+
+def _end_with(watched: int, grace_s: float) -> None:
+    poll = select.poll()
+    poll.register(watched, select.POLLIN)
+    poll.poll()
+    # Nobody reads our output any more; a write must not become an error in the middle of draining.
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    time.sleep(grace_s + _EXTRA_GRACE_S)
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,75 @@
+"""The console script `baton`: parses, resolves settings, and hands over to one file in commands/.
+
+Heavy modules (torch, fastapi) are imported by the commands that run them, never by this one: `--help`
+and `version` answer at once.
+"""
+
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from deploy.commands import keys, memory, plan, router, serve, transfer, version, worker
+from deploy.errors import UserError
+from deploy.options import (
+    KeysSettings,
+    MemorySettings,
+    PlanSettings,
+    RouterSettings,
+    ServeSettings,
+    TransferSettings,
+    VersionSettings,
+    WorkerSettings,
+)
+from deploy.settings import register
+
+USAGE_ERROR = 2
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="baton",
+    help="Serves large language models with prefill and decode on separate worker processes.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+register(app, "serve", ServeSettings, serve.run)
+register(app, "plan", PlanSettings, plan.run)
+register(app, "memory", MemorySettings, memory.run)
+register(app, "router", RouterSettings, router.run)
+register(app, "worker", WorkerSettings, worker.run)
+register(app, "transfer", TransferSettings, transfer.run)
+register(app, "keys", KeysSettings, keys.run)
+register(app, "version", VersionSettings, version.run)
+
+_USAGE_EXCEPTION = typer.BadParameter.__mro__[2]
+"""The parser's base of all usage errors; where it lives depends on typer's version."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """The exit code of a command line. Whatever the user can put right is one line on stderr and code 2."""
+    try:
+        parsed = app(list(arguments), prog_name="baton", standalone_mode=False)
+        if callable(parsed):
+            parsed()
+    except UserError as error:
+        return _refuse(str(error))
+    except typer.Exit as ending:
+        return ending.exit_code
+    except (typer.Abort, KeyboardInterrupt):
+        return INTERRUPTED
+    except Exception as error:
+        if not isinstance(error, _USAGE_EXCEPTION):
+            raise
+        message = getattr(error, "format_message", error.__str__)()
+        return _refuse(" ".join(message.split())) if message else USAGE_ERROR
+    return parsed if isinstance(parsed, int) else 0
+
+
+def main() -> None:
+    sys.exit(run(sys.argv[1:]))
+
+
+def _refuse(message: str) -> int:
+    print(f"baton: error: {message}", file=sys.stderr)
+    return USAGE_ERROR

@@ -1,0 +1,31 @@
+"""`baton router MODEL_DIR --worker ...`: the HTTP API in front of workers."""
+
+from deploy.child import child_of_launcher, log_to_stderr
+from deploy.errors import UserError
+from deploy.options import RouterSettings
+from deploy.planning import check_model_dir
+
+
+def run(settings: RouterSettings) -> None:
+    check_model_dir(settings.model_dir)
+    from kvtransfer.errors import TransferConfigError
+    from router.config import RouterConfig, RouterConfigError
+    from router.process import run as run_router
+
+    try:
+        config = RouterConfig(
+            workers=settings.worker,
+            model_dir=settings.model_dir,
+            served_model_name=settings.served_model_name or settings.model_dir.resolve().name,
+            host=settings.host,
+            port=settings.port,
+            api_keys=settings.api_key,
+            key_dir=settings.key_dir,
+            request_timeout_s=settings.request_timeout,
+            drain_timeout_s=settings.drain_timeout,
+        )
+        log_to_stderr()
+        with child_of_launcher(settings.parent_pid, settings.run_dir, settings.drain_timeout):
+            run_router(config)
+    except (RouterConfigError, TransferConfigError) as error:
+        raise UserError(str(error)) from None

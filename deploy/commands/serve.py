@@ -1,0 +1,40 @@
+"""`baton serve MODEL_DIR`: a whole system on this host."""
+
+import asyncio
+
+import typer
+
+from deploy import run_directory
+from deploy.errors import UserError
+from deploy.fleet import child_specs, worker_configs, worker_slots
+from deploy.launcher import Launcher
+from deploy.options import ServeSettings
+from deploy.output import Screen
+from deploy.planning import check_model_dir, check_shared_gpus, device_facts, resolve_device
+from deploy.readiness import Welcome, claim_port
+from services.memory.measure import gpu_count
+
+
+def run(settings: ServeSettings) -> None:
+    check_model_dir(settings.model_dir)
+    device = resolve_device(settings.device)
+    gpus = gpu_count() if device == "cuda" else 0
+    if device == "cuda" and not gpus:
+        raise UserError("--device cuda: no NVIDIA GPU is visible here; use --device cpu")
+    slots = worker_slots(settings, gpus)
+    if device == "cuda":
+        device_facts(device, 0, settings.device_memory)
+        check_shared_gpus(worker_configs(settings, slots), settings.device_memory)
+    port = claim_port(settings.host, settings.port)
+    model_name = settings.served_model_name or settings.model_dir.resolve().name
+    welcome = Welcome(settings.host, port, model_name, settings.api_key[0] if settings.api_key else None)
+    screen = Screen()
+    for directory in run_directory.sweep():
+        screen.say(f"removed {directory.name}, left by a launcher that is gone")
+    run_dir = run_directory.create()
+    try:
+        specs = child_specs(settings, slots, device, run_dir, port)
+        code = asyncio.run(Launcher(specs, run_dir, settings.drain_timeout, welcome, screen).run())
+    finally:
+        run_directory.remove(run_dir)
+    raise typer.Exit(code)

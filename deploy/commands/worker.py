@@ -1,0 +1,51 @@
+"""`baton worker MODEL_DIR --role ...`: one worker process."""
+
+import sys
+from typing import cast
+
+from deploy.child import child_of_launcher, log_to_stderr
+from deploy.errors import UserError
+from deploy.options import WorkerSettings
+from deploy.planning import check_model_dir, device_facts, worker_config
+from services.messages import Role
+
+
+def run(settings: WorkerSettings) -> None:
+    role = cast(Role, settings.role)
+    check_model_dir(settings.model_dir)
+    if role != "unified" and settings.transfer is None:
+        raise UserError(f"--transfer is missing: a {role} worker needs its transfer process's endpoint")
+    config = worker_config(
+        settings,
+        name=settings.name or role,
+        role=role,
+        listen=settings.listen,
+        transfer=settings.transfer,
+        device_index=settings.device_index,
+        staging_slots=settings.staging_slots,
+        staging_slot_bytes=settings.staging_slot_bytes,
+        max_queue=settings.max_queue,
+        prefix_cache=settings.prefix_cache,
+        drain_timeout_s=settings.drain_timeout,
+        key_dir=settings.key_dir,
+    )
+    device_facts(config.device, config.device_index, settings.device_memory)
+    log_to_stderr()
+    with child_of_launcher(settings.parent_pid, settings.run_dir, settings.drain_timeout):
+        from kvtransfer.errors import TransferConfigError
+        from services.engine.errors import CheckpointError
+        from services.memory.plan import DoesNotFit
+        from services.worker import run as run_worker
+
+        try:
+            run_worker(config, show_progress)
+        except (CheckpointError, DoesNotFit, TransferConfigError) as error:
+            raise UserError(str(error)) from None
+
+
+def show_progress(done: int, total: int) -> None:
+    """A bar that ends in a carriage return until it is complete: whoever forwards it may overwrite it."""
+    percent = 100 * done // max(1, total)
+    bar = "#" * (percent // 5)
+    end = "\n" if done >= total else "\r"
+    print(f"loading weights [{bar:<20}] {percent} %", end=end, file=sys.stderr, flush=True)

@@ -1,0 +1,144 @@
+"""What `baton serve` starts: the command line of every child. Pure: settings in, values out."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from deploy.errors import UserError
+from deploy.options import ServeSettings
+from deploy.planning import resolve_dtype, resolve_mem_fraction, resolve_slot_bytes, worker_config
+from deploy.supervision import Kind, drain_of
+from services.config import Device, WorkerConfig
+from services.messages import Role
+
+
+@dataclass(frozen=True, slots=True)
+class ChildSpec:
+    """One process. `arguments` follow `python -m deploy`; `secrets` go by environment, where `ps` does
+    not show them."""
+
+    name: str
+    kind: Kind
+    arguments: tuple[str, ...]
+    secrets: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSlot:
+    """One worker to be: its role, its number within the role, its GPU."""
+
+    role: Role
+    number: int
+    device_index: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.role}-{self.number}"
+
+    @property
+    def staged(self) -> bool:
+        return self.role != "unified"
+
+
+def worker_slots(settings: ServeSettings, gpus: int) -> list[WorkerSlot]:
+    """Who there will be; worker i takes GPU i modulo their number. Raises UserError if nobody could serve."""
+    alone = settings.unified > 0
+    prefill = (0 if alone else 1) if settings.prefill is None else settings.prefill
+    decode = (0 if alone else 1) if settings.decode is None else settings.decode
+    if bool(prefill) != bool(decode):
+        missing, present = ("--decode", "prefill") if prefill else ("--prefill", "decode")
+        raise UserError(f"{missing}: must be at least 1 when there are {present} workers")
+    if prefill + decode + settings.unified == 0:
+        raise UserError("--prefill, --decode, --unified: at least one worker is needed")
+    wanted: list[tuple[Role, int]] = [
+        *(("prefill", number) for number in range(prefill)),
+        *(("decode", number) for number in range(decode)),
+        *(("unified", number) for number in range(settings.unified)),
+    ]
+    return [
+        WorkerSlot(role, number, index % gpus if gpus else 0) for index, (role, number) in enumerate(wanted)
+    ]
+
+
+def worker_configs(settings: ServeSettings, slots: list[WorkerSlot]) -> list[WorkerConfig]:
+    """The same values that the workers' own command lines will give, for checks before anything starts."""
+    return [
+        worker_config(
+            settings,
+            name=slot.name,
+            role=slot.role,
+            listen="ipc:///-",
+            transfer="ipc:///-" if slot.staged else None,
+            device_index=slot.device_index,
+            staging_slots=settings.staging_slots,
+            staging_slot_bytes=settings.staging_slot_bytes,
+        )
+        for slot in slots
+    ]
+
+
+def child_specs(
+    settings: ServeSettings, slots: list[WorkerSlot], device: Device, run_dir: Path, port: int
+) -> list[ChildSpec]:
+    """Every child, in the order of starting. All "auto" values are settled here, once for all of them."""
+    family = ("--run-dir", str(run_dir), "--parent-pid", str(os.getpid()))
+    specs = [_transfer(settings, slot, device, run_dir, family) for slot in slots if slot.staged]
+    specs += [_worker(settings, slot, device, run_dir, family) for slot in slots]
+    router = ["router", str(settings.model_dir), "--host", settings.host, "--port", str(port), *family]
+    for slot in slots:
+        router += ["--worker", _ipc(run_dir, slot.name)]
+    router += ["--drain-timeout", _number(drain_of(Kind.ROUTER, settings.drain_timeout))]
+    if settings.served_model_name is not None:
+        router += ["--served-model-name", settings.served_model_name]
+    secrets = (("BATON_API_KEY", ",".join(settings.api_key)),) if settings.api_key else ()
+    specs.append(ChildSpec("router", Kind.ROUTER, tuple(router), secrets))
+    return specs
+
+
+def _transfer(
+    settings: ServeSettings, slot: WorkerSlot, device: Device, run_dir: Path, family: tuple[str, ...]
+) -> ChildSpec:
+    name = f"{slot.name}-transfer"
+    arguments = ["transfer", "--name", name, *family]
+    arguments += ["--listen", _ipc(run_dir, name), "--peer-listen", _ipc(run_dir, f"{slot.name}-peer")]
+    arguments += ["--staging-socket", str(run_dir / f"{slot.name}-staging")]
+    arguments += ["--device", device, "--device-index", str(slot.device_index), "--mover", settings.mover]
+    arguments += [*_staging(settings, device), _switch("checksum", settings.checksum)]
+    return ChildSpec(name, Kind.TRANSFER, tuple(arguments))
+
+
+def _worker(
+    settings: ServeSettings, slot: WorkerSlot, device: Device, run_dir: Path, family: tuple[str, ...]
+) -> ChildSpec:
+    arguments = ["worker", str(settings.model_dir), "--role", slot.role, "--name", slot.name, *family]
+    arguments += ["--listen", _ipc(run_dir, slot.name)]
+    if slot.staged:
+        arguments += ["--transfer", _ipc(run_dir, f"{slot.name}-transfer")]
+    arguments += ["--device", device, "--device-index", str(slot.device_index)]
+    arguments += ["--dtype", resolve_dtype(settings.dtype, device), "--load-format", settings.load_format]
+    arguments += ["--mem-fraction", _number(resolve_mem_fraction(settings.mem_fraction, device))]
+    if settings.device_memory is not None:
+        arguments += ["--device-memory", str(settings.device_memory)]
+    arguments += ["--max-model-len", str(settings.max_model_len), "--page-size", str(settings.page_size)]
+    arguments += ["--max-batch", str(settings.max_batch), "--tp", str(settings.tp)]
+    arguments += ["--max-chunk-tokens", str(settings.max_chunk_tokens), *_staging(settings, device)]
+    arguments += [_switch("prefix-cache", settings.prefix_cache)]
+    arguments += ["--drain-timeout", _number(drain_of(Kind.WORKER, settings.drain_timeout))]
+    return ChildSpec(slot.name, Kind.WORKER, tuple(arguments))
+
+
+def _staging(settings: ServeSettings, device: Device) -> list[str]:
+    slot_bytes = resolve_slot_bytes(settings.staging_slot_bytes, device)
+    return ["--staging-slots", str(settings.staging_slots), "--staging-slot-bytes", str(slot_bytes)]
+
+
+def _switch(name: str, value: bool) -> str:
+    return f"--{name}" if value else f"--no-{name}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.6g}"
+
+
+def _ipc(run_dir: Path, name: str) -> str:
+    return f"ipc://{run_dir}/{name}"

@@ -1,0 +1,244 @@
+"""`baton serve`: everything on one host. Starts, watches, restarts and stops the other processes.
+
+1. Sweep what dead launchers left; make the run directory.
+2. Start the children in the order transfer processes, workers, router, each in a session of its own; forward
+   their output line by line.
+3. Poll the router's `/ready`; then show each worker's ledger, the URL and a request to try.
+4. A child that ends is started again, after a back-off. A child that refuses its configuration ends it all.
+5. SIGTERM or SIGINT: stop the router (it drains), the workers, the transfer processes; SIGKILL for what is
+   still there after its grace. A second signal: SIGKILL at once.
+6. Remove the run directory.
+
+If this process itself is killed, step 5 and 6 are the children's own doing (child.py).
+"""
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from deploy import run_directory
+from deploy.fleet import ChildSpec
+from deploy.ledgers import LedgersUnavailable, fetch_ledgers
+from deploy.output import LineAssembler, Piece, ProgressThinner, Screen
+from deploy.readiness import Welcome, is_ready
+from deploy.supervision import GiveUp, RestartPolicy, shutdown_stages
+from services.memory.render import table
+
+_READ_BYTES = 64 * 1024
+_POLL_S = 0.2
+_MESSAGE_LINES = 40
+_ERROR_MARK = "baton: error: "
+
+
+@dataclass(slots=True)
+class Child:
+    spec: ChildSpec
+    index: int
+    policy: RestartPolicy = field(default_factory=RestartPolicy)
+    process: asyncio.subprocess.Process | None = None
+    started_s: float = 0.0
+    last_lines: deque[str] = field(default_factory=lambda: deque(maxlen=_MESSAGE_LINES))
+
+    @property
+    def alive(self) -> bool:
+        return self.process is not None and self.process.returncode is None
+
+    def message(self) -> str:
+        """The error it ended with, as it put it; empty if it said none."""
+        lines = list(self.last_lines)
+        starts = [index for index, line in enumerate(lines) if line.startswith(_ERROR_MARK)]
+        return "\n".join(lines[starts[-1] :]).removeprefix(_ERROR_MARK) if starts else ""
+
+
+class Launcher:
+    """One run of `baton serve`. `run` returns the exit code: 0 after a signal, 1 after giving up."""
+
+    def __init__(
+        self,
+        specs: list[ChildSpec],
+        run_dir: Path,
+        drain_timeout_s: float,
+        welcome: Welcome,
+        screen: Screen,
+        program: tuple[str, ...] = (sys.executable, "-m", "deploy"),
+    ) -> None:
+        self._children = [Child(spec, index) for index, spec in enumerate(specs)]
+        self._run_dir = run_dir
+        self._drain_timeout_s = drain_timeout_s
+        self._welcome = welcome
+        self._screen = screen
+        self._program = program
+        self._stopping = asyncio.Event()
+        self._signals = 0
+        self._failure: str | None = None
+
+    async def run(self) -> int:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            loop.add_signal_handler(number, self._on_signal)
+        tasks = [asyncio.create_task(self._supervise(child)) for child in self._children]
+        greeting = asyncio.create_task(self._greet())
+        try:
+            await self._stopping.wait()
+            await self._stop_all()
+        finally:
+            greeting.cancel()
+            self._kill_all()
+            await asyncio.gather(greeting, *tasks, return_exceptions=True)
+            run_directory.remove(self._run_dir)
+        if self._failure is not None:
+            print(f"{_ERROR_MARK}{self._failure}", file=sys.stderr)
+            return 1
+        self._screen.say("stopped")
+        return 0
+
+    # ------------------------------------------------------------ one child
+
+    async def _supervise(self, child: Child) -> None:
+        try:
+            while not self._stopping.is_set():
+                code = await self._live(child)
+                if self._stopping.is_set():
+                    return
+                lived_s = time.monotonic() - child.started_s
+                decision = child.policy.on_exit(code, lived_s, random.random())
+                if isinstance(decision, GiveUp):
+                    self._give_up(f"{child.spec.name} {decision.reason}: {child.message() or _ending(code)}")
+                    return
+                self._screen.say(
+                    f"{child.spec.name} {_ending(code)}; starts again in {decision.delay_s:.1f} s"
+                )
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._stopping.wait(), decision.delay_s)
+        except Exception as error:
+            self._give_up(f"{child.spec.name} cannot be supervised: {error!r}")
+
+    async def _live(self, child: Child) -> int:
+        """One life of a child, from start to exit code. Its output is forwarded to the last byte."""
+        child.last_lines.clear()
+        child.started_s = time.monotonic()
+        process = await asyncio.create_subprocess_exec(
+            *self._program,
+            *child.spec.arguments,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            env=_environment(child.spec),
+            start_new_session=True,
+        )
+        child.process = process
+        self._screen.say(f"{child.spec.name} started (pid {process.pid})")
+        if self._stopping.is_set():  # the signal came while it was being started
+            _signal(child, signal.SIGTERM)
+        forward = asyncio.create_task(self._forward(child, process))
+        code = await process.wait()
+        _signal_group(process.pid, signal.SIGKILL)  # whatever it started itself
+        await forward
+        return code
+
+    async def _forward(self, child: Child, process: asyncio.subprocess.Process) -> None:
+        if process.stdout is None:
+            raise RuntimeError("a child was started without a pipe")
+        assembler, thinner = LineAssembler(), ProgressThinner()
+        while data := await process.stdout.read(_READ_BYTES):
+            for piece in assembler.feed(data):
+                self._show(child, thinner, piece)
+        for piece in assembler.end():
+            self._show(child, thinner, piece)
+
+    def _show(self, child: Child, thinner: ProgressThinner, piece: Piece) -> None:
+        if not piece.passing:
+            child.last_lines.append(piece.text)
+        if self._screen.is_terminal or thinner.keep(piece):
+            self._screen.child_line(child.spec.name, child.index, piece)
+
+    # ------------------------------------------------------------ ready
+
+    async def _greet(self) -> None:
+        started_s = time.monotonic()
+        while not await asyncio.to_thread(is_ready, self._welcome):  # noqa: ASYNC110  (another process)
+            await asyncio.sleep(_POLL_S)
+        ready_s = time.monotonic() - started_s
+        try:
+            ledgers = await asyncio.to_thread(fetch_ledgers, self._welcome.url, self._welcome.api_key)
+        except LedgersUnavailable as error:
+            self._screen.say(f"no ledgers: {error}")
+            ledgers = []
+        for worker in ledgers:
+            self._screen.say(f"\nmemory of {worker.name}: {table(worker.ledger)}")
+        self._screen.say(f"\nready in {ready_s:.1f} s\n{self._welcome.text()}")
+
+    # ------------------------------------------------------------ stopping
+
+    def _on_signal(self) -> None:
+        self._signals += 1
+        if self._signals == 1:
+            self._screen.say("stopping; once more to stop at once")
+            self._stopping.set()
+        else:
+            self._kill_all()
+
+    def _give_up(self, reason: str) -> None:
+        if self._failure is None:
+            self._failure = reason
+        self._stopping.set()
+
+    async def _stop_all(self) -> None:
+        drain_s = 0.0 if self._failure is not None else self._drain_timeout_s
+        for stage in shutdown_stages(drain_s):
+            members = [child for child in self._children if child.spec.kind is stage.kind]
+            for child in members:
+                _signal(child, signal.SIGTERM)
+            deadline_s = time.monotonic() + stage.grace_s
+            for child in members:
+                await _ended(child, deadline_s)
+                if child.alive:
+                    self._screen.say(f"{child.spec.name} did not end in {stage.grace_s:.1f} s: killed")
+                    _signal(child, signal.SIGKILL)
+
+    def _kill_all(self) -> None:
+        for child in self._children:
+            _signal(child, signal.SIGKILL)
+
+
+async def _ended(child: Child, deadline_s: float) -> None:
+    if child.process is not None and child.alive:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(child.process.wait(), max(0.0, deadline_s - time.monotonic()))
+
+
+def _signal(child: Child, number: signal.Signals) -> None:
+    """SIGKILL goes to all that the child started; SIGTERM to it alone, which then ends its own."""
+    if child.process is None or not child.alive:
+        return
+    if number is signal.SIGKILL:
+        _signal_group(child.process.pid, number)
+    else:
+        with contextlib.suppress(ProcessLookupError):
+            child.process.send_signal(number)
+
+
+def _signal_group(leader_pid: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(leader_pid, number)
+
+
+def _environment(spec: ChildSpec) -> dict[str, str]:
+    """Ours without BATON_*: everything was settled here and stands in the child's arguments."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("BATON_")}
+    return {**kept, "PYTHONUNBUFFERED": "1", **dict(spec.secrets)}
+
+
+def _ending(code: int) -> str:
+    if code >= 0:
+        return f"ended with code {code}"
+    with contextlib.suppress(ValueError):
+        return f"was killed by {signal.Signals(-code).name}"
+    return f"was killed by signal {-code}"

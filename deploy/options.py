@@ -1,0 +1,172 @@
+"""The settings of every command, in the spelling of the field. Defaults marked "auto" depend on the device
+and are filled in by planning.py."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+from deploy.settings import required, setting
+from deploy.values import (
+    choice,
+    endpoint,
+    flag,
+    fraction,
+    integer,
+    path,
+    power_of_two,
+    seconds,
+    slot_bytes,
+    tensor_parallel,
+    text,
+)
+from kvtransfer.config import MoverName
+from services.memory.sizes import parse_bytes
+
+_port = integer(0, 65535)
+_count = integer(0, 64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """What a worker's engine and its ledger depend on."""
+
+    model_dir: Path = required(path, "Model directory: config.json, tokenizer, safetensors.", positional=True)
+    device: str = setting("auto", choice("auto", "cpu", "cuda"), "auto takes a GPU where there is one.")
+    dtype: str = setting(
+        "auto", choice("auto", "float32", "bfloat16", "float16"), "auto: bfloat16 on cuda, float32 on cpu."
+    )
+    load_format: str = setting("auto", choice("auto", "dummy"), "dummy: random weights of the real shape.")
+    mem_fraction: float | None = setting(
+        None, fraction, "Share of the device for weights and KV pool. (default: 0.85 on cuda, 0.6 on cpu)"
+    )
+    device_memory: int | None = setting(
+        None,
+        parse_bytes,
+        "Size of the device, like 2GiB. (default: the GPU's own; 2GiB for each worker on cpu)",
+    )
+    max_model_len: int = setting(
+        0, integer(0, 1 << 24), "Longest sequence in tokens; 0 takes the model's own limit."
+    )
+    page_size: int = setting(16, power_of_two(1, 1024), "Tokens in one KV page.")
+    max_batch: int = setting(64, integer(1, 4096), "Sequences in one decode step.")
+    max_chunk_tokens: int = setting(512, integer(16, 1 << 17), "Tokens in one forward pass.")
+    tp: int = setting(
+        1, tensor_parallel, "Ranks of one worker; only 1 is supported.", "--tensor-parallel-size"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagingSettings:
+    """The staging buffer, which lies outside the memory fraction."""
+
+    staging_slots: int = setting(16, integer(2, 4096), "Slots of the staging buffer.")
+    staging_slot_bytes: int | None = setting(
+        None, slot_bytes, "Size of one slot, a multiple of 256. (default: 16MiB on cuda, 1MiB on cpu)"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoverSettings:
+    mover: str = setting("auto", choice(*get_args(MoverName)), "What moves KV between processes.")
+    checksum: bool = setting(False, flag, "Checksum every segment of moved KV.", switch=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChildSettings:
+    """What a process of a fleet gets from the launcher."""
+
+    run_dir: Path | None = setting(None, path, "Directory to leave empty behind us.", internal=True)
+    parent_pid: int | None = setting(None, integer(1, 1 << 31), "Launcher to end with.", internal=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HttpSettings:
+    host: str = setting("127.0.0.1", text, "Address that HTTP listens on; 0.0.0.0 for all.")
+    port: int = setting(8000, _port, "Port that HTTP listens on; 0 takes a free one.")
+    served_model_name: str | None = setting(
+        None, text, "Name of the model in the API. (default: the directory's name)"
+    )
+    api_key: tuple[str, ...] = setting((), text, "Bearer key that clients must send; repeatable.", many=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings(HttpSettings, StagingSettings, MoverSettings, EngineSettings):
+    """Serve a model on this host: a router, workers and their transfer processes."""
+
+    prefill: int | None = setting(None, _count, "Prefill workers. (default: 1, or 0 with --unified)")
+    decode: int | None = setting(None, _count, "Decode workers. (default: 1, or 0 with --unified)")
+    unified: int = setting(0, _count, "Workers that do both.")
+    prefix_cache: bool = setting(True, flag, "Reuse the KV of common prefixes.", switch=True)
+    drain_timeout: float = setting(30.0, seconds(0, 3600), "Seconds that running requests get at the end.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanSettings(StagingSettings, EngineSettings):
+    """Print the memory ledger of one worker before anything starts."""
+
+    role: str = setting("prefill", choice("prefill", "decode", "unified"), "unified has no staging buffer.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSettings(ChildSettings, StagingSettings, EngineSettings):
+    """Run one worker."""
+
+    role: str = required(
+        choice("prefill", "decode", "unified"), "What the worker does: prefill, decode or unified."
+    )
+    listen: str = required(endpoint, "Endpoint for routers: ipc:///path or tcp://host:port.")
+    transfer: str | None = setting(None, endpoint, "Endpoint of this worker's transfer process.")
+    name: str | None = setting(None, text, "Name in logs and metrics. (default: the role)")
+    device_index: int = setting(0, integer(0, 1023), "Which GPU.")
+    max_queue: int = setting(1024, integer(1, 1 << 20), "Requests waiting; more are refused.")
+    prefix_cache: bool = setting(True, flag, "Reuse the KV of common prefixes.", switch=True)
+    key_dir: Path | None = setting(None, path, "CURVE keys for tcp:// endpoints.")
+    drain_timeout: float = setting(30.0, seconds(0, 3600), "Seconds that running requests get at the end.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferSettings(ChildSettings, StagingSettings, MoverSettings):
+    """Run the transfer process of one worker."""
+
+    listen: str = required(endpoint, "Endpoint for the worker: ipc:///path.")
+    peer_listen: str = required(endpoint, "Endpoint for other transfer processes.")
+    staging_socket: Path = required(path, "UNIX socket that hands the staging buffer to the worker.")
+    advertise: str | None = setting(
+        None, endpoint, "Endpoint that others reach us by. (default: what --peer-listen says)"
+    )
+    name: str = setting("transfer", text, "Name in logs.")
+    device: str = setting("auto", choice("auto", "cpu", "cuda"), "Where the staging buffer lies.")
+    device_index: int = setting(0, integer(0, 1023), "Which GPU.")
+    key_dir: Path | None = setting(None, path, "CURVE keys for tcp:// endpoints.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterSettings(ChildSettings, HttpSettings):
+    """Run the router: the HTTP API in front of workers."""
+
+    model_dir: Path = required(path, "Model directory: tokenizer and config.json.", positional=True)
+    worker: tuple[str, ...] = required(endpoint, "Endpoint of a worker; repeatable.", many=True)
+    key_dir: Path | None = setting(None, path, "CURVE keys for tcp:// endpoints.")
+    request_timeout: float = setting(600.0, seconds(1, 86400), "Seconds that one request may take.")
+    drain_timeout: float = setting(30.0, seconds(0, 3600), "Seconds that running requests get at the end.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemorySettings:
+    """Print the memory ledgers of a running system: planned, measured and their difference."""
+
+    url: str = setting("http://127.0.0.1:8000", text, "Where the router listens.")
+    api_key: tuple[str, ...] = setting((), text, "Bearer key, if the router wants one.", many=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeysSettings:
+    """Make a directory of CURVE keys for workers on several hosts."""
+
+    directory: Path = required(path, "Directory for the new keys; it gets mode 0700.", positional=True)
+    name: str = setting("baton", text, "Name of the key.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VersionSettings:
+    """Print the version."""

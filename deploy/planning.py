@@ -1,0 +1,178 @@
+"""From settings to what a worker is told: the "auto" values, and the ledger check before anything starts."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from deploy.errors import UserError
+from deploy.options import EngineSettings
+from services.config import Device, Dtype, WorkerConfig
+from services.engine.checkpoint_files import check_tensors, read_checkpoint_files
+from services.engine.errors import CheckpointError
+from services.engine.model_config import read_model_config
+from services.memory.estimate import contexts, plan_input_for
+from services.memory.measure import NotMeasurable, gpu_count, gpu_facts
+from services.memory.plan import MemoryPlan, plan_memory
+from services.messages import Role
+
+CPU_DEVICE_BYTES = 2 << 30
+CPU_MEM_FRACTION = 0.6
+"""An interpreter with torch is a large part of a small device; on a GPU the rest is small change."""
+CUDA_MEM_FRACTION = 0.85
+CPU_SLOT_BYTES = 1 << 20
+CUDA_SLOT_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceFacts:
+    name: str
+    size_bytes: int
+
+
+def resolve_device(device: str) -> Device:
+    """`auto` is cuda where the driver shows a GPU, else cpu."""
+    if device == "auto":
+        return "cuda" if gpu_count() else "cpu"
+    return cast(Device, device)
+
+
+def resolve_dtype(dtype: str, device: Device) -> Dtype:
+    if dtype == "auto":
+        return "bfloat16" if device == "cuda" else "float32"
+    return cast(Dtype, dtype)
+
+
+def resolve_mem_fraction(mem_fraction: float | None, device: Device) -> float:
+    if mem_fraction is not None:
+        return mem_fraction
+    return CUDA_MEM_FRACTION if device == "cuda" else CPU_MEM_FRACTION
+
+
+def resolve_slot_bytes(slot_bytes: int | None, device: Device) -> int:
+    if slot_bytes is not None:
+        return slot_bytes
+    return CUDA_SLOT_BYTES if device == "cuda" else CPU_SLOT_BYTES
+
+
+def check_model_dir(model_dir: Path) -> None:
+    """Raises UserError unless the directory looks like a model's. Says nothing of its weights."""
+    if not model_dir.is_dir():
+        raise UserError(f"MODEL_DIR: {model_dir} is not a directory")
+    try:
+        content = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"MODEL_DIR: {model_dir} has no config.json: it is not a model directory") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"MODEL_DIR: {model_dir / 'config.json'} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"MODEL_DIR: {model_dir / 'config.json'} does not hold a JSON object")
+
+
+def device_facts(device: Device, device_index: int, device_memory: int | None) -> DeviceFacts:
+    """The device's name and size; `device_memory` overrides the driver, and needs none."""
+    if device == "cpu":
+        return DeviceFacts("cpu", device_memory or CPU_DEVICE_BYTES)
+    try:
+        facts = gpu_facts(device_index)
+    except NotMeasurable as error:
+        if device_memory is None:
+            raise UserError(
+                f"--device cuda: {error}; give --device-memory to plan for a GPU that is not here"
+            ) from None
+        return DeviceFacts("cuda", device_memory)
+    return DeviceFacts(facts.name, device_memory or facts.total_bytes)
+
+
+def worker_config(
+    settings: EngineSettings,
+    *,
+    name: str,
+    role: Role,
+    listen: str,
+    transfer: str | None,
+    device_index: int = 0,
+    staging_slots: int = 0,
+    staging_slot_bytes: int | None = None,
+    max_queue: int = 1024,
+    prefix_cache: bool = True,
+    drain_timeout_s: float = 30.0,
+    key_dir: Path | None = None,
+) -> WorkerConfig:
+    """Every "auto" replaced by what it means here."""
+    device = resolve_device(settings.device)
+    return WorkerConfig(
+        name=name,
+        role=role,
+        model_dir=settings.model_dir,
+        listen=listen,
+        transfer=transfer,
+        device=device,
+        device_index=device_index,
+        dtype=resolve_dtype(settings.dtype, device),
+        load_format="dummy" if settings.load_format == "dummy" else "auto",
+        mem_fraction=resolve_mem_fraction(settings.mem_fraction, device),
+        device_memory_bytes=(settings.device_memory or CPU_DEVICE_BYTES) if device == "cpu" else None,
+        max_model_len=settings.max_model_len,
+        page_size_tokens=settings.page_size,
+        max_batch=settings.max_batch,
+        max_chunk_tokens=settings.max_chunk_tokens,
+        max_queue=max_queue,
+        prefix_cache=prefix_cache,
+        staging_slots=staging_slots,
+        staging_slot_bytes=resolve_slot_bytes(staging_slot_bytes, device),
+        drain_timeout_s=drain_timeout_s,
+        key_dir=key_dir,
+    )
+
+
+def checked_plan(config: WorkerConfig, device_memory: int | None) -> MemoryPlan:
+    """The plan of one worker, from the checkpoint's configuration and headers.
+
+    Raises UserError where the model directory or a flag cannot be used, or, holding the whole table and the
+    smallest change, where it does not fit.
+    """
+    facts = device_facts(config.device, config.device_index, device_memory)
+    try:
+        model = read_model_config(config.model_dir)
+        if config.load_format != "dummy":
+            check_tensors(model, read_checkpoint_files(config.model_dir))
+        inputs = plan_input_for(config, model, device_name=facts.name, device_bytes=facts.size_bytes)
+        return plan_memory(inputs)
+    except CheckpointError as error:
+        raise UserError(f"MODEL_DIR: {error}") from None
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def check_shared_gpus(configs: list[WorkerConfig], device_memory: int | None) -> None:
+    """Workers on one GPU: their budgets, staging buffers and contexts together must fit it.
+
+    Raises UserError, one clear message with the largest mem_fraction that would do.
+    """
+    by_index: dict[int, list[WorkerConfig]] = {}
+    for config in configs:
+        if config.device == "cuda":
+            by_index.setdefault(config.device_index, []).append(config)
+    for index, sharers in by_index.items():
+        if len(sharers) < 2:
+            continue
+        size_bytes = device_facts("cuda", index, device_memory).size_bytes
+        outside_bytes = sum(_outside_bytes(config) for config in sharers)
+        inside_bytes = sum(int(size_bytes * config.mem_fraction) for config in sharers)
+        if inside_bytes + outside_bytes > size_bytes:
+            most = int((size_bytes - outside_bytes) / size_bytes / len(sharers) * 100) / 100
+            names = ", ".join(config.name for config in sharers)
+            advice = f"--mem-fraction {most:g} or less fits" if most > 0 else "use fewer workers or more GPUs"
+            raise UserError(
+                f"--mem-fraction: {names} share GPU {index} and together take "
+                f"{(inside_bytes + outside_bytes) >> 20} MiB of its {size_bytes >> 20} MiB; {advice}"
+            )
+
+
+def _outside_bytes(config: WorkerConfig) -> int:
+    outside = contexts(config.device)
+    worker_bytes = outside.worker_bytes + outside.graphs_bytes
+    if config.transfer is None:
+        return worker_bytes
+    return worker_bytes + outside.transfer_bytes + config.staging_slots * config.staging_slot_bytes

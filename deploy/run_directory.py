@@ -1,0 +1,81 @@
+"""The private directory of one launcher: its processes' sockets, and nothing else.
+
+Its name says whose it is (process number and that process's start time, so that a reused number is not
+mistaken for a living launcher). Short, because a UNIX socket's path may have 107 bytes.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+import socket
+import stat
+import tempfile
+from pathlib import Path
+
+_NAME = re.compile(r"baton-(\d+)-(\d+)")
+_LONGEST_SOCKET_NAME = "unified-63-transfer"
+_MAX_SOCKET_PATH_BYTES = 107
+
+
+def create(base: Path | None = None) -> Path:
+    """Makes this process's directory, mode 0700, below `base` (the temporary directory by default)."""
+    base = Path(tempfile.gettempdir()) if base is None else base
+    name = f"baton-{os.getpid()}-{_start_ticks(os.getpid())}"
+    if len(os.fsencode(base / name / _LONGEST_SOCKET_NAME)) > _MAX_SOCKET_PATH_BYTES:
+        base = Path("/tmp")
+    directory = base / name
+    directory.mkdir(mode=0o700)
+    return directory
+
+
+def remove(directory: Path) -> None:
+    """Also when the last child has already done so."""
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def sweep(base: Path | None = None) -> list[Path]:
+    """Removes what dead launchers of this user left, and returns it. A directory in which something still
+    listens belongs to processes that are draining: they remove it themselves."""
+    base = Path(tempfile.gettempdir()) if base is None else base
+    removed = []
+    for directory in sorted(base.glob("baton-*-*")):
+        match = _NAME.fullmatch(directory.name)
+        if match is None or not _is_ours(directory):
+            continue
+        pid, ticks = int(match.group(1)), int(match.group(2))
+        if _start_ticks(pid) != ticks and not _anybody_listens(directory):
+            remove(directory)
+            removed.append(directory)
+    return removed
+
+
+def _is_ours(directory: Path) -> bool:
+    try:
+        status = directory.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
+
+
+def _start_ticks(pid: int) -> int | None:
+    """When a process started, in the kernel's ticks since boot; None if there is none."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    return int(text.rpartition(")")[2].split()[19])
+
+
+def _anybody_listens(directory: Path) -> bool:
+    with contextlib.suppress(OSError):
+        for entry in directory.iterdir():
+            if not stat.S_ISSOCK(entry.lstat().st_mode):
+                continue
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                try:
+                    probe.connect(str(entry))
+                except OSError:
+                    continue
+                return True
+    return False

@@ -1,0 +1,374 @@
+"""What a worker holds of its transfer process: the commands, the events and the mapped staging buffer.
+
+For a single-threaded loop: poll `socket`, call `receive` when something is there, queue commands by the
+methods named like them, `flush` once a step, `tick` now and then. Nothing blocks but the constructor.
+
+If the transfer process is restarted, the client attaches again by itself and maps the new buffer; the worker
+then gets one `TransferLost` event, upon which it has to drop every transfer it had. Until the new `Attached`
+comes, `ready` is False and commands are dropped: they would all be about transfers that no longer exist.
+"""
+
+import logging
+import mmap
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import zmq
+
+from kvtransfer.channel import ChannelKeys, Link
+from kvtransfer.codecs import WORKER_COMMANDS, WORKER_EVENTS
+from kvtransfer.errors import AttachError, TransferConfigError
+from kvtransfer.layout import tokens_per_slot
+from kvtransfer.messages import (
+    MAX_SEGMENTS_PER_MESSAGE,
+    Abort,
+    Aborted,
+    Arrived,
+    Attached,
+    AttachWorker,
+    Command,
+    Commit,
+    Event,
+    Filled,
+    Freed,
+    KvGeometry,
+    NotAttached,
+    OpenReceive,
+    OpenSend,
+    Ping,
+    Refused,
+    Segment,
+    SendCommitted,
+    SendConfirmed,
+    SendSlots,
+    SlotUse,
+    Stats,
+    TransferAddress,
+)
+from kvtransfer.staging import receive_staging
+
+log = logging.getLogger(__name__)
+
+PING_S = 1.0
+SILENCE_S = 5.0
+ATTACH_RETRY_S = 1.0
+REFUSED_RETRY_S = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class TransferLost:
+    """The transfer process's life `old_epoch` is over, and with it every transfer and every slot use.
+    Slots named before must not be touched, nor `freed`."""
+
+    old_epoch: int
+
+
+WorkerEvent = SendConfirmed | SendSlots | Arrived | SendCommitted | Aborted | TransferLost
+
+
+def _always() -> bool:
+    return True
+
+
+def _freed(slots: list[SlotUse]) -> list[Freed]:
+    step = MAX_SEGMENTS_PER_MESSAGE
+    return [Freed(slots[at : at + step]) for at in range(0, len(slots), step)]
+
+
+class TransferClient:
+    """Attaches in the constructor. Raises AttachError if that fails within `timeout_s`,
+    TransferConfigError for a bad endpoint.
+
+    `packs_idle` says whether no pack into a send slot is running on the device. Slots that were lent for a
+    transfer that has ended go back, by `flush`, only when it says so; on a CPU packs end as they return.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        worker_epoch: int,
+        geometry: KvGeometry,
+        *,
+        keys: ChannelKeys | None = None,
+        timeout_s: float = 30.0,
+        packs_idle: Callable[[], bool] = _always,
+    ) -> None:
+        self._worker_epoch, self._geometry = worker_epoch, geometry
+        self._packs_idle = packs_idle
+        self._dropped: dict[str, int] = {}
+        self._link: Link[Event, Command] = Link(
+            endpoint, WORKER_EVENTS, WORKER_COMMANDS, keys=keys, on_drop=self._on_drop
+        )
+        self._attached: Attached | None = None
+        self._map: mmap.mmap | None = None
+        self._view: memoryview | None = None
+        self._commands: list[Command] = []
+        self._freed: list[SlotUse] = []
+        self._lent: dict[int, dict[int, SlotUse]] = {}
+        """Open sends, each with the slots lent for it and not filled."""
+        self._receives: set[int] = set()
+        self._lost: list[WorkerEvent] = []
+        self._returning: list[SlotUse] = []
+        self._asked_at_s = float("-inf")
+        self._heard_at_s = 0.0
+        self._unanswered = 0
+        self.refusal = ""
+        """Why the last attempt to attach was refused, if it was."""
+        self.last_stats: Stats | None = None
+        try:
+            self._attach_within(timeout_s)
+        except BaseException:
+            self.close()
+            raise
+
+    # ------------------------------------------------------------ what is attached
+
+    @property
+    def ready(self) -> bool:
+        return self._attached is not None
+
+    @property
+    def socket(self) -> "zmq.Socket[bytes]":
+        """For a `zmq.Poller`; the same for the client's whole life."""
+        return self._link.socket
+
+    @property
+    def attached(self) -> Attached:
+        """Raises AttachError while `ready` is False."""
+        if self._attached is None:
+            raise AttachError("the transfer process is not attached")
+        return self._attached
+
+    @property
+    def address(self) -> TransferAddress:
+        return self.attached.address
+
+    @property
+    def slots(self) -> int:
+        return self.attached.slots
+
+    @property
+    def slot_bytes(self) -> int:
+        return self.attached.slot_bytes
+
+    @property
+    def checksum(self) -> bool:
+        return self.attached.checksum
+
+    @property
+    def tokens_per_slot(self) -> int:
+        return tokens_per_slot(self._geometry, self.attached.slot_bytes)
+
+    @property
+    def staging(self) -> memoryview | None:
+        """The whole buffer; None with device memory (open `attached.cuda_ipc_handle` instead)."""
+        return self._view
+
+    def slot_view(self, slot: int) -> memoryview:
+        """The slot's bytes. Raises AttachError without host memory, IndexError for no such slot."""
+        if self._view is None:
+            raise AttachError("there is no host staging buffer")
+        if not 0 <= slot < self.slots:
+            raise IndexError(f"slot {slot}: there are {self.slots}")
+        return self._view[slot * self.slot_bytes : (slot + 1) * self.slot_bytes]
+
+    # ------------------------------------------------------------ commands
+
+    def open_receive(
+        self, transfer_id: int, source: TransferAddress, start_token: int, end_token: int, deadline_s: float
+    ) -> None:
+        self._receives.add(transfer_id)
+        self._queue(OpenReceive(transfer_id, source, start_token, end_token, deadline_s))
+
+    def open_send(self, transfer_id: int, deadline_s: float) -> None:
+        self._lent[transfer_id] = {}
+        self._queue(OpenSend(transfer_id, deadline_s))
+
+    def filled(self, transfer_id: int, segments: list[Segment]) -> None:
+        """Hands over packed send slots; they must not be written any more."""
+        lent = self._lent.get(transfer_id, {})
+        for segment in segments:
+            lent.pop(segment.slot, None)
+        for at in range(0, len(segments), MAX_SEGMENTS_PER_MESSAGE):
+            self._queue(Filled(transfer_id, segments[at : at + MAX_SEGMENTS_PER_MESSAGE]))
+
+    def freed(self, slots: list[SlotUse]) -> None:
+        """Gives back receive slots; they must not be read any more."""
+        self._freed.extend(slots)
+
+    def commit(self, transfer_id: int) -> None:
+        self._receives.discard(transfer_id)
+        self._queue(Commit(transfer_id))
+
+    def abort(self, transfer_id: int, reason: str) -> None:
+        """No event answers it, and none about this transfer comes any more. Slots of it that the worker
+        has seen in `Arrived` must still be `freed`."""
+        self._queue(Abort(transfer_id, reason[:1024]))
+        self._end(transfer_id)
+
+    def flush(self) -> None:
+        """Sends what is queued, as one frame. While not `ready`, drops it."""
+        if self._attached is None:
+            self._forget_commands()
+            return
+        # Freed receive slots go first: what follows in the frame may be given them. Lent slots go last:
+        # they can be returned only after the abort that ended their transfer.
+        returning = self._returning if self._packs_idle() else []
+        frame: list[Command] = [*_freed(self._freed), *self._commands, *_freed(returning)]
+        if frame and not self._link.send(frame):
+            log.warning("the transfer process takes no commands: queue full")
+            return
+        self._freed.clear()
+        self._commands.clear()
+        returning.clear()
+
+    # ------------------------------------------------------------ events
+
+    def receive(self, now_s: float) -> list[WorkerEvent]:
+        """What has come, oldest first; to be called in every step, readable or not. `now_s` is any clock
+        that only grows, the same as for `tick`."""
+        events, self._lost = self._lost, []
+        for event in self._link.receive():
+            self._heard_at_s = now_s
+            self._unanswered = 0
+            if isinstance(event, Attached):
+                self._on_attached(event)
+            elif isinstance(event, Refused):
+                self.refusal = event.reason
+                self._asked_at_s = now_s + REFUSED_RETRY_S - ATTACH_RETRY_S
+            elif isinstance(event, NotAttached):
+                events.extend(self._lose())
+                if now_s - self._asked_at_s >= ATTACH_RETRY_S:
+                    self._ask(now_s)
+            elif self._attached is None:
+                self._on_drop("event_before_attached")
+            elif isinstance(event, Stats):
+                self.last_stats = event
+            elif self._follow(event):
+                events.append(event)
+        return events
+
+    def tick(self, now_s: float) -> None:
+        """Pings a quiet transfer process, and asks again to be attached. Cheap: call it every step."""
+        if self._attached is None:
+            if now_s - self._asked_at_s >= ATTACH_RETRY_S:
+                self._ask(now_s)
+        elif now_s - max(self._heard_at_s, self._asked_at_s) >= PING_S:
+            self._asked_at_s = now_s
+            self._link.send([Ping(self._worker_epoch)])
+            self._unanswered += 1
+            if self._unanswered > SILENCE_S / PING_S and not self._link.socket.poll(0):
+                # Dead, or stopped: if it comes back, attaching again ends what it still has.
+                log.warning("the transfer process has been silent for %d s", SILENCE_S)
+                self._lost.extend(self._lose())
+
+    def quiet_s(self, now_s: float) -> float:
+        """How long nothing has been heard; statistics come every second from a live process."""
+        return now_s - self._heard_at_s
+
+    def close(self) -> None:
+        """Leaves; the transfer process cancels what is open when it notices. Idempotent."""
+        self._attached = None
+        self._unmap()
+        self._link.close()
+
+    # ------------------------------------------------------------ inner moves
+
+    def _queue(self, command: Command) -> None:
+        self._commands.append(command)
+
+    def _attach_within(self, timeout_s: float) -> None:
+        until_s = time.monotonic() + timeout_s
+        while self._attached is None:
+            now_s = time.monotonic()
+            if now_s >= until_s:
+                why = f": {self.refusal}" if self.refusal else ""
+                raise AttachError(f"no transfer process at {self._link.endpoint} in {timeout_s} s{why}")
+            self.tick(now_s)
+            self._link.socket.poll(50)
+            self.receive(time.monotonic())
+
+    def _ask(self, now_s: float) -> None:
+        self._asked_at_s = now_s
+        self._link.send([AttachWorker(self._worker_epoch, self._geometry)])
+
+    def _on_attached(self, event: Attached) -> None:
+        if self._attached is not None:
+            self._on_drop("attached_twice")
+            return
+        self._unmap()
+        if event.staging_socket is not None:
+            try:
+                size_bytes = event.slots * event.slot_bytes
+                self._map = receive_staging(Path(event.staging_socket), size_bytes, timeout_s=2.0)
+            except TransferConfigError as error:
+                # It has just died, or is another life already.
+                log.warning("staging buffer not mapped: %s", error)
+                self.refusal = str(error)
+                return  # `tick` asks again.
+            self._view = memoryview(self._map)
+        self._attached = event
+        self.refusal = ""
+        log.info("attached to transfer process, epoch %d", event.address.epoch)
+
+    def _lose(self) -> list[WorkerEvent]:
+        if self._attached is None:
+            return []
+        lost = TransferLost(self._attached.address.epoch)
+        self._attached = None
+        self.last_stats = None
+        self._lent.clear()
+        self._receives.clear()
+        self._returning.clear()
+        self._forget_commands()
+        self._unmap()
+        return [lost]
+
+    def _unmap(self) -> None:
+        """Views that the worker still has keep the old buffer mapped until it drops them."""
+        view, self._view = self._view, None
+        mapping, self._map = self._map, None
+        if view is not None and mapping is not None:
+            try:
+                view.release()
+                mapping.close()
+            except BufferError:
+                log.info("the former staging buffer is still being looked at")
+
+    def _follow(self, event: WorkerEvent) -> bool:
+        """Keeps book of lent slots, so that none is forgotten when its transfer ends. False: the worker
+        has ended that transfer already, and need not hear of it; slots in the event go straight back."""
+        if isinstance(event, SendSlots):
+            lent = self._lent.get(event.transfer_id)
+            if lent is None:
+                self._returning.extend(event.slots)
+                return False
+            lent.update((use.slot, use) for use in event.slots)
+            return True
+        if isinstance(event, Arrived):
+            if event.transfer_id in self._receives:
+                return True
+            self._freed.extend(SlotUse(s.slot, s.generation) for s in event.segments)
+            return False
+        if isinstance(event, SendConfirmed):
+            return event.transfer_id in self._lent
+        if isinstance(event, Aborted | SendCommitted):
+            return self._end(event.transfer_id)
+        return True
+
+    def _end(self, transfer_id: int) -> bool:
+        """False if it was not open."""
+        receiving = transfer_id in self._receives
+        self._receives.discard(transfer_id)
+        lent = self._lent.pop(transfer_id, None)
+        self._returning.extend((lent or {}).values())
+        return receiving or lent is not None
+
+    def _forget_commands(self) -> None:
+        self._commands.clear()
+        self._freed.clear()
+
+    def _on_drop(self, reason: str) -> None:
+        self._dropped[reason] = self._dropped.get(reason, 0) + 1

@@ -1,0 +1,163 @@
+"""The peers that receive from us: they connect, say who they are, and are watched until they are lost.
+
+    UNKNOWN connection → PeerHello fits → GREETED → silent, unreachable or replaced → forgotten
+
+A peer's region stays known to the mover until no write to it is in flight.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kvtransfer.channel import Server
+from kvtransfer.errors import MoverError
+from kvtransfer.handshake import mismatch
+from kvtransfer.machine import TransferMachine
+from kvtransfer.movers.base import Mover, Region
+from kvtransfer.outbox import Destination
+from kvtransfer.peer_messages import PeerHello, PeerMessage, PeerPing, PeerRefused
+
+log = logging.getLogger(__name__)
+
+PeerServer = Server[PeerMessage, PeerMessage]
+
+
+@dataclass(slots=True)
+class _Peer:
+    identity: bytes
+    hello: PeerHello
+    heard_at_s: float
+    said_at_s: float
+
+
+class Destinations:
+    """`hello(None)` gives our own greeting, or None while no worker is attached."""
+
+    def __init__(
+        self,
+        server: PeerServer,
+        machine: TransferMachine,
+        mover: Mover,
+        hello: Callable[[int | None], PeerHello | None],
+        on_device: bool,
+        peer_timeout_s: float,
+        heartbeat_s: float,
+    ) -> None:
+        self._server, self._machine, self._mover, self._hello = server, machine, mover, hello
+        self._on_device = on_device
+        self._peer_timeout_s, self._heartbeat_s = peer_timeout_s, heartbeat_s
+        self._by_identity: dict[bytes, _Peer] = {}
+        self._by_epoch: dict[Destination, _Peer] = {}
+        self._leaving: dict[Destination, str] = {}
+        """Lost peers by epoch, with their agents: removed from the mover once nothing is in flight."""
+
+    def __len__(self) -> int:
+        return len(self._by_epoch)
+
+    def agent(self, destination: Destination) -> str | None:
+        """The mover's name for a connected peer."""
+        peer = self._by_epoch.get(destination)
+        return None if peer is None else peer.hello.agent_name
+
+    def receive(self, now_s: float) -> None:
+        for identity, messages in self._server.receive():
+            for message in messages:
+                peer = self._by_identity.get(identity)
+                if isinstance(message, PeerHello):
+                    self._greet(identity, message, now_s)
+                elif peer is None:
+                    self._machine.outbox.drops["peer_before_hello"] += 1
+                    self._server.send(identity, [PeerRefused("say hello first")])
+                    break
+                else:
+                    peer.heard_at_s = now_s
+                    if not isinstance(message, PeerPing):
+                        epoch = peer.hello.epoch
+                        self._machine.on_destination(epoch, message, peer.hello.slots, now_s)
+
+    def send(self, destination: Destination, messages: list[PeerMessage], now_s: float) -> None:
+        peer = self._by_epoch.get(destination)
+        if peer is None:
+            self._machine.outbox.drops["to_lost_peer"] += len(messages)
+        elif self._server.send(peer.identity, messages):
+            peer.said_at_s = now_s
+        else:
+            self.lose(destination, "its connection is gone", now_s)
+
+    def tick(self, now_s: float) -> None:
+        """Heartbeats and silence; takes leave of lost peers."""
+        greeting = self._hello(None)
+        for destination, peer in list(self._by_epoch.items()):
+            if now_s - peer.heard_at_s >= self._peer_timeout_s:
+                self.lose(destination, f"silent for {self._peer_timeout_s} s", now_s)
+            elif now_s - peer.said_at_s >= self._heartbeat_s and greeting is not None:
+                self.send(destination, [PeerPing(greeting.epoch)], now_s)
+        for destination, agent in list(self._leaving.items()):
+            if not self._machine.sender.uses(destination):
+                del self._leaving[destination]
+                self._mover.remove_peer(agent)
+
+    def next_deadline_s(self) -> float | None:
+        return min(
+            (
+                min(p.said_at_s + self._heartbeat_s, p.heard_at_s + self._peer_timeout_s)
+                for p in self._by_epoch.values()
+            ),
+            default=None,
+        )
+
+    def lose(self, destination: Destination, reason: str, now_s: float) -> None:
+        peer = self._by_epoch.pop(destination, None)
+        if peer is None:
+            return
+        log.warning("peer %s lost: %s", peer.hello.agent_name, reason)
+        del self._by_identity[peer.identity]
+        self._leaving[destination] = peer.hello.agent_name
+        self._machine.sender.destination_lost(destination, f"destination lost: {reason}", now_s)
+
+    def lose_all(self, reason: str, now_s: float) -> None:
+        for destination, peer in list(self._by_epoch.items()):
+            self._server.send(peer.identity, [PeerRefused(reason)])
+            self.lose(destination, reason, now_s)
+
+    def _greet(self, identity: bytes, theirs: PeerHello, now_s: float) -> None:
+        ours = self._hello(None)
+        if ours is None:
+            self._refuse(identity, theirs, "no worker is attached here", [])
+            return
+        reason = mismatch(ours, theirs)
+        if theirs.expected_epoch != ours.epoch:
+            reason = "another life was meant"
+        if reason is None:
+            reason = self._introduce(theirs)
+        if reason is not None:
+            # Our hello goes first: from it the other side learns that the life it meant is over.
+            self._refuse(identity, theirs, reason, [ours])
+            return
+        former = self._by_epoch.get(theirs.epoch)
+        if former is not None and former.identity != identity:
+            self.lose(theirs.epoch, "connected anew", now_s)
+        impostor = self._by_identity.get(identity)
+        if impostor is not None and impostor.hello.epoch != theirs.epoch:
+            self.lose(impostor.hello.epoch, "its connection speaks for another life now", now_s)
+        self._leaving.pop(theirs.epoch, None)
+        peer = _Peer(identity, theirs, now_s, now_s)
+        self._by_identity[identity] = peer
+        self._by_epoch[theirs.epoch] = peer
+        log.info("peer %s connected, epoch %d", theirs.agent_name, theirs.epoch)
+        self._server.send(identity, [ours])
+
+    def _introduce(self, theirs: PeerHello) -> str | None:
+        # Host and device memory are different movers to the handshake, so theirs is of our kind.
+        size_bytes = theirs.slots * theirs.slot_bytes
+        region = Region(theirs.base_address, size_bytes, theirs.device_id, self._on_device)
+        try:
+            self._mover.add_peer(theirs.agent_name, theirs.agent_metadata, region)
+        except MoverError as error:
+            return f"mover: {error}"[:1000]
+        return None
+
+    def _refuse(self, identity: bytes, theirs: PeerHello, reason: str, first: list[PeerMessage]) -> None:
+        log.warning("peer %s refused: %s", theirs.agent_name, reason)
+        self._machine.outbox.drops["peer_refused"] += 1
+        self._server.send(identity, [*first, PeerRefused(reason)])

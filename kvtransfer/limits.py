@@ -1,0 +1,46 @@
+"""The numbers both state machines are bounded by: fixed for the time that one worker's geometry holds."""
+
+from dataclasses import dataclass
+
+from kvtransfer.layout import tokens_per_slot
+from kvtransfer.messages import KvGeometry
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """`slots_per_transfer` bounds what one transfer may hold once it moves, `idle_slots_per_transfer` what
+    it may hold before its first data: a queued request must not sit on slots that a running one needs.
+
+    `receive_slots` is below the pool's size, so that one slot is always left to send with: two processes
+    that receive from each other could otherwise grant everything away and wait for each other.
+    """
+
+    slots: int
+    token_bytes: int
+    tokens_per_slot: int
+    slots_per_transfer: int
+    idle_slots_per_transfer: int
+    receive_slots: int
+    offer_hold_s: float
+    resend_s: float
+    quarantine_s: float
+    max_transfers: int = 16384
+
+    @classmethod
+    def of(
+        cls, geometry: KvGeometry | None, slots: int, slot_bytes: int, share: float, transfer_timeout_s: float
+    ) -> "Limits":
+        """`share` is the part of the pool that one transfer may hold; without a geometry (no worker yet)
+        a slot holds one token of any size. Raises TransferConfigError."""
+        per_transfer = max(1, int(slots * share))
+        return cls(
+            slots=slots,
+            token_bytes=slot_bytes if geometry is None else geometry.token_bytes,
+            tokens_per_slot=1 if geometry is None else tokens_per_slot(geometry, slot_bytes),
+            slots_per_transfer=per_transfer,
+            idle_slots_per_transfer=min(2, per_transfer),
+            receive_slots=max(1, slots - 1),
+            offer_hold_s=transfer_timeout_s,
+            resend_s=1.0,
+            quarantine_s=2 * transfer_timeout_s,
+        )

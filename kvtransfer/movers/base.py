@@ -1,0 +1,69 @@
+"""What moves bytes between two staging buffers. Vocabulary of NIXL (NVIDIA Inference Xfer Library):
+register → describe → prepare → post → check → release.
+
+A mover is called by one thread. Every call returns within a short, bounded time; waiting is the caller's,
+who polls handles until its own deadline. Nothing a peer does may raise anything but MoverError.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+Handle = int
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A staging buffer as movers see it: `byte_count` bytes at `address`, on host or device memory."""
+
+    address: int
+    byte_count: int
+    device_id: int = 0
+    on_device: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PieceOfWrite:
+    """`byte_count` bytes from `local_offset` of our region to `remote_offset` of the peer's."""
+
+    local_offset: int
+    remote_offset: int
+    byte_count: int
+
+
+class Progress(Enum):
+    PENDING = "pending"
+    DONE = "done"
+    FAILED = "failed"
+
+
+class Mover(Protocol):
+    """See the module. `name` is what two peers compare; `agent_name` is unique in every incarnation."""
+
+    name: str
+    agent_name: str
+
+    def register(self, region: Region) -> None:
+        """Makes the buffer reachable. Once, before anything else. Raises MoverError."""
+
+    def metadata(self) -> bytes:
+        """The registered region's description, for peers' `add_peer`; at most 1 MiB."""
+
+    def add_peer(self, peer: str, metadata: bytes, region: Region) -> None:
+        """Learns to reach a peer's region. Again for a known name: no effect. Raises MoverError."""
+
+    def remove_peer(self, peer: str) -> None:
+        """Disconnects; its handles must have been released. Unknown names are ignored."""
+
+    def post(self, peer: str, pieces: list[PieceOfWrite]) -> Handle:
+        """Starts one write of all pieces. Raises MoverError, PeerLostError if the peer is gone."""
+
+    def poll(self, handle: Handle) -> Progress:
+        """DONE: every byte is at the peer. FAILED: nothing of it is in flight any more."""
+
+    def release(self, handle: Handle) -> None:
+        """Forgets a handle. One that is PENDING is cancelled as far as the transport can: its data may
+        still be on the way, so its peer has to be removed before its slots are used again."""
+
+    def close(self) -> None:
+        """Releases handles, removes peers, deregisters, in this order. Idempotent."""

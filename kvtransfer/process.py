@@ -1,0 +1,370 @@
+"""The transfer process, one beside every worker rank. Its life:
+
+    1. allocate the staging buffer, and register it with the mover
+    2. listen: for the worker, for peers that receive from us, and to hand out the buffer
+    3. the worker attaches; only then do we know the KV's shape, and greet peers
+    4. serve: take in what has come, tick the state machines, hand out free slots, carry out what they ask;
+       sleep until the next message or deadline, briefly only while a write is in flight
+    5. the worker's life ends: its transfers are cancelled, the next worker may attach
+    6. SIGTERM: cancel everything, wait a moment for writes in flight, release, remove, deregister, unlink
+
+All decisions are the pure state machines' (`machine.py`); here is only what touches the world. One thread.
+"""
+
+import logging
+import os
+import secrets
+import signal
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import zmq
+
+from kvtransfer.channel import ChannelKeys, Server
+from kvtransfer.codecs import PEER_MESSAGES, WORKER_COMMANDS, WORKER_EVENTS
+from kvtransfer.config import TransferConfig
+from kvtransfer.destinations import Destinations
+from kvtransfer.errors import TransferConfigError
+from kvtransfer.handshake import PEER_VERSION
+from kvtransfer.limits import Limits
+from kvtransfer.machine import TransferMachine
+from kvtransfer.messages import (
+    Attached,
+    AttachWorker,
+    Command,
+    Ping,
+    Stats,
+    TransferAddress,
+)
+from kvtransfer.movers.select import select_mover
+from kvtransfer.outbox import Destination
+from kvtransfer.peer_messages import PeerHello, PeerMessage
+from kvtransfer.sources import PeerLink, Sources
+from kvtransfer.staging import (
+    DeviceStaging,
+    HostStaging,
+    StagingDoor,
+    device_bytes_of_this_process,
+)
+from kvtransfer.worker_port import WorkerPort
+from kvtransfer.writes import Writes
+
+log = logging.getLogger(__name__)
+
+STATS_S = 1.0
+LONGEST_SLEEP_S = 30.0
+FAREWELL_S = 1.0
+
+
+def run(config: TransferConfig) -> None:
+    """Serves until SIGTERM. Raises TransferConfigError / MoverUnavailable if it cannot start."""
+    process = TransferProcess(config)
+    try:
+        process.serve()
+    finally:
+        process.close()
+
+
+class TransferProcess:
+    """Everything that a life holds; see the module for its phases."""
+
+    def __init__(self, config: TransferConfig) -> None:
+        self.config = config
+        self.epoch = secrets.randbelow(2**63 - 1) + 1
+        keys = ChannelKeys.load(config.key_dir) if config.key_dir is not None else None
+        size_bytes = config.slots * config.slot_bytes
+        self._staging: HostStaging | DeviceStaging
+        if config.device == "cuda":
+            self._staging = DeviceStaging(size_bytes, config.device_index)
+        else:
+            self._staging = HostStaging(size_bytes)
+        self._mover = select_mover(config, f"{config.name}-{self.epoch:x}")
+        self._mover.register(self._staging.region)
+        self._metadata = self._mover.metadata()
+        self._machine = TransferMachine(self._limits(None))
+        drops = self._machine.outbox.drops
+
+        def on_drop(reason: str) -> None:
+            drops[reason] += 1
+
+        server = Server(config.listen, WORKER_COMMANDS, WORKER_EVENTS, keys=keys, on_drop=on_drop)
+        self._peer_server = Server(
+            config.peer_listen, PEER_MESSAGES, PEER_MESSAGES, keys=keys, on_drop=on_drop
+        )
+        self._worker_server = server
+        self._worker = WorkerPort(server, self.epoch)
+        self.address = TransferAddress(config.advertise or self._peer_server.endpoint, self.epoch)
+        self._destinations = Destinations(
+            self._peer_server,
+            self._machine,
+            self._mover,
+            self._hello,
+            config.device == "cuda",
+            config.peer_timeout_s,
+            config.heartbeat_s,
+        )
+        self._sources = Sources(
+            self._machine,
+            PEER_MESSAGES,
+            keys,
+            self._hello,
+            config.peer_timeout_s,
+            config.heartbeat_s,
+            self._watch,
+            self._unwatch,
+        )
+        self._writes = Writes(
+            self._mover,
+            self._machine.sender,
+            config.slot_bytes,
+            config.transfer_timeout_s,
+            self._destinations.lose,
+        )
+        self._door: StagingDoor | None = None
+        self._poller = zmq.Poller()
+        self._poller.register(self._worker_server.socket, zmq.POLLIN)
+        self._poller.register(self._peer_server.socket, zmq.POLLIN)
+        if isinstance(self._staging, HostStaging) and config.staging_socket is not None:
+            self._door = StagingDoor(config.staging_socket, self._staging.fd)
+            self._poller.register(self._door.fileno(), zmq.POLLIN)
+        self._stats_at_s = 0.0
+        self._self = psutil.Process()
+        self._ending = False
+        self._wake_in, self._wake_out = socket.socketpair()
+
+    # ------------------------------------------------------------ 4. serve
+
+    def serve(self) -> None:
+        """Returns after SIGTERM (or SIGINT, which a terminal sends to the whole group)."""
+        self._catch_signals()
+        log.info(
+            "%s ready: %d slots of %d bytes, mover %s, peers at %s, epoch %d",
+            self.config.name,
+            self.config.slots,
+            self.config.slot_bytes,
+            self._mover.name,
+            self.address.endpoint,
+            self.epoch,
+        )
+        while not self._ending:
+            self._sleep(time.monotonic())
+            self.step(time.monotonic())
+        self._farewell()
+
+    def step(self, now_s: float) -> None:
+        """Takes in whatever is there and carries out whatever follows. Never waits."""
+        if self._door is not None:
+            self._door.serve()
+        for command in self._worker.receive():
+            self._on_command(command, now_s)
+        self._destinations.receive(now_s)
+        self._sources.receive(now_s)
+        self._writes.poll(now_s)
+        self._destinations.tick(now_s)
+        self._sources.tick(now_s)
+        self._machine.tick(now_s)
+        self._machine.settle(now_s)
+        self._carry_out(now_s)
+        if self._worker.attached is not None and now_s >= self._stats_at_s:
+            self._send_stats(now_s)
+
+    def _carry_out(self, now_s: float) -> None:
+        """Empties the outbox; what that leads to at once (a write already done) is carried out too."""
+        out = self._machine.outbox
+        while not out.empty:
+            connects, out.connects = out.connects, []
+            for address in connects:
+                self._sources.connect(address, now_s)
+            writes, out.writes = out.writes, []
+            for write in writes:
+                self._writes.post(write, self._destinations.agent(write.destination), now_s)
+            if writes:
+                self._writes.poll(time.monotonic())
+                self._machine.settle(now_s)
+            to_sources, out.to_sources = out.to_sources, []
+            by_source: dict[TransferAddress, list[PeerMessage]] = {}
+            for address, message in to_sources:
+                by_source.setdefault(address, []).append(message)
+            for address, messages in by_source.items():
+                self._sources.send(address, messages, now_s)
+            to_destinations, out.to_destinations = out.to_destinations, []
+            by_destination: dict[Destination, list[PeerMessage]] = {}
+            for destination, message in to_destinations:
+                by_destination.setdefault(destination, []).append(message)
+            for destination, messages in by_destination.items():
+                self._destinations.send(destination, messages, now_s)
+            events, out.to_worker = out.to_worker, []
+            if events and not self._worker.send(events) and self._worker.attached is not None:
+                self._worker_lost(now_s)
+
+    def _sleep(self, now_s: float) -> None:
+        """Until something comes, or the next deadline; a write in flight is looked after meanwhile."""
+        if len(self._writes):
+            # Fine steps at first (ZMQ's are a millisecond at least), coarse ones for a write that hangs.
+            waited_s = now_s - self._writes.last_progress_s
+            if waited_s < 0.02:
+                if not self._poller.poll(0):
+                    time.sleep(0.0001)
+            else:
+                self._poller.poll(1 if waited_s < 1.0 else 20)
+            return
+        deadlines = [
+            self._machine.next_deadline_s(),
+            self._destinations.next_deadline_s(),
+            self._sources.next_deadline_s(),
+            self._stats_at_s if self._worker.attached is not None else None,
+        ]
+        until_s = min((d for d in deadlines if d is not None), default=now_s + LONGEST_SLEEP_S)
+        sleep_s = min(max(until_s - now_s, 0.0), LONGEST_SLEEP_S)
+        self._poller.poll(int(sleep_s * 1000) + 1)
+
+    # ------------------------------------------------------------ 3., 5. the worker
+
+    def _on_command(self, command: Command, now_s: float) -> None:
+        if isinstance(command, AttachWorker):
+            self._attach(command, now_s)
+        elif isinstance(command, Ping):
+            self._send_stats(now_s)
+        else:
+            self._machine.on_command(command, now_s)
+
+    def _attach(self, command: AttachWorker, now_s: float) -> None:
+        former = self._worker.attached
+        self._machine.worker_gone("the worker has started anew", now_s)
+        try:
+            limits = self._limits(command)
+        except TransferConfigError as error:
+            self._worker.refuse(str(error))
+            return
+        if former is not None and former.geometry != command.geometry:
+            self._destinations.lose_all("the worker's KV has another shape now", now_s)
+            self._sources.lose_all("the worker's KV has another shape now", now_s)
+        self._machine.set_limits(limits)
+        device = isinstance(self._staging, DeviceStaging)
+        reply = Attached(
+            address=self.address,
+            mover=self._mover.name,
+            slots=self.config.slots,
+            slot_bytes=self.config.slot_bytes,
+            checksum=self.config.checksum,
+            staging_socket=None if device else str(self.config.staging_socket),
+            cuda_ipc_handle=self._staging.cuda_ipc_handle,
+            cuda_device=self.config.device_index if device else None,
+        )
+        self._worker.accept(command, reply)
+
+    def _worker_lost(self, now_s: float) -> None:
+        log.warning("worker lost: its connection is gone")
+        self._worker.detach()
+        self._machine.worker_gone("the worker is gone", now_s)
+
+    def _send_stats(self, now_s: float) -> None:
+        self._stats_at_s = now_s + STATS_S
+        if not self._worker.send([self.stats(now_s)]) and self._worker.attached is not None:
+            self._worker_lost(now_s)
+            self._carry_out(now_s)
+
+    def stats(self, now_s: float) -> Stats:
+        machine, writes = self._machine, self._writes
+        device = self.config.device == "cuda"
+        return Stats(
+            epoch=self.epoch,
+            pid=os.getpid(),
+            counts=machine.pool.counts(),
+            open_sends=machine.sender.open_transfers,
+            open_receives=machine.receiver.open_transfers,
+            peers=len(self._sources) + len(self._destinations),
+            moved_bytes=writes.moved_bytes,
+            moved_segments=writes.moved_segments,
+            move_seconds=writes.move_seconds,
+            oldest_grant_age_s=machine.pool.oldest_grant_age_s(now_s),
+            dropped=dict(machine.outbox.drops),
+            resident_bytes=self._self.memory_info().rss,
+            staging_resident_bytes=self._staging.resident_bytes(),
+            device_bytes=device_bytes_of_this_process(self.config.device_index) if device else None,
+        )
+
+    def _limits(self, worker: AttachWorker | None) -> Limits:
+        config = self.config
+        geometry = worker.geometry if worker is not None else None
+        return Limits.of(geometry, config.slots, config.slot_bytes, config.share, config.transfer_timeout_s)
+
+    def _hello(self, expected_epoch: int | None) -> PeerHello | None:
+        worker, region = self._worker.attached, self._staging.region
+        if worker is None:
+            return None
+        return PeerHello(
+            version=PEER_VERSION,
+            epoch=self.epoch,
+            expected_epoch=expected_epoch,
+            mover=f"{self._mover.name}/{self.config.device}",
+            geometry=worker.geometry,
+            slots=self.config.slots,
+            slot_bytes=self.config.slot_bytes,
+            agent_name=self._mover.agent_name,
+            agent_metadata=self._metadata,
+            base_address=region.address,
+            device_id=region.device_id,
+        )
+
+    def _watch(self, link: PeerLink) -> None:
+        self._poller.register(link.socket, zmq.POLLIN)
+
+    def _unwatch(self, link: PeerLink) -> None:
+        self._poller.unregister(link.socket)
+
+    # ------------------------------------------------------------ 6. the end
+
+    def _catch_signals(self) -> None:
+        self._wake_in.setblocking(False)
+        self._wake_out.setblocking(False)
+        self._poller.register(self._wake_out.fileno(), zmq.POLLIN)
+        signal.set_wakeup_fd(self._wake_in.fileno())
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        self._ending = True
+
+    def _farewell(self) -> None:
+        """Tells everybody, and gives writes in flight a moment, so that peers hear `Closed`."""
+        log.info("%s ends", self.config.name)
+        now_s = time.monotonic()
+        until_s = now_s + FAREWELL_S
+        self._machine.worker_gone("the transfer process ends", now_s)
+        self._carry_out(now_s)
+        while len(self._writes) and now_s < until_s:
+            time.sleep(0.001)
+            now_s = time.monotonic()
+            self._writes.poll(now_s)
+            self._carry_out(now_s)
+
+    def close(self) -> None:
+        """Idempotent. First nobody can reach us, then the mover lets go, then the memory goes."""
+        if self._wake_in.fileno() >= 0:
+            signal.set_wakeup_fd(-1)
+        if self._door is not None:
+            self._door.close()
+        self._sources.close()
+        self._worker_server.close()
+        self._peer_server.close()
+        self._mover.close()
+        self._staging.close()
+        self._wake_in.close()
+        self._wake_out.close()
+
+
+def configure_logging(name: str, level: int = logging.INFO) -> None:
+    """One line per event on stderr, with the process's name and id."""
+    form = f"%(asctime)s %(levelname)s {name}[{os.getpid()}] %(message)s"
+    logging.basicConfig(level=level, format=form)
+
+
+def socket_paths(config: TransferConfig) -> list[Path]:
+    """The files that a life with this configuration makes, and removes at its end."""
+    endpoints = [e for e in (config.listen, config.peer_listen) if e.startswith("ipc://")]
+    paths = [Path(endpoint.removeprefix("ipc://")) for endpoint in endpoints]
+    return paths if config.staging_socket is None else [*paths, config.staging_socket]

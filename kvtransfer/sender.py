@@ -1,0 +1,429 @@
+"""Outgoing transfers: slots lent to the worker, writes posted to the mover, reports of them sent.
+
+    1. `open` and `on_offer`, in either order       WAITING or OFFERED → CONFIRMED
+    2. `on_grant`          remote slots that may be written, kept first come first served
+    3. `lend`              a local slot goes to the worker only against a grant, so that what is packed can
+                           always be moved: no two transfers can ever wait for each other's slots
+    4. `filled`            packed segments are paired with grants and posted as one write
+    5. `write_done`        local slots are free, the destination is told what lies where
+    6. `on_committed`      the worker may let its KV go                              CONFIRMED → ENDED
+
+A failure at any point leads to ENDED, through CLOSING while a write is in flight: local slots stay in
+quarantine until the mover is done with them, and only then does the destination hear `Closed`. Slots that
+were lent and not filled stay in quarantine until the worker gives them back: it may be packing right now.
+"""
+
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+from enum import Enum
+
+from kvtransfer.errors import IllegalMove
+from kvtransfer.layout import TokenRanges
+from kvtransfer.limits import Limits
+from kvtransfer.messages import (
+    Aborted,
+    Filled,
+    OpenSend,
+    Segment,
+    SendCommitted,
+    SendConfirmed,
+    SendSlots,
+    SlotUse,
+)
+from kvtransfer.outbox import Destination, Outbox, Piece, Write
+from kvtransfer.peer_messages import Cancel, Closed, Grant, Offer, Written
+from kvtransfer.slots import Direction, SlotPool
+
+REMEMBERED_ENDS = 8192
+
+
+class SendState(Enum):
+    WAITING = "waiting"
+    """The worker has opened it; no offer yet."""
+    OFFERED = "offered"
+    """A destination has offered; the worker has not opened it yet."""
+    EARLY_COMMITTED = "early_committed"
+    """A destination needed nothing and has committed before the worker opened it."""
+    CONFIRMED = "confirmed"
+    CLOSING = "closing"
+    ENDED = "ended"
+
+
+LEGAL_MOVES: dict[SendState, frozenset[SendState]] = {
+    SendState.WAITING: frozenset({SendState.CONFIRMED, SendState.ENDED}),
+    SendState.OFFERED: frozenset({SendState.CONFIRMED, SendState.EARLY_COMMITTED, SendState.ENDED}),
+    SendState.EARLY_COMMITTED: frozenset({SendState.ENDED}),
+    SendState.CONFIRMED: frozenset({SendState.CLOSING, SendState.ENDED}),
+    SendState.CLOSING: frozenset({SendState.ENDED}),
+    SendState.ENDED: frozenset(),
+}
+HELD_OFFERS = (SendState.OFFERED, SendState.EARLY_COMMITTED)
+
+
+@dataclass(slots=True)
+class _Send:
+    transfer_id: int
+    state: SendState
+    deadline_s: float
+    destination: Destination = 0
+    start_token: int = 0
+    end_token: int = 0
+    grants: deque[SlotUse] = field(default_factory=deque)
+    """Remote slots that may be written and are not yet."""
+    grant_generations: dict[int, int] = field(default_factory=dict)
+    """Newest generation of each remote slot ever granted: a repeated grant is told from a new one."""
+    lent: dict[int, SlotUse] = field(default_factory=dict)
+    packed: TokenRanges = field(default_factory=TokenRanges)
+    writes: set[int] = field(default_factory=set)
+
+    def move(self, state: SendState) -> None:
+        if state not in LEGAL_MOVES[self.state]:
+            raise IllegalMove(f"send {self.transfer_id}: {self.state.value} to {state.value}")
+        self.state = state
+
+    def wants_slots(self, tokens_per_slot: int) -> bool:
+        missing_tokens = self.end_token - self.start_token - self.packed.tokens
+        return len(self.lent) < min(len(self.grants), -(-missing_tokens // tokens_per_slot))
+
+
+@dataclass(frozen=True, slots=True)
+class _InFlight:
+    transfer_id: int
+    local: tuple[SlotUse, ...]
+    remote: tuple[Segment, ...]
+
+
+class Sender:
+    """The state of all outgoing transfers. Time comes in as `now_s`; what is to be done goes to `outbox`."""
+
+    def __init__(self, pool: SlotPool, limits: Limits, outbox: Outbox) -> None:
+        self._pool, self.limits, self._out = pool, limits, outbox
+        self._transfers: dict[int, _Send] = {}
+        self._writes: dict[int, _InFlight] = {}
+        self._next_write_id = 1
+        self._returning: dict[int, SlotUse] = {}
+        """Lent to the worker for transfers that have ended; quarantined until it gives them back."""
+        self._ended: OrderedDict[int, None] = OrderedDict()
+        """Lately ended transfers, so that an offer that comes too late is refused at once."""
+
+    @property
+    def open_transfers(self) -> int:
+        """Transfers the worker still waits for."""
+        return sum(t.state in (SendState.WAITING, SendState.CONFIRMED) for t in self._transfers.values())
+
+    def uses(self, destination: Destination) -> bool:
+        """Whether a write to this destination may be in flight."""
+        return any(t.destination == destination and t.writes for t in self._transfers.values())
+
+    # ------------------------------------------------------------ the worker's side
+
+    def open(self, command: OpenSend, now_s: float) -> None:
+        transfer_id, deadline_s = command.transfer_id, now_s + command.deadline_s
+        transfer = self._transfers.get(transfer_id)
+        if transfer is None:
+            if len(self._transfers) >= self.limits.max_transfers:
+                self._out.to_worker.append(Aborted(transfer_id, "too many open transfers"))
+            elif transfer_id in self._ended:
+                self._out.to_worker.append(Aborted(transfer_id, "the destination has given it up"))
+            else:
+                self._transfers[transfer_id] = _Send(transfer_id, SendState.WAITING, deadline_s)
+        elif transfer.state in HELD_OFFERS:
+            transfer.deadline_s = deadline_s
+            self._confirm(transfer)
+        else:
+            self._out.drops["send_open_twice"] += 1
+
+    def filled(self, command: Filled, now_s: float) -> None:
+        """Posts what the worker has packed; a segment that does not fit the transfer fails it."""
+        transfer = self._transfers.get(command.transfer_id)
+        pieces: list[Piece] = []
+        local: list[SlotUse] = []
+        remote: list[Segment] = []
+        for segment in command.segments:
+            use = SlotUse(segment.slot, segment.generation)
+            if self._returning.get(segment.slot) == use:
+                self.returned(use, now_s)
+                self._out.drops["filled_late"] += 1
+            elif transfer is None or transfer.lent.get(segment.slot) != use:
+                self._out.drops["filled_not_lent"] += 1
+            elif (fault := self._fault(transfer, segment)) is not None:
+                self._out.drops[fault] += 1
+                self._abandon(local, now_s)
+                self._fail(transfer, f"the worker's segment is {fault}", now_s)
+                return
+            else:
+                del transfer.lent[segment.slot]
+                grant = transfer.grants.popleft()
+                transfer.packed.add(segment.start_token, segment.start_token + segment.token_count)
+                self._pool.fill(use, now_s)
+                local.append(use)
+                pieces.append(Piece(segment.slot, grant.slot, segment.byte_count))
+                remote.append(_at(segment, grant))
+        if transfer is not None and pieces:
+            write_id = self._next_write_id
+            self._next_write_id += 1
+            transfer.writes.add(write_id)
+            self._writes[write_id] = _InFlight(transfer.transfer_id, tuple(local), tuple(remote))
+            write = Write(write_id, transfer.destination, transfer.transfer_id, tuple(pieces))
+            self._out.writes.append(write)
+
+    def returned(self, use: SlotUse, now_s: float) -> None:
+        """The worker gives back a slot that was lent for a transfer that has since ended."""
+        if self._returning.get(use.slot) != use:
+            self._out.drops["freed_stale"] += 1
+            return
+        del self._returning[use.slot]
+        self._pool.release(use, now_s)
+
+    def abort(self, transfer_id: int, reason: str, now_s: float) -> bool:
+        """The worker gives up; it gets no reply. False if no such transfer is open."""
+        transfer = self._transfers.get(transfer_id)
+        if transfer is None or transfer.state is SendState.CLOSING:
+            self._remember(transfer_id)
+            return False
+        self._fail(transfer, reason, now_s, tell_worker=False)
+        return True
+
+    def worker_gone(self, reason: str, now_s: float) -> None:
+        """Nobody waits for anything any more, and nobody packs: lent slots are free at once."""
+        for transfer in list(self._transfers.values()):
+            if transfer.state is not SendState.CLOSING:
+                self._fail(transfer, reason, now_s, tell_worker=False)
+        for use in list(self._returning.values()):
+            self.returned(use, now_s)
+
+    # ------------------------------------------------------------ the destination's side
+
+    def on_offer(self, destination: Destination, message: Offer, now_s: float) -> None:
+        transfer = self._transfers.get(message.transfer_id)
+        if transfer is None:
+            refusal = self._refusal(message)
+            if refusal is not None:
+                self._say(destination, Cancel(message.transfer_id, refusal))
+                self._say(destination, Closed(message.transfer_id))
+                return
+            transfer = _Send(message.transfer_id, SendState.OFFERED, now_s + self.limits.offer_hold_s)
+            self._transfers[message.transfer_id] = transfer
+        elif transfer.state is not SendState.WAITING or message.end_token < message.start_token:
+            self._out.drops["offer_twice"] += 1
+            return
+        transfer.destination = destination
+        transfer.start_token, transfer.end_token = message.start_token, message.end_token
+        if transfer.state is SendState.WAITING:
+            self._confirm(transfer)
+
+    def on_grant(self, destination: Destination, message: Grant, remote_slots: int) -> None:
+        """`remote_slots` is how many slots the destination said it has."""
+        transfer = self._find(destination, message.transfer_id, "grant")
+        if transfer is None:
+            return
+        if transfer.state not in (SendState.OFFERED, SendState.CONFIRMED):
+            self._out.drops["grant_late"] += len(message.slots)
+            return
+        for use in message.slots:
+            if use.slot >= remote_slots:
+                self._out.drops["grant_out_of_range"] += 1
+            elif use.generation <= transfer.grant_generations.get(use.slot, 0):
+                self._out.drops["grant_stale_generation"] += 1
+            else:
+                transfer.grant_generations[use.slot] = use.generation
+                transfer.grants.append(use)
+
+    def on_committed(self, destination: Destination, transfer_id: int, now_s: float) -> None:
+        transfer = self._find(destination, transfer_id, "committed", closed_if_unknown=True)
+        if transfer is None:
+            return
+        if transfer.state is SendState.OFFERED:
+            transfer.move(SendState.EARLY_COMMITTED)
+            self._say(destination, Closed(transfer_id))
+        elif transfer.state is SendState.EARLY_COMMITTED:
+            self._say(destination, Closed(transfer_id))
+        elif transfer.state is SendState.CONFIRMED:
+            self._out.to_worker.append(SendCommitted(transfer_id))
+            self._close(transfer, now_s)
+
+    def on_cancel(self, destination: Destination, message: Cancel, now_s: float) -> None:
+        transfer = self._find(destination, message.transfer_id, "cancel", closed_if_unknown=True)
+        if transfer is None or transfer.state is SendState.CLOSING:
+            return
+        self._fail(transfer, message.reason, now_s, tell_destination=False)
+
+    def destination_lost(self, destination: Destination, reason: str, now_s: float) -> None:
+        for transfer in list(self._transfers.values()):
+            if transfer.destination == destination and transfer.state is not SendState.CLOSING:
+                self._fail(transfer, reason, now_s)
+
+    # ------------------------------------------------------------ the mover's side
+
+    def write_done(self, write_id: int, now_s: float) -> None:
+        flight, transfer = self._landed(write_id, now_s)
+        if transfer.state is SendState.CONFIRMED:
+            self._say(transfer.destination, Written(flight.transfer_id, list(flight.remote)))
+        elif not transfer.writes:
+            self._end(transfer)
+
+    def write_failed(self, write_id: int, reason: str, now_s: float) -> None:
+        """Nothing of the write is in flight any more."""
+        _, transfer = self._landed(write_id, now_s)
+        if transfer.state is SendState.CONFIRMED:
+            self._fail(transfer, reason, now_s)
+        elif not transfer.writes:
+            self._end(transfer)
+
+    # ------------------------------------------------------------ time and slots
+
+    def tick(self, now_s: float) -> None:
+        for transfer in list(self._transfers.values()):
+            if transfer.state is not SendState.CLOSING and now_s >= transfer.deadline_s:
+                held = transfer.state in HELD_OFFERS
+                self._fail(transfer, "no such request here" if held else "deadline", now_s)
+
+    def next_deadline_s(self) -> float | None:
+        return min(
+            (t.deadline_s for t in self._transfers.values() if t.state is not SendState.CLOSING),
+            default=None,
+        )
+
+    def lend(self, now_s: float) -> None:
+        """Lends free slots against held grants, one at a time, to who has fewest, oldest first."""
+        pool, limits = self._pool, self.limits
+        wanting = [
+            t
+            for t in self._transfers.values()
+            if t.state is SendState.CONFIRMED and t.wants_slots(limits.tokens_per_slot)
+        ]
+        lent: dict[int, list[SlotUse]] = {}
+        while wanting and pool.free:
+            transfer = min(wanting, key=lambda t: len(t.lent))
+            moving = transfer.packed.tokens > 0
+            most = limits.slots_per_transfer if moving else limits.idle_slots_per_transfer
+            if len(transfer.lent) >= most:
+                wanting.remove(transfer)
+                continue
+            use = pool.take(transfer.transfer_id, Direction.SEND, now_s)
+            transfer.lent[use.slot] = use
+            lent.setdefault(transfer.transfer_id, []).append(use)
+            if not transfer.wants_slots(limits.tokens_per_slot):
+                wanting.remove(transfer)
+        for transfer_id, uses in lent.items():
+            self._out.to_worker.append(SendSlots(transfer_id, uses))
+
+    # ------------------------------------------------------------ inner moves
+
+    def _find(
+        self, destination: Destination, transfer_id: int, what: str, *, closed_if_unknown: bool = False
+    ) -> _Send | None:
+        transfer = self._transfers.get(transfer_id)
+        if transfer is None:
+            if closed_if_unknown:
+                self._remember(transfer_id)
+                self._say(destination, Closed(transfer_id))
+            else:
+                self._out.drops[f"{what}_unknown"] += 1
+            return None
+        if transfer.destination != destination:
+            self._out.drops[f"{what}_wrong_peer"] += 1
+            if closed_if_unknown:  # True whatever else goes on: nothing of it is in flight to *this* peer.
+                self._say(destination, Closed(transfer_id))
+            return None
+        return transfer
+
+    def _refusal(self, message: Offer) -> str | None:
+        if message.transfer_id in self._ended:
+            return "the source has given it up"
+        if message.end_token < message.start_token:
+            return "end_token lies before start_token"
+        if len(self._transfers) >= self.limits.max_transfers:
+            return "too many open transfers"
+        return None
+
+    def _fault(self, transfer: _Send, segment: Segment) -> str | None:
+        end_token = segment.start_token + segment.token_count
+        if segment.start_token < transfer.start_token or end_token > transfer.end_token:
+            return "filled_out_of_range"
+        if segment.token_count > self.limits.tokens_per_slot:
+            return "filled_wrong_length"
+        if segment.byte_count != segment.token_count * self.limits.token_bytes:
+            return "filled_wrong_length"
+        if transfer.packed.overlaps(segment.start_token, end_token):
+            return "filled_overlap"
+        return None
+
+    def _confirm(self, transfer: _Send) -> None:
+        confirmed = SendConfirmed(transfer.transfer_id, transfer.start_token, transfer.end_token)
+        self._out.to_worker.append(confirmed)
+        if transfer.state is SendState.EARLY_COMMITTED:
+            self._out.to_worker.append(SendCommitted(transfer.transfer_id))
+            self._end(transfer, say_closed=False)
+        else:
+            transfer.move(SendState.CONFIRMED)
+
+    def _fail(
+        self,
+        transfer: _Send,
+        reason: str,
+        now_s: float,
+        *,
+        tell_worker: bool = True,
+        tell_destination: bool = True,
+    ) -> None:
+        if tell_worker and transfer.state in (SendState.WAITING, SendState.CONFIRMED):
+            self._out.to_worker.append(Aborted(transfer.transfer_id, reason))
+        if tell_destination and transfer.state in (SendState.OFFERED, SendState.CONFIRMED):
+            self._say(transfer.destination, Cancel(transfer.transfer_id, reason))
+        self._close(transfer, now_s)
+
+    def _close(self, transfer: _Send, now_s: float) -> None:
+        """Ends the transfer as far as the worker goes; the destination hears `Closed` when it is true."""
+        for use in transfer.lent.values():
+            self._pool.quarantine(use, now_s)
+            self._returning[use.slot] = use
+        transfer.lent.clear()
+        transfer.grants.clear()
+        if not transfer.writes:
+            self._end(transfer)
+            return
+        transfer.move(SendState.CLOSING)
+        for write_id in transfer.writes:
+            for use in self._writes[write_id].local:
+                self._pool.quarantine(use, now_s)
+
+    def _end(self, transfer: _Send, *, say_closed: bool = True) -> None:
+        if say_closed and transfer.state in (SendState.OFFERED, SendState.CONFIRMED, SendState.CLOSING):
+            self._say(transfer.destination, Closed(transfer.transfer_id))
+        transfer.move(SendState.ENDED)
+        del self._transfers[transfer.transfer_id]
+        self._remember(transfer.transfer_id)
+
+    def _landed(self, write_id: int, now_s: float) -> tuple[_InFlight, _Send]:
+        flight = self._writes.pop(write_id)
+        transfer = self._transfers[flight.transfer_id]
+        transfer.writes.discard(write_id)
+        for use in flight.local:
+            self._pool.release(use, now_s)
+        return flight, transfer
+
+    def _abandon(self, local: list[SlotUse], now_s: float) -> None:
+        """Packed, but never posted."""
+        for use in local:
+            self._pool.release(use, now_s)
+
+    def _remember(self, transfer_id: int) -> None:
+        self._ended[transfer_id] = None
+        if len(self._ended) > REMEMBERED_ENDS:
+            self._ended.popitem(last=False)
+
+    def _say(self, destination: Destination, message: Cancel | Closed | Written) -> None:
+        self._out.to_destinations.append((destination, message))
+
+
+def _at(segment: Segment, grant: SlotUse) -> Segment:
+    """The same tokens, as they lie at the destination."""
+    return Segment(
+        grant.slot,
+        grant.generation,
+        segment.start_token,
+        segment.token_count,
+        segment.byte_count,
+        segment.checksum,
+    )

@@ -1,0 +1,207 @@
+"""The peers that send to us: we connect to them, greet, and watch them until they are lost.
+
+    GREETING → fits → READY → silent or refused → GREETING again, while quarantined slots hang on it
+    any      → its life is proved over → SETTLING → its slots are free → forgotten
+
+A lost source is asked again for as long as slots are in quarantine on its account: one that was only
+stopped will then say `Closed`; one that was restarted answers in another life, and a dead one's endpoint
+refuses connections. In the last two cases what was on the way gets a moment to land.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+from kvtransfer.channel import ChannelKeys, Codec, Link
+from kvtransfer.errors import TransferConfigError
+from kvtransfer.handshake import mismatch
+from kvtransfer.machine import TransferMachine
+from kvtransfer.messages import TransferAddress
+from kvtransfer.peer_messages import PeerHello, PeerMessage, PeerPing, PeerRefused
+from kvtransfer.probe import LifeProbe
+
+log = logging.getLogger(__name__)
+
+SETTLE_S = 0.25
+
+PeerLink = Link[PeerMessage, PeerMessage]
+
+
+class SourceState(Enum):
+    GREETING = "greeting"
+    READY = "ready"
+    SETTLING = "settling"
+
+
+@dataclass(slots=True)
+class _Source:
+    address: TransferAddress
+    link: PeerLink
+    probe: LifeProbe
+    state: SourceState
+    since_s: float
+    heard_at_s: float
+    said_at_s: float
+    probe_at_s: float
+
+
+class Sources:
+    """`hello(epoch)` gives our greeting to the source in that life, or None while no worker is attached.
+    `watch` and `unwatch` are told of every socket that comes and goes."""
+
+    def __init__(
+        self,
+        machine: TransferMachine,
+        codec: Codec[PeerMessage],
+        keys: ChannelKeys | None,
+        hello: Callable[[int | None], PeerHello | None],
+        peer_timeout_s: float,
+        heartbeat_s: float,
+        watch: Callable[[PeerLink], None],
+        unwatch: Callable[[PeerLink], None],
+    ) -> None:
+        self._machine, self._codec, self._keys, self._hello = machine, codec, keys, hello
+        self._peer_timeout_s, self._heartbeat_s = peer_timeout_s, heartbeat_s
+        self._watch, self._unwatch = watch, unwatch
+        self._sources: dict[TransferAddress, _Source] = {}
+
+    def __len__(self) -> int:
+        return sum(source.state is SourceState.READY for source in self._sources.values())
+
+    def connect(self, address: TransferAddress, now_s: float) -> None:
+        """Starts to greet, unless that is under way. A bad endpoint ends the transfers at once."""
+        if address in self._sources:
+            return
+        try:
+            link = self._new_link(address)
+        except TransferConfigError as error:
+            log.warning("source %s: %s", address.endpoint, error)
+            self._machine.receiver.source_gone(address, f"source unreachable: {error}"[:1000], now_s)
+            return
+        source = _Source(
+            address, link, LifeProbe(address.endpoint), SourceState.GREETING, now_s, now_s, now_s, now_s
+        )
+        self._sources[address] = source
+        self._greet(source, now_s)
+
+    def receive(self, now_s: float) -> None:
+        for source in list(self._sources.values()):
+            for message in source.link.receive():
+                source.heard_at_s = now_s
+                if isinstance(message, PeerHello):
+                    self._on_hello(source, message, now_s)
+                elif isinstance(message, PeerRefused):
+                    if source.state is not SourceState.SETTLING:
+                        self._lose(source, f"refused: {message.reason}", now_s)
+                elif source.state is not SourceState.READY:
+                    self._machine.outbox.drops["peer_before_hello"] += 1
+                elif not isinstance(message, PeerPing):
+                    self._machine.on_source(source.address, message, now_s)
+
+    def send(self, address: TransferAddress, messages: list[PeerMessage], now_s: float) -> None:
+        source = self._sources.get(address)
+        if source is None or source.state is not SourceState.READY:
+            self._machine.outbox.drops["to_lost_peer"] += len(messages)
+        elif source.link.send(messages):
+            source.said_at_s = now_s
+        else:
+            self._lose(source, "its queue is full", now_s)
+
+    def tick(self, now_s: float) -> None:
+        greeting = self._hello(None)
+        for source in list(self._sources.values()):
+            if source.state is SourceState.SETTLING:
+                if now_s >= source.since_s + SETTLE_S:
+                    self._machine.receiver.source_gone(source.address, "source is gone", now_s)
+                    self._forget(source)
+                continue
+            quiet_s = now_s - source.heard_at_s
+            if quiet_s >= 2 * self._heartbeat_s and now_s >= source.probe_at_s:
+                source.probe_at_s = now_s + self._heartbeat_s
+                if source.probe.proves_death():
+                    self._over(source, "nobody listens at its endpoint", now_s)
+                    continue
+            if quiet_s >= self._peer_timeout_s and now_s - source.since_s >= self._peer_timeout_s:
+                self._lose(source, f"silent for {self._peer_timeout_s} s", now_s)
+            elif now_s - source.said_at_s >= self._heartbeat_s and greeting is not None:
+                source.said_at_s = now_s
+                if source.state is SourceState.READY:
+                    source.link.send([PeerPing(greeting.epoch)])
+
+    def next_deadline_s(self) -> float | None:
+        return min(
+            (
+                s.since_s + SETTLE_S
+                if s.state is SourceState.SETTLING
+                else min(s.said_at_s, s.probe_at_s) + self._heartbeat_s
+                for s in self._sources.values()
+            ),
+            default=None,
+        )
+
+    def lose_all(self, reason: str, now_s: float) -> None:
+        for source in list(self._sources.values()):
+            if source.state is not SourceState.SETTLING:
+                self._lose(source, reason, now_s)
+
+    def close(self) -> None:
+        for source in list(self._sources.values()):
+            self._forget(source)
+
+    def _new_link(self, address: TransferAddress) -> PeerLink:
+        def on_drop(reason: str) -> None:
+            self._machine.outbox.drops[f"peer_{reason}"] += 1
+
+        link: PeerLink = Link(address.endpoint, self._codec, self._codec, keys=self._keys, on_drop=on_drop)
+        self._watch(link)
+        return link
+
+    def _greet(self, source: _Source, now_s: float) -> None:
+        hello = self._hello(source.address.epoch)
+        if hello is None:
+            self._machine.receiver.source_lost(source.address, "no worker is attached here", now_s)
+            return
+        source.link.send([hello])
+
+    def _on_hello(self, source: _Source, theirs: PeerHello, now_s: float) -> None:
+        if source.state is not SourceState.GREETING:
+            self._machine.outbox.drops["hello_twice"] += 1
+            return
+        if theirs.epoch != source.address.epoch:
+            self._over(source, "it was restarted", now_s)
+            return
+        ours = self._hello(source.address.epoch)
+        reason = "no worker is attached here" if ours is None else mismatch(ours, theirs)
+        if reason is not None:
+            self._lose(source, reason, now_s)
+            return
+        source.state, source.since_s = SourceState.READY, now_s
+        log.info("source %s connected, epoch %d", theirs.agent_name, theirs.epoch)
+        self._machine.receiver.source_ready(source.address, now_s)
+
+    def _lose(self, source: _Source, reason: str, now_s: float) -> None:
+        """Not reachable, but perhaps alive. A new connection asks for what is in quarantine."""
+        log.warning("source %s lost: %s", source.address.endpoint, reason)
+        receiver = self._machine.receiver
+        receiver.source_lost(source.address, f"source lost: {reason}", now_s)
+        if not receiver.uses(source.address):
+            self._forget(source)
+            return
+        self._unwatch(source.link)
+        source.link.close()
+        source.link = self._new_link(source.address)
+        source.state, source.since_s, source.said_at_s = SourceState.GREETING, now_s, now_s
+        self._greet(source, now_s)
+
+    def _over(self, source: _Source, reason: str, now_s: float) -> None:
+        """That life has ended. What it had already sent may still be landing."""
+        log.warning("source %s is over: %s", source.address.endpoint, reason)
+        self._machine.receiver.source_lost(source.address, f"source lost: {reason}", now_s)
+        source.state, source.since_s = SourceState.SETTLING, now_s
+
+    def _forget(self, source: _Source) -> None:
+        del self._sources[source.address]
+        self._unwatch(source.link)
+        source.link.close()
+        source.probe.close()

@@ -1,0 +1,269 @@
+"""The HTTP application: every route, the key check before all of them, and one shape for every error.
+
+The two generating endpoints are plain ASGI callables behind FastAPI's routing; nothing between them and the
+socket touches a frame.
+"""
+
+import asyncio
+import hmac
+import importlib.metadata
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+from starlette.routing import Route
+
+from router.bodies import DetokenizeBody, TokenizeBody, template_messages
+from router.cluster import cluster_values, memory_values
+from router.errors import ApiError, invalid
+from router.formats import encode_json
+from router.generate import GenerateEndpoint, Service
+from router.http import (
+    JSON,
+    TEXT,
+    ClientGone,
+    Receive,
+    Scope,
+    Send,
+    header,
+    label_of,
+    read_body,
+    send_error,
+    send_whole,
+)
+from router.metrics import exposition
+from router.parameters import check_model, check_tokens
+
+logger = logging.getLogger(__name__)
+
+STATIC_PAGE = Path(__file__).parent / "static" / "index.html"
+_PAGE_HEADERS = [
+    (b"content-security-policy", b"default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline';"
+     b" connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+]  # fmt: skip
+Answer = Callable[[Scope, bytes], Awaitable["Reply"]]
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    body: bytes
+    content_type: bytes = JSON
+    status: int = 200
+    headers: Sequence[tuple[bytes, bytes]] = ()
+
+
+class Endpoint:
+    """One of the small endpoints: `answer` gets the scope and the whole body."""
+
+    def __init__(self, answer: Answer, max_body_bytes: int) -> None:
+        self._answer, self._max_body_bytes = answer, max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            reply = await self._answer(scope, await read_body(scope, receive, self._max_body_bytes))
+        except ApiError as error:
+            await send_error(send, error)
+        except ClientGone:
+            return
+        else:
+            await send_whole(send, reply.status, reply.body, reply.content_type, list(reply.headers))
+
+
+class Gate:
+    """Before everything else: the request's label, and the API key on every route but `/health`.
+
+    All keys are compared, each in constant time, so that the time taken says nothing about any of them.
+    """
+
+    def __init__(
+        self, app: Callable[[Scope, Receive, Send], Awaitable[None]], api_keys: Sequence[str]
+    ) -> None:
+        self._app = app
+        self._keys = [(key, key.encode()) for key in api_keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        label = (b"x-request-id", label_of(header(scope, b"x-request-id")).encode())
+
+        async def labelled(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], label]
+            await send(message)
+
+        if self._keys and scope["path"] != "/health":
+            key = self._key_of(header(scope, b"authorization"))
+            if key is None:
+                error = ApiError(
+                    401, "A valid API key is needed: Authorization: Bearer KEY.", code="invalid_api_key"
+                )
+                await send_error(labelled, error)
+                return
+            scope["baton.api_key"] = key
+        await self._app(scope, receive, labelled)
+
+    def _key_of(self, authorization: bytes | None) -> str | None:
+        scheme, _, given = (authorization or b"").partition(b" ")
+        if scheme.lower() != b"bearer":
+            return None
+        found: str | None = None
+        for key, encoded in self._keys:
+            if hmac.compare_digest(given.strip(), encoded):
+                found = key
+        return found
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
+    method, path = request.method, request.url.path[:256]
+    if status == 404:
+        problem = ApiError(404, f"There is no route {path}.", code="not_found")
+    elif status == 405:
+        problem = ApiError(405, f"{method} is not allowed on {path}.", code="method_not_allowed")
+    else:
+        problem = ApiError(status, str(getattr(error, "detail", "") or "The request failed."))
+    return Response(problem.body(), status, headers, media_type="application/json")
+
+
+async def _on_crash(request: Request, error: Exception) -> Response:
+    problem = ApiError(500, "The server failed on this request.", code="internal_error")
+    return Response(problem.body(), 500, media_type="application/json")
+
+
+class Pages:
+    """The answers of the small endpoints."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._created = int(service.metrics.started_s)
+        self._page = STATIC_PAGE.read_bytes()
+
+    def _model(self) -> dict[str, Any]:
+        limits = self._service.dispatcher.limits()
+        return {
+            "id": self._service.config.served_model_name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "baton",
+            "max_model_len": limits.context_tokens if limits is not None else None,
+        }
+
+    async def models(self, scope: Scope, raw: bytes) -> Reply:
+        return Reply(encode_json({"object": "list", "data": [self._model()]}))
+
+    async def model(self, scope: Scope, raw: bytes) -> Reply:
+        check_model(scope["path_params"]["model_id"], self._service.config.served_model_name)
+        return Reply(encode_json(self._model()))
+
+    async def tokenize(self, scope: Scope, raw: bytes) -> Reply:
+        service = self._service
+        body = service.bodies.decode(TokenizeBody, raw)
+        check_model(body.model, service.config.served_model_name)
+        if (body.prompt is None) == (body.messages is None):
+            raise invalid("Exactly one of 'prompt' and 'messages' must be given.", "prompt")
+        if body.chat_template:
+            raise invalid("'chat_template' is not supported by this server.", "chat_template")
+        if body.messages is not None:
+            text = service.template.render(
+                template_messages(body.messages), body.add_generation_prompt is not False
+            )
+        else:
+            text = body.prompt or ""
+        default = body.messages is None
+        special = default if body.add_special_tokens is None else body.add_special_tokens
+        tokens = await service.tokenizer.encode(text, special)
+        limits = service.dispatcher.limits()
+        return Reply(
+            encode_json(
+                {
+                    "count": len(tokens),
+                    "max_model_len": limits.context_tokens if limits is not None else None,
+                    "tokens": tokens,
+                    "token_strs": [service.tokenizer.token_text(token) for token in tokens]
+                    if body.return_token_strs
+                    else None,
+                }
+            )
+        )
+
+    async def detokenize(self, scope: Scope, raw: bytes) -> Reply:
+        body = self._service.bodies.decode(DetokenizeBody, raw)
+        check_model(body.model, self._service.config.served_model_name)
+        if body.tokens:
+            check_tokens(body.tokens, self._service.tokenizer.size, "tokens")
+        return Reply(encode_json({"prompt": self._service.tokenizer.decode(body.tokens)}))
+
+    async def health(self, scope: Scope, raw: bytes) -> Reply:
+        return Reply(b'{"status":"ok"}')
+
+    async def ready(self, scope: Scope, raw: bytes) -> Reply:
+        dispatcher = self._service.dispatcher
+        if dispatcher.draining:
+            raise dispatcher.unavailable("The server is shutting down.", "draining")
+        if not dispatcher.can_take_work:
+            raise dispatcher.unavailable(
+                "No workers are ready: a prefill and a decode worker, or a unified one, are needed.",
+                "no_workers",
+            )
+        return Reply(b'{"status":"ready"}')
+
+    async def metrics(self, scope: Scope, raw: bytes) -> Reply:
+        body = exposition(self._service.metrics, self._service.dispatcher.snapshot())
+        return Reply(body, b"text/plain; version=0.0.4; charset=utf-8")
+
+    async def memory(self, scope: Scope, raw: bytes) -> Reply:
+        return Reply(encode_json(memory_values(self._service.dispatcher)))
+
+    async def cluster(self, scope: Scope, raw: bytes) -> Reply:
+        service = self._service
+        now_s = asyncio.get_running_loop().time()
+        values = cluster_values(service.config, service.dispatcher, service.metrics, now_s)
+        return Reply(encode_json(values), headers=[(b"cache-control", b"no-store")])
+
+    async def version(self, scope: Scope, raw: bytes) -> Reply:
+        return Reply(encode_json({"version": importlib.metadata.version("baton")}))
+
+    async def index(self, scope: Scope, raw: bytes) -> Reply:
+        return Reply(self._page, b"text/html; charset=utf-8", headers=_PAGE_HEADERS)
+
+    async def favicon(self, scope: Scope, raw: bytes) -> Reply:
+        return Reply(b"", TEXT, 204)
+
+
+def build_app(service: Service) -> Gate:
+    """The whole application, ready to be served."""
+    pages = Pages(service)
+    max_body_bytes = service.config.max_body_bytes
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(Exception, _on_crash)
+    small: list[tuple[str, str, Answer]] = [
+        ("GET", "/v1/models", pages.models),
+        ("GET", "/v1/models/{model_id:path}", pages.model),
+        ("POST", "/tokenize", pages.tokenize),
+        ("POST", "/detokenize", pages.detokenize),
+        ("GET", "/health", pages.health),
+        ("GET", "/ready", pages.ready),
+        ("GET", "/metrics", pages.metrics),
+        ("GET", "/memory", pages.memory),
+        ("GET", "/cluster", pages.cluster),
+        ("GET", "/version", pages.version),
+        ("GET", "/", pages.index),
+        ("GET", "/favicon.ico", pages.favicon),
+    ]
+    routes = [
+        Route("/v1/chat/completions", GenerateEndpoint(service, chat=True), methods=["POST"]),
+        Route("/v1/completions", GenerateEndpoint(service, chat=False), methods=["POST"]),
+    ]
+    routes += [
+        Route(path, Endpoint(answer, max_body_bytes), methods=[method]) for method, path, answer in small
+    ]
+    app.router.routes.extend(routes)
+    return Gate(app, service.config.api_keys)

@@ -1,0 +1,143 @@
+"""One HTTP request while it runs: its prompts' outputs, and the wake-up of whoever writes the response.
+
+The workers' reports run in the event loop's callbacks and leave finished frames here; the response's task
+takes all that are ready whenever it wakes up. A slow client costs memory bounded by its `max_tokens`, and
+never holds the others up.
+"""
+
+import asyncio
+
+from router.answers import Preface, Sheet
+from router.choice import Choice
+from router.errors import ApiError
+from router.formats import Usage, prompt_logprobs
+from router.metrics import Metrics
+from router.parameters import Options
+from router.tokenizer import TextTokenizer
+from services.messages import PrefillDone, Tokens
+
+
+class Call:
+    """`outputs` has one entry for each prompt. Ends when all choices have ended, with one `error`, or with
+    the client gone (`left`)."""
+
+    def __init__(self, options: Options, sheet: Sheet, tokenizer: TextTokenizer, metrics: Metrics) -> None:
+        self.options, self.sheet = options, sheet
+        self.tokenizer, self.metrics = tokenizer, metrics
+        self.usage = Usage()
+        self.error: ApiError | None = None
+        self.left = False
+        self.outputs: list[PromptOutput] = []
+        self._open_choices = 0
+        self._waiter: asyncio.Future[None] | None = None
+
+    def add_prompt(self, tokens: list[int], text: str | None) -> "PromptOutput":
+        """`text` is what `echo` gives back."""
+        first_index = len(self.outputs) * self.options.choices
+        output = PromptOutput(self, tokens, text, first_index)
+        self.outputs.append(output)
+        self._open_choices += self.options.choices
+        self.usage.prompt_tokens += len(tokens)
+        return output
+
+    @property
+    def ended(self) -> bool:
+        return self.left or self.error is not None or self._open_choices == 0
+
+    def choice_ended(self) -> None:
+        self._open_choices -= 1
+        if self._open_choices == 0:
+            self.usage.completion_tokens = sum(output.completion_tokens for output in self.outputs)
+            self.sheet.close(self.usage)
+            self.wake()
+
+    def fail(self, error: ApiError) -> None:
+        """The first error ends the call; later ones say nothing new."""
+        if not self.ended:
+            self.error = error
+            self.wake()
+
+    def leave(self) -> None:
+        """The client is gone. (Also seen after a complete answer, where it means nothing.)"""
+        if not self.ended:
+            self.left = True
+            self.wake()
+
+    def wake(self) -> None:
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    async def wait(self) -> None:
+        """Until there are frames to send, or the call has ended."""
+        while not self.sheet.frames and not self.ended:
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+
+    def take_frames(self) -> bytes:
+        frames = self.sheet.frames
+        if len(frames) == 1:
+            return frames.pop()
+        joined = b"".join(frames)
+        frames.clear()
+        return joined
+
+
+class PromptOutput:
+    """What one prompt's flight reports to (`router.requests.Output`)."""
+
+    __slots__ = ("_call", "_choices", "_muted", "_preface", "_prompt", "_sheet")
+
+    def __init__(self, call: Call, prompt: list[int], text: str | None, first_index: int) -> None:
+        options = call.options
+        self._call, self._sheet = call, call.sheet
+        self._prompt = prompt
+        self._preface = Preface()
+        self._muted = options.max_tokens == 0
+        if options.echo:
+            self._preface.text = call.tokenizer.decode(prompt) if text is None else text
+        self._choices = [
+            Choice(
+                call.tokenizer.detokenizer(),
+                options.stops,
+                options.include_stop,
+                options.logprobs is not None,
+                call.sheet.writer(first_index + index, self._preface),
+            )
+            for index in range(options.choices)
+        ]
+
+    @property
+    def completion_tokens(self) -> int:
+        return sum(choice.token_count for choice in self._choices)
+
+    def on_prefilled(self, report: PrefillDone) -> None:
+        self._call.usage.cached_tokens += report.cached_tokens
+        options = self._call.options
+        if options.echo and options.logprobs is not None and report.prompt_logprobs is not None:
+            self._preface.logprobs = prompt_logprobs(
+                self._prompt, report.prompt_logprobs, self._call.tokenizer, options.logprobs
+            )
+
+    def on_tokens(self, report: Tokens, now_s: float) -> bool:
+        choice = self._choices[report.choice]
+        last_s = choice.last_token_s
+        if last_s is not None:
+            self._call.metrics.inter_token.observe(now_s - last_s)
+        choice.last_token_s = now_s
+        going_on = False
+        if self._muted:
+            choice.mute()
+        else:
+            going_on = choice.push(report)
+        if not going_on:
+            self._call.choice_ended()
+        elif self._sheet.frames:
+            self._call.wake()
+        return going_on
+
+    def on_failed(self, error: ApiError) -> None:
+        self._call.fail(error)

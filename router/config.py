@@ -1,0 +1,60 @@
+"""What the router is told at start, and nothing else: one frozen value, built by the command line."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class RouterConfigError(ValueError):
+    """A setting or a file cannot work; the message names it and says what is allowed."""
+
+
+@dataclass(frozen=True, slots=True)
+class RouterConfig:
+    """Sizes are in the unit their name ends with; `workers` are ZMQ endpoints (`ipc://` or `tcp://`)."""
+
+    workers: tuple[str, ...]
+    model_dir: Path
+    served_model_name: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    """0: any free one; the "ready" line says which."""
+    api_keys: tuple[str, ...] = ()
+    """Empty: no key is asked for."""
+    key_dir: Path | None = None
+    """CURVE keys and the allow-list for `tcp://` workers."""
+    max_body_bytes: int = 8 << 20
+    max_choices: int = 16
+    """`n` of one prompt."""
+    max_prompts: int = 64
+    """Prompts in one completions request."""
+    max_total_choices: int = 128
+    """`n` times prompts."""
+    request_timeout_s: float = 600.0
+    heartbeat_s: float = 0.5
+    worker_timeout_s: float = 10.0
+    drain_timeout_s: float = 30.0
+    max_running: int = 4096
+    """Prompts in flight; more are refused as overloaded."""
+    retry_after_s: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.workers:
+            raise RouterConfigError("workers: at least one worker endpoint is needed")
+        if len(set(self.workers)) != len(self.workers):
+            raise RouterConfigError("workers: an endpoint is given twice")
+        if not 0 <= self.port <= 65535:
+            raise RouterConfigError(f"port: {self.port} must be between 0 and 65535")
+        if not self.served_model_name:
+            raise RouterConfigError("served_model_name: must not be empty")
+        if any(not key or not key.isascii() for key in self.api_keys):
+            raise RouterConfigError("api_keys: a key must be non-empty ASCII")
+        if not 1 <= self.max_choices <= 128:
+            raise RouterConfigError(f"max_choices: {self.max_choices} must be between 1 and 128")
+        for name in ("max_body_bytes", "max_prompts", "max_total_choices", "max_running", "retry_after_s"):
+            if getattr(self, name) < 1:
+                raise RouterConfigError(f"{name}: {getattr(self, name)} must be at least 1")
+        for name in ("request_timeout_s", "heartbeat_s", "worker_timeout_s"):
+            if not 0 < getattr(self, name) <= 86400:
+                raise RouterConfigError(f"{name}: {getattr(self, name)} must be above 0, at most 86400")
+        if self.drain_timeout_s < 0:
+            raise RouterConfigError(f"drain_timeout_s: {self.drain_timeout_s} must not be negative")

@@ -1,0 +1,77 @@
+"""ASGI by hand: bodies read up to a limit, answers written whole, everything in OpenAI's shape."""
+
+import re
+import secrets
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from router.errors import ApiError
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+JSON = b"application/json"
+TEXT = b"text/plain; charset=utf-8"
+EVENT_STREAM = b"text/event-stream; charset=utf-8"
+
+_NOT_IN_A_LABEL = re.compile(r"[^A-Za-z0-9._:@/+=-]")
+MAX_LABEL_CHARACTERS = 128
+
+
+class ClientGone(Exception):
+    """The client closed the connection: nobody is there to be answered."""
+
+
+def header(scope: Scope, name: bytes) -> bytes | None:
+    for key, value in scope["headers"]:
+        if key == name:
+            found: bytes = value
+            return found
+    return None
+
+
+def label_of(given: bytes | None) -> str:
+    """What the client calls its request, made harmless: a label, never a key. Made up where there is none."""
+    text = _NOT_IN_A_LABEL.sub("", (given or b"").decode("latin-1"))[:MAX_LABEL_CHARACTERS]
+    return text or f"req-{secrets.token_hex(12)}"
+
+
+async def read_body(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:
+    """The request's body. Raises ApiError 413 as soon as it is known to be over the limit, with no more than
+    that kept; ClientGone."""
+    too_large = ApiError(
+        413, f"The request body is over the limit of {limit_bytes} bytes.", code="body_too_large"
+    )
+    length = header(scope, b"content-length")
+    if length is not None and length.isdigit() and int(length) > limit_bytes:
+        raise too_large
+    parts: list[bytes] = []
+    size_bytes = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        part = message.get("body", b"")
+        size_bytes += len(part)
+        if size_bytes > limit_bytes:
+            raise too_large
+        parts.append(part)
+        if not message.get("more_body", False):
+            return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+async def send_whole(
+    send: Send,
+    status: int,
+    body: bytes,
+    content_type: bytes = JSON,
+    headers: list[tuple[bytes, bytes]] | None = None,
+) -> None:
+    fields = [(b"content-type", content_type), (b"content-length", b"%d" % len(body)), *(headers or ())]
+    await send({"type": "http.response.start", "status": status, "headers": fields})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def send_error(send: Send, error: ApiError) -> None:
+    await send_whole(send, error.status, error.body(), headers=error.headers())

@@ -1,0 +1,202 @@
+"""From a decoded body to what the workers are asked. Pure; raises ApiError 400 (404 for another model)."""
+
+import math
+from dataclasses import dataclass
+
+import msgspec
+
+from router.bodies import ChatBody, CompletionBody, GenerationBody, refuse_unsupported
+from router.errors import ApiError, invalid
+from services.messages import Sampling
+
+DEFAULT_COMPLETION_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the workers can take (the smallest of all that are ready), and the router's own caps.
+
+    `max_sequence_tokens` is what a pool could ever hold for one sequence.
+    """
+
+    vocab_size: int
+    max_model_len: int
+    max_sequence_tokens: int
+    max_choices: int
+    max_prompts: int
+    max_total_choices: int
+
+    @property
+    def context_tokens(self) -> int:
+        return min(self.max_model_len, self.max_sequence_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a request's answer is put together, and `sampling` without the prompt's clip of `max_tokens`.
+
+    `max_tokens` None: as many as the context has room for. 0 (with `echo`): nothing is generated.
+    """
+
+    sampling: Sampling
+    max_tokens: int | None
+    choices: int
+    stops: tuple[str, ...]
+    include_stop: bool
+    stream: bool
+    include_usage: bool
+    logprobs: int | None
+    echo: bool = False
+
+
+def check_model(asked: str | None, served: str) -> None:
+    if asked is not None and asked != served:
+        raise ApiError(
+            404,
+            f"The model '{asked}' does not exist: this server serves '{served}'.",
+            param="model",
+            code="model_not_found",
+        )
+
+
+def options_of(body: CompletionBody | ChatBody, limits: Limits, random_seed: int) -> Options:
+    """`random_seed` (62 bits) is used where the request names none."""
+    refuse_unsupported(body)
+    _check_floats(body)
+    choices = body.n or 1
+    if choices > limits.max_choices:
+        raise invalid(f"'n' is {choices}: at most {limits.max_choices} choices are allowed.", "n")
+    if body.best_of is not None and body.best_of != choices:
+        raise invalid(f"'best_of' must equal 'n' ({choices}) or be left out.", "best_of")
+    if body.stream_options is not None and not body.stream:
+        raise invalid("'stream_options' is only allowed when 'stream' is true.", "stream_options")
+    echo = bool(body.echo)
+    if isinstance(body, ChatBody):
+        logprobs = _chat_logprobs(body)
+        max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    else:
+        logprobs = body.logprobs
+        max_tokens = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+        if max_tokens == 0 and not echo:
+            raise invalid("'max_tokens' must be at least 1 (0 is for 'echo' only).", "max_tokens")
+    stops = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+    sampling = Sampling(
+        max_tokens=1,
+        seed=random_seed if body.seed is None else body.seed & (2**63 - 1),
+        temperature=_or(body.temperature, 1.0),
+        top_p=_or(body.top_p, 1.0),
+        top_k=max(0, body.top_k or 0),
+        min_p=_or(body.min_p, 0.0),
+        repetition_penalty=_or(body.repetition_penalty, 1.0),
+        presence_penalty=_or(body.presence_penalty, 0.0),
+        frequency_penalty=_or(body.frequency_penalty, 0.0),
+        logit_bias=_logit_bias(body.logit_bias, limits.vocab_size),
+        logprobs=logprobs,
+        prompt_logprobs=logprobs if echo else None,
+        ignore_eos=bool(body.ignore_eos),
+        stop_token_ids=_stop_token_ids(body.stop_token_ids, limits.vocab_size),
+    )
+    return Options(
+        sampling=sampling,
+        max_tokens=max_tokens,
+        choices=choices,
+        stops=stops,
+        include_stop=bool(body.include_stop_str_in_output),
+        stream=bool(body.stream),
+        include_usage=bool(body.stream_options and body.stream_options.include_usage),
+        logprobs=logprobs,
+        echo=echo,
+    )
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def _check_floats(body: GenerationBody) -> None:
+    # JSON has no NaN, but a decoder may make an infinity of a large number.
+    for name in (
+        "temperature",
+        "top_p",
+        "min_p",
+        "presence_penalty",
+        "frequency_penalty",
+        "repetition_penalty",
+    ):
+        value = getattr(body, name)
+        if value is not None and not math.isfinite(value):
+            raise invalid(f"'{name}' must be a finite number.", name)
+
+
+def _chat_logprobs(body: ChatBody) -> int | None:
+    if body.top_logprobs is not None and not body.logprobs:
+        raise invalid("'top_logprobs' needs 'logprobs' to be true.", "top_logprobs")
+    return (body.top_logprobs or 0) if body.logprobs else None
+
+
+def _logit_bias(given: dict[str, float] | None, vocab_size: int) -> dict[int, float]:
+    bias: dict[int, float] = {}
+    for key, value in (given or {}).items():
+        if not (key.isascii() and key.isdigit()) or int(key) >= vocab_size:
+            raise invalid(f"'logit_bias': {key[:32]!r} is not a token id below {vocab_size}.", "logit_bias")
+        bias[int(key)] = value
+    return bias
+
+
+def _stop_token_ids(given: list[int] | None, vocab_size: int) -> list[int]:
+    for token in given or ():
+        if token >= vocab_size:
+            raise invalid(
+                f"'stop_token_ids': {token} is not a token id below {vocab_size}.", "stop_token_ids"
+            )
+    return given or []
+
+
+def prompts_of(body: CompletionBody, limits: Limits) -> list[str] | list[list[int]]:
+    """The prompts of a completions request in one of its four forms, as a list of texts or of token ids."""
+    given = body.prompt
+    if isinstance(given, str):
+        return [given]
+    kinds = set(map(type, given))
+    if len(kinds) > 1:
+        raise invalid("'prompt' must hold either texts, or token ids, or lists of token ids.", "prompt")
+    if int in kinds:
+        # One prompt of token ids.
+        return [[token for token in given if isinstance(token, int)]]
+    if len(given) > limits.max_prompts:
+        raise invalid(
+            f"'prompt' holds {len(given)} prompts: at most {limits.max_prompts} are allowed.", "prompt"
+        )
+    if str in kinds:
+        return [text for text in given if isinstance(text, str)]
+    return [tokens for tokens in given if isinstance(tokens, list)]
+
+
+def check_total_choices(prompts: int, choices: int, limits: Limits) -> None:
+    if prompts * choices > limits.max_total_choices:
+        raise invalid(
+            f"{prompts} prompts times 'n' {choices} is over the limit of {limits.max_total_choices} choices.",
+            "n",
+        )
+
+
+def check_tokens(tokens: list[int], vocab_size: int, param: str) -> None:
+    """Raises ApiError 400 for an empty list or an id outside the vocabulary."""
+    if not tokens:
+        raise invalid(f"'{param}' must not be empty.", param)
+    if min(tokens) < 0 or max(tokens) >= vocab_size:
+        raise invalid(f"'{param}' holds a token id outside the vocabulary of {vocab_size}.", param)
+
+
+def sampling_for(options: Options, prompt_tokens: int, limits: Limits, param: str) -> Sampling:
+    """The request's sampling with `max_tokens` clipped to what this prompt leaves of the context."""
+    room = limits.context_tokens - prompt_tokens
+    if room < 1:
+        raise invalid(
+            f"The prompt has {prompt_tokens} tokens; with one to generate that is over this model's context "
+            f"of {limits.context_tokens} tokens.",
+            param,
+            "context_length_exceeded",
+        )
+    wanted = room if options.max_tokens is None else max(1, min(options.max_tokens, room))
+    return msgspec.structs.replace(options.sampling, max_tokens=wanted)

@@ -1,0 +1,143 @@
+"""The model's chat template, rendered in an immutable sandbox.
+
+Templates come with the checkpoint and never from a request. The sandbox has no access to attributes that
+begin with an underscore, to the file system or to other templates, and cannot change what it is given.
+"""
+
+import datetime
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+
+from router.config import RouterConfigError
+from router.errors import ApiError, invalid
+from router.tokenizer import read_json
+
+MAX_PROMPT_CHARACTERS = 64 << 20
+
+
+class TemplateRefusal(jinja2.TemplateError):
+    """What a template's own `raise_exception` raises."""
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """`{% generation %}` marks the assistant's text for training; for serving its body is just text."""
+
+    tags = {"generation"}  # noqa: RUF012 - the base class's attribute
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _raise_exception(message: str) -> None:
+    raise TemplateRefusal(str(message))
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Unlike Jinja's own filter this does not escape for HTML: the result is a prompt, not a page.
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _environment(now: Callable[[], datetime.datetime]) -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: now().strftime(str(form))
+    return environment
+
+
+def _source(model_dir: Path, settings: dict[str, Any]) -> tuple[Path, str | None]:
+    path = model_dir / "chat_template.jinja"
+    if path.exists():
+        try:
+            return path, path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise RouterConfigError(f"{path} cannot be read: {error}") from error
+    path = model_dir / "chat_template.json"
+    if path.exists():
+        settings = read_json(path)
+    else:
+        path = model_dir / "tokenizer_config.json"
+    found = settings.get("chat_template")
+    if isinstance(found, list):
+        named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+        found = named.get("default")
+    if found is not None and not isinstance(found, str):
+        raise RouterConfigError(f"{path}: chat_template must be a text or a list of named templates")
+    return path, found
+
+
+class ChatTemplate:
+    """Renders messages as the prompt the model was trained on.
+
+    Raises RouterConfigError for a template that does not compile. A checkpoint without one is fine until a
+    chat is asked of it.
+    """
+
+    def __init__(self, model_dir: Path, now: Callable[[], datetime.datetime] = datetime.datetime.now) -> None:
+        settings_path = model_dir / "tokenizer_config.json"
+        settings = read_json(settings_path) if settings_path.exists() else {}
+        path, source = _source(model_dir, settings)
+        self._names: dict[str, Any] = {}
+        for name, value in settings.items():
+            if name.endswith("_token") and value is not None:
+                self._names[name] = value.get("content") if isinstance(value, dict) else value
+        self._template: jinja2.Template | None = None
+        if source is not None:
+            try:
+                self._template = _environment(now).from_string(source)
+            except jinja2.TemplateError as error:
+                raise RouterConfigError(f"{path}: the chat template does not compile: {error}") from error
+
+    @property
+    def present(self) -> bool:
+        return self._template is not None
+
+    def render(
+        self, messages: list[dict[str, Any]], add_generation_prompt: bool, extra: dict[str, Any] | None = None
+    ) -> str:
+        """The prompt. `extra` are a request's `chat_template_kwargs`; they cannot replace the names given
+        here. Raises ApiError 400 where the template refuses the messages, or fails on them."""
+        if self._template is None:
+            raise invalid("This model has no chat template: use /v1/completions.", code="no_chat_template")
+        names = {
+            **(extra or {}),
+            **self._names,
+            "messages": messages,
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        parts: list[str] = []
+        characters = 0
+        try:
+            for part in self._template.generate(names):
+                characters += len(part)
+                if characters > MAX_PROMPT_CHARACTERS:
+                    raise invalid("The chat template made a prompt that is too long.", "messages")
+                parts.append(part)
+        except TemplateRefusal as error:
+            raise invalid(f"The chat template refuses these messages: {error}", "messages") from error
+        except ApiError:
+            raise
+        except Exception as error:  # a template is a program of its own, and may fail as any program can
+            raise invalid(f"The chat template fails on these messages: {error}", "messages") from error
+        return "".join(parts)

@@ -1,0 +1,118 @@
+"""The model's tokenizer, read straight from `tokenizer.json`.
+
+`transformers` is not used here: importing its tokenizer classes imports torch, which the router must never
+hold (two seconds of start, and hundreds of MiB, for nothing).
+"""
+
+import asyncio
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from router.config import RouterConfigError
+from router.text import ByteDetokenizer, Detokenizer, StreamDetokenizer
+
+THREAD_CHARACTERS = 8192
+"""Longer texts are encoded in a thread: about 2 ms, what other streams may have to wait."""
+ENCODING_THREADS = 2
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises RouterConfigError naming the file."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RouterConfigError(f"{path} does not exist: model_dir must be a checkpoint directory") from error
+    except (OSError, ValueError) as error:
+        raise RouterConfigError(f"{path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise RouterConfigError(f"{path} must hold a JSON object")
+    return values
+
+
+def _bytes_of_byte_level() -> dict[str, int]:
+    """The printable stand-in of each byte in byte-level vocabularies (GPT-2; Radford et al. 2019)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    table = {chr(byte): byte for byte in printable}
+    others = (byte for byte in range(256) if byte not in set(printable))
+    table.update({chr(256 + index): byte for index, byte in enumerate(others)})
+    return table
+
+
+class TextTokenizer:
+    """Encodes, decodes and detokenizes for one checkpoint directory. Raises RouterConfigError on loading."""
+
+    def __init__(self, model_dir: Path) -> None:
+        path = model_dir / "tokenizer.json"
+        decoder = read_json(path).get("decoder")
+        try:
+            self._tokenizer: Tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise RouterConfigError(f"{path} is not a tokenizer: {error}") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        if not vocabulary:
+            raise RouterConfigError(f"{path} has an empty vocabulary")
+        self.size = max(vocabulary.values()) + 1
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.special = frozenset(token for token, entry in added.items() if entry.special)
+        self._byte_level = isinstance(decoder, dict) and decoder.get("type") == "ByteLevel"
+        self._all_bytes = self._token_bytes(
+            vocabulary, {token: entry.content for token, entry in added.items()}
+        )
+        self._text_bytes = [
+            b"" if token in self.special else piece for token, piece in enumerate(self._all_bytes)
+        ]
+        self._threads = asyncio.Semaphore(ENCODING_THREADS)
+
+    def _token_bytes(self, vocabulary: dict[str, int], added: dict[int, str]) -> list[bytes]:
+        table = _bytes_of_byte_level()
+        pieces = [b""] * self.size
+        for text, token in vocabulary.items():
+            if token in added and not self._byte_level:
+                pieces[token] = added[token].encode()
+            elif self._byte_level:
+                stand_ins = [table.get(character) for character in text]
+                known = [byte for byte in stand_ins if byte is not None]
+                pieces[token] = bytes(known) if len(known) == len(stand_ins) else text.encode()
+            elif len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
+                pieces[token] = bytes.fromhex(text[3:5])
+            else:
+                pieces[token] = text.replace("▁", " ").encode()
+        return pieces
+
+    async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Token ids. A short text is encoded at once, a long one in a thread beside the event loop."""
+        if len(text) <= THREAD_CHARACTERS:
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+            return ids
+        async with self._threads:
+            return await asyncio.to_thread(self._encode_long, text, add_special_tokens)
+
+    def _encode_long(self, text: str, add_special_tokens: bool) -> list[int]:
+        # Only the batch call lets go of the interpreter lock.
+        batch = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = batch[0].ids
+        return ids
+
+    def decode(self, tokens: Sequence[int], skip_special_tokens: bool = False) -> str:
+        text: str = self._tokenizer.decode(
+            [token for token in tokens if token < self.size], skip_special_tokens=skip_special_tokens
+        )
+        return text
+
+    def detokenizer(self) -> Detokenizer:
+        if self._byte_level:
+            return ByteDetokenizer(self._text_bytes)
+        return StreamDetokenizer(self._tokenizer, self.size)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes one token stands for; a special token's are those of its name."""
+        return self._all_bytes[token] if 0 <= token < self.size else b""
+
+    def token_text(self, token: int) -> str:
+        return self.token_bytes(token).decode("utf-8", "replace")

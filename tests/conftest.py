@@ -1,0 +1,70 @@
+"""What holds for every test: GPU tests skip visibly without a GPU, and no test leaves a process behind.
+
+`--require-gpu` turns skipped GPU tests into an error, for where a GPU was expected.
+"""
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+MARK = "BATON_TEST_SESSION"
+LEFT_BEHIND_WAIT_S = 5.0
+
+
+def has_gpu() -> bool:
+    """Without torch, which most tests do not need: does the driver list a device?"""
+    if shutil.which("nvidia-smi") is None:
+        return False
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    return listed.returncode == 0 and "GPU " in listed.stdout
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--require-gpu", action="store_true", help="no GPU test may be skipped")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    gpu_folder = Path(__file__).parent / "gpu"
+    for item in items:
+        if gpu_folder in item.path.parents:
+            item.add_marker(pytest.mark.gpu)
+    wanted = [item for item in items if item.get_closest_marker("gpu")]
+    if not wanted or has_gpu():
+        return
+    if config.getoption("--require-gpu"):
+        raise pytest.UsageError(f"--require-gpu: {len(wanted)} tests need an NVIDIA GPU, and there is none")
+    for item in wanted:
+        item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_process_left_behind() -> Iterator[None]:
+    """Fails the session if a process that a test started, or one of that process's, is still there.
+
+    Children inherit a mark by environment, so that those which lost their parent are found too.
+    """
+    os.environ[MARK] = str(os.getpid())
+    yield
+    del os.environ[MARK]
+    deadline_s = time.monotonic() + LEFT_BEHIND_WAIT_S
+    while left := [process for process in psutil.process_iter() if is_ours(process)]:
+        if time.monotonic() > deadline_s:
+            described = ", ".join(f"{process.pid} {process.cmdline()[:8]}" for process in left)
+            for process in left:
+                process.kill()
+            pytest.fail(f"processes left behind: {described}")
+        time.sleep(0.05)
+
+
+def is_ours(process: psutil.Process) -> bool:
+    """A living process with this session's mark. A zombie has ended, and has no environment."""
+    try:
+        return process.pid != os.getpid() and process.environ().get(MARK) == str(os.getpid())
+    except (psutil.Error, OSError):
+        return False

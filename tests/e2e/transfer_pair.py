@@ -1,0 +1,160 @@
+"""Real transfer processes with simulated workers, for the process tests."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import zmq
+
+from kvtransfer.client import TransferClient, TransferLost, WorkerEvent
+from kvtransfer.messages import Aborted, Arrived, KvGeometry, Segment, SendCommitted, SendSlots, SlotUse
+
+GEOMETRY = KvGeometry("model", 4, 2, 32, "float32")
+TOKEN_BYTES = GEOMETRY.token_bytes
+SLOTS = 6
+SLOT_BYTES = 64 << 10
+PATIENCE_S = 30.0
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from kvtransfer.config import TransferConfig
+from kvtransfer.process import configure_logging, run
+directory, name = Path(sys.argv[1]), sys.argv[2]
+configure_logging(name)
+run(TransferConfig(
+    name=name, listen=f"ipc://{directory}/{name}.worker", peer_listen=f"ipc://{directory}/{name}.peers",
+    staging_socket=directory / f"{name}.staging", slots=int(sys.argv[3]), slot_bytes=int(sys.argv[4]),
+    peer_timeout_s=1.0, heartbeat_s=0.2, transfer_timeout_s=10.0,
+))
+"""
+
+
+class TransferPair:
+    """Starts, stops and restarts named transfer processes in one directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start(self, name: str) -> None:
+        arguments = [str(self.directory), name, str(SLOTS), str(SLOT_BYTES)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        self.processes[name] = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, *arguments], env=environment
+        )
+
+    def signal(self, name: str, number: int) -> None:
+        self.processes[name].send_signal(number)
+
+    def kill(self, name: str) -> None:
+        self.signal(name, signal.SIGKILL)
+        self.processes.pop(name).wait(PATIENCE_S)
+
+    def terminate(self, name: str) -> int:
+        process = self.processes.pop(name)
+        process.terminate()
+        return process.wait(PATIENCE_S)
+
+    def close(self) -> None:
+        for process in self.processes.values():
+            process.kill()
+            process.wait(PATIENCE_S)
+
+
+class Worker:
+    """A worker with one attached client, that packs and unpacks byte patterns."""
+
+    def __init__(self, directory: Path, name: str, epoch: int) -> None:
+        self.client = TransferClient(
+            f"ipc://{directory}/{name}.worker", epoch, GEOMETRY, timeout_s=PATIENCE_S
+        )
+        self.content: dict[int, bytes] = {}
+        """What to send, by transfer."""
+        self.sent_tokens: dict[int, int] = {}
+        self.got: dict[int, bytearray] = {}
+        self.missing: dict[int, int] = {}
+        self.committed: set[int] = set()
+        self.received: set[int] = set()
+        self.aborted: dict[int, str] = {}
+        self.lost: list[int] = []
+        self.paused = False
+        """Keeps lent and arrived slots instead of using them."""
+
+    def send(self, transfer_id: int, content: bytes, deadline_s: float = 30.0) -> None:
+        self.content[transfer_id], self.sent_tokens[transfer_id] = content, 0
+        self.client.open_send(transfer_id, deadline_s)
+        self.client.flush()
+
+    def receive(self, transfer_id: int, source: "Worker", tokens: int, deadline_s: float = 30.0) -> None:
+        self.got[transfer_id] = bytearray(tokens * TOKEN_BYTES)
+        self.missing[transfer_id] = tokens
+        self.client.open_receive(transfer_id, source.client.address, 0, tokens, deadline_s)
+        self.client.flush()
+
+    def step(self) -> None:
+        now_s = time.monotonic()
+        self.client.tick(now_s)
+        for event in self.client.receive(now_s):
+            self._on(event)
+        self.client.flush()
+
+    def all_free(self) -> bool:
+        stats = self.client.last_stats
+        return stats is not None and stats.counts.free == SLOTS
+
+    def _on(self, event: WorkerEvent) -> None:
+        if isinstance(event, SendSlots) and not self.paused:
+            self._pack(event)
+        elif isinstance(event, Arrived) and not self.paused:
+            self._unpack(event)
+        elif isinstance(event, SendCommitted):
+            self.committed.add(event.transfer_id)
+        elif isinstance(event, Aborted):
+            self.aborted[event.transfer_id] = event.reason
+        elif isinstance(event, TransferLost):
+            self.lost.append(event.old_epoch)
+
+    def _pack(self, event: SendSlots) -> None:
+        content, segments = self.content[event.transfer_id], []
+        for use in event.slots:
+            start = self.sent_tokens[event.transfer_id]
+            count = min(self.client.tokens_per_slot, len(content) // TOKEN_BYTES - start)
+            data = content[start * TOKEN_BYTES : (start + count) * TOKEN_BYTES]
+            self.client.slot_view(use.slot)[: len(data)] = data
+            segments.append(Segment(use.slot, use.generation, start, count, len(data)))
+            self.sent_tokens[event.transfer_id] += count
+        self.client.filled(event.transfer_id, segments)
+
+    def _unpack(self, event: Arrived) -> None:
+        got = self.got[event.transfer_id]
+        for segment in event.segments:
+            at = segment.start_token * TOKEN_BYTES
+            got[at : at + segment.byte_count] = self.client.slot_view(segment.slot)[: segment.byte_count]
+            self.missing[event.transfer_id] -= segment.token_count
+        self.client.freed([SlotUse(s.slot, s.generation) for s in event.segments])
+        if self.missing[event.transfer_id] == 0:
+            self.received.add(event.transfer_id)
+            self.client.commit(event.transfer_id)
+
+
+def drive(workers: list[Worker], until: Callable[[], bool], what: str) -> None:
+    """Steps all workers until a state is reached. Raises AssertionError if that takes too long."""
+    poller = zmq.Poller()
+    for worker in workers:
+        poller.register(worker.client.socket, zmq.POLLIN)
+    deadline_s = time.monotonic() + PATIENCE_S
+    while not until():
+        assert time.monotonic() < deadline_s, f"waited in vain: {what}"
+        poller.poll(20)
+        for worker in workers:
+            worker.step()
+
+
+def content_of(tokens: int, seed: int) -> bytes:
+    return random.Random(seed).randbytes(tokens * TOKEN_BYTES)

@@ -1,0 +1,86 @@
+"""Runs the engine on tiny checkpoints: what a scheduler would do, in its simplest form."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from services.config import WorkerConfig
+from services.engine.batch import Draw, Row, RowResult
+from services.engine.engine import Engine
+from services.engine.model_config import read_model_config
+from services.messages import Sampling
+
+GREEDY = Sampling(max_tokens=1, seed=1, temperature=0.0)
+
+
+def start_engine(model_dir: Path, pages: int = 128, **config: Any) -> Engine:
+    """An engine with weights and a pool, ready to execute."""
+    engine = new_engine(model_dir, **config)
+    engine.load(lambda done_bytes, total_bytes: None)
+    engine.allocate_pool(pages)
+    return engine
+
+
+def new_engine(model_dir: Path, **config: Any) -> Engine:
+    values = {"page_size_tokens": 4, "max_batch": 8, "max_chunk_tokens": 64} | config
+    worker = WorkerConfig("worker", "unified", model_dir, "ipc://unused", **values)
+    return Engine(worker, read_model_config(model_dir))
+
+
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 300, (length,), generator=generator).tolist()
+
+
+class Sequence:
+    """A prompt on its way through the engine, with pages of its own."""
+
+    def __init__(
+        self,
+        prompt: list[int],
+        pages: list[int],
+        sampling: Sampling = GREEDY,
+        choice: int = 0,
+        chunk: int = 1 << 30,
+    ) -> None:
+        self.prompt, self.pages, self.sampling, self.choice, self.chunk = (
+            prompt,
+            pages,
+            sampling,
+            choice,
+            chunk,
+        )
+        self.done_tokens = 0
+        self.output: list[int] = []
+
+    def next_row(self) -> Row:
+        """The next prefill chunk, or the next decode token."""
+        if self.done_tokens < len(self.prompt):
+            tokens = self.prompt[self.done_tokens : self.done_tokens + self.chunk]
+        else:
+            tokens = self.output[-1:]
+        end = self.done_tokens + len(tokens)
+        draws = []
+        if end >= len(self.prompt):
+            draws = [Draw(self.choice, end, self.sampling, self.prompt, self.output)]
+        row = Row(tokens, self.done_tokens, self.pages, draws)
+        self.done_tokens = end
+        return row
+
+    def take(self, result: RowResult) -> None:
+        self.output.extend(drawn.token for drawn in result.drawn)
+
+
+def run_together(engine: Engine, sequences: list[Sequence], output_tokens: int) -> list[list[int]]:
+    """Step all sequences at once, chunks beside decodes, until each has its tokens."""
+    while running := [s for s in sequences if len(s.output) < output_tokens]:
+        for sequence, result in zip(running, engine.execute([s.next_row() for s in running]), strict=True):
+            sequence.take(result)
+    return [sequence.output for sequence in sequences]
+
+
+def scattered_pages(count: int, sequences: int, pool_pages: int) -> list[list[int]]:
+    """Page tables that are neither contiguous nor ordered."""
+    shuffled = torch.randperm(pool_pages, generator=torch.Generator().manual_seed(7)).tolist()
+    return [shuffled[at * count : (at + 1) * count] for at in range(sequences)]

@@ -1,0 +1,65 @@
+"""The same engine on a GPU: tokens equal the CPU's in float32, moves and checksums agree between devices."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from services.engine.ops.checksum import BLOCK_WORDS, checksum
+from services.engine.peak_memory import peak_bytes
+from services.messages import Sampling
+from tests.checkpoints import FAMILIES, Family, make_checkpoint
+from tests.engine.harness import Sequence, new_engine, prompt_of, run_together, start_engine
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+SAMPLED = Sampling(max_tokens=1, seed=11, temperature=0.9, top_p=0.95, repetition_penalty=1.2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_tokens_as_on_the_cpu(family: Family, tmp_path: Path) -> None:
+    make_checkpoint(family, tmp_path, seed=3, eos=False)
+    outputs = []
+    for device in ("cpu", "cuda"):
+        engine = start_engine(tmp_path, device=device)
+        sequences = [
+            Sequence(prompt_of(23), list(range(9)), SAMPLED, chunk=7),
+            Sequence(prompt_of(40), list(range(20, 34))),
+        ]
+        outputs.append(run_together(engine, sequences, 10))
+    assert outputs[0] == outputs[1]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_segments_pass_between_devices(dtype: str, tmp_path: Path) -> None:
+    make_checkpoint("qwen3", tmp_path, eos=False)
+    gpu = start_engine(tmp_path, device="cuda", dtype=dtype)
+    cpu = start_engine(tmp_path, dtype=dtype, page_size_tokens=16)
+    sequence = Sequence(prompt_of(30), list(range(10)))
+    sequence.take(gpu.execute([sequence.next_row()])[0])
+    slot = torch.zeros(1 << 16, dtype=torch.uint8, device="cuda")
+    byte_count, digest = gpu.pack(sequence.pages, 3, 27, slot, True)
+    on_host = slot.cpu()
+    assert checksum(on_host[:byte_count]) == digest
+    cpu.unpack([4, 5], 3, 27, on_host, digest)
+    again = torch.zeros(1 << 16, dtype=torch.uint8)
+    assert cpu.pack([4, 5], 3, 27, again, True) == (byte_count, digest)
+    assert torch.equal(again, on_host)
+
+
+@pytest.mark.parametrize("count", [5, 8 * BLOCK_WORDS, 24 * BLOCK_WORDS + 3])
+def test_checksums_agree_between_devices(count: int) -> None:
+    data = torch.randint(0, 256, (count,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    assert checksum(data) == checksum(data.cuda())
+
+
+def test_activations_are_measured(tmp_path: Path) -> None:
+    make_checkpoint("qwen3", tmp_path, eos=False)
+    engine = new_engine(tmp_path, device="cuda")
+    engine.load(lambda done_bytes, total_bytes: None)
+    assert engine.measure_activations() > 0
+    assert (
+        peak_bytes(lambda: torch.ones(1 << 20, device="cuda").sum().item(), torch.device("cuda")) >= 4 << 20
+    )

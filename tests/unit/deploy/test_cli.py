@@ -1,0 +1,185 @@
+"""What the user sees: one line on stderr and code 2 for anything wrong; nothing imported for nothing."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deploy.cli import run
+
+WORKER = ["--role", "unified", "--listen", "ipc:///run/w"]
+
+
+@pytest.fixture
+def model_dir(tmp_path: Path) -> str:
+    """Enough of a model for what is checked before anything is started."""
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m/config.json").write_text("{}")
+    return str(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["serve"], "MODEL_DIR is missing"),
+        (["serve", "/nowhere"], "MODEL_DIR: /nowhere is not a directory"),
+        (["serve", "MODEL", "--tp", "2"], "--tp: 2 is not supported; only 1 is supported"),
+        (["serve", "MODEL", "--tensor-parallel-size", "0"], "--tp: 0 is out of range"),
+        (["serve", "MODEL", "--mem-fraction", "0"], "--mem-fraction: 0 must lie between 0 and 1"),
+        (["serve", "MODEL", "--mem-fraction", "nan"], "--mem-fraction: 'nan' is not a finite number"),
+        (["serve", "MODEL", "--mem-fraction", "half"], "--mem-fraction: 'half' is not a number"),
+        (["serve", "MODEL", "--device", "tpu"], "--device: 'tpu' is not one of auto, cpu, cuda"),
+        (["serve", "MODEL", "--dtype", "int8"], "--dtype: 'int8' is not one of"),
+        (["serve", "MODEL", "--load-format", "bin"], "--load-format: 'bin' is not one of auto, dummy"),
+        (["serve", "MODEL", "--mover", "pigeon"], "--mover: 'pigeon' is not one of"),
+        (["serve", "MODEL", "--port", "70000"], "--port: 70000 is out of range; allowed are 0 to 65535"),
+        (["serve", "MODEL", "--port", "http"], "--port: 'http' is not a whole number"),
+        (["serve", "MODEL", "--host", "no.such.host.invalid"], "--host: 'no.such.host.invalid'"),
+        (["serve", "MODEL", "--page-size", "12"], "--page-size: 12 is not a power of two"),
+        (["serve", "MODEL", "--max-batch", "0"], "--max-batch: 0 is out of range"),
+        (
+            ["serve", "MODEL", "--device-memory", "2 gallons"],
+            "--device-memory: '2 gallons' has an unknown unit",
+        ),
+        (["serve", "MODEL", "--staging-slots", "1"], "--staging-slots: 1 is out of range"),
+        (["serve", "MODEL", "--staging-slot-bytes", "100"], "--staging-slot-bytes: 100 is not a multiple"),
+        (["serve", "MODEL", "--drain-timeout", "-1"], "--drain-timeout: -1 is out of range"),
+        (["serve", "MODEL", "--prefill", "2", "--decode", "0"], "--decode: must be at least 1"),
+        (["serve", "MODEL", "--prefill", "0", "--decode", "0"], "at least one worker is needed"),
+        (["serve", "MODEL", "--device", "cuda"], "--device cuda: no NVIDIA GPU"),
+        (["serve", "MODEL", "--frobnicate"], "No such option: --frobnicate"),
+        (["serve", "MODEL", "extra"], "extra"),
+        (["serve", "MODEL", "--port"], "--port"),
+        (["frobnicate"], "No such command 'frobnicate'"),
+        (["worker", "MODEL", "--listen", "ipc:///x"], "--role is missing"),
+        (["worker", "MODEL", "--role", "chief", "--listen", "ipc:///x"], "--role: 'chief' is not one of"),
+        (["worker", "MODEL", "--role", "decode", "--listen", "ipc:///x"], "--transfer is missing"),
+        (["worker", "MODEL", "--role", "unified", "--listen", "ipc://x"], "must be absolute"),
+        (["worker", "MODEL", "--role", "unified", "--listen", "http://x"], "is not an endpoint"),
+        (["worker", "MODEL", "--role", "unified", "--listen", "tcp://x:0"], "a port from 1 to 65535"),
+        (["worker", "MODEL", "--role", "unified", "--listen", "ipc:///" + "x" * 108], "at most 107 bytes"),
+        (["worker", "EMPTY", *WORKER], "has no config.json: it is not a model directory"),
+        (["worker", "BROKEN", *WORKER], "config.json cannot be read"),
+        (["worker", "LIST", *WORKER], "does not hold a JSON object"),
+        (["router", "MODEL"], "--worker is missing"),
+        (["transfer"], "--listen is missing"),
+        (["memory", "--url", "ftp://x"], "--url: 'ftp://x' is not an http:// or https:// address"),
+        (["memory", "--url", "http://127.0.0.1:1"], "--url: http://127.0.0.1:1/memory cannot be reached"),
+        (["keys"], "DIRECTORY is missing"),
+    ],
+)
+def test_one_line_and_code_2(
+    arguments: list[str],
+    says: str,
+    model_dir: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, content in (("empty", None), ("broken", "{"), ("list", "[]")):
+        (tmp_path / name).mkdir()
+        if content is not None:
+            (tmp_path / name / "config.json").write_text(content)
+    places = {
+        "MODEL": model_dir,
+        "EMPTY": str(tmp_path / "empty"),
+        "BROKEN": str(tmp_path / "broken"),
+        "LIST": str(tmp_path / "list"),
+    }
+    monkeypatch.setattr("deploy.commands.serve.gpu_count", lambda: 0)
+    code = run([places.get(argument, argument) for argument in arguments])
+    printed = capsys.readouterr()
+    assert code == 2
+    assert printed.out == ""
+    (line,) = printed.err.splitlines()
+    assert line.startswith("baton: error: ")
+    assert says in line
+
+
+def test_a_port_in_use(model_dir: str, capsys: pytest.CaptureFixture[str]) -> None:
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert run(["serve", model_dir, "--device", "cpu", "--port", str(port)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"--port: cannot listen on 127.0.0.1:{port}: Address already in use" in line
+
+
+def test_nothing_heavy_for_nothing() -> None:
+    code = (
+        "import sys; from deploy.cli import run; assert run(['version']) == 0; assert run(['--help']) == 0;"
+        "heavy = {'torch', 'transformers', 'fastapi', 'zmq', 'triton', 'uvicorn'} & set(sys.modules);"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "serve" in done.stdout
+
+
+def test_help_of_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("serve", "plan", "memory", "router", "worker", "transfer", "keys", "version"):
+        assert run([command, "--help"]) == 0
+        text = capsys.readouterr().out
+        assert "--config" in text
+        assert "--run-dir" not in text
+
+
+def test_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["keys", str(tmp_path / "keys"), "--name", "host-a"]) == 0
+    assert (tmp_path / "keys").stat().st_mode & 0o777 == 0o700
+    assert len(list((tmp_path / "keys").rglob("host-a.key*"))) == 2
+    assert run(["keys", str(tmp_path / "keys")]) == 2
+    assert "holds a secret key already" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.checkpoints import make_checkpoint
+
+    return make_checkpoint("qwen3", tmp_path_factory.mktemp("plan") / "m")
+
+
+def test_plan_shows_the_ledger(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", str(checkpoint), "--device", "cpu"]) == 0
+    text = capsys.readouterr().out
+    header = (checkpoint / "model.safetensors").read_bytes()
+    length = int.from_bytes(header[:8], "little")
+    tensors = json.loads(header[8 : 8 + length])
+    stored = sum(
+        t["data_offsets"][1] - t["data_offsets"][0] for n, t in tensors.items() if n != "__metadata__"
+    )
+    weights = next(line for line in text.splitlines() if "weights" in line)
+    assert f"{stored / 1024:.1f} KiB" in weights or f"{stored / 2**20:.2f} MiB" in weights
+    assert "| mem_fraction" in text
+    assert "16 slots of 1MiB" in text
+    assert "fits: " in text
+
+
+def test_plan_refuses_with_a_change_that_then_fits(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tight = ["plan", str(checkpoint), "--device", "cpu", "--device-memory", "1GiB", "--mem-fraction", "0.9"]
+    assert run(tight) == 2
+    first, *rest = capsys.readouterr().err.splitlines()
+    assert "does not fit: worker context" in first
+    assert any("DOES NOT FIT" in line for line in rest)
+    proposed = first.partition("smallest change that fits: --mem-fraction ")[2].split()[0]
+    assert run([*tight[:-1], proposed]) == 0
+
+
+def test_plan_for_a_gpu_that_is_not_here(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", str(checkpoint), "--device", "cuda", "--device-memory", "140GiB"]
+    assert run(arguments) == 0
+    text = capsys.readouterr().out
+    assert "cuda graphs" in text
+    assert "16 slots of 16MiB" in text
+
+
+def test_plan_names_a_context_beyond_the_models(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", str(checkpoint), "--max-model-len", "999999"]) == 2
+    assert "--max-model-len: 999999 exceeds the model's own limit of 1024 tokens" in capsys.readouterr().err

@@ -1,0 +1,243 @@
+"""The dispatch state machine, driven by hand: every way a flight can go, and what is sent on the way."""
+
+import pytest
+
+from router.errors import ApiError
+from router.requests import MOVES, Flight, IllegalPhase, Phase, Send, Times
+from services.messages import (
+    Cancel,
+    DecodeStarted,
+    Failed,
+    FirstToken,
+    Generate,
+    Join,
+    Prefill,
+    PrefillDone,
+    Reserve,
+    Sampling,
+    Tokens,
+    TransferAddress,
+    Work,
+)
+
+SOURCE = TransferAddress("ipc:///p", 3)
+
+
+class Recorder:
+    """`stops` names (choice, token) pairs that complete a stop string."""
+
+    def __init__(self, stops: set[tuple[int, int]] | None = None) -> None:
+        self.stops = stops or set()
+        self.tokens: list[tuple[int, int]] = []
+        self.errors: list[ApiError] = []
+        self.prefilled = 0
+
+    def on_prefilled(self, report: PrefillDone) -> None:
+        self.prefilled += 1
+
+    def on_tokens(self, report: Tokens, now_s: float) -> bool:
+        self.tokens += [(report.choice, token) for token in report.tokens]
+        return report.finish is None and (report.choice, report.tokens[-1]) not in self.stops
+
+    def on_failed(self, error: ApiError) -> None:
+        self.errors.append(error)
+
+
+def make(
+    choices: int = 1, unified: bool = False, stops: set[tuple[int, int]] | None = None
+) -> tuple[Flight, Recorder]:
+    recorder = Recorder(stops)
+    work = Work(7, [1, 2, 3], Sampling(max_tokens=9, seed=1), choices)
+    if unified:
+        return Flight(work, "u", recorder, Times(0.0), 1), recorder
+    return Flight(work, "d", recorder, Times(0.0), 1, prefill="p", transfer_id=99, source=SOURCE), recorder
+
+
+def prefilled(flight: Flight, worker: str = "p") -> None:
+    flight.on_prefill_done(worker, PrefillDone(7, 0.5, 0.25, 2))
+
+
+def joined(choices: int = 1) -> tuple[Flight, Recorder]:
+    flight, recorder = make(choices)
+    flight.start()
+    prefilled(flight)
+    for choice in range(choices):
+        flight.on_tokens("p", Tokens(7, choice, [10 + choice]), 1.0)
+    assert flight.phase is Phase.JOINING
+    return flight, recorder
+
+
+def decoding(choices: int = 1) -> tuple[Flight, Recorder]:
+    flight, recorder = joined(choices)
+    flight.on_decode_started("d", DecodeStarted(7, 0.1, 0.05, 3, 0), 2.0)
+    assert flight.phase is Phase.DECODING
+    return flight, recorder
+
+
+def test_a_pair_is_asked_at_once_and_joined_after_the_last_first_token() -> None:
+    flight, recorder = make(choices=2)
+    assert flight.start() == (
+        Send("d", Reserve(flight.work, 99, SOURCE)),
+        Send("p", Prefill(flight.work, 99)),
+    )
+    prefilled(flight)
+    assert not flight.on_tokens("p", Tokens(7, 1, [11]), 1.0)
+    assert flight.on_tokens("p", Tokens(7, 0, [10]), 1.0) == (
+        Send("d", Join(7, [FirstToken(0, 10), FirstToken(1, 11)])),
+    )
+    flight.on_decode_started("d", DecodeStarted(7, 0.1, 0.05, 3, 0), 2.0)
+    assert not flight.on_tokens("d", Tokens(7, 0, [20], None, "stop"), 3.0)
+    assert not flight.ended
+    assert not flight.on_tokens("d", Tokens(7, 1, [21], None, "length"), 4.0)
+    assert flight.phase is Phase.FINISHED
+    assert recorder.tokens == [(1, 11), (0, 10), (0, 20), (1, 21)]
+    assert (flight.times.queue_s, flight.times.tail_s, flight.times.ended_s) == (0.5, 0.05, 4.0)
+    assert flight.generated_tokens == 4
+
+
+def test_a_unified_worker_does_both() -> None:
+    flight, _ = make(unified=True)
+    assert flight.start() == (Send("u", Generate(flight.work)),)
+    prefilled(flight, "u")
+    assert not flight.on_tokens("u", Tokens(7, 0, [1]), 1.0)
+    assert flight.phase is Phase.DECODING
+    assert not flight.on_tokens("u", Tokens(7, 0, [2], None, "stop"), 2.0)
+    assert flight.phase is Phase.FINISHED
+
+
+def test_a_choice_that_ends_with_its_first_token_is_not_joined() -> None:
+    flight, _ = make(choices=2)
+    flight.start()
+    prefilled(flight)
+    flight.on_tokens("p", Tokens(7, 0, [10], None, "stop"), 1.0)
+    assert flight.on_tokens("p", Tokens(7, 1, [11]), 1.0) == (Send("d", Join(7, [FirstToken(1, 11)])),)
+
+
+def test_a_request_that_ends_at_the_first_token_releases_its_reservation() -> None:
+    flight, _ = make()
+    flight.start()
+    prefilled(flight)
+    sends = flight.on_tokens("p", Tokens(7, 0, [10], None, "length"), 1.0)
+    assert list(sends) == [Send("d", Cancel(7))]
+    assert flight.phase is Phase.FINISHED
+
+
+def test_a_stop_string_in_the_first_token_also_frees_the_prefill_side() -> None:
+    flight, _ = make(stops={(0, 10)})
+    flight.start()
+    prefilled(flight)
+    sends = flight.on_tokens("p", Tokens(7, 0, [10]), 1.0)
+    assert list(sends) == [Send("p", Cancel(7)), Send("d", Cancel(7))]
+
+
+def test_stop_strings_end_one_choice_then_the_request() -> None:
+    flight, recorder = decoding(choices=2)
+    recorder.stops = {(0, 20), (1, 21)}
+    assert list(flight.on_tokens("d", Tokens(7, 0, [20]), 3.0)) == [Send("d", Cancel(7, 0))]
+    assert not flight.on_tokens("d", Tokens(7, 0, [30]), 3.0), "late tokens of an ended choice"
+    assert recorder.tokens[-1] == (0, 20)
+    assert list(flight.on_tokens("d", Tokens(7, 1, [21]), 4.0)) == [Send("d", Cancel(7))]
+    assert flight.phase is Phase.FINISHED
+    assert flight.ignored == 1
+
+
+PHASES = {
+    Phase.PREFILLING: ["p", "d"],
+    Phase.JOINING: ["p", "d"],
+    Phase.DECODING: ["d"],
+}
+
+
+def in_phase(phase: Phase) -> tuple[Flight, Recorder]:
+    if phase is Phase.JOINING:
+        return joined()
+    if phase is Phase.DECODING:
+        return decoding()
+    flight, recorder = make()
+    flight.start()
+    return flight, recorder
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_cancel_reaches_every_worker_involved(phase: Phase) -> None:
+    flight, recorder = in_phase(phase)
+    assert list(flight.cancel(5.0)) == [Send(worker, Cancel(7)) for worker in PHASES[phase]]
+    assert flight.phase is Phase.CANCELLED
+    assert not flight.cancel(6.0)
+    assert not recorder.errors
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("worker", ["p", "d"])
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_failure_of_one_side_cancels_the_other(phase: Phase, worker: str, lost: bool) -> None:
+    flight, recorder = in_phase(phase)
+    involved = PHASES[phase]
+    if lost:
+        sends = flight.on_worker_lost(worker, 5.0)
+    else:
+        sends = flight.on_failed(worker, Failed(7, "transfer", "gone", True), 5.0)
+    if worker not in involved:
+        assert not flight.ended, "the prefill worker's part was over"
+        assert not sends
+        return
+    assert list(sends) == [Send(other, Cancel(7)) for other in involved if other != worker]
+    assert flight.phase is Phase.FAILED
+    assert [error.status for error in recorder.errors] == [503]
+    assert recorder.errors[0].committed == (phase is not Phase.PREFILLING)
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [
+        ("invalid", 400),
+        ("too_long", 400),
+        ("overloaded", 429),
+        ("deadline", 504),
+        ("transfer", 503),
+        ("draining", 503),
+        ("internal", 500),
+    ],
+)
+def test_failures_have_their_status(code: str, status: int) -> None:
+    flight, recorder = in_phase(Phase.PREFILLING)
+    flight.on_failed("d", Failed(7, code, "why", True), 1.0)  # type: ignore[arg-type]
+    error = recorder.errors[0]
+    assert (error.status, error.message) == (status, "why")
+    assert (error.retry_after_s is not None) == (status in (429, 503))
+
+
+def test_reports_that_do_not_belong_change_nothing() -> None:
+    flight, recorder = decoding()
+    prefilled(flight)
+    flight.on_decode_started("d", DecodeStarted(7, 0.1, 0.05, 3, 0), 9.0)
+    assert not flight.on_tokens("p", Tokens(7, 0, [77]), 3.0)
+    assert not flight.on_tokens("d", Tokens(7, 5, [77]), 3.0)
+    assert not flight.on_failed("x", Failed(7, "internal", "", False), 3.0)
+    assert flight.phase is Phase.DECODING
+    assert flight.ignored == 5
+    assert recorder.tokens == [(0, 10)]
+    assert recorder.prefilled == 1
+
+
+def test_tokens_before_decode_started_are_a_broken_protocol() -> None:
+    flight, recorder = joined()
+    sends = flight.on_tokens("d", Tokens(7, 0, [20]), 3.0)
+    assert list(sends) == [Send("p", Cancel(7)), Send("d", Cancel(7))]
+    assert recorder.errors[0].status == 500
+
+
+def test_a_second_first_token_is_a_broken_protocol() -> None:
+    flight, recorder = make(choices=2)
+    flight.start()
+    prefilled(flight)
+    flight.on_tokens("p", Tokens(7, 0, [10]), 1.0)
+    flight.on_tokens("p", Tokens(7, 0, [11]), 1.0)
+    assert recorder.errors[0].status == 500
+
+
+def test_moves_outside_the_table_raise() -> None:
+    flight, _ = decoding()
+    with pytest.raises(IllegalPhase):
+        flight.start()
+    assert set(MOVES) == set(Phase)

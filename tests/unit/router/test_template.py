@@ -1,0 +1,92 @@
+"""Chat templates: what they get, and what they cannot do."""
+
+import datetime
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from router.config import RouterConfigError
+from router.errors import ApiError
+from router.template import ChatTemplate
+from router.tokenizer import TextTokenizer
+
+MESSAGES = [{"role": "user", "content": "<b> & é"}]
+
+
+def template(directory: Path, source: str, **settings: Any) -> ChatTemplate:
+    (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": source, **settings}))
+    return ChatTemplate(directory, now=lambda: datetime.datetime(2026, 1, 2))
+
+
+def test_names_filters_and_functions(tmp_path: Path) -> None:
+    source = (
+        "{{ bos_token }}{% for m in messages %}{% if loop.index > 5 %}{% break %}{% endif %}"
+        "{{ m | tojson }}{% endfor %}{{ strftime_now('%Y') }}{{ tools is none }}{{ add_generation_prompt }}"
+        "{% generation %}x{% endgeneration %}{{ enable_thinking }}"
+    )
+    made = template(tmp_path, source, bos_token={"content": "<s>"})
+    text = made.render(MESSAGES, True, {"enable_thinking": False, "messages": "not these"})
+    assert text == '<s>{"role": "user", "content": "<b> & é"}2026TrueTruexFalse'
+
+
+def test_a_file_of_its_own_comes_first(tmp_path: Path) -> None:
+    template(tmp_path, "settings")
+    (tmp_path / "chat_template.jinja").write_text("file")
+    assert ChatTemplate(tmp_path).render(MESSAGES, True) == "file"
+
+
+def test_the_default_of_named_templates(tmp_path: Path) -> None:
+    named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    assert ChatTemplate(tmp_path).render(MESSAGES, True) == "d"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ raise_exception('roles must alternate') }}",
+        "{{ ''.__class__.__mro__ }}",
+        "{{ messages.append(1) }}",
+        "{{ messages[0].update({'a': 1}) }}",
+        "{{ cycler.__init__.__globals__ }}",
+        "{% include 'tokenizer.json' %}",
+        "{% for i in range(100000000) %}x{% endfor %}",
+        "{{ messages.nothing.at_all }}",
+        "{{ 1 + 'a' }}",
+        "{{ 1 // 0 }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    ],
+)
+def test_what_a_template_may_not_do_is_a_client_error(tmp_path: Path, source: str) -> None:
+    made = template(tmp_path, source)
+    messages = [dict(message) for message in MESSAGES]
+    with pytest.raises(ApiError) as caught:
+        made.render(messages, True)
+    assert (caught.value.status, caught.value.param) == (400, "messages")
+    assert messages == MESSAGES
+
+
+def test_no_template_is_said_when_one_is_needed(tmp_path: Path) -> None:
+    made = ChatTemplate(tmp_path)
+    assert not made.present
+    with pytest.raises(ApiError) as caught:
+        made.render(MESSAGES, True)
+    assert caught.value.code == "no_chat_template"
+
+
+def test_broken_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(RouterConfigError, match=r"tokenizer_config\.json.*does not compile"):
+        template(tmp_path, "{% if %}")
+    with pytest.raises(RouterConfigError, match=r"tokenizer\.json does not exist"):
+        TextTokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(RouterConfigError, match=r"tokenizer\.json cannot be read"):
+        TextTokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(RouterConfigError, match=r"tokenizer\.json is not a tokenizer"):
+        TextTokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(RouterConfigError, match=r"tokenizer_config\.json must hold"):
+        ChatTemplate(tmp_path)
