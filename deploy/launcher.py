@@ -17,6 +17,7 @@ import contextlib
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from collections import deque
@@ -42,13 +43,14 @@ class Child:
     spec: ChildSpec
     index: int
     policy: RestartPolicy = field(default_factory=RestartPolicy)
-    process: asyncio.subprocess.Process | None = None
+    process: subprocess.Popen[bytes] | None = None
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
     started_s: float = 0.0
     last_lines: deque[str] = field(default_factory=lambda: deque(maxlen=_MESSAGE_LINES))
 
     @property
     def alive(self) -> bool:
-        return self.process is not None and self.process.returncode is None
+        return self.process is not None and self.process.poll() is None
 
     def message(self) -> str:
         """The error it ended with, as it put it; empty if it said none."""
@@ -122,36 +124,45 @@ class Launcher:
 
     async def _live(self, child: Child) -> int:
         """One life of a child, from start to exit code. Its output is forwarded to the last byte."""
-        child.last_lines.clear()
-        child.started_s = time.monotonic()
-        process = await asyncio.create_subprocess_exec(
-            *self._program,
-            *child.spec.arguments,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            env=_environment(child.spec),
-            start_new_session=True,
-        )
-        child.process = process
-        self._screen.say(f"{child.spec.name} started (pid {process.pid})")
-        if self._stopping.is_set():  # the signal came while it was being started
-            _signal(child, signal.SIGTERM)
+        process = self._start(child)
         forward = asyncio.create_task(self._forward(child, process))
-        code = await process.wait()
+        code = await _exit_code(process)
+        child.ended.set()
         _signal_group(process.pid, signal.SIGKILL)  # whatever it started itself
         await forward
         return code
 
-    async def _forward(self, child: Child, process: asyncio.subprocess.Process) -> None:
+    def _start(self, child: Child) -> subprocess.Popen[bytes]:
+        child.last_lines.clear()
+        child.ended.clear()
+        child.started_s = time.monotonic()
+        child.process = subprocess.Popen(
+            [*self._program, *child.spec.arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=_environment(child.spec),
+            start_new_session=True,
+        )
+        self._screen.say(f"{child.spec.name} started (pid {child.process.pid})")
+        return child.process
+
+    async def _forward(self, child: Child, process: subprocess.Popen[bytes]) -> None:
         if process.stdout is None:
             raise RuntimeError("a child was started without a pipe")
+        reader = asyncio.StreamReader()
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), process.stdout
+        )
         assembler, thinner = LineAssembler(), ProgressThinner()
-        while data := await process.stdout.read(_READ_BYTES):
-            for piece in assembler.feed(data):
+        try:
+            while data := await reader.read(_READ_BYTES):
+                for piece in assembler.feed(data):
+                    self._show(child, thinner, piece)
+            for piece in assembler.end():
                 self._show(child, thinner, piece)
-        for piece in assembler.end():
-            self._show(child, thinner, piece)
+        finally:
+            transport.close()
 
     def _show(self, child: Child, thinner: ProgressThinner, piece: Piece) -> None:
         if not piece.passing:
@@ -208,10 +219,24 @@ class Launcher:
             _signal(child, signal.SIGKILL)
 
 
+async def _exit_code(process: subprocess.Popen[bytes]) -> int:
+    """Waits for the process itself. asyncio's own would also wait for its output to be closed, which
+    whatever it leaves behind could hold open for ever."""
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
+    watched = os.pidfd_open(process.pid)
+    loop.add_reader(watched, ended.set)
+    try:
+        await ended.wait()
+    finally:
+        loop.remove_reader(watched)
+        os.close(watched)
+    return process.wait()
+
+
 async def _ended(child: Child, deadline_s: float) -> None:
-    if child.process is not None and child.alive:
+    if child.alive:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(child.process.wait(), max(0.0, deadline_s - time.monotonic()))
+            await asyncio.wait_for(child.ended.wait(), max(0.0, deadline_s - time.monotonic()))
 
 
 def _signal(child: Child, number: signal.Signals) -> None:

@@ -84,6 +84,19 @@ def device_facts(device: Device, device_index: int, device_memory: int | None) -
     return DeviceFacts(facts.name, device_memory or facts.total_bytes)
 
 
+def check_gpu_is_here(device_index: int, device_memory: int | None) -> None:
+    """Raises UserError unless the driver shows the GPU, and it is as large as it is said to be."""
+    try:
+        facts = gpu_facts(device_index)
+    except NotMeasurable as error:
+        raise UserError(f"--device cuda: {error}; use --device cpu") from None
+    if device_memory is not None and device_memory > facts.total_bytes:
+        raise UserError(
+            f"--device-memory: GPU {device_index} has {facts.total_bytes >> 20} MiB, "
+            f"not {device_memory >> 20} MiB"
+        )
+
+
 def worker_config(
     settings: EngineSettings,
     *,
@@ -112,7 +125,7 @@ def worker_config(
         dtype=resolve_dtype(settings.dtype, device),
         load_format="dummy" if settings.load_format == "dummy" else "auto",
         mem_fraction=resolve_mem_fraction(settings.mem_fraction, device),
-        device_memory_bytes=(settings.device_memory or CPU_DEVICE_BYTES) if device == "cpu" else None,
+        device_memory_bytes=settings.device_memory or (CPU_DEVICE_BYTES if device == "cpu" else None),
         max_model_len=settings.max_model_len,
         page_size_tokens=settings.page_size,
         max_batch=settings.max_batch,

@@ -38,13 +38,14 @@ class Destinations:
         server: PeerServer,
         machine: TransferMachine,
         mover: Mover,
+        epoch: int,
         hello: Callable[[int | None], PeerHello | None],
         on_device: bool,
         peer_timeout_s: float,
         heartbeat_s: float,
     ) -> None:
         self._server, self._machine, self._mover, self._hello = server, machine, mover, hello
-        self._on_device = on_device
+        self._epoch, self._on_device = epoch, on_device
         self._peer_timeout_s, self._heartbeat_s = peer_timeout_s, heartbeat_s
         self._by_identity: dict[bytes, _Peer] = {}
         self._by_epoch: dict[Destination, _Peer] = {}
@@ -86,12 +87,11 @@ class Destinations:
 
     def tick(self, now_s: float) -> None:
         """Heartbeats and silence; takes leave of lost peers."""
-        greeting = self._hello(None)
         for destination, peer in list(self._by_epoch.items()):
             if now_s - peer.heard_at_s >= self._peer_timeout_s:
                 self.lose(destination, f"silent for {self._peer_timeout_s} s", now_s)
-            elif now_s - peer.said_at_s >= self._heartbeat_s and greeting is not None:
-                self.send(destination, [PeerPing(greeting.epoch)], now_s)
+            elif now_s - peer.said_at_s >= self._heartbeat_s:
+                self.send(destination, [PeerPing(self._epoch)], now_s)
         for destination, agent in list(self._leaving.items()):
             if not self._machine.sender.uses(destination):
                 del self._leaving[destination]

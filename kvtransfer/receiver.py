@@ -11,64 +11,12 @@ the source may still write stay in quarantine until it says `Closed` or its life
 Nothing here raises for what a peer or a worker says: it is dropped and counted.
 """
 
-from dataclasses import dataclass, field
-from enum import Enum
-
-from kvtransfer.errors import IllegalMove
-from kvtransfer.layout import TokenRanges
 from kvtransfer.limits import Limits
 from kvtransfer.messages import Aborted, Arrived, OpenReceive, Segment, SlotUse, TransferAddress
 from kvtransfer.outbox import Outbox
 from kvtransfer.peer_messages import Cancel, Committed, Grant, Offer, Written
+from kvtransfer.receive import CLOSING, Receive, ReceiveState
 from kvtransfer.slots import Direction, SlotPool, SlotState
-
-
-class ReceiveState(Enum):
-    CONNECTING = "connecting"
-    COMMIT_PENDING = "commit_pending"
-    """The worker needed nothing and has committed before the source was connected."""
-    OPEN = "open"
-    COMMITTED = "committed"
-    CANCELLED = "cancelled"
-    ENDED = "ended"
-
-
-LEGAL_MOVES: dict[ReceiveState, frozenset[ReceiveState]] = {
-    ReceiveState.CONNECTING: frozenset(
-        {ReceiveState.OPEN, ReceiveState.COMMIT_PENDING, ReceiveState.ENDED},
-    ),
-    ReceiveState.COMMIT_PENDING: frozenset({ReceiveState.COMMITTED, ReceiveState.ENDED}),
-    ReceiveState.OPEN: frozenset({ReceiveState.COMMITTED, ReceiveState.CANCELLED}),
-    ReceiveState.COMMITTED: frozenset({ReceiveState.ENDED}),
-    ReceiveState.CANCELLED: frozenset({ReceiveState.ENDED}),
-    ReceiveState.ENDED: frozenset(),
-}
-CLOSING = (ReceiveState.COMMITTED, ReceiveState.CANCELLED)
-
-
-@dataclass(slots=True)
-class _Receive:
-    transfer_id: int
-    source: TransferAddress
-    start_token: int
-    end_token: int
-    deadline_s: float
-    state: ReceiveState = ReceiveState.CONNECTING
-    arrived: TokenRanges = field(default_factory=TokenRanges)
-    granted: dict[int, SlotUse] = field(default_factory=dict)
-    """By slot number; while CLOSING, these are the quarantined ones."""
-    reason: str = ""
-    resend_at_s: float = 0.0
-    closing_since_s: float = 0.0
-
-    def move(self, state: ReceiveState) -> None:
-        if state not in LEGAL_MOVES[self.state]:
-            raise IllegalMove(f"receive {self.transfer_id}: {self.state.value} to {state.value}")
-        self.state = state
-
-    def needs_slots(self, tokens_per_slot: int) -> int:
-        missing_tokens = self.end_token - self.start_token - self.arrived.tokens
-        return -(-missing_tokens // tokens_per_slot) - len(self.granted)
 
 
 class Receiver:
@@ -76,7 +24,7 @@ class Receiver:
 
     def __init__(self, pool: SlotPool, limits: Limits, outbox: Outbox) -> None:
         self._pool, self.limits, self._out = pool, limits, outbox
-        self._transfers: dict[int, _Receive] = {}
+        self._transfers: dict[int, Receive] = {}
         self._ready: set[TransferAddress] = set()
 
     @property
@@ -102,7 +50,7 @@ class Receiver:
         if len(self._transfers) >= self.limits.max_transfers:
             out.to_worker.append(Aborted(transfer_id, "too many open transfers"))
             return
-        transfer = _Receive(
+        transfer = Receive(
             transfer_id, command.source, command.start_token, command.end_token, now_s + command.deadline_s
         )
         self._transfers[transfer_id] = transfer
@@ -182,7 +130,7 @@ class Receiver:
             return
         accepted: list[Segment] = []
         for segment in message.segments:
-            fault = self._fault(transfer, segment)
+            fault = transfer.fault(segment, self.limits)
             if fault is not None:
                 self._out.drops[fault] += 1
                 continue
@@ -250,7 +198,7 @@ class Receiver:
         for transfer_id, uses in given.items():
             self._out.to_sources.append((self._transfers[transfer_id].source, Grant(transfer_id, uses)))
 
-    def _may_hold(self, transfer: _Receive) -> int:
+    def _may_hold(self, transfer: Receive) -> int:
         if transfer.arrived.tokens:
             return self.limits.slots_per_transfer
         if 2 * self._pool.free >= len(self._pool):
@@ -259,10 +207,10 @@ class Receiver:
 
     # ------------------------------------------------------------ inner moves
 
-    def _of(self, source: TransferAddress) -> list[_Receive]:
+    def _of(self, source: TransferAddress) -> list[Receive]:
         return [t for t in self._transfers.values() if t.source == source]
 
-    def _find(self, source: TransferAddress, transfer_id: int, what: str) -> _Receive | None:
+    def _find(self, source: TransferAddress, transfer_id: int, what: str) -> Receive | None:
         transfer = self._transfers.get(transfer_id)
         if transfer is None:
             self._out.drops[f"{what}_unknown"] += 1
@@ -272,24 +220,7 @@ class Receiver:
             return None
         return transfer
 
-    def _fault(self, transfer: _Receive, segment: Segment) -> str | None:
-        use = transfer.granted.get(segment.slot)
-        end_token = segment.start_token + segment.token_count
-        if use is None:
-            return "written_not_granted"
-        if use.generation != segment.generation:
-            return "written_stale_generation"
-        if segment.start_token < transfer.start_token or end_token > transfer.end_token:
-            return "written_out_of_range"
-        if segment.token_count > self.limits.tokens_per_slot:
-            return "written_wrong_length"
-        if segment.byte_count != segment.token_count * self.limits.token_bytes:
-            return "written_wrong_length"
-        if transfer.arrived.overlaps(segment.start_token, end_token):
-            return "written_overlap"
-        return None
-
-    def _offer(self, transfer: _Receive, now_s: float) -> None:
+    def _offer(self, transfer: Receive, now_s: float) -> None:
         if transfer.state not in (ReceiveState.CONNECTING, ReceiveState.COMMIT_PENDING):
             return
         offer = Offer(transfer.transfer_id, transfer.start_token, transfer.end_token)
@@ -299,14 +230,14 @@ class Receiver:
         else:
             transfer.move(ReceiveState.OPEN)
 
-    def _commit(self, transfer: _Receive, now_s: float) -> None:
+    def _commit(self, transfer: Receive, now_s: float) -> None:
         transfer.move(ReceiveState.COMMITTED)
         self._start_closing(transfer, now_s)
         self._send_closing(transfer, now_s)
 
     def _fail(
         self,
-        transfer: _Receive,
+        transfer: Receive,
         reason: str,
         now_s: float,
         *,
@@ -325,13 +256,13 @@ class Receiver:
         if tell_source:
             self._send_closing(transfer, now_s)
 
-    def _start_closing(self, transfer: _Receive, now_s: float) -> None:
+    def _start_closing(self, transfer: Receive, now_s: float) -> None:
         transfer.closing_since_s = now_s
         transfer.resend_at_s = now_s + self.limits.resend_s
         for use in transfer.granted.values():
             self._pool.quarantine(use, now_s)
 
-    def _send_closing(self, transfer: _Receive, now_s: float) -> None:
+    def _send_closing(self, transfer: Receive, now_s: float) -> None:
         transfer.resend_at_s = now_s + self.limits.resend_s
         if transfer.source not in self._ready:
             return
@@ -340,7 +271,7 @@ class Receiver:
         else:
             self._out.to_sources.append((transfer.source, Cancel(transfer.transfer_id, transfer.reason)))
 
-    def _end(self, transfer: _Receive, now_s: float) -> None:
+    def _end(self, transfer: Receive, now_s: float) -> None:
         transfer.move(ReceiveState.ENDED)
         for use in transfer.granted.values():
             self._pool.release(use, now_s)

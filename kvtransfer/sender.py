@@ -13,12 +13,8 @@ quarantine until the mover is done with them, and only then does the destination
 were lent and not filled stay in quarantine until the worker gives them back: it may be packing right now.
 """
 
-from collections import OrderedDict, deque
-from dataclasses import dataclass, field
-from enum import Enum
+from collections import OrderedDict
 
-from kvtransfer.errors import IllegalMove
-from kvtransfer.layout import TokenRanges
 from kvtransfer.limits import Limits
 from kvtransfer.messages import (
     Aborted,
@@ -32,65 +28,10 @@ from kvtransfer.messages import (
 )
 from kvtransfer.outbox import Destination, Outbox, Piece, Write
 from kvtransfer.peer_messages import Cancel, Closed, Grant, Offer, Written
+from kvtransfer.send import HELD_OFFERS, InFlight, Send, SendState, placed
 from kvtransfer.slots import Direction, SlotPool
 
 REMEMBERED_ENDS = 8192
-
-
-class SendState(Enum):
-    WAITING = "waiting"
-    """The worker has opened it; no offer yet."""
-    OFFERED = "offered"
-    """A destination has offered; the worker has not opened it yet."""
-    EARLY_COMMITTED = "early_committed"
-    """A destination needed nothing and has committed before the worker opened it."""
-    CONFIRMED = "confirmed"
-    CLOSING = "closing"
-    ENDED = "ended"
-
-
-LEGAL_MOVES: dict[SendState, frozenset[SendState]] = {
-    SendState.WAITING: frozenset({SendState.CONFIRMED, SendState.ENDED}),
-    SendState.OFFERED: frozenset({SendState.CONFIRMED, SendState.EARLY_COMMITTED, SendState.ENDED}),
-    SendState.EARLY_COMMITTED: frozenset({SendState.ENDED}),
-    SendState.CONFIRMED: frozenset({SendState.CLOSING, SendState.ENDED}),
-    SendState.CLOSING: frozenset({SendState.ENDED}),
-    SendState.ENDED: frozenset(),
-}
-HELD_OFFERS = (SendState.OFFERED, SendState.EARLY_COMMITTED)
-
-
-@dataclass(slots=True)
-class _Send:
-    transfer_id: int
-    state: SendState
-    deadline_s: float
-    destination: Destination = 0
-    start_token: int = 0
-    end_token: int = 0
-    grants: deque[SlotUse] = field(default_factory=deque)
-    """Remote slots that may be written and are not yet."""
-    grant_generations: dict[int, int] = field(default_factory=dict)
-    """Newest generation of each remote slot ever granted: a repeated grant is told from a new one."""
-    lent: dict[int, SlotUse] = field(default_factory=dict)
-    packed: TokenRanges = field(default_factory=TokenRanges)
-    writes: set[int] = field(default_factory=set)
-
-    def move(self, state: SendState) -> None:
-        if state not in LEGAL_MOVES[self.state]:
-            raise IllegalMove(f"send {self.transfer_id}: {self.state.value} to {state.value}")
-        self.state = state
-
-    def wants_slots(self, tokens_per_slot: int) -> bool:
-        missing_tokens = self.end_token - self.start_token - self.packed.tokens
-        return len(self.lent) < min(len(self.grants), -(-missing_tokens // tokens_per_slot))
-
-
-@dataclass(frozen=True, slots=True)
-class _InFlight:
-    transfer_id: int
-    local: tuple[SlotUse, ...]
-    remote: tuple[Segment, ...]
 
 
 class Sender:
@@ -98,8 +39,8 @@ class Sender:
 
     def __init__(self, pool: SlotPool, limits: Limits, outbox: Outbox) -> None:
         self._pool, self.limits, self._out = pool, limits, outbox
-        self._transfers: dict[int, _Send] = {}
-        self._writes: dict[int, _InFlight] = {}
+        self._transfers: dict[int, Send] = {}
+        self._writes: dict[int, InFlight] = {}
         self._next_write_id = 1
         self._returning: dict[int, SlotUse] = {}
         """Lent to the worker for transfers that have ended; quarantined until it gives them back."""
@@ -126,7 +67,7 @@ class Sender:
             elif transfer_id in self._ended:
                 self._out.to_worker.append(Aborted(transfer_id, "the destination has given it up"))
             else:
-                self._transfers[transfer_id] = _Send(transfer_id, SendState.WAITING, deadline_s)
+                self._transfers[transfer_id] = Send(transfer_id, SendState.WAITING, deadline_s)
         elif transfer.state in HELD_OFFERS:
             transfer.deadline_s = deadline_s
             self._confirm(transfer)
@@ -146,7 +87,7 @@ class Sender:
                 self._out.drops["filled_late"] += 1
             elif transfer is None or transfer.lent.get(segment.slot) != use:
                 self._out.drops["filled_not_lent"] += 1
-            elif (fault := self._fault(transfer, segment)) is not None:
+            elif (fault := transfer.fault(segment, self.limits)) is not None:
                 self._out.drops[fault] += 1
                 self._abandon(local, now_s)
                 self._fail(transfer, f"the worker's segment is {fault}", now_s)
@@ -158,21 +99,26 @@ class Sender:
                 self._pool.fill(use, now_s)
                 local.append(use)
                 pieces.append(Piece(segment.slot, grant.slot, segment.byte_count))
-                remote.append(_at(segment, grant))
+                remote.append(placed(segment, grant))
         if transfer is not None and pieces:
             write_id = self._next_write_id
             self._next_write_id += 1
             transfer.writes.add(write_id)
-            self._writes[write_id] = _InFlight(transfer.transfer_id, tuple(local), tuple(remote))
+            self._writes[write_id] = InFlight(transfer.transfer_id, tuple(local), tuple(remote))
             write = Write(write_id, transfer.destination, transfer.transfer_id, tuple(pieces))
             self._out.writes.append(write)
 
     def returned(self, use: SlotUse, now_s: float) -> None:
-        """The worker gives back a slot that was lent for a transfer that has since ended."""
-        if self._returning.get(use.slot) != use:
+        """The worker gives back a lent slot unfilled, as a rule because its transfer has ended."""
+        holder = self._pool.holder(use.slot)
+        transfer = None if holder is None else self._transfers.get(holder.transfer_id)
+        if self._returning.get(use.slot) == use:
+            del self._returning[use.slot]
+        elif transfer is not None and transfer.lent.get(use.slot) == use:
+            del transfer.lent[use.slot]
+        else:
             self._out.drops["freed_stale"] += 1
             return
-        del self._returning[use.slot]
         self._pool.release(use, now_s)
 
     def abort(self, transfer_id: int, reason: str, now_s: float) -> bool:
@@ -202,7 +148,7 @@ class Sender:
                 self._say(destination, Cancel(message.transfer_id, refusal))
                 self._say(destination, Closed(message.transfer_id))
                 return
-            transfer = _Send(message.transfer_id, SendState.OFFERED, now_s + self.limits.offer_hold_s)
+            transfer = Send(message.transfer_id, SendState.OFFERED, now_s + self.limits.offer_hold_s)
             self._transfers[message.transfer_id] = transfer
         elif transfer.state is not SendState.WAITING or message.end_token < message.start_token:
             self._out.drops["offer_twice"] += 1
@@ -312,7 +258,7 @@ class Sender:
 
     def _find(
         self, destination: Destination, transfer_id: int, what: str, *, closed_if_unknown: bool = False
-    ) -> _Send | None:
+    ) -> Send | None:
         transfer = self._transfers.get(transfer_id)
         if transfer is None:
             if closed_if_unknown:
@@ -337,19 +283,7 @@ class Sender:
             return "too many open transfers"
         return None
 
-    def _fault(self, transfer: _Send, segment: Segment) -> str | None:
-        end_token = segment.start_token + segment.token_count
-        if segment.start_token < transfer.start_token or end_token > transfer.end_token:
-            return "filled_out_of_range"
-        if segment.token_count > self.limits.tokens_per_slot:
-            return "filled_wrong_length"
-        if segment.byte_count != segment.token_count * self.limits.token_bytes:
-            return "filled_wrong_length"
-        if transfer.packed.overlaps(segment.start_token, end_token):
-            return "filled_overlap"
-        return None
-
-    def _confirm(self, transfer: _Send) -> None:
+    def _confirm(self, transfer: Send) -> None:
         confirmed = SendConfirmed(transfer.transfer_id, transfer.start_token, transfer.end_token)
         self._out.to_worker.append(confirmed)
         if transfer.state is SendState.EARLY_COMMITTED:
@@ -360,7 +294,7 @@ class Sender:
 
     def _fail(
         self,
-        transfer: _Send,
+        transfer: Send,
         reason: str,
         now_s: float,
         *,
@@ -373,7 +307,7 @@ class Sender:
             self._say(transfer.destination, Cancel(transfer.transfer_id, reason))
         self._close(transfer, now_s)
 
-    def _close(self, transfer: _Send, now_s: float) -> None:
+    def _close(self, transfer: Send, now_s: float) -> None:
         """Ends the transfer as far as the worker goes; the destination hears `Closed` when it is true."""
         for use in transfer.lent.values():
             self._pool.quarantine(use, now_s)
@@ -388,14 +322,14 @@ class Sender:
             for use in self._writes[write_id].local:
                 self._pool.quarantine(use, now_s)
 
-    def _end(self, transfer: _Send, *, say_closed: bool = True) -> None:
+    def _end(self, transfer: Send, *, say_closed: bool = True) -> None:
         if say_closed and transfer.state in (SendState.OFFERED, SendState.CONFIRMED, SendState.CLOSING):
             self._say(transfer.destination, Closed(transfer.transfer_id))
         transfer.move(SendState.ENDED)
         del self._transfers[transfer.transfer_id]
         self._remember(transfer.transfer_id)
 
-    def _landed(self, write_id: int, now_s: float) -> tuple[_InFlight, _Send]:
+    def _landed(self, write_id: int, now_s: float) -> tuple[InFlight, Send]:
         flight = self._writes.pop(write_id)
         transfer = self._transfers[flight.transfer_id]
         transfer.writes.discard(write_id)
@@ -415,15 +349,3 @@ class Sender:
 
     def _say(self, destination: Destination, message: Cancel | Closed | Written) -> None:
         self._out.to_destinations.append((destination, message))
-
-
-def _at(segment: Segment, grant: SlotUse) -> Segment:
-    """The same tokens, as they lie at the destination."""
-    return Segment(
-        grant.slot,
-        grant.generation,
-        segment.start_token,
-        segment.token_count,
-        segment.byte_count,
-        segment.checksum,
-    )

@@ -55,6 +55,7 @@ class Sources:
         machine: TransferMachine,
         codec: Codec[PeerMessage],
         keys: ChannelKeys | None,
+        epoch: int,
         hello: Callable[[int | None], PeerHello | None],
         peer_timeout_s: float,
         heartbeat_s: float,
@@ -62,6 +63,7 @@ class Sources:
         unwatch: Callable[[PeerLink], None],
     ) -> None:
         self._machine, self._codec, self._keys, self._hello = machine, codec, keys, hello
+        self._epoch = epoch
         self._peer_timeout_s, self._heartbeat_s = peer_timeout_s, heartbeat_s
         self._watch, self._unwatch = watch, unwatch
         self._sources: dict[TransferAddress, _Source] = {}
@@ -109,7 +111,6 @@ class Sources:
             self._lose(source, "its queue is full", now_s)
 
     def tick(self, now_s: float) -> None:
-        greeting = self._hello(None)
         for source in list(self._sources.values()):
             if source.state is SourceState.SETTLING:
                 if now_s >= source.since_s + SETTLE_S:
@@ -124,17 +125,20 @@ class Sources:
                     continue
             if quiet_s >= self._peer_timeout_s and now_s - source.since_s >= self._peer_timeout_s:
                 self._lose(source, f"silent for {self._peer_timeout_s} s", now_s)
-            elif now_s - source.said_at_s >= self._heartbeat_s and greeting is not None:
+            elif now_s - source.said_at_s >= self._heartbeat_s:
                 source.said_at_s = now_s
                 if source.state is SourceState.READY:
-                    source.link.send([PeerPing(greeting.epoch)])
+                    source.link.send([PeerPing(self._epoch)])
 
     def next_deadline_s(self) -> float | None:
         return min(
             (
                 s.since_s + SETTLE_S
                 if s.state is SourceState.SETTLING
-                else min(s.said_at_s, s.probe_at_s) + self._heartbeat_s
+                else min(
+                    s.said_at_s + self._heartbeat_s,
+                    max(s.probe_at_s, s.heard_at_s + 2 * self._heartbeat_s),
+                )
                 for s in self._sources.values()
             ),
             default=None,

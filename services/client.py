@@ -150,6 +150,8 @@ class WorkerClient:
         self._loop.add_reader(_descriptor(self._monitor), self._on_monitor)
         self._heard_at_s = self._loop.time()
         self._move(ClientState.CONNECTING, "connecting")
+        # A ZMQ descriptor only tells of a change after somebody has looked and found nothing.
+        self._on_monitor()
         self._send([RouterHello(software_version(), self._router_epoch)])
 
     def _drop_link(self) -> None:

@@ -10,7 +10,7 @@ from deploy.fleet import child_specs, worker_configs, worker_slots
 from deploy.launcher import Launcher
 from deploy.options import ServeSettings
 from deploy.output import Screen
-from deploy.planning import check_model_dir, check_shared_gpus, device_facts, resolve_device
+from deploy.planning import check_gpu_is_here, check_model_dir, check_shared_gpus, resolve_device
 from deploy.readiness import Welcome, claim_port
 from services.memory.measure import gpu_count
 
@@ -23,7 +23,8 @@ def run(settings: ServeSettings) -> None:
         raise UserError("--device cuda: no NVIDIA GPU is visible here; use --device cpu")
     slots = worker_slots(settings, gpus)
     if device == "cuda":
-        device_facts(device, 0, settings.device_memory)
+        for index in sorted({slot.device_index for slot in slots}):
+            check_gpu_is_here(index, settings.device_memory)
         check_shared_gpus(worker_configs(settings, slots), settings.device_memory)
     port = claim_port(settings.host, settings.port)
     model_name = settings.served_model_name or settings.model_dir.resolve().name

@@ -6,7 +6,7 @@ from typing import cast
 from deploy.child import child_of_launcher, log_to_stderr
 from deploy.errors import UserError
 from deploy.options import WorkerSettings
-from deploy.planning import check_model_dir, device_facts, worker_config
+from deploy.planning import check_gpu_is_here, check_model_dir, checked_plan, worker_config
 from services.messages import Role
 
 
@@ -29,9 +29,11 @@ def run(settings: WorkerSettings) -> None:
         drain_timeout_s=settings.drain_timeout,
         key_dir=settings.key_dir,
     )
-    device_facts(config.device, config.device_index, settings.device_memory)
+    if config.device == "cuda":
+        check_gpu_is_here(config.device_index, settings.device_memory)
     log_to_stderr()
     with child_of_launcher(settings.parent_pid, settings.run_dir, settings.drain_timeout):
+        checked_plan(config, settings.device_memory)
         from kvtransfer.errors import TransferConfigError
         from services.engine.errors import CheckpointError
         from services.memory.plan import DoesNotFit

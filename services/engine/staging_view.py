@@ -21,6 +21,18 @@ def host_view(buffer: memoryview) -> Tensor:
     return torch.frombuffer(buffer, dtype=torch.uint8)
 
 
+class _DeviceRegion:
+    """Device memory as the array interface describes it, which torch takes without a copy."""
+
+    def __init__(self, pointer: int, byte_count: int) -> None:
+        self.__cuda_array_interface__: dict[str, Any] = {
+            "shape": (byte_count,),
+            "typestr": "|u1",
+            "data": (pointer, False),
+            "version": 3,
+        }
+
+
 class CudaStaging:
     """A staging buffer in device memory, opened from its owner's CUDA IPC handle.
 
@@ -33,7 +45,7 @@ class CudaStaging:
         from cuda.bindings import driver  # only where there is a GPU
 
         torch.cuda.set_device(device_index)
-        torch.cuda.current_stream().synchronize()  # torch's context must be current for the mapping
+        torch.cuda.synchronize(device_index)  # torch's context must exist and be current for the mapping
         ipc_handle = driver.CUipcMemHandle()
         if len(handle) != len(bytes(ipc_handle.reserved)):
             raise StagingError(
@@ -47,13 +59,8 @@ class CudaStaging:
         self._driver = driver
         self._pointer = pointer
         self._open = True
-        self.__cuda_array_interface__: dict[str, Any] = {
-            "shape": (byte_count,),
-            "typestr": "|u1",
-            "data": (int(pointer), False),
-            "version": 3,
-        }
-        self.view: Tensor = torch.as_tensor(self, device=torch.device("cuda", device_index))
+        region = _DeviceRegion(int(pointer), byte_count)
+        self.view: Tensor = torch.as_tensor(region, device=torch.device("cuda", device_index))
         """uint8 `[byte_count]` on the device."""
 
     def close(self) -> None:

@@ -53,13 +53,15 @@ class Router:
     url: str
     api_key: str = "none"
 
-    def client(self) -> openai.OpenAI:
+    def client(self, strict: bool = True) -> openai.OpenAI:
+        """Strict for everything but streamed completions: the library has no type of its own for their
+        chunks, and takes them for whole answers, whose `finish_reason` is never null."""
         return openai.OpenAI(
             base_url=f"{self.url}/v1",
             api_key=self.api_key,
             max_retries=0,
             timeout=DEADLINE_S,
-            _strict_response_validation=True,
+            _strict_response_validation=strict,
         )
 
     def http(self) -> httpx.Client:
@@ -310,7 +312,7 @@ def test_a_stop_string_over_token_borders_ends_the_choice_and_the_work(
     cluster: Cluster, stream: bool
 ) -> None:
     cluster.says("one. STOP two", decode_limit=9)
-    client = cluster.router.client()
+    client = cluster.router.client(strict=not stream)
     if stream:
         chunks = list(
             client.completions.create(model="tiny", prompt="a", max_tokens=50, stop=["STOP"], stream=True)
@@ -341,7 +343,7 @@ def test_a_stop_string_in_the_first_token_frees_both_sides(cluster: Cluster) -> 
 
 def test_characters_of_many_tokens_are_never_torn(cluster: Cluster) -> None:
     cluster.says("né 🙂!")
-    stream = cluster.router.client().completions.create(model="tiny", prompt="a", max_tokens=50, stream=True)
+    stream = cluster.router.client(strict=False).completions.create(model="tiny", prompt="a", max_tokens=50, stream=True)
     pieces = [choice.text for chunk in stream for choice in chunk.choices]
     assert "".join(pieces) == "né 🙂!"
     assert "🙂" in "".join(pieces[-3:])
@@ -467,7 +469,7 @@ def test_a_failure_in_the_middle_ends_the_stream_with_an_error(cluster: Cluster)
     frames = [frame for frame in answer.text.split("\n\n") if frame]
     assert json.loads(frames[-1][6:])["error"]["message"] == "broken"
     assert "[DONE]" not in answer.text
-    stream = cluster.router.client().completions.create(model="tiny", prompt="a", stream=True)
+    stream = cluster.router.client(strict=False).completions.create(model="tiny", prompt="a", stream=True)
     texts = []
     with pytest.raises(openai.APIError, match="broken"):
         for chunk in stream:
@@ -529,7 +531,7 @@ def test_a_failing_prompt_ends_its_siblings(cluster: Cluster) -> None:
     connection = open_request(cluster.router, {"prompt": ["a", "b"]})
     prefills = cluster.prefill.wait_for(Prefill, 2)
     cluster.prefill.say([Failed(prefills[0].work.request_id, "overloaded", "full", True)])
-    assert b"429" in connection.recv(1 << 16)
+    assert b" 429 " in connection.recv(1 << 16)
     cluster.prefill.wait_for(Cancel)
     cluster.decode.wait_for(Cancel, 2)
     connection.close()
@@ -594,7 +596,11 @@ def test_a_new_epoch_on_the_same_connection_ends_the_old_life(model_dir: Path, t
         connection = open_request(cluster.router, {"prompt": "a"})
         cluster.prefill.wait_for(Prefill)
         cluster.prefill.epoch = 2
-        assert b"worker_lost" in connection.recv(1 << 16)
+        received = b""
+        while b"worker_lost" not in received:
+            part = connection.recv(1 << 16)
+            assert part, received
+            received += part
         connection.close()
         cluster.decode.wait_for(Cancel)
         until(cluster.router.ready, "a greeted new life")
@@ -621,7 +627,7 @@ def test_a_unified_worker_and_draining_workers(model_dir: Path, tmp_path: Path) 
     script = Script(answers=[[39, 40, 41]])
     with FakeWorker(endpoint, "unified", script) as worker, running_router(model_dir, [endpoint]) as router:
         until(router.ready, "a ready router")
-        stream = router.client().completions.create(model="tiny", prompt="a", n=2, stream=True)
+        stream = router.client(strict=False).completions.create(model="tiny", prompt="a", n=2, stream=True)
         assert [choice.finish_reason for chunk in stream for choice in chunk.choices].count("length") == 2
         assert len(worker.wait_for(Generate)) == 1
         worker.script.state = "draining"

@@ -11,6 +11,7 @@ from services.engine.errors import ChecksumMismatch, SegmentError
 from services.engine.kv_pool import KvPool
 from services.engine.ops.checksum import BLOCK_WORDS, checksum
 from services.engine.segments import pack, unpack
+from services.engine.staging_view import StagingError, host_view
 
 CPU = torch.device("cpu")
 LAYERS, KV_HEADS, HEAD_DIM = 3, 2, 4
@@ -117,6 +118,15 @@ def test_impossible_segments_are_refused(pages: list[int], start: int, count: in
         pack(pool, pages, start, count, memoryview(slot), False)
     with pytest.raises(SegmentError, match=message):
         unpack(pool, pages, start, count, memoryview(slot), None)
+
+
+def test_slots_are_views_not_copies() -> None:
+    buffer = bytearray(64)
+    view = host_view(memoryview(buffer)[16:32])
+    view.fill_(7)
+    assert bytes(buffer) == bytes(16) + b"\x07" * 16 + bytes(32)
+    with pytest.raises(StagingError, match="read-only"):
+        host_view(memoryview(bytes(4)))
 
 
 # ---------------------------------------------------------------- the checksum

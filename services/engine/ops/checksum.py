@@ -54,7 +54,7 @@ def _block_sums(words: Tensor) -> list[int]:
 
 def _mix(words: Tensor, multiplier: int) -> None:
     """In place. Folds through a view as halves, since torch shifts signed words arithmetically."""
-    halves = words.view(torch.int32).unflatten(-1, (-1, 2))
+    halves = words.view(torch.int32).view(*words.shape, 2)
     lower, upper = halves[..., 0], halves[..., 1]  # little-endian, as every device here is
     for _ in range(2):
         words.mul_(multiplier)

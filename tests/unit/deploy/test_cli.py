@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from deploy.cli import run
+from services.memory.sizes import parse_bytes
 
 WORKER = ["--role", "unified", "--listen", "ipc:///run/w"]
 
@@ -153,8 +154,8 @@ def test_plan_shows_the_ledger(checkpoint: Path, capsys: pytest.CaptureFixture[s
     stored = sum(
         t["data_offsets"][1] - t["data_offsets"][0] for n, t in tensors.items() if n != "__metadata__"
     )
-    weights = next(line for line in text.splitlines() if "weights" in line)
-    assert f"{stored / 1024:.1f} KiB" in weights or f"{stored / 2**20:.2f} MiB" in weights
+    weights = next(line.split() for line in text.splitlines() if "weights" in line)
+    assert parse_bytes("".join(weights[2:4])) == pytest.approx(stored, rel=0.01)
     assert "| mem_fraction" in text
     assert "16 slots of 1MiB" in text
     assert "fits: " in text

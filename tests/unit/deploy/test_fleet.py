@@ -1,0 +1,114 @@
+"""Who is started with which command line: parsed back, it is what was asked for."""
+
+from pathlib import Path
+
+import pytest
+
+from deploy.errors import UserError
+from deploy.fleet import child_specs, worker_configs, worker_slots
+from deploy.options import RouterSettings, ServeSettings, TransferSettings, WorkerSettings
+from deploy.planning import check_shared_gpus
+from deploy.supervision import Kind
+from services.config import WorkerConfig
+from tests.unit.deploy.commandline import parse
+
+RUN_DIR = Path("/run/baton-1-1")
+
+
+def serve(**changes: object) -> ServeSettings:
+    return ServeSettings(model_dir=Path("/srv/m"), **changes)  # type: ignore[arg-type]
+
+
+def names(settings: ServeSettings) -> list[str]:
+    return [slot.name for slot in worker_slots(settings, 0)]
+
+
+def test_who_there_is() -> None:
+    assert names(serve()) == ["prefill-0", "decode-0"]
+    assert names(serve(prefill=1, decode=3)) == ["prefill-0", "decode-0", "decode-1", "decode-2"]
+    assert names(serve(unified=2)) == ["unified-0", "unified-1"]
+    assert names(serve(unified=1, prefill=1, decode=1)) == ["prefill-0", "decode-0", "unified-0"]
+
+
+@pytest.mark.parametrize("changes", [{"prefill": 0}, {"decode": 0}, {"unified": 1, "prefill": 1}])
+def test_one_without_the_other_is_refused(changes: dict[str, int]) -> None:
+    with pytest.raises(UserError, match="must be at least 1 when there are"):
+        worker_slots(serve(**changes), 0)
+
+
+def test_gpus_go_round() -> None:
+    slots = worker_slots(serve(prefill=2, decode=3), 2)
+    assert [slot.device_index for slot in slots] == [0, 1, 0, 1, 0]
+
+
+def test_command_lines_say_what_was_asked_for() -> None:
+    settings = serve(
+        prefill=1,
+        decode=2,
+        dtype="bfloat16",
+        mem_fraction=0.4,
+        device_memory=3 << 30,
+        max_model_len=512,
+        page_size=32,
+        staging_slots=8,
+        staging_slot_bytes=4096,
+        checksum=True,
+        prefix_cache=False,
+        api_key=("a", "b"),
+        served_model_name="tales",
+        drain_timeout=20.0,
+    )
+    slots = worker_slots(settings, 0)
+    specs = child_specs(settings, slots, "cpu", RUN_DIR, 4321)
+    assert [spec.kind for spec in specs] == [Kind.TRANSFER] * 3 + [Kind.WORKER] * 3 + [Kind.ROUTER]
+    assert len({spec.name for spec in specs}) == len(specs)
+    transfers = [parse(list(spec.arguments)) for spec in specs[:3]]
+    workers = [parse(list(spec.arguments)) for spec in specs[3:6]]
+    router = parse(list(specs[6].arguments))
+    for transfer, worker in zip(transfers, workers, strict=True):
+        assert isinstance(transfer, TransferSettings)
+        assert isinstance(worker, WorkerSettings)
+        assert worker.transfer == transfer.listen
+        assert (transfer.staging_slots, transfer.staging_slot_bytes, transfer.checksum) == (8, 4096, True)
+        assert (worker.staging_slots, worker.staging_slot_bytes) == (8, 4096)
+        assert (worker.dtype, worker.mem_fraction, worker.device_memory) == ("bfloat16", 0.4, 3 << 30)
+        assert (worker.max_model_len, worker.page_size, worker.prefix_cache) == (512, 32, False)
+        assert worker.drain_timeout < settings.drain_timeout
+        assert worker.run_dir == transfer.run_dir == RUN_DIR
+    assert isinstance(router, RouterSettings)
+    assert router.worker == tuple(worker.listen for worker in workers)
+    assert (router.port, router.host, router.served_model_name) == (4321, "127.0.0.1", "tales")
+    assert not {"a", "b"} & set(specs[6].arguments), "keys are not for everybody to see"
+    assert specs[6].secrets == (("BATON_API_KEY", "a,b"),)
+    endpoints = [getattr(t, name) for t in transfers for name in ("listen", "peer_listen", "staging_socket")]
+    assert len(set(endpoints)) == 9
+
+
+def test_unified_workers_have_no_transfer_process() -> None:
+    settings = serve(unified=1)
+    specs = child_specs(settings, worker_slots(settings, 0), "cpu", RUN_DIR, 1)
+    assert [spec.name for spec in specs] == ["unified-0", "router"]
+    assert parse(list(specs[0].arguments)).transfer is None
+
+
+def shared(mem_fraction: float, sharers: int = 2) -> list[WorkerConfig]:
+    settings = serve(device="cuda", mem_fraction=mem_fraction, decode=sharers - 1)
+    return worker_configs(settings, worker_slots(settings, 1))
+
+
+def test_workers_on_one_gpu_must_fit_it_together() -> None:
+    memory = 141 << 30
+    check_shared_gpus(shared(0.45), memory)
+    with pytest.raises(UserError) as caught:
+        check_shared_gpus(shared(0.85), memory)
+    text = str(caught.value)
+    assert "prefill-0, decode-0 share GPU 0" in text
+    most = float(text.partition("--mem-fraction ")[2].split()[0])
+    check_shared_gpus(shared(most), memory)
+    with pytest.raises(UserError):
+        check_shared_gpus(shared(most + 0.02), memory)
+
+
+def test_workers_on_gpus_of_their_own_are_not_checked_together() -> None:
+    settings = serve(device="cuda", mem_fraction=0.9)
+    check_shared_gpus(worker_configs(settings, worker_slots(settings, 2)), 141 << 30)

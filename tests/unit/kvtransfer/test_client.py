@@ -1,0 +1,236 @@
+"""The worker's side of the boundary, against a scripted transfer process."""
+
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvtransfer.channel import Server
+from kvtransfer.client import TransferClient, TransferLost, WorkerEvent
+from kvtransfer.codecs import WORKER_COMMANDS, WORKER_EVENTS
+from kvtransfer.errors import AttachError
+from kvtransfer.messages import (
+    Abort,
+    Aborted,
+    Arrived,
+    Attached,
+    AttachWorker,
+    Command,
+    Commit,
+    Event,
+    Freed,
+    KvGeometry,
+    NotAttached,
+    OpenReceive,
+    OpenSend,
+    Ping,
+    Refused,
+    Segment,
+    SendCommitted,
+    SendSlots,
+    SlotUse,
+    TransferAddress,
+)
+
+GEOMETRY = KvGeometry("m", 1, 1, 2, "float16")
+HERE = TransferAddress("ipc:///peers", 70)
+SOURCE = TransferAddress("ipc:///source", 5)
+A, B = SlotUse(1, 4), SlotUse(2, 9)
+WAIT_MS = 5000
+
+
+class Script:
+    """A transfer process that says what the test tells it to. Device memory, so nothing is mapped."""
+
+    def __init__(self, directory: Path) -> None:
+        self.server: Server[Command, Event] = Server(
+            f"ipc://{directory}/w", WORKER_COMMANDS, WORKER_EVENTS, on_drop=lambda reason: None
+        )
+        self.peer = b""
+        self.heard: list[Command] = []
+
+    def hear(self) -> None:
+        assert self.server.socket.poll(WAIT_MS)
+        for peer, messages in self.server.receive():
+            self.peer = peer
+            self.heard.extend(messages)
+
+    def take(self) -> list[Command]:
+        self.hear()
+        heard, self.heard = self.heard, []
+        return heard
+
+    def say(self, *events: Event) -> None:
+        assert self.server.send(self.peer, list(events))
+
+    def attach(self, epoch: int = 70) -> None:
+        while not any(isinstance(message, AttachWorker) for message in self.heard):
+            self.hear()
+        self.heard.clear()
+        address = TransferAddress(HERE.endpoint, epoch)
+        self.say(Attached(address, "nixl", 4, 64, True, None, b"handle", 0))
+
+
+class Scene:
+    def __init__(self, directory: Path) -> None:
+        self.script = Script(directory)
+        self.idle = True
+        helper = threading.Thread(target=self.script.attach)
+        helper.start()
+        self.client = TransferClient(
+            self.script.server.endpoint, 3, GEOMETRY, timeout_s=5.0, packs_idle=lambda: self.idle
+        )
+        helper.join()
+        self.now_s = time.monotonic()
+
+    def hear(self, *events: Event) -> list[WorkerEvent]:
+        """What the client makes of these events."""
+        self.script.say(*events)
+        assert self.client.socket.poll(WAIT_MS)
+        return self.client.receive(self.now_s)
+
+    def flushed(self) -> list[Command]:
+        self.client.flush()
+        return self.script.take()
+
+
+@pytest.fixture
+def scene() -> Iterator[Scene]:
+    with tempfile.TemporaryDirectory(prefix="baton-") as directory:
+        scene = Scene(Path(directory))
+        yield scene
+        scene.client.close()
+        scene.script.server.close()
+
+
+def test_what_is_attached(scene: Scene) -> None:
+    client = scene.client
+    assert client.ready and client.address == HERE and client.checksum
+    assert (client.slots, client.slot_bytes, client.tokens_per_slot) == (4, 64, 8)
+    assert client.staging is None and client.attached.cuda_ipc_handle == b"handle"
+    with pytest.raises(AttachError):
+        client.slot_view(0)
+
+
+def test_one_frame_for_all_commands_freed_first(scene: Scene) -> None:
+    client = scene.client
+    client.open_send(1, 9.0)
+    client.open_receive(2, SOURCE, 0, 8, 9.0)
+    client.freed([A])
+    client.freed([B])
+    client.commit(2)
+    client.flush()
+    client.flush()  # Nothing left to say.
+    [(_, messages)] = scene.script.server.receive() if scene.script.server.socket.poll(WAIT_MS) else []
+    assert messages == [
+        Freed([A, B]),
+        OpenSend(1, 9.0),
+        OpenReceive(2, SOURCE, 0, 8, 9.0),
+        Commit(2),
+    ]
+    assert not scene.script.server.socket.poll(50)
+
+
+def test_slots_lent_to_an_ended_transfer_go_back(scene: Scene) -> None:
+    client = scene.client
+    client.open_send(1, 9.0)
+    assert scene.hear(SendSlots(1, [A, B])) == [SendSlots(1, [A, B])]
+    client.filled(1, [Segment(A.slot, A.generation, 0, 4, 32)])
+    scene.flushed()
+    assert scene.hear(SendCommitted(1)) == [SendCommitted(1)]
+    assert scene.flushed() == [Freed([B])]
+
+
+def test_lent_slots_go_back_after_the_abort_that_ended_their_transfer(scene: Scene) -> None:
+    scene.client.open_send(1, 9.0)
+    scene.flushed()
+    scene.hear(SendSlots(1, [A]))
+    scene.client.abort(1, "left")
+    assert scene.flushed() == [Abort(1, "left"), Freed([A])]
+
+
+def test_slots_do_not_go_back_while_a_pack_may_be_running(scene: Scene) -> None:
+    client = scene.client
+    client.open_send(1, 9.0)
+    scene.hear(SendSlots(1, [A]))
+    scene.idle = False
+    client.abort(1, "left")
+    assert scene.flushed() == [OpenSend(1, 9.0), Abort(1, "left")]
+    scene.idle = True
+    assert scene.flushed() == [Freed([A])]
+
+
+def test_events_about_ended_transfers_are_kept_from_the_worker(scene: Scene) -> None:
+    client = scene.client
+    client.open_send(1, 9.0)
+    client.open_receive(2, SOURCE, 0, 8, 9.0)
+    client.abort(1, "left")
+    client.abort(2, "left")
+    scene.flushed()
+    late: tuple[Event, ...] = (
+        SendSlots(1, [A]),
+        Arrived(2, [Segment(B.slot, B.generation, 0, 4, 32)]),
+        Aborted(2, "crossed"),
+        SendCommitted(1),
+    )
+    assert scene.hear(*late) == []
+    assert scene.flushed() == [Freed([B]), Freed([A])]
+
+
+def test_a_reborn_process_is_attached_again(scene: Scene) -> None:
+    client = scene.client
+    client.open_send(1, 9.0)
+    scene.hear(SendSlots(1, [A]))
+    scene.flushed()
+    assert scene.hear(NotAttached(71), NotAttached(71)) == [TransferLost(70)]
+    assert not client.ready
+    client.open_send(2, 9.0)
+    client.freed([A])
+    client.flush()  # All of it was about the life that is over.
+    scene.now_s += 2.0
+    client.tick(scene.now_s)
+    scene.script.attach(71)
+    assert client.socket.poll(WAIT_MS)
+    assert client.receive(scene.now_s) == []
+    assert client.ready and client.address.epoch == 71
+    client.open_send(3, 9.0)
+    assert scene.flushed()[-1:] == [OpenSend(3, 9.0)]
+
+
+def test_silence_ends_the_attachment(scene: Scene) -> None:
+    client = scene.client
+    for _ in range(12):
+        scene.now_s += 1.0
+        client.tick(scene.now_s)
+    assert client.receive(scene.now_s) == [TransferLost(70)]
+    assert not client.ready
+    heard = scene.script.take()
+    while not isinstance(heard[-1], AttachWorker):
+        heard += scene.script.take()
+    assert heard[:-1] == [Ping(3)] * (len(heard) - 1)
+
+
+def test_a_worker_that_was_busy_itself_does_not_blame_the_process(scene: Scene) -> None:
+    client = scene.client
+    scene.now_s += 100.0
+    client.tick(scene.now_s)
+    assert client.receive(scene.now_s) == [] and client.ready
+
+
+def test_refusal_is_told() -> None:
+    with tempfile.TemporaryDirectory(prefix="baton-") as directory:
+        script = Script(Path(directory))
+
+        def refuse() -> None:
+            script.hear()
+            script.say(Refused("no room"))
+
+        helper = threading.Thread(target=refuse)
+        helper.start()
+        with pytest.raises(AttachError, match="no room"):
+            TransferClient(script.server.endpoint, 3, GEOMETRY, timeout_s=0.5)
+        helper.join()
+        script.server.close()

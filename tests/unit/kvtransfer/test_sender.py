@@ -1,0 +1,252 @@
+"""What a worker and a destination may say to the sending side and what is made of it."""
+
+import pytest
+
+from kvtransfer.machine import TransferMachine
+from kvtransfer.messages import (
+    Abort,
+    Aborted,
+    Filled,
+    Freed,
+    OpenSend,
+    Segment,
+    SendCommitted,
+    SendConfirmed,
+    SendSlots,
+    SlotUse,
+)
+from kvtransfer.outbox import Piece, Write
+from kvtransfer.peer_messages import Cancel, Closed, Committed, Grant, Offer, Written
+from tests.unit.kvtransfer.cluster import TOKEN_BYTES, limits
+
+HERE, ELSEWHERE = 77, 78
+"""Epochs of two destinations."""
+REMOTE_SLOTS = 10
+SLOTS = 4
+
+
+def say(machine: TransferMachine, *messages: object, destination: int = HERE, now_s: float = 0.0) -> None:
+    for message in messages:
+        machine.on_destination(destination, message, REMOTE_SLOTS, now_s)  # type: ignore[arg-type]
+    machine.settle(now_s)
+
+
+def confirmed(tokens: int = 12, grants: int = 2) -> tuple[TransferMachine, list[SlotUse]]:
+    """A machine with one confirmed send, id 1, and the slots lent for it."""
+    machine = TransferMachine(limits(SLOTS))
+    machine.on_command(OpenSend(1, 10.0), 0.0)
+    say(machine, Offer(1, 0, tokens), Grant(1, [SlotUse(i, 5) for i in range(grants)]))
+    event, *rest = machine.outbox.to_worker
+    assert event == SendConfirmed(1, 0, tokens)
+    lent = [use for one in rest if isinstance(one, SendSlots) for use in one.slots]
+    machine.outbox.to_worker.clear()
+    return machine, lent
+
+
+def packed(use: SlotUse, start: int = 0, count: int = 4) -> Segment:
+    return Segment(use.slot, use.generation, start, count, count * TOKEN_BYTES, 9)
+
+
+def only_write(machine: TransferMachine) -> Write:
+    [write] = machine.outbox.writes
+    machine.outbox.writes = []
+    return write
+
+
+@pytest.mark.parametrize("offer_first", [True, False])
+def test_offer_and_open_in_either_order(offer_first: bool) -> None:
+    machine = TransferMachine(limits(SLOTS))
+    if offer_first:
+        say(machine, Offer(1, 3, 9))
+        machine.on_command(OpenSend(1, 10.0), 0.0)
+    else:
+        machine.on_command(OpenSend(1, 10.0), 0.0)
+        say(machine, Offer(1, 3, 9))
+    assert machine.outbox.to_worker == [SendConfirmed(1, 3, 9)]
+    assert machine.outbox.drops == {}
+
+
+def test_no_slot_is_lent_without_a_grant() -> None:
+    machine, lent = confirmed(grants=0)
+    assert lent == [] and machine.pool.free == SLOTS
+    say(machine, Grant(1, [SlotUse(3, 1)]))
+    [event] = machine.outbox.to_worker
+    assert isinstance(event, SendSlots) and len(event.slots) == 1
+
+
+def test_a_packed_segment_is_written_and_reported_where_it_lies() -> None:
+    machine, lent = confirmed()
+    machine.on_command(Filled(1, [packed(lent[0]), packed(lent[1], 4)]), 0.0)
+    write = only_write(machine)
+    size = 4 * TOKEN_BYTES
+    assert write.pieces == (Piece(lent[0].slot, 0, size), Piece(lent[1].slot, 1, size))
+    assert machine.outbox.to_destinations == []  # Not before the data is there.
+    machine.sender.write_done(write.write_id, 1.0)
+    expected = Written(1, [Segment(0, 5, 0, 4, size, 9), Segment(1, 5, 4, 4, size, 9)])
+    assert machine.outbox.to_destinations == [(HERE, expected)]
+    assert machine.pool.free == SLOTS
+    say(machine, Committed(1))
+    assert machine.outbox.to_worker == [SendCommitted(1)]
+    assert machine.outbox.to_destinations[1:] == [(HERE, Closed(1))]
+
+
+def test_closed_waits_for_the_write_in_flight() -> None:
+    machine, lent = confirmed(grants=1)
+    machine.on_command(Filled(1, [packed(lent[0])]), 0.0)
+    write = only_write(machine)
+    say(machine, Cancel(1, "gone"))
+    assert machine.outbox.to_worker == [Aborted(1, "gone")]
+    assert machine.outbox.to_destinations == []
+    assert machine.pool.counts().quarantined == 1
+    machine.sender.write_done(write.write_id, 1.0)
+    assert machine.outbox.to_destinations == [(HERE, Closed(1))]
+    assert machine.pool.free == SLOTS
+
+
+@pytest.mark.parametrize("answer", ["freed", "filled", "death"])
+def test_lent_slots_of_an_ended_transfer_wait_for_the_worker(answer: str) -> None:
+    machine, lent = confirmed(grants=1)
+    say(machine, Cancel(1, "gone"))
+    assert machine.pool.counts().quarantined == 1
+    if answer == "freed":
+        machine.on_command(Freed(lent), 0.0)
+    elif answer == "filled":
+        machine.on_command(Filled(1, [packed(lent[0])]), 0.0)
+    else:
+        machine.worker_gone("dead", 0.0)
+    assert machine.pool.free == SLOTS
+    assert machine.outbox.writes == []
+
+
+def test_a_lent_slot_may_be_given_back_unfilled() -> None:
+    machine, lent = confirmed(grants=1)
+    machine.on_command(Freed(lent), 0.0)
+    assert machine.pool.free == SLOTS
+    machine.on_command(Freed(lent), 0.0)
+    assert machine.outbox.drops == {"freed_stale": 1}
+    machine.settle(0.0)  # The transfer still wants one.
+    assert isinstance(machine.outbox.to_worker[-1], SendSlots)
+
+
+def test_failed_write_aborts_on_both_sides() -> None:
+    machine, lent = confirmed(grants=1)
+    machine.on_command(Filled(1, [packed(lent[0])]), 0.0)
+    machine.sender.write_failed(only_write(machine).write_id, "broken", 1.0)
+    assert machine.outbox.to_worker == [Aborted(1, "broken")]
+    assert machine.outbox.to_destinations == [(HERE, Cancel(1, "broken")), (HERE, Closed(1))]
+    assert machine.pool.free == SLOTS
+
+
+@pytest.mark.parametrize(
+    ("reason", "change"),
+    [
+        ("filled_out_of_range", {"start_token": 9}),
+        ("filled_wrong_length", {"byte_count": 1}),
+        ("filled_wrong_length", {"token_count": 5, "byte_count": 5 * TOKEN_BYTES}),
+        ("filled_overlap", {"start_token": 3}),
+    ],
+)
+def test_a_segment_that_does_not_fit_fails_the_transfer(reason: str, change: dict[str, int]) -> None:
+    machine, lent = confirmed()
+    good = {
+        "slot": lent[1].slot,
+        "generation": lent[1].generation,
+        "start_token": 4,
+        "token_count": 4,
+        "byte_count": 4 * TOKEN_BYTES,
+    }
+    machine.on_command(Filled(1, [packed(lent[0]), Segment(**(good | change))]), 0.0)
+    assert machine.outbox.drops == {reason: 1}
+    assert isinstance(machine.outbox.to_worker[0], Aborted)
+    assert machine.outbox.writes == []
+    machine.on_command(Freed([lent[1]]), 0.0)
+    assert machine.pool.free == SLOTS
+
+
+def test_slots_not_lent_are_not_written() -> None:
+    machine, lent = confirmed(grants=1)
+    stranger = SlotUse(lent[0].slot, lent[0].generation + 1)
+    machine.on_command(Filled(1, [packed(stranger), packed(SlotUse(3, 1))]), 0.0)
+    machine.on_command(Filled(2, [packed(lent[0])]), 0.0)
+    assert machine.outbox.drops == {"filled_not_lent": 3}
+    assert machine.outbox.writes == []
+
+
+def test_bad_grants_are_dropped_and_counted() -> None:
+    machine, _ = confirmed(grants=1)
+    say(machine, Grant(1, [SlotUse(0, 5), SlotUse(0, 4), SlotUse(REMOTE_SLOTS, 1)]))
+    say(machine, Grant(9, [SlotUse(1, 1)]))
+    say(machine, Grant(1, [SlotUse(1, 1)]), destination=ELSEWHERE)
+    assert machine.outbox.drops == {
+        "grant_stale_generation": 2,
+        "grant_out_of_range": 1,
+        "grant_unknown": 1,
+        "grant_wrong_peer": 1,
+    }
+    assert machine.outbox.to_worker == []
+
+
+def test_unknown_and_foreign_farewells_are_answered_truly() -> None:
+    machine, _ = confirmed()
+    say(machine, Cancel(50, "?"), Committed(51))
+    say(machine, Cancel(1, "not yours"), destination=ELSEWHERE)
+    closed = [(HERE, Closed(50)), (HERE, Closed(51)), (ELSEWHERE, Closed(1))]
+    assert machine.outbox.to_destinations == closed
+    assert machine.outbox.to_worker == []
+
+
+def test_an_offer_that_nobody_opens_is_not_held_for_ever() -> None:
+    machine = TransferMachine(limits(SLOTS))
+    say(machine, Offer(1, 0, 9), Grant(1, [SlotUse(0, 1)]))
+    machine.tick(59.0)
+    assert machine.outbox.to_destinations == []
+    machine.tick(60.0)
+    assert machine.outbox.to_destinations == [(HERE, Cancel(1, "no such request here")), (HERE, Closed(1))]
+    assert machine.next_deadline_s() is None
+
+
+def test_an_offer_for_what_was_given_up_is_refused_at_once() -> None:
+    machine = TransferMachine(limits(SLOTS))
+    machine.on_command(OpenSend(1, 10.0), 0.0)
+    machine.on_command(Abort(1, "client left"), 0.0)
+    machine.on_command(Abort(2, "client left before it was opened"), 0.0)
+    say(machine, Offer(1, 0, 9), Offer(2, 0, 9))
+    cancels = [message for _, message in machine.outbox.to_destinations if isinstance(message, Cancel)]
+    assert [message.transfer_id for message in cancels] == [1, 2]
+
+
+def test_a_destination_that_needs_nothing_may_commit_before_the_worker_opens() -> None:
+    machine = TransferMachine(limits(SLOTS))
+    say(machine, Offer(1, 7, 7), Committed(1))
+    assert machine.outbox.to_destinations == [(HERE, Closed(1))]
+    machine.on_command(OpenSend(1, 10.0), 0.0)
+    assert machine.outbox.to_worker == [SendConfirmed(1, 7, 7), SendCommitted(1)]
+    assert machine.next_deadline_s() is None
+
+
+def test_deadline_and_lost_destination_tell_the_worker() -> None:
+    machine, lent = confirmed(grants=1)
+    machine.tick(10.0)
+    assert machine.outbox.to_worker == [Aborted(1, "deadline")]
+    machine.on_command(Freed(lent), 10.0)
+    assert machine.pool.free == SLOTS
+    machine, lent = confirmed(grants=1)
+    machine.on_command(Filled(1, [packed(lent[0])]), 0.0)
+    write = only_write(machine)
+    machine.sender.destination_lost(HERE, "dead", 1.0)
+    assert machine.outbox.to_worker == [Aborted(1, "dead")]
+    assert machine.sender.uses(HERE) and machine.pool.counts().quarantined == 1
+    machine.sender.write_failed(write.write_id, "disconnected", 1.0)
+    assert not machine.sender.uses(HERE) and machine.pool.free == SLOTS
+
+
+def test_slots_are_shared_between_sends() -> None:
+    machine = TransferMachine(limits(SLOTS))
+    for transfer_id in (1, 2, 3, 4):
+        machine.on_command(OpenSend(transfer_id, 10.0), 0.0)
+        machine.on_destination(HERE, Offer(transfer_id, 0, 400), REMOTE_SLOTS, 0.0)
+        grants = [SlotUse(i, transfer_id) for i in range(4)]
+        machine.on_destination(HERE, Grant(transfer_id, grants), REMOTE_SLOTS, 0.0)
+    machine.settle(0.0)
+    lent = {e.transfer_id: len(e.slots) for e in machine.outbox.to_worker if isinstance(e, SendSlots)}
+    assert lent == {1: 1, 2: 1, 3: 1, 4: 1}
