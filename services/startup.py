@@ -48,26 +48,16 @@ def device_size(config: WorkerConfig) -> tuple[str, int]:
     return facts.name, config.device_memory_bytes or facts.total_bytes
 
 
-def resolve_max_model_len(config: WorkerConfig, model: ModelConfig) -> WorkerConfig:
-    """The flag, or the checkpoint's own; more than the checkpoint was made for is refused."""
-    if config.max_model_len > model.max_model_len:
-        raise ValueError(
-            f"--max-model-len {config.max_model_len}: the checkpoint's configuration allows "
-            f"{model.max_model_len}"
-        )
-    return replace(config, max_model_len=config.max_model_len or model.max_model_len)
-
-
 def prepare(
     config: WorkerConfig, worker_epoch: int, progress: Callable[[int, int], None]
 ) -> Prepared:
     """Raises CheckpointError, DoesNotFit or a transfer error, each with a message for the operator."""
     context_bytes = resident_bytes()
     model = read_model_config(config.model_dir)
-    config = resolve_max_model_len(config, model)
     device_name, device_bytes = device_size(config)
     plan = plan_memory(plan_input_for(config, model, device_name=device_name, device_bytes=device_bytes))
 
+    config = replace(config, max_model_len=plan.inputs.max_model_len)
     engine = Engine(config, model)
     transfer = None
     staging = None
@@ -91,6 +81,7 @@ def prepare(
     if transfer is not None:
         inputs = replace(inputs, staging_slots=transfer.slots, staging_slot_bytes=transfer.slot_bytes)
     plan = plan_memory(inputs)
+    engine.cap_allocator(plan.worker_cap_bytes)
     with host_phase() as pooling:
         pool_bytes = engine.allocate_pool(plan.pages)
 

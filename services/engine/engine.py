@@ -152,6 +152,17 @@ class Engine:
         self._pool = KvPool(self.layout, pages, self.dtype, self.device)
         return self._pool.byte_count
 
+    def cap_allocator(self, limit_bytes: int) -> None:
+        """On a GPU, have an allocation beyond `limit_bytes` fail here rather than take what belongs to the
+        staging buffer or another process. On a CPU the kernel offers no such cap for one process's heap."""
+        if self.device.type == "cuda":
+            total_bytes = torch.cuda.get_device_properties(self.device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total_bytes), self.device)
+
+    def allocator_bytes(self) -> int:
+        """What the device's allocator holds for this process; 0 on a CPU, where the kernel accounts for it."""
+        return torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else 0
+
     # ------------------------------------------------------------ steps
 
     @torch.inference_mode()
