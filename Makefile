@@ -5,8 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BATON_PORT ?= 8000
-BATON_MODEL ?= deploy/models/tales
-MODEL = $(BATON_MODEL)
+DEMO_MODEL := deploy/demo/model
+BATON_MODEL ?= $(DEMO_MODEL)
 
 # A GPU gets the torch that its driver runs, everything else the one without.
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
@@ -35,7 +35,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@touch $@
 
 serve: $(STAMP)
-	@BATON_PORT=$(BATON_PORT) $(BIN)/baton serve $(MODEL)
+	@BATON_PORT=$(BATON_PORT) $(BIN)/baton serve $(BATON_MODEL) $(if $(filter $(DEMO_MODEL),$(BATON_MODEL)),--served-model-name baton-demo)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

@@ -18,14 +18,13 @@ from pathlib import Path
 import zmq
 
 from kvtransfer.channel import ChannelKeys, Link
+from kvtransfer.client_book import OpenTransfers, TransferEvent
 from kvtransfer.codecs import WORKER_COMMANDS, WORKER_EVENTS
 from kvtransfer.errors import AttachError, TransferConfigError
 from kvtransfer.layout import tokens_per_slot
 from kvtransfer.messages import (
     MAX_SEGMENTS_PER_MESSAGE,
     Abort,
-    Aborted,
-    Arrived,
     Attached,
     AttachWorker,
     Command,
@@ -40,9 +39,6 @@ from kvtransfer.messages import (
     Ping,
     Refused,
     Segment,
-    SendCommitted,
-    SendConfirmed,
-    SendSlots,
     SlotUse,
     Stats,
     TransferAddress,
@@ -65,7 +61,7 @@ class TransferLost:
     old_epoch: int
 
 
-WorkerEvent = SendConfirmed | SendSlots | Arrived | SendCommitted | Aborted | TransferLost
+WorkerEvent = TransferEvent | TransferLost
 
 
 def _always() -> bool:
@@ -105,12 +101,8 @@ class TransferClient:
         self._map: mmap.mmap | None = None
         self._view: memoryview | None = None
         self._commands: list[Command] = []
-        self._freed: list[SlotUse] = []
-        self._lent: dict[int, dict[int, SlotUse]] = {}
-        """Open sends, each with the slots lent for it and not filled."""
-        self._receives: set[int] = set()
+        self._book = OpenTransfers()
         self._lost: list[WorkerEvent] = []
-        self._returning: list[SlotUse] = []
         self._asked_at_s = float("-inf")
         self._heard_at_s = 0.0
         self._unanswered = 0
@@ -179,34 +171,32 @@ class TransferClient:
     def open_receive(
         self, transfer_id: int, source: TransferAddress, start_token: int, end_token: int, deadline_s: float
     ) -> None:
-        self._receives.add(transfer_id)
+        self._book.open_receive(transfer_id)
         self._queue(OpenReceive(transfer_id, source, start_token, end_token, deadline_s))
 
     def open_send(self, transfer_id: int, deadline_s: float) -> None:
-        self._lent[transfer_id] = {}
+        self._book.open_send(transfer_id)
         self._queue(OpenSend(transfer_id, deadline_s))
 
     def filled(self, transfer_id: int, segments: list[Segment]) -> None:
         """Hands over packed send slots; they must not be written any more."""
-        lent = self._lent.get(transfer_id, {})
-        for segment in segments:
-            lent.pop(segment.slot, None)
+        self._book.filled(transfer_id, segments)
         for at in range(0, len(segments), MAX_SEGMENTS_PER_MESSAGE):
             self._queue(Filled(transfer_id, segments[at : at + MAX_SEGMENTS_PER_MESSAGE]))
 
     def freed(self, slots: list[SlotUse]) -> None:
         """Gives back receive slots; they must not be read any more."""
-        self._freed.extend(slots)
+        self._book.freed.extend(slots)
 
     def commit(self, transfer_id: int) -> None:
-        self._receives.discard(transfer_id)
+        self._book.committed(transfer_id)
         self._queue(Commit(transfer_id))
 
     def abort(self, transfer_id: int, reason: str) -> None:
         """No event answers it, and none about this transfer comes any more. Slots of it that the worker
         has seen in `Arrived` must still be `freed`."""
         self._queue(Abort(transfer_id, reason[:1024]))
-        self._end(transfer_id)
+        self._book.end(transfer_id)
 
     def flush(self) -> None:
         """Sends what is queued, as one frame. While not `ready`, drops it."""
@@ -215,12 +205,12 @@ class TransferClient:
             return
         # Freed receive slots go first: what follows in the frame may be given them. Lent slots go last:
         # they can be returned only after the abort that ended their transfer.
-        returning = self._returning if self._packs_idle() else []
-        frame: list[Command] = [*_freed(self._freed), *self._commands, *_freed(returning)]
+        returning = self._book.returning if self._packs_idle() else []
+        frame: list[Command] = [*_freed(self._book.freed), *self._commands, *_freed(returning)]
         if frame and not self._link.send(frame):
             log.warning("the transfer process takes no commands: queue full")
             return
-        self._freed.clear()
+        self._book.freed.clear()
         self._commands.clear()
         returning.clear()
 
@@ -246,7 +236,7 @@ class TransferClient:
                 self._on_drop("event_before_attached")
             elif isinstance(event, Stats):
                 self.last_stats = event
-            elif self._follow(event):
+            elif self._book.follow(event):
                 events.append(event)
         return events
 
@@ -319,9 +309,7 @@ class TransferClient:
         lost = TransferLost(self._attached.address.epoch)
         self._attached = None
         self.last_stats = None
-        self._lent.clear()
-        self._receives.clear()
-        self._returning.clear()
+        self._book.clear()
         self._forget_commands()
         self._unmap()
         return [lost]
@@ -337,38 +325,9 @@ class TransferClient:
             except BufferError:
                 log.info("the former staging buffer is still being looked at")
 
-    def _follow(self, event: WorkerEvent) -> bool:
-        """Keeps book of lent slots, so that none is forgotten when its transfer ends. False: the worker
-        has ended that transfer already, and need not hear of it; slots in the event go straight back."""
-        if isinstance(event, SendSlots):
-            lent = self._lent.get(event.transfer_id)
-            if lent is None:
-                self._returning.extend(event.slots)
-                return False
-            lent.update((use.slot, use) for use in event.slots)
-            return True
-        if isinstance(event, Arrived):
-            if event.transfer_id in self._receives:
-                return True
-            self._freed.extend(SlotUse(s.slot, s.generation) for s in event.segments)
-            return False
-        if isinstance(event, SendConfirmed):
-            return event.transfer_id in self._lent
-        if isinstance(event, Aborted | SendCommitted):
-            return self._end(event.transfer_id)
-        return True
-
-    def _end(self, transfer_id: int) -> bool:
-        """False if it was not open."""
-        receiving = transfer_id in self._receives
-        self._receives.discard(transfer_id)
-        lent = self._lent.pop(transfer_id, None)
-        self._returning.extend((lent or {}).values())
-        return receiving or lent is not None
-
     def _forget_commands(self) -> None:
         self._commands.clear()
-        self._freed.clear()
+        self._book.freed.clear()
 
     def _on_drop(self, reason: str) -> None:
         self._dropped[reason] = self._dropped.get(reason, 0) + 1

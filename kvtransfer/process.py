@@ -14,11 +14,7 @@ All decisions are the pure state machines' (`machine.py`); here is only what tou
 import logging
 import os
 import secrets
-import signal
-import socket
 import time
-from pathlib import Path
-from typing import Any
 
 import psutil
 import zmq
@@ -49,6 +45,7 @@ from kvtransfer.staging import (
     StagingDoor,
     device_bytes_of_this_process,
 )
+from kvtransfer.stop_signal import StopSignal
 from kvtransfer.worker_port import WorkerPort
 from kvtransfer.writes import Writes
 
@@ -134,14 +131,14 @@ class TransferProcess:
             self._poller.register(self._door.fileno(), zmq.POLLIN)
         self._stats_at_s = 0.0
         self._self = psutil.Process()
-        self._ending = False
-        self._wake_in, self._wake_out = socket.socketpair()
+        self._stop: StopSignal | None = None
 
     # ------------------------------------------------------------ 4. serve
 
     def serve(self) -> None:
         """Returns after SIGTERM (or SIGINT, which a terminal sends to the whole group)."""
-        self._catch_signals()
+        self._stop = stop = StopSignal()
+        self._poller.register(stop.fileno(), zmq.POLLIN)
         log.info(
             "%s ready: %d slots of %d bytes, mover %s, peers at %s, epoch %d",
             self.config.name,
@@ -151,7 +148,7 @@ class TransferProcess:
             self.address.endpoint,
             self.epoch,
         )
-        while not self._ending:
+        while not stop.received:
             self._sleep(time.monotonic())
             self.step(time.monotonic())
         self._farewell()
@@ -320,17 +317,6 @@ class TransferProcess:
 
     # ------------------------------------------------------------ 6. the end
 
-    def _catch_signals(self) -> None:
-        self._wake_in.setblocking(False)
-        self._wake_out.setblocking(False)
-        self._poller.register(self._wake_out.fileno(), zmq.POLLIN)
-        signal.set_wakeup_fd(self._wake_in.fileno())
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, frame: Any) -> None:
-        self._ending = True
-
     def _farewell(self) -> None:
         """Tells everybody, and gives writes in flight a moment, so that peers hear `Closed`."""
         log.info("%s ends", self.config.name)
@@ -346,8 +332,9 @@ class TransferProcess:
 
     def close(self) -> None:
         """Idempotent. First nobody can reach us, then the mover lets go, then the memory goes."""
-        if self._wake_in.fileno() >= 0:
-            signal.set_wakeup_fd(-1)
+        if self._stop is not None:
+            self._stop.close()
+            self._stop = None
         if self._door is not None:
             self._door.close()
         self._sources.close()
@@ -355,18 +342,3 @@ class TransferProcess:
         self._peer_server.close()
         self._mover.close()
         self._staging.close()
-        self._wake_in.close()
-        self._wake_out.close()
-
-
-def configure_logging(name: str, level: int = logging.INFO) -> None:
-    """One line per event on stderr, with the process's name and id."""
-    form = f"%(asctime)s %(levelname)s {name}[{os.getpid()}] %(message)s"
-    logging.basicConfig(level=level, format=form)
-
-
-def socket_paths(config: TransferConfig) -> list[Path]:
-    """The files that a life with this configuration makes, and removes at its end."""
-    endpoints = [e for e in (config.listen, config.peer_listen) if e.startswith("ipc://")]
-    paths = [Path(endpoint.removeprefix("ipc://")) for endpoint in endpoints]
-    return paths if config.staging_socket is None else [*paths, config.staging_socket]

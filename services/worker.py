@@ -148,6 +148,7 @@ class Worker:
         if self.transfer is not None:
             for event in self.transfer.receive(now_s):
                 self.role.on_transfer(event)
+            self.transfer.tick(now_s)
 
     def _greet(self, router: bytes, requests: list[Request]) -> bool:
         """The first message must be a hello of our own version; anything else is refused."""
@@ -183,8 +184,6 @@ class Worker:
         if now_s < self._next_status_s:
             return
         self._next_status_s = now_s + STATUS_INTERVAL_S
-        if self.transfer is not None:
-            self.transfer.tick(now_s)
         self.role.sweep()
         self._prompt_rate.observe(now_s, self.parts.counters["prompt_tokens"])
         self._output_rate.observe(now_s, self.parts.counters["output_tokens"])

@@ -40,16 +40,18 @@ def free_port() -> int:
 class Cluster:
     """Use it as a context manager; leaving it stops everything and checks that nothing is left behind."""
 
-    def __init__(self, model_dir: Path, log_dir: Path, *arguments: str, threads: int = 1) -> None:
+    def __init__(
+        self, model_dir: Path, log_dir: Path, *arguments: str, device: str = "cpu", threads: int = 1
+    ) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log_path = log_dir / "serve.log"
         self.run_root = log_dir / "run"
         self.run_root.mkdir(mode=0o700)
         environment = {name: value for name, value in os.environ.items() if not name.startswith("BATON_")}
-        environment |= {"OMP_NUM_THREADS": str(threads), "TMPDIR": str(self.run_root), "PYTHONUNBUFFERED": "1"}
+        environment |= {"OMP_NUM_THREADS": str(threads), "TMPDIR": str(self.run_root)}
         command = [sys.executable, "-m", "deploy", "serve", str(model_dir), "--port", str(self.port)]
-        command += ["--device", "cpu", "--dtype", "float32", "--checksum", *arguments]
+        command += ["--device", device, "--dtype", "float32", "--checksum", *arguments]
         with self.log_path.open("w") as log:
             self.launcher = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
@@ -131,7 +133,7 @@ class Cluster:
         raise AssertionError(f"no {role} worker")
 
     def assert_at_rest(self) -> None:
-        """Pages, slots, grants, transfers and requests are all given back, by accounts made after this call."""
+        """Pages, slots, grants and requests are given back, by accounts that were made after this call."""
         asked_s = time.monotonic()
         unrest: list[str] = []
 

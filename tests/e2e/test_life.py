@@ -17,11 +17,11 @@ from tests.e2e.cluster import Cluster, wait_until
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint("llama", tmp_path_factory.mktemp("life") / "model", seed=2)
+    return make_checkpoint("llama", tmp_path_factory.mktemp("life") / "model", seed=2, eos=False)
 
 
 def complete(cluster: Cluster, max_tokens: int = 4) -> httpx.Response:
-    body = {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
+    body = {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": max_tokens, "temperature": 0}
     return cluster.http.post("/v1/completions", json=body)
 
 
@@ -58,7 +58,9 @@ def test_sigkill_of_the_launcher_leaves_nothing(model_dir: Path, tmp_path: Path)
         cluster.kill()
 
 
-@pytest.mark.parametrize(("role", "which"), [("decode", "pid"), ("prefill", "pid"), ("decode", "transfer_pid")])
+@pytest.mark.parametrize(
+    ("role", "which"), [("decode", "pid"), ("prefill", "pid"), ("decode", "transfer_pid")]
+)
 def test_a_killed_child_comes_back_and_serves(role: str, which: str, model_dir: Path, tmp_path: Path) -> None:
     with Cluster(model_dir, tmp_path, "--served-model-name", "tiny") as cluster:
         before = complete(cluster).json()["choices"][0]["text"]

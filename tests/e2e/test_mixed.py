@@ -15,6 +15,14 @@ from tests.e2e.cluster import Cluster
 
 REQUESTS = 200
 MAX_MODEL_LEN = 2048
+WRONG: list[dict[str, Any]] = [
+    {"prompt": []},
+    {"prompt": [VOCAB_SIZE]},
+    {"prompt": [1] * MAX_MODEL_LEN},
+    {"n": 0},
+    {"max_tokens": -1},
+    {"top_p": 2.0},
+]
 
 
 @dataclass(frozen=True)
@@ -41,13 +49,10 @@ def make_plans(seed: int, max_tokens: list[int]) -> list[Plan]:
         }
         match index % 10:
             case 0:
-                plans.append(Plan(body | {"stream": True, "max_tokens": 200, "ignore_eos": True}, cut_after=3))
+                endless = {"stream": True, "max_tokens": 200, "ignore_eos": True}
+                plans.append(Plan(body | endless, cut_after=3))
             case 1:
-                wrong = random_.choice(
-                    [{"prompt": []}, {"prompt": [VOCAB_SIZE]}, {"n": 0}, {"max_tokens": -1}, {"top_p": 2.0}]
-                    + [{"prompt": [1] * MAX_MODEL_LEN}]
-                )
-                plans.append(Plan(body | wrong, expect_status=400))
+                plans.append(Plan(body | random_.choice(WRONG), expect_status=400))
             case 2 | 3 | 4:
                 options = {"stream": True, "stream_options": {"include_usage": True}}
                 plans.append(Plan(body | options))

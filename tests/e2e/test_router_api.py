@@ -343,7 +343,9 @@ def test_a_stop_string_in_the_first_token_frees_both_sides(cluster: Cluster) -> 
 
 def test_characters_of_many_tokens_are_never_torn(cluster: Cluster) -> None:
     cluster.says("né 🙂!")
-    stream = cluster.router.client(strict=False).completions.create(model="tiny", prompt="a", max_tokens=50, stream=True)
+    stream = cluster.router.client(strict=False).completions.create(
+        model="tiny", prompt="a", max_tokens=50, stream=True
+    )
     pieces = [choice.text for chunk in stream for choice in chunk.choices]
     assert "".join(pieces) == "né 🙂!"
     assert "🙂" in "".join(pieces[-3:])

@@ -37,9 +37,8 @@ def reference(model_dir: Path, prompts: list[list[int]], count: int) -> list[lis
     outputs = []
     for prompt in prompts:
         with torch.inference_mode():
-            out = model.generate(
-                torch.tensor([prompt]), max_new_tokens=count, do_sample=False, pad_token_id=0, eos_token_id=None
-            )
+            ids = torch.tensor([prompt])
+            out = model.generate(ids, max_new_tokens=count, do_sample=False, pad_token_id=0)
         outputs.append(out[0, len(prompt) :].tolist())
     return outputs
 
@@ -68,12 +67,17 @@ def tokens_of(body: dict[str, Any]) -> list[int]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens_equal_transformers(family: str, tmp_path: Path) -> None:
-    model_dir = make_checkpoint(family, tmp_path / "model", seed=3, **OPTIONS[family])  # type: ignore[arg-type]
+    check_family(family, tmp_path)
+
+
+def check_family(family: str, tmp_path: Path, *more_flags: str, device: str = "cpu") -> None:
+    """Serve a tiny checkpoint of `family` and compare prompts of every length, alone and together."""
+    model_dir = make_checkpoint(family, tmp_path / "model", seed=3, eos=False, **OPTIONS[family])  # type: ignore[arg-type]
     prompts = [prompt_of(length, seed) for seed in (1, 2) for length in LENGTHS]
     wanted = reference(model_dir, prompts, NEW_TOKENS)
     flags = ("--page-size", str(PAGE), "--max-chunk-tokens", str(CHUNK), "--max-batch", "16")
     staging = ("--staging-slots", "4", "--staging-slot-bytes", "32768", "--served-model-name", "tiny")
-    with Cluster(model_dir, tmp_path, *flags, *staging) as cluster:
+    with Cluster(model_dir, tmp_path, *flags, *staging, *more_flags, device=device) as cluster:
         one_by_one = [tokens_of(ask(cluster, prompt)) for prompt in prompts[: len(LENGTHS)]]
         assert one_by_one == wanted[: len(LENGTHS)]
         moved = cluster.worker("decode")["status"]["counters"]

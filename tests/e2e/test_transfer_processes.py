@@ -27,8 +27,7 @@ TOKENS = 700
 """About twenty segments: several times what the slots hold."""
 
 
-@pytest.fixture
-def pair() -> Iterator[TransferPair]:
+def start_pair() -> Iterator[TransferPair]:
     with tempfile.TemporaryDirectory(prefix="baton-") as directory:
         pair = TransferPair(Path(directory))
         try:
@@ -39,13 +38,35 @@ def pair() -> Iterator[TransferPair]:
             pair.close()
 
 
-@pytest.fixture
-def workers(pair: TransferPair) -> Iterator[tuple[Worker, Worker]]:
+def attach(pair: TransferPair) -> Iterator[tuple[Worker, Worker]]:
     prefill = Worker(pair.directory, "prefill", epoch=11)
     decode = Worker(pair.directory, "decode", epoch=12)
     yield prefill, decode
     prefill.client.close()
     decode.client.close()
+
+
+@pytest.fixture
+def pair() -> Iterator[TransferPair]:
+    """Processes of the test's own, to be killed as it likes."""
+    yield from start_pair()
+
+
+@pytest.fixture
+def workers(pair: TransferPair) -> Iterator[tuple[Worker, Worker]]:
+    yield from attach(pair)
+
+
+@pytest.fixture(scope="module")
+def shared_pair() -> Iterator[TransferPair]:
+    """Processes that outlive every test: each finds what the ones before have left. Transfer ids are never
+    used twice, so each test has its own."""
+    yield from start_pair()
+
+
+@pytest.fixture
+def shared_workers(shared_pair: TransferPair) -> Iterator[tuple[Worker, Worker]]:
+    yield from attach(shared_pair)
 
 
 def move(prefill: Worker, decode: Worker, transfer_id: int, tokens: int = TOKENS) -> None:
@@ -77,8 +98,8 @@ def test_data_arrives_whole_and_nothing_is_left(pair: TransferPair, workers: tup
     assert list(pair.directory.iterdir()) == []
 
 
-def test_many_transfers_both_ways_at_once(workers: tuple[Worker, Worker]) -> None:
-    prefill, decode = workers
+def test_many_transfers_both_ways_at_once(shared_workers: tuple[Worker, Worker]) -> None:
+    prefill, decode = shared_workers
     contents = {transfer_id: content_of(300, transfer_id) for transfer_id in range(1, 13)}
     for transfer_id, content in contents.items():
         source, target = (prefill, decode) if transfer_id % 2 else (decode, prefill)
@@ -90,12 +111,12 @@ def test_many_transfers_both_ways_at_once(workers: tuple[Worker, Worker]) -> Non
     all_free(prefill, decode)
 
 
-def test_descriptors_do_not_leak(pair: TransferPair, workers: tuple[Worker, Worker]) -> None:
-    prefill, decode = workers
-    process = psutil.Process(pair.processes["prefill"].pid)
-    move(prefill, decode, 1)
+def test_descriptors_do_not_leak(shared_pair: TransferPair, shared_workers: tuple[Worker, Worker]) -> None:
+    prefill, decode = shared_workers
+    process = psutil.Process(shared_pair.processes["prefill"].pid)
+    move(prefill, decode, 100)
     before = process.num_fds()
-    for transfer_id in range(2, 12):
+    for transfer_id in range(101, 111):
         move(prefill, decode, transfer_id, tokens=5)
     assert process.num_fds() <= before
 
@@ -174,36 +195,38 @@ def test_stopped_peer_ends_the_transfer_and_recovers(
     move(prefill, decode, 3)
 
 
-def test_deadline_ends_a_transfer_nobody_sends(workers: tuple[Worker, Worker]) -> None:
-    prefill, decode = workers
-    decode.receive(1, prefill, TOKENS, deadline_s=0.3)
-    drive([prefill, decode], lambda: 1 in decode.aborted, "the deadline")
-    assert decode.aborted[1] == "deadline"
+def test_deadline_ends_a_transfer_nobody_sends(shared_workers: tuple[Worker, Worker]) -> None:
+    prefill, decode = shared_workers
+    decode.receive(200, prefill, TOKENS, deadline_s=0.3)
+    drive([prefill, decode], lambda: 200 in decode.aborted, "the deadline")
+    assert decode.aborted[200] == "deadline"
     all_free(prefill, decode)
 
 
-def test_wrong_life_and_dead_address_are_refused(workers: tuple[Worker, Worker], pair: TransferPair) -> None:
-    prefill, decode = workers
+def test_wrong_life_and_dead_address_are_refused(
+    shared_workers: tuple[Worker, Worker], shared_pair: TransferPair
+) -> None:
+    prefill, decode = shared_workers
     address = prefill.client.address
-    dead = TransferAddress(f"ipc://{pair.directory}/nobody", 5)
+    dead = TransferAddress(f"ipc://{shared_pair.directory}/nobody", 5)
     decode.got.clear()
-    decode.client.open_receive(1, TransferAddress(address.endpoint, address.epoch + 1), 0, 5, 30.0)
-    decode.client.open_receive(2, dead, 0, 5, 30.0)
+    decode.client.open_receive(300, TransferAddress(address.endpoint, address.epoch + 1), 0, 5, 30.0)
+    decode.client.open_receive(301, dead, 0, 5, 30.0)
     decode.client.flush()
-    drive([prefill, decode], lambda: {1, 2} <= decode.aborted.keys(), "both are refused")
+    drive([prefill, decode], lambda: {300, 301} <= decode.aborted.keys(), "both are refused")
     all_free(prefill, decode)
 
 
 def test_a_new_worker_takes_over_from_a_dead_one_only(
-    pair: TransferPair, workers: tuple[Worker, Worker]
+    shared_pair: TransferPair, shared_workers: tuple[Worker, Worker]
 ) -> None:
-    prefill, decode = workers
-    endpoint = f"ipc://{pair.directory}/prefill.worker"
+    prefill, decode = shared_workers
+    endpoint = f"ipc://{shared_pair.directory}/prefill.worker"
     with pytest.raises(AttachError, match="another worker"):
         TransferClient(endpoint, 99, GEOMETRY, timeout_s=0.5)
     prefill.paused = True
-    decode.receive(1, prefill, TOKENS)
-    prefill.send(1, content_of(TOKENS, 1))
+    decode.receive(400, prefill, TOKENS)
+    prefill.send(400, content_of(TOKENS, 400))
     stats = prefill.client
     drive(
         [prefill, decode],
@@ -211,20 +234,20 @@ def test_a_new_worker_takes_over_from_a_dead_one_only(
         "slots are lent",
     )
     prefill.client.close()
-    heir = Worker(pair.directory, "prefill", epoch=100)
+    heir = Worker(shared_pair.directory, "prefill", epoch=100)
     try:
-        drive([heir, decode], lambda: 1 in decode.aborted, "the destination hears of the death")
+        drive([heir, decode], lambda: 400 in decode.aborted, "the destination hears of the death")
         all_free(heir, decode)
-        move(heir, decode, 2)
+        move(heir, decode, 401)
     finally:
         heir.client.close()
 
 
-def test_the_staging_buffer_cannot_be_resized_by_the_worker(pair: TransferPair) -> None:
-    worker = Worker(pair.directory, "prefill", epoch=1)
+def test_the_staging_buffer_cannot_be_resized_by_the_worker(shared_pair: TransferPair) -> None:
+    worker = Worker(shared_pair.directory, "prefill", epoch=1)
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as guest:
-            guest.connect(f"{pair.directory}/prefill.staging")
+            guest.connect(f"{shared_pair.directory}/prefill.staging")
             _, fds, _, _ = socket.recv_fds(guest, 16, 1)
         assert os.fstat(fds[0]).st_size == SLOTS * SLOT_BYTES
         with pytest.raises(PermissionError):

@@ -21,12 +21,12 @@ SLOT_BYTES = 64 << 10
 PATIENCE_S = 30.0
 
 PROGRAM = """
-import sys
+import logging, sys
 from pathlib import Path
 from kvtransfer.config import TransferConfig
-from kvtransfer.process import configure_logging, run
+from kvtransfer.process import run
 directory, name = Path(sys.argv[1]), sys.argv[2]
-configure_logging(name)
+logging.basicConfig(level=logging.INFO, format=f'%(asctime)s %(levelname)s {name} %(message)s')
 run(TransferConfig(
     name=name, listen=f"ipc://{directory}/{name}.worker", peer_listen=f"ipc://{directory}/{name}.peers",
     staging_socket=directory / f"{name}.staging", slots=int(sys.argv[3]), slot_bytes=int(sys.argv[4]),
