@@ -45,6 +45,9 @@ class Sheet(Protocol):
 
     def writer(self, index: int, preface: Preface) -> Writer: ...
 
+    def note_tokens(self, index: int, tokens: Sequence[int]) -> None:
+        """What a choice was made of; called only for answers that give token ids too."""
+
     def close(self, usage: Usage) -> None:
         """All choices have ended."""
 
@@ -136,6 +139,9 @@ class StreamSheet:
             self.frames, self._open + b'%d,"text":' % index, self._tokenizer, self._logprobs, preface
         )
 
+    def note_tokens(self, index: int, tokens: Sequence[int]) -> None:
+        """Streams give no token ids."""
+
     def close(self, usage: Usage) -> None:
         if self._with_usage:
             last = {**self._heading.fields(self._kind), "choices": [], "usage": usage.body()}
@@ -168,11 +174,15 @@ class WholeSheet:
         self._heading, self._tokenizer = heading, tokenizer
         self._chat, self._logprobs = chat, logprobs
         self._choices: list[_Collected] = []
+        self._token_ids: dict[int, list[int]] = {}
 
     def writer(self, index: int, preface: Preface) -> Writer:
         collected = _Collected(index, preface)
         self._choices.append(collected)
         return collected
+
+    def note_tokens(self, index: int, tokens: Sequence[int]) -> None:
+        self._token_ids.setdefault(index, []).extend(tokens)
 
     def close(self, usage: Usage) -> None:
         """Nothing to add: `body` is asked for next."""
@@ -181,6 +191,9 @@ class WholeSheet:
         kind = "chat.completion" if self._chat else "text_completion"
         one = self._chat_choice if self._chat else self._completion_choice
         choices = [one(choice) for choice in sorted(self._choices, key=lambda choice: choice.index)]
+        for choice in choices:
+            if choice["index"] in self._token_ids:
+                choice["token_ids"] = self._token_ids[choice["index"]]
         return encode_json({**self._heading.fields(kind), "choices": choices, "usage": usage.body()})
 
     def _chat_choice(self, choice: _Collected) -> dict[str, Any]:

@@ -6,7 +6,6 @@ socket touches a frame.
 
 import asyncio
 import hmac
-import importlib.metadata
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -37,6 +36,7 @@ from router.http import (
 )
 from router.metrics import exposition
 from router.parameters import check_model, check_tokens
+from services.messages import VERSION
 
 logger = logging.getLogger(__name__)
 
@@ -228,7 +228,7 @@ class Pages:
         return Reply(encode_json(values), headers=[(b"cache-control", b"no-store")])
 
     async def version(self, scope: Scope, raw: bytes) -> Reply:
-        return Reply(encode_json({"version": importlib.metadata.version("baton")}))
+        return Reply(encode_json({"version": VERSION}))
 
     async def index(self, scope: Scope, raw: bytes) -> Reply:
         return Reply(self._page, b"text/html; charset=utf-8", headers=_PAGE_HEADERS)

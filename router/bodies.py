@@ -58,6 +58,7 @@ class GenerationBody(Struct, kw_only=True):
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=128)] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
+    return_token_ids: bool | None = None
     # Not supported where they would change the result.
     skip_special_tokens: bool | None = None
     min_tokens: int | None = None

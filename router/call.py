@@ -89,12 +89,12 @@ class Call:
 class PromptOutput:
     """What one prompt's flight reports to (`router.requests.Output`)."""
 
-    __slots__ = ("_call", "_choices", "_muted", "_preface", "_prompt", "_sheet")
+    __slots__ = ("_call", "_choices", "_first_index", "_muted", "_preface", "_prompt", "_sheet")
 
     def __init__(self, call: Call, prompt: list[int], text: str | None, first_index: int) -> None:
         options = call.options
         self._call, self._sheet = call, call.sheet
-        self._prompt = prompt
+        self._prompt, self._first_index = prompt, first_index
         self._preface = Preface()
         self._muted = options.max_tokens == 0
         if options.echo:
@@ -128,6 +128,8 @@ class PromptOutput:
         if last_s is not None:
             self._call.metrics.inter_token.observe(now_s - last_s)
         choice.last_token_s = now_s
+        if self._call.options.token_ids:
+            self._sheet.note_tokens(self._first_index + report.choice, report.tokens)
         going_on = False
         if self._muted:
             choice.mute()

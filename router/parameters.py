@@ -47,6 +47,7 @@ class Options:
     include_usage: bool
     logprobs: int | None
     echo: bool = False
+    token_ids: bool = False
 
 
 def check_model(asked: str | None, served: str) -> None:
@@ -70,6 +71,8 @@ def options_of(body: CompletionBody | ChatBody, limits: Limits, random_seed: int
         raise invalid(f"'best_of' must equal 'n' ({choices}) or be left out.", "best_of")
     if body.stream_options is not None and not body.stream:
         raise invalid("'stream_options' is only allowed when 'stream' is true.", "stream_options")
+    if body.return_token_ids and body.stream:
+        raise invalid("'return_token_ids' is only allowed when 'stream' is false.", "return_token_ids")
     echo = bool(body.echo)
     if isinstance(body, ChatBody):
         logprobs = _chat_logprobs(body)
@@ -106,6 +109,7 @@ def options_of(body: CompletionBody | ChatBody, limits: Limits, random_seed: int
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
         logprobs=logprobs,
         echo=echo,
+        token_ids=bool(body.return_token_ids),
     )
 
 

@@ -10,7 +10,6 @@ Life of a connection:
 
 import asyncio
 import enum
-import importlib.metadata
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ import zmq.utils.monitor
 from kvtransfer.channel import ChannelKeys, Codec, Link
 from kvtransfer.errors import BatonTransferError, TransferConfigError
 from services.messages import (
+    VERSION,
     Refusal,
     Report,
     Request,
@@ -31,6 +31,9 @@ from services.messages import (
 )
 
 logger = logging.getLogger(__name__)
+
+READABLE = int(zmq.POLLIN)
+"""A plain int: the enum's own `&` costs more than asking ZMQ."""
 
 
 class ClientState(enum.Enum):
@@ -58,11 +61,6 @@ class ClientConfigError(ValueError):
 
 class IllegalClientMove(RuntimeError):
     """A connection was moved between two states that `MOVES` does not join."""
-
-
-def software_version() -> str:
-    """What `RouterHello` and `WorkerHello` carry: both sides must run the same release."""
-    return importlib.metadata.version("baton")
 
 
 def load_keys(key_dir: Path | None) -> ChannelKeys | None:
@@ -152,7 +150,7 @@ class WorkerClient:
         self._move(ClientState.CONNECTING, "connecting")
         # A ZMQ descriptor only tells of a change after somebody has looked and found nothing.
         self._on_monitor()
-        self._send([RouterHello(software_version(), self._router_epoch)])
+        self._send([RouterHello(VERSION, self._router_epoch)])
 
     def _drop_link(self) -> None:
         link, monitor = self._link, self._monitor
@@ -184,7 +182,7 @@ class WorkerClient:
 
     @staticmethod
     def _pending(link: "Link[Report, Request]") -> bool:
-        return bool(int(link.socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
+        return bool(int(link.socket.getsockopt(zmq.EVENTS)) & READABLE)
 
     def _on_readable(self) -> None:
         link = self._link
@@ -222,10 +220,8 @@ class WorkerClient:
             if self.hello is not None and report.worker_epoch != self.hello.worker_epoch:
                 self._lose("the worker was restarted")
             elif self.state is ClientState.CONNECTING:
-                if report.version != software_version():
-                    self._move(
-                        ClientState.REFUSED, f"the worker runs {report.version}, not {software_version()}"
-                    )
+                if report.version != VERSION:
+                    self._move(ClientState.REFUSED, f"the worker runs {report.version}, not {VERSION}")
                     return
                 self.hello = report
                 self._move(ClientState.READY, "ready")
@@ -240,7 +236,7 @@ class WorkerClient:
 
     def _on_monitor(self) -> None:
         closed = False
-        while self._monitor is not None and int(self._monitor.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+        while self._monitor is not None and int(self._monitor.getsockopt(zmq.EVENTS)) & READABLE:
             zmq.utils.monitor.recv_monitor_message(self._monitor, zmq.NOBLOCK)
             closed = True
         if closed:

@@ -8,12 +8,15 @@ A request is named by `request_id`, an integer the router draws at random: what 
 request is a label and stays in the router.
 """
 
+from importlib.metadata import version
 from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
 from kvtransfer.messages import TransferAddress as TransferAddress
 
+VERSION = version("baton")
+"""Routers and workers of different versions refuse each other: there is one wire format at a time."""
 MAX_CHOICES = 128
 MAX_TOP_LOGPROBS = 20
 

@@ -14,7 +14,6 @@ import secrets
 import signal
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from types import FrameType
 
 import zmq
@@ -25,6 +24,7 @@ from services.config import WorkerConfig
 from services.kv_pull import KvPull
 from services.kv_push import KvPush
 from services.messages import (
+    VERSION,
     Failed,
     Generate,
     Pages,
@@ -51,7 +51,6 @@ from services.startup import Prepared, measure_now, prepare
 
 log = logging.getLogger(__name__)
 
-VERSION = version("baton")
 STATUS_INTERVAL_S = 1.0
 ROUTER_SILENCE_S = 15.0
 IDLE_WAIT_MS = 250

@@ -15,8 +15,8 @@ from typing import TypeVar
 import zmq
 
 from kvtransfer.channel import Codec, Server
-from services.client import software_version
 from services.messages import (
+    VERSION,
     Cancel,
     DecodeStarted,
     Failed,
@@ -155,14 +155,15 @@ class FakeWorker:
 
     def of(self, kind: type[Kind]) -> list[Kind]:
         with self._changed:
-            return [message for message in self.received if isinstance(message, kind)]
+            found: list[Kind] = [message for message in self.received if isinstance(message, kind)]
+            return found
 
     def wait_for(self, kind: type[Kind], count: int = 1) -> list[Kind]:
         """The first `count` messages of a kind, as soon as they are there."""
         until_s = time.monotonic() + DEADLINE_S
         with self._changed:
             while True:
-                found = [message for message in self.received if isinstance(message, kind)]
+                found: list[Kind] = [message for message in self.received if isinstance(message, kind)]
                 if len(found) >= count:
                     return found[:count]
                 left_s = until_s - time.monotonic()
@@ -304,7 +305,7 @@ class FakeWorker:
         vocab_size, max_model_len, max_sequence_tokens = self._limits
         transfer = None if self.role == "unified" else TransferAddress(f"ipc:///fake/{self.name}", 1)
         return WorkerHello(
-            version=software_version(),
+            version=VERSION,
             name=self.name,
             role=self.role,
             worker_epoch=self.epoch,

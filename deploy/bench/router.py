@@ -1,10 +1,11 @@
-"""What the router adds, without any model: `python -m deploy.bench.router`, in a checkout (it needs `tests/`).
+"""What the router adds, without any model: `python -m deploy.bench.router`, in a checkout (it needs tests/).
 
-Three processes: the router, scripted workers that answer at once (`tests/fake_worker.py`), and this one as the
-client. Two figures come out:
+Three processes: the router, scripted workers that answer at once (tests/fake_worker.py), and this one as
+the client. Two figures come out:
 
 - time to first token at 200 streamed requests a second (Poisson), from the client's write to its first frame:
-  loopback HTTP, the router, two ZMQ hops and the fake worker's turn-around are all in it;
+  loopback HTTP, the router, two ZMQ hops and the fake worker's turn-around are all in it. The same load of
+  `GET /version` stands beside it: what HTTP and the machine's scheduling cost without any of ours;
 - the streaming ceiling: many streams fed one token each a step, faster and faster, until the client no longer
   gets them in time. Tokens a second by the clock, and by the router process's CPU time.
 """
@@ -27,7 +28,7 @@ from pathlib import Path
 import psutil
 from rich.console import Console
 from rich.table import Table
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from router.config import RouterConfig
 from router.process import run
@@ -37,15 +38,20 @@ from tests.fake_worker import FakeWorker, Script
 DEMO_MODEL = Path(__file__).parents[1] / "demo" / "model"
 PROMPT = "The baton is handed from the first runner to the second without slowing down. " * 12
 TOKEN = 65
+"""What every fake worker answers: a byte of every vocabulary here."""
 START_TIMEOUT_S = 30.0
 
 
-def write_byte_tokenizer(directory: Path) -> None:
-    """A vocabulary of the 256 bytes, for where the demo model is not built yet."""
-    vocab = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+def write_tokenizer(directory: Path) -> None:
+    """A byte-level BPE of this package's own sources, for where the demo model is not built yet."""
+    tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    sources = [path.read_text() for path in sorted(Path(__file__).parents[2].glob("router/*.py"))]
+    trainer = trainers.BpeTrainer(
+        vocab_size=2048, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator([*sources, PROMPT], trainer)
     tokenizer.save(str(directory / "tokenizer.json"))
 
 
@@ -83,14 +89,19 @@ def _workers(directory: str, kind: str, control: Connection) -> None:
     script = Script(answers=[[TOKEN] * 4])
     if kind == "pair":
         with (
-            FakeWorker(f"ipc://{directory}/p", "prefill", script, max_model_len=1 << 16),
-            FakeWorker(f"ipc://{directory}/d", "decode", script, max_model_len=1 << 16),
+            FakeWorker(f"ipc://{directory}/p", "prefill", script, max_model_len=1 << 16, vocab_size=1 << 20),
+            FakeWorker(f"ipc://{directory}/d", "decode", script, max_model_len=1 << 16, vocab_size=1 << 20),
         ):
             control.recv()
         return
     script.answers = [[TOKEN] * (1 << 14)]
     worker = SteppingWorker(
-        f"ipc://{directory}/u", "unified", script, max_model_len=1 << 20, max_sequence_tokens=1 << 20
+        f"ipc://{directory}/u",
+        "unified",
+        script,
+        max_model_len=1 << 20,
+        max_sequence_tokens=1 << 20,
+        vocab_size=1 << 20,
     )
     worker.live = {}
     with worker:
@@ -107,6 +118,11 @@ class Setup:
     router: psutil.Process
     control: Connection
 
+    def cpu_s(self) -> float:
+        """The router process's CPU time so far."""
+        times = self.router.cpu_times()
+        return times.user + times.system
+
 
 @contextmanager
 def processes(kind: str) -> Iterator[Setup]:
@@ -116,7 +132,7 @@ def processes(kind: str) -> Iterator[Setup]:
         directory.chmod(0o700)
         model_dir = DEMO_MODEL
         if not (DEMO_MODEL / "tokenizer.json").exists():
-            write_byte_tokenizer(directory)
+            write_tokenizer(directory)
             model_dir = directory
         ours, theirs = context.Pipe()
         names = ("p", "d") if kind == "pair" else ("u",)
@@ -174,6 +190,7 @@ class _Client(asyncio.Protocol):
         self.transport: asyncio.Transport | None = None
         self.frames = 0
         self.first_s: float | None = None
+        self.begun = asyncio.Event()
         self.done: asyncio.Future[None] | None = None
         self._tail = b""
 
@@ -183,12 +200,13 @@ class _Client(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         found = data.count(b"data: {")
-        if found and self.first_s is None:
+        if self.first_s is None and (found or b'{"version"' in data):
             self.first_s = time.perf_counter()
+            self.begun.set()
         self.frames += found
         window = self._tail + data
         self._tail = window[-8:]
-        if window.endswith(b"0\r\n\r\n") and self.done is not None and not self.done.done():
+        if window.endswith((b"\r\n0\r\n\r\n", b'"}')) and self.done is not None and not self.done.done():
             self.done.set_result(None)
 
     async def ask(self, raw: bytes) -> float:
@@ -209,13 +227,25 @@ async def _connect(port: int) -> _Client:
     return client
 
 
-async def _first_tokens(port: int, rate: float, duration_s: float) -> list[float]:
-    raw = _request(PROMPT, 4)
-    idle = [await _connect(port) for _ in range(32)]
+@dataclass
+class Latency:
+    """Sorted seconds to the first frame, and the router's CPU seconds for one request."""
+
+    times_s: list[float]
+    cpu_s: float
+
+    def cells(self) -> list[str]:
+        times = self.times_s
+        picked = [statistics.median(times), times[int(len(times) * 0.9)], times[int(len(times) * 0.99)]]
+        return [str(len(times)), *[f"{value * 1000:.2f}" for value in (*picked, self.cpu_s)]]
+
+
+async def _latency(setup: Setup, raw: bytes, rate: float, duration_s: float) -> Latency:
+    idle = [await _connect(setup.port) for _ in range(32)]
     times: list[float] = []
 
     async def one() -> None:
-        client = idle.pop() if idle else await _connect(port)
+        client = idle.pop() if idle else await _connect(setup.port)
         times.append(await client.ask(raw))
         idle.append(client)
 
@@ -223,6 +253,7 @@ async def _first_tokens(port: int, rate: float, duration_s: float) -> list[float
         await one()
     times.clear()
     arrivals = random.Random(1)
+    before_s = setup.cpu_s()
     next_s = time.perf_counter()
     end_s = next_s + duration_s
     tasks: set[asyncio.Task[None]] = set()
@@ -233,7 +264,7 @@ async def _first_tokens(port: int, rate: float, duration_s: float) -> list[float
         tasks.add(task)
         task.add_done_callback(tasks.discard)
     await asyncio.gather(*tasks)
-    return times
+    return Latency(sorted(times), (setup.cpu_s() - before_s) / len(times))
 
 
 @dataclass
@@ -248,16 +279,14 @@ async def _streams(setup: Setup, streams: int, interval_s: float, tokens: int) -
     clients = [await _connect(setup.port) for _ in range(streams)]
     raw = _request("Go", tokens)
     asked = [asyncio.create_task(client.ask(raw)) for client in clients]
-    while not all(client.frames for client in clients):
-        await asyncio.sleep(0.01)
-    cpu = setup.router.cpu_times()
+    await asyncio.gather(*[client.begun.wait() for client in clients])
+    before_s = setup.cpu_s()
     started_s = time.perf_counter()
     setup.control.send(interval_s)
     await asyncio.gather(*asked)
     took_s = time.perf_counter() - started_s
     setup.control.send(interval_s)
-    after = setup.router.cpu_times()
-    cpu_s = after.user + after.system - cpu.user - cpu.system
+    cpu_s = setup.cpu_s() - before_s
     got = sum(client.frames for client in clients) - streams
     for client in clients:
         assert client.transport is not None
@@ -273,15 +302,16 @@ def main() -> None:
     given = parser.parse_args()
     console = Console()
 
+    table = Table(title=f"{given.rate:g} requests/s, one core, times in ms")
+    for column in ("", "requests", "p50", "p90", "p99", "router CPU each"):
+        table.add_column(column, justify="right" if column else "left")
     with processes("pair") as setup:
-        times = sorted(asyncio.run(_first_tokens(setup.port, given.rate, given.seconds)))
-    table = Table(
-        title=f"time to first token through the router, {given.rate:g} requests/s, prefill and decode"
-    )
-    for column in ("requests", "p50 ms", "p90 ms", "p99 ms", "aim p99 ms"):
-        table.add_column(column, justify="right")
-    picked = [statistics.median(times), times[int(len(times) * 0.9)], times[int(len(times) * 0.99)]]
-    table.add_row(str(len(times)), *[f"{value * 1000:.2f}" for value in picked], "1")
+        for name, raw in (
+            ("GET /version", b"GET /version HTTP/1.1\r\nhost: x\r\n\r\n"),
+            ("first token, prefill and decode", _request(PROMPT, 2)),
+        ):
+            latency = asyncio.run(_latency(setup, raw, given.rate, given.seconds))
+            table.add_row(name, *latency.cells())
     console.print(table)
 
     table = Table(title=f"streaming, {given.streams} streams, one SSE frame for each token")

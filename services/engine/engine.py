@@ -153,8 +153,8 @@ class Engine:
         return self._pool.byte_count
 
     def cap_allocator(self, limit_bytes: int) -> None:
-        """On a GPU, have an allocation beyond `limit_bytes` fail here rather than take what belongs to the
-        staging buffer or another process. On a CPU the kernel offers no such cap for one process's heap."""
+        """On a GPU, an allocation beyond `limit_bytes` fails here, rather than take what belongs to the
+        staging buffer or to another process. On a CPU the kernel has no such cap for one heap."""
         if self.device.type == "cuda":
             total_bytes = torch.cuda.get_device_properties(self.device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total_bytes), self.device)
