@@ -69,6 +69,20 @@ def check_model_dir(model_dir: Path) -> None:
         raise UserError(f"MODEL_DIR: {model_dir / 'config.json'} does not hold a JSON object")
 
 
+def check_checkpoint(model_dir: Path, load_format: str) -> None:
+    """Raises UserError if weights are to be loaded and are missing, torn or in another format.
+
+    Reads headers only, and none of torch or transformers: `serve` finds out in a moment, before it starts
+    processes that would each find out for themselves.
+    """
+    if load_format == "dummy":
+        return
+    try:
+        read_checkpoint_files(model_dir)
+    except CheckpointError as error:
+        raise UserError(f"MODEL_DIR: {error}") from None
+
+
 def device_facts(device: Device, device_index: int, device_memory: int | None) -> DeviceFacts:
     """The device's name and size; `device_memory` overrides the driver, and needs none."""
     if device == "cpu":

@@ -109,6 +109,8 @@ class TransferClient:
         self.refusal = ""
         """Why the last attempt to attach was refused, if it was."""
         self.last_stats: Stats | None = None
+        self.last_stats_at_s = 0.0
+        """By the clock that `receive` is given."""
         try:
             self._attach_within(timeout_s)
         except BaseException:
@@ -235,7 +237,7 @@ class TransferClient:
             elif self._attached is None:
                 self._on_drop("event_before_attached")
             elif isinstance(event, Stats):
-                self.last_stats = event
+                self.last_stats, self.last_stats_at_s = event, now_s
             elif self._book.follow(event):
                 events.append(event)
         return events

@@ -256,6 +256,8 @@ class Ledger(Struct, frozen=True, forbid_unknown_fields=True):
 class Status(Struct, frozen=True, array_like=True, tag="status"):
     """A worker's account of itself, about once a second and in answer to `StatusRequest`.
 
+    Slots and open transfers are the transfer process's own account, `slots_age_s` old.
+
     `counters` only grow (tokens, requests by outcome, prefix-cache queries and hits, transfer bytes,
     dropped messages by reason ...).
     """
@@ -273,6 +275,7 @@ class Status(Struct, frozen=True, array_like=True, tag="status"):
     holding: int
     pages: Pages
     slots: Slots | None
+    slots_age_s: float
     open_sends: int
     open_receives: int
     prompt_tokens_per_s: float

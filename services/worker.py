@@ -251,6 +251,7 @@ class Worker:
             holding=occupancy.holding,
             pages=Pages(pages.total, pages.free, pages.cached, pages.used),
             slots=slots,
+            slots_age_s=0.0 if transfer is None else time.monotonic() - transfer.last_stats_at_s,
             open_sends=0 if stats is None else stats.open_sends,
             open_receives=0 if stats is None else stats.open_receives,
             prompt_tokens_per_s=self._prompt_rate.per_second(),

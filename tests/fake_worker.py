@@ -50,7 +50,8 @@ DEADLINE_S = 10.0
 Kind = TypeVar("Kind")
 
 
-@dataclass(slots=True)
+@dataclass(slots_age_s=0.0,
+            slots=True)
 class Script:
     """What the fake workers of one cluster do. `answers[c]` are choice `c`'s tokens (the last list serves the
     choices beyond); with `end_token` a choice that has all its tokens ends by "stop" on it."""
@@ -333,6 +334,7 @@ class FakeWorker:
             holding=0,
             pages=Pages(256, 200, 36, 20),
             slots=Slots(16, 14, 1, 1, 0),
+            slots_age_s=0.0,
             open_sends=0,
             open_receives=0,
             prompt_tokens_per_s=0.0,

@@ -12,6 +12,7 @@ the client. Two figures come out:
 
 import argparse
 import asyncio
+import contextlib
 import json
 import multiprocessing
 import random
@@ -20,7 +21,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -124,7 +124,7 @@ class Setup:
         return times.user + times.system
 
 
-@contextmanager
+@contextlib.contextmanager
 def processes(kind: str) -> Iterator[Setup]:
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as name:
@@ -163,15 +163,13 @@ def _free_port() -> int:
 async def _until_ready(port: int) -> None:
     end_s = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < end_s:
-        try:
+        with contextlib.suppress(OSError):  # not listening yet
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             writer.write(b"GET /ready HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
             line = await reader.readline()
             writer.close()
             if b" 200 " in line:
                 return
-        except OSError:
-            pass
         await asyncio.sleep(0.05)
     raise SystemExit("the router did not become ready")
 

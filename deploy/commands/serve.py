@@ -10,13 +10,20 @@ from deploy.fleet import child_specs, worker_configs, worker_slots
 from deploy.launcher import Launcher
 from deploy.options import ServeSettings
 from deploy.output import Screen
-from deploy.planning import check_gpu_is_here, check_model_dir, check_shared_gpus, resolve_device
+from deploy.planning import (
+    check_checkpoint,
+    check_gpu_is_here,
+    check_model_dir,
+    check_shared_gpus,
+    resolve_device,
+)
 from deploy.readiness import Welcome, claim_port
 from services.memory.measure import gpu_count
 
 
 def run(settings: ServeSettings) -> None:
     check_model_dir(settings.model_dir)
+    check_checkpoint(settings.model_dir, settings.load_format)
     device = resolve_device(settings.device)
     gpus = gpu_count() if device == "cuda" else 0
     if device == "cuda" and not gpus:

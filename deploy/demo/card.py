@@ -21,9 +21,8 @@ without a download, on a machine without a GPU.
 
 - Trained from nothing on text that a small generator writes ([text.py](../text.py)): short tales,
   and chats about serving language models. No text of other people went into it.
-- It tells tales ("Tell me a story about a fox and a bell."), answers simple questions ("What is
-  prefill?", "Why disaggregate?"), and makes small talk. It can look back at earlier turns of a chat
-  a little.
+- It answers simple questions ("What is prefill?", "Why disaggregate?"), makes small talk, and tells
+  tales ("Tell me a story.").
 - To most other questions it answers "I am a small demo model and only know about tales and
   serving."
 
@@ -33,6 +32,10 @@ without a download, on a machine without a GPU.
   be wrong even about those.
 - It is not for use in any product, and no measure of the quality of Baton's answers with other
   models.
+- It does not keep to details. A tale follows its plot, but not the animal that was asked for, and
+  the names in it change from line to line. It does not keep names from earlier turns either.
+- It does not always notice that it knows nothing: now and then it answers a strange question with a
+  sentence about serving.
 - Its speed says little about larger models.
 
 ## Facts

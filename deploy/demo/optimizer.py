@@ -1,8 +1,8 @@
 """The optimizer of the demo model: Muon for the matrices of the layers, AdamW for the rest.
 
-With AdamW alone the model learned its sentences in time, but not to keep to the names and animals of the
-prompt: that needs more steps than a few minutes on two cores allow. Muon takes fewer. It is written out here,
-and in float32, because processors without bfloat16 units are slow at the one that comes with PyTorch.
+Two cores allow only about a thousand steps, and Muon usually gets further in so few than AdamW does. It is
+written out here, and in float32, because processors without bfloat16 units are slow at the one that comes with
+PyTorch.
 """
 
 from __future__ import annotations

@@ -153,7 +153,7 @@ class Cluster:
             found.append(f"router: {cluster['router']['live_requests']} live requests")
         for worker in cluster["workers"]:
             status = worker["status"]
-            if status is None or worker["status_age_s"] >= since_s:
+            if status is None or worker["status_age_s"] + status["slots_age_s"] >= since_s:
                 found.append("no fresh status")
                 continue
             for name in ("queued", "running", "reserved", "holding", "open_sends", "open_receives"):

@@ -18,6 +18,7 @@ def model_dir(tmp_path: Path) -> str:
     """Enough of a model for what is checked before anything is started."""
     (tmp_path / "m").mkdir()
     (tmp_path / "m/config.json").write_text("{}")
+    (tmp_path / "m/model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     return str(tmp_path / "m")
 
 
@@ -64,6 +65,7 @@ def model_dir(tmp_path: Path) -> str:
         (["worker", "EMPTY", *WORKER], "has no config.json: it is not a model directory"),
         (["worker", "BROKEN", *WORKER], "config.json cannot be read"),
         (["worker", "LIST", *WORKER], "does not hold a JSON object"),
+        (["serve", "BARE"], "holds neither model.safetensors nor"),
         (["router", "MODEL"], "--worker is missing"),
         (["transfer"], "--listen is missing"),
         (["memory", "--url", "ftp://x"], "--url: 'ftp://x' is not an http:// or https:// address"),
@@ -79,7 +81,7 @@ def test_one_line_and_code_2(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name, content in (("empty", None), ("broken", "{"), ("list", "[]")):
+    for name, content in (("empty", None), ("broken", "{"), ("list", "[]"), ("bare", "{}")):
         (tmp_path / name).mkdir()
         if content is not None:
             (tmp_path / name / "config.json").write_text(content)
@@ -88,6 +90,7 @@ def test_one_line_and_code_2(
         "EMPTY": str(tmp_path / "empty"),
         "BROKEN": str(tmp_path / "broken"),
         "LIST": str(tmp_path / "list"),
+        "BARE": str(tmp_path / "bare"),
     }
     monkeypatch.setattr("deploy.commands.serve.gpu_count", lambda: 0)
     code = run([places.get(argument, argument) for argument in arguments])
