@@ -50,8 +50,7 @@ DEADLINE_S = 10.0
 Kind = TypeVar("Kind")
 
 
-@dataclass(slots_age_s=0.0,
-            slots=True)
+@dataclass(slots=True)
 class Script:
     """What the fake workers of one cluster do. `answers[c]` are choice `c`'s tokens (the last list serves the
     choices beyond); with `end_token` a choice that has all its tokens ends by "stop" on it."""

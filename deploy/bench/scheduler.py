@@ -1,4 +1,4 @@
-"""Scheduler time for one decode step (plan and finish) at several batch sizes: `python -m deploy.bench.scheduler`.
+"""Scheduler time for one decode step (plan and finish): `python -m deploy.bench.scheduler`.
 
 No engine, no I/O: what is timed is exactly what a step pays between two engine calls. Sequences grow as
 they do in service, so page allocation and prefix publishing are in the figure.

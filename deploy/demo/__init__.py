@@ -1,1 +1,0 @@
-"""The bundled demo model: its text generator, its training script and the trained files."""

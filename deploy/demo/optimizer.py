@@ -1,8 +1,7 @@
 """The optimizer of the demo model: Muon for the matrices of the layers, AdamW for the rest.
 
 Two cores allow only about a thousand steps, and Muon usually gets further in so few than AdamW does. It is
-written out here, and in float32, because processors without bfloat16 units are slow at the one that comes with
-PyTorch.
+written out here, and in float32, because processors without bfloat16 units are slow at the one in PyTorch.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A tale is a list of slots and each slot offers a few wordings, so that a model of two million parameters can
 learn the whole space in minutes and still tell a tale that hangs together when it samples. The cast of a tale
-(hero, helper, thing) is drawn first, so that in the training text a chat gets the fox and the bell it asks for.
+(hero, helper, thing) is drawn first, so that in the training text a chat gets the fox and bell it asks for.
 """
 
 from __future__ import annotations

@@ -160,7 +160,7 @@ class Engine:
             torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total_bytes), self.device)
 
     def allocator_bytes(self) -> int:
-        """What the device's allocator holds for this process; 0 on a CPU, where the kernel keeps the books."""
+        """What the device's allocator holds for this process; 0 on a CPU: the kernel keeps the books."""
         return torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else 0
 
     # ------------------------------------------------------------ steps
