@@ -29,7 +29,7 @@ from deploy.fleet import ChildSpec
 from deploy.ledgers import LedgersUnavailable, fetch_ledgers
 from deploy.output import LineAssembler, Piece, ProgressThinner, Screen
 from deploy.readiness import Welcome, is_ready
-from deploy.supervision import GiveUp, RestartPolicy, shutdown_stages
+from deploy.supervision import CONFIGURATION_ERROR, GiveUp, RestartPolicy, shutdown_stages
 from services.memory.render import table
 
 _READ_BYTES = 64 * 1024
@@ -60,7 +60,8 @@ class Child:
 
 
 class Launcher:
-    """One run of `baton serve`. `run` returns the exit code: 0 after a signal, 1 after giving up."""
+    """One run of `baton serve`. `run` returns the exit code: 0 after a signal, 1 after giving up, 2 if a child
+    refused its configuration."""
 
     def __init__(
         self,
@@ -80,6 +81,7 @@ class Launcher:
         self._stopping = asyncio.Event()
         self._signals = 0
         self._failure: str | None = None
+        self._failure_code = 1
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
@@ -97,7 +99,7 @@ class Launcher:
             run_directory.remove(self._run_dir)
         if self._failure is not None:
             print(f"{_ERROR_MARK}{self._failure}", file=sys.stderr)
-            return 1
+            return self._failure_code
         self._screen.say("stopped")
         return 0
 
@@ -112,7 +114,8 @@ class Launcher:
                 lived_s = time.monotonic() - child.started_s
                 decision = child.policy.on_exit(code, lived_s, random.random())
                 if isinstance(decision, GiveUp):
-                    self._give_up(f"{child.spec.name} {decision.reason}: {child.message() or _ending(code)}")
+                    reason = f"{child.spec.name} {decision.reason}: {child.message() or _ending(code)}"
+                    self._give_up(reason, code if code == CONFIGURATION_ERROR else 1)
                     return
                 self._screen.say(
                     f"{child.spec.name} {_ending(code)}; starts again in {decision.delay_s:.1f} s"
@@ -196,9 +199,9 @@ class Launcher:
         else:
             self._kill_all()
 
-    def _give_up(self, reason: str) -> None:
+    def _give_up(self, reason: str, code: int = 1) -> None:
         if self._failure is None:
-            self._failure = reason
+            self._failure, self._failure_code = reason, code
         self._stopping.set()
 
     async def _stop_all(self) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-MARK = "BATON_TEST_SESSION"
+MARK = "PYTEST_SESSION_OF_BATON"  # no BATON_ variable: children are started without those
 LEFT_BEHIND_WAIT_S = 5.0
 
 

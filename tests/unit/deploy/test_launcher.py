@@ -135,7 +135,7 @@ def test_a_refused_configuration_ends_all_with_its_message(
     system.add_steady("transfer-0", Kind.TRANSFER)
     system.add("worker-0", Kind.WORKER, "refuse")
     before = descendants()
-    assert system.run() == 1
+    assert system.run() == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == "baton: error: worker-0 refused its configuration: --port: no such port"
     assert descendants() == before
