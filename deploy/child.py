@@ -53,7 +53,7 @@ def _follow(parent_pid: int, grace_s: float) -> None:
         raise SystemExit(0) from None
     if os.getppid() != parent_pid:  # it ended before prctl, so no signal will come
         raise SystemExit(0)
-    pass
+    threading.Thread(target=_end_with, args=(watched, grace_s), name="launcher-watch", daemon=True).start()
 
 
 def log_to_stderr() -> None:

@@ -60,8 +60,8 @@ class Child:
 
 
 class Launcher:
-    """One run of `baton serve`. `run` returns the exit code: 0 after a signal, 1 after giving up, 2 if a child
-    refused its configuration."""
+    """One run of `baton serve`. `run` returns the exit code: 0 after a signal, 1 after giving up, 2 if a
+    child refused its configuration."""
 
     def __init__(
         self,

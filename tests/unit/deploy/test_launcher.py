@@ -16,6 +16,7 @@ from deploy.launcher import Launcher
 from deploy.output import Screen
 from deploy.readiness import Welcome
 from deploy.supervision import Kind
+from tests.conftest import MARK
 from tests.unit.deploy import fake_child
 
 PROGRAM = (sys.executable, fake_child.__file__)
@@ -168,7 +169,7 @@ def test_what_a_child_leaves_behind_is_killed_with_it(tmp_path: Path) -> None:
 
 def _command(process: psutil.Process) -> str:
     try:
-        mark = process.environ().get("BATON_TEST_SESSION")
+        mark = process.environ().get(MARK)
         return " ".join(process.cmdline()) if mark == str(os.getpid()) else ""
     except psutil.Error:
         return ""

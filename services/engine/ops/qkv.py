@@ -1,0 +1,172 @@
+"""What lies between the fused query/key/value product and the attention, in one launch: the norm of query
+and key heads, the rotary embedding, and the write of keys and values into the paged pool.
+
+CUDA tensors go to the kernel, others to the reference, which is made of the separate operations.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from services.engine.ops.kv_write import write_kv
+from services.engine.ops.rms_norm import head_rms_norm
+from services.engine.ops.rotary import rotate
+
+
+def qkv_to_pool(
+    qkv: Tensor,
+    head_norm: Tensor | None,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    layer_rows: Tensor,
+    write_index: Tensor,
+) -> Tensor:
+    """Returns the rotated queries `[tokens, heads, head_dim]` and writes keys and values into the pool.
+
+    `qkv` is `[tokens, heads + 2 * kv_heads, head_dim]`; `head_norm` `[heads + kv_heads, head_dim]` the norm
+    weights or None; `cos` and `sin` float32 `[tokens, 1, head_dim]` with the first half of `sin` negated
+    (rope.py). `layer_rows` is `KvPool.layer_rows[layer]`, `write_index` int64 `[tokens * 2 * kv_heads]` the
+    row of each head, keys first; a negative row is not written, which is how a CUDA graph's unused
+    places leave the pool alone. Numbers that overflowed are stored as finite ones (see kv_write).
+    """
+    if qkv.is_cuda:
+        return qkv_to_pool_kernel(qkv, head_norm, eps, cos, sin, layer_rows, write_index)
+    return qkv_to_pool_reference(qkv, head_norm, eps, cos, sin, layer_rows, write_index)
+
+
+def qkv_to_pool_reference(
+    qkv: Tensor,
+    head_norm: Tensor | None,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    layer_rows: Tensor,
+    write_index: Tensor,
+) -> Tensor:
+    """`qkv_to_pool` by torch operations."""
+    kv_heads = write_index.numel() // (2 * qkv.shape[0])
+    heads = qkv.shape[1] - 2 * kv_heads
+    rotated = qkv[:, : heads + kv_heads]
+    if head_norm is not None:
+        rotated = head_rms_norm(rotated, head_norm, eps)
+    rotated = rotate(rotated, cos, sin)
+    kv = torch.cat((rotated[:, heads:], qkv[:, heads + kv_heads :]), dim=1).flatten(0, 1)
+    written = write_index >= 0
+    write_kv(layer_rows, write_index[written], kv[written])
+    return rotated[:, :heads]
+
+
+def qkv_to_pool_kernel(
+    qkv: Tensor,
+    head_norm: Tensor | None,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    layer_rows: Tensor,
+    write_index: Tensor,
+    *,
+    block_heads: int = 16,
+    num_warps: int = 4,
+) -> Tensor:
+    """`qkv_to_pool` in one launch. Raises ValueError on a shape or layout it cannot take."""
+    tokens, all_heads, head_dim = qkv.shape
+    kv_heads = write_index.numel() // (2 * tokens) if tokens else 0
+    heads = all_heads - 2 * kv_heads
+    if qkv.stride(2) != 1 or qkv.stride(1) != head_dim:
+        raise ValueError("qkv must have each token's heads dense")
+    if head_dim % 2 or layer_rows.stride() != (head_dim, 1):
+        raise ValueError(f"head_dim {head_dim} must be even, and layer_rows dense rows of it")
+    if not (cos.is_contiguous() and sin.is_contiguous() and cos.numel() == sin.numel() == tokens * head_dim):
+        raise ValueError(f"cos and sin must be dense [tokens, 1, head_dim], are {tuple(cos.shape)}")
+    queries = torch.empty((tokens, heads, head_dim), dtype=qkv.dtype, device=qkv.device)
+    if tokens == 0:
+        return queries
+    _qkv_to_pool[(tokens, triton.cdiv(all_heads, block_heads))](
+        qkv,
+        qkv if head_norm is None else head_norm,
+        cos,
+        sin,
+        layer_rows,
+        write_index,
+        queries,
+        qkv.stride(0),
+        eps,
+        HEADS=heads,
+        KV_HEADS=kv_heads,
+        HALF=head_dim // 2,
+        BLOCK_HALF=triton.next_power_of_2(head_dim // 2),
+        BLOCK_HEADS=block_heads,
+        NORM=head_norm is not None,
+        FINITE_MAX=torch.finfo(layer_rows.dtype).max,
+        num_warps=num_warps,
+    )
+    return queries
+
+
+@triton.jit
+def _qkv_to_pool(
+    qkv_ptr: tl.tensor,
+    norm_ptr: tl.tensor,
+    cos_ptr: tl.tensor,
+    sin_ptr: tl.tensor,
+    rows_ptr: tl.tensor,
+    index_ptr: tl.tensor,
+    queries_ptr: tl.tensor,
+    token_stride: tl.tensor,
+    eps: tl.tensor,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    NORM: tl.constexpr,
+    FINITE_MAX: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+    column = tl.arange(0, BLOCK_HALF)
+    in_half = column < HALF
+    mask = (head[:, None] < HEADS + 2 * KV_HEADS) & in_half[None, :]
+    is_value = (head >= HEADS + KV_HEADS)[:, None]
+
+    place = head[:, None] * (2 * HALF) + column[None, :]
+    source = qkv_ptr + token * token_stride + place
+    first_in = tl.load(source, mask=mask, other=0.0)
+    second_in = tl.load(source + HALF, mask=mask, other=0.0)
+    first, second = first_in.to(tl.float32), second_in.to(tl.float32)
+
+    if NORM:
+        square = tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)
+        scale = tl.rsqrt(square / (2 * HALF) + eps)[:, None]
+        normed = mask & (is_value == 0)
+        first_weight = tl.load(norm_ptr + place, mask=normed, other=1.0).to(tl.float32)
+        second_weight = tl.load(norm_ptr + place + HALF, mask=normed, other=1.0).to(tl.float32)
+        first = tl.where(is_value, first, first * scale * first_weight)
+        second = tl.where(is_value, second, second * scale * second_weight)
+
+    angle = token * (2 * HALF) + column
+    first_cos = tl.load(cos_ptr + angle, mask=in_half, other=1.0)[None, :]
+    second_cos = tl.load(cos_ptr + angle + HALF, mask=in_half, other=1.0)[None, :]
+    first_sin = tl.load(sin_ptr + angle, mask=in_half, other=0.0)[None, :]
+    second_sin = tl.load(sin_ptr + angle + HALF, mask=in_half, other=0.0)[None, :]
+    first_out = tl.where(is_value, first, first * first_cos + second * first_sin)
+    second_out = tl.where(is_value, second, second * second_cos + first * second_sin)
+
+    is_query = mask & (head[:, None] < HEADS)
+    query = queries_ptr + token * (HEADS * 2 * HALF) + place
+    tl.store(query, first_out.to(first_in.dtype), mask=is_query)
+    tl.store(query + HALF, second_out.to(first_in.dtype), mask=is_query)
+
+    kv_head = head - HEADS
+    is_kv = (kv_head >= 0) & (kv_head < 2 * KV_HEADS)
+    row = tl.load(index_ptr + token * (2 * KV_HEADS) + kv_head, mask=is_kv, other=-1).to(tl.int64)
+    written = (row >= 0)[:, None] & in_half[None, :]
+    target = rows_ptr + row[:, None] * (2 * HALF) + column[None, :]
+    first_kv = tl.where(first_out == first_out, first_out, 0.0)
+    second_kv = tl.where(second_out == second_out, second_out, 0.0)
+    first_kv = tl.minimum(tl.maximum(first_kv, -FINITE_MAX), FINITE_MAX)
+    second_kv = tl.minimum(tl.maximum(second_kv, -FINITE_MAX), FINITE_MAX)
+    tl.store(target, first_kv.to(rows_ptr.dtype.element_ty), mask=written)
+    tl.store(target + HALF, second_kv.to(rows_ptr.dtype.element_ty), mask=written)
