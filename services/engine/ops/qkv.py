@@ -105,7 +105,7 @@ def qkv_to_pool_kernel(
     return queries
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _qkv_to_pool(
     qkv_ptr: tl.tensor,
     norm_ptr: tl.tensor,
@@ -123,7 +123,7 @@ def _qkv_to_pool(
     BLOCK_HEADS: tl.constexpr,
     NORM: tl.constexpr,
     FINITE_MAX: tl.constexpr,
-):
+) -> None:
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     column = tl.arange(0, BLOCK_HALF)

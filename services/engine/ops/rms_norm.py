@@ -102,7 +102,7 @@ def _launch(
     )
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _rms_norm(
     x_ptr: tl.tensor,
     residual_ptr: tl.tensor,
@@ -119,7 +119,7 @@ def _rms_norm(
     BLOCK: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     ADD: tl.constexpr,
-):
+) -> None:
     token = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.arange(0, BLOCK)

@@ -29,14 +29,14 @@ def silu_mul_kernel(gate_up: Tensor, block: int = 1024, num_warps: int = 4) -> T
     return out
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _silu_mul(
     gate_up_ptr: tl.tensor,
     out_ptr: tl.tensor,
     row_stride: tl.tensor,
     size: tl.tensor,
     BLOCK: tl.constexpr,
-):
+) -> None:
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < size
