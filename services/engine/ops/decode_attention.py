@@ -84,7 +84,7 @@ def decode_attention_kernel(
     window: int | None = None,
     *,
     splits: int = 1,
-    block_keys: int = 64,
+    block_keys: int | None = None,
     num_warps: int = 4,
     num_stages: int = 3,
 ) -> Tensor:
@@ -109,6 +109,8 @@ def decode_attention_kernel(
         partial = torch.empty((batch, heads, splits, head_dim), dtype=torch.float32, device=queries.device)
         weight = torch.empty((batch, heads, splits), dtype=torch.float32, device=queries.device)
     block_dim = triton.next_power_of_2(head_dim)
+    if block_keys is None:  # float32 products run without tensor cores, and larger tiles would spill
+        block_keys = 16 if queries.element_size() == 4 else 64
     _decode[(batch, kv_heads, splits)](
         queries,
         kv,
@@ -151,7 +153,7 @@ def decode_attention_kernel(
     return out
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _decode(
     queries_ptr: tl.tensor,
     kv_ptr: tl.tensor,
@@ -232,7 +234,7 @@ def _decode(
         tl.store(weight_ptr + row * SPLITS + split, log_weight, mask=member < GROUP)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _combine(
     partial_ptr: tl.tensor,
     weight_ptr: tl.tensor,

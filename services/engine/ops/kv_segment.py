@@ -2,11 +2,16 @@
 `[kv_head][layer][k|v][token][head_dim]`, dense over a run of tokens.
 
 Heads come first so that a tensor-parallel rank's share is one contiguous range whatever the two sides'
-page sizes are.
+page sizes are. Pools in CUDA memory go to the kernels, one launch each way; others to the references.
 """
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+
+TILE_BYTES = 16 << 10
+"""What one program copies: whole rows of head_dim of one head, layer and kind."""
 
 
 def pack_segment(pool: Tensor, pages: Tensor, first_offset: int, segment: Tensor) -> None:
@@ -16,6 +21,23 @@ def pack_segment(pool: Tensor, pages: Tensor, first_offset: int, segment: Tensor
     `[kv_heads, layers, 2, tokens, head_dim]` of the same dtype; its first token is number `first_offset` of
     `pages[0]`. `pages` is int64 and covers the tokens exactly.
     """
+    if pool.is_cuda:
+        pack_segment_kernel(pool, pages, first_offset, segment)
+    else:
+        pack_segment_reference(pool, pages, first_offset, segment)
+
+
+def unpack_segment(pool: Tensor, pages: Tensor, first_offset: int, segment: Tensor) -> None:
+    """Scatter `segment` into `pages`: the inverse of `pack_segment`. Tokens of the first and last page that
+    lie outside the segment keep their values. Non-finite numbers are stored as finite ones (see kv_write)."""
+    if pool.is_cuda:
+        unpack_segment_kernel(pool, pages, first_offset, segment)
+    else:
+        unpack_segment_reference(pool, pages, first_offset, segment)
+
+
+def pack_segment_reference(pool: Tensor, pages: Tensor, first_offset: int, segment: Tensor) -> None:
+    """`pack_segment` by torch operations."""
     tokens = segment.shape[3]
     kv_heads, layers, _, _, head_dim = segment.shape
     gathered = pool.index_select(0, pages).permute(3, 1, 2, 0, 4, 5)
@@ -26,9 +48,8 @@ def pack_segment(pool: Tensor, pages: Tensor, first_offset: int, segment: Tensor
         segment.copy_(dense[:, :, :, first_offset : first_offset + tokens])
 
 
-def unpack_segment(pool: Tensor, pages: Tensor, first_offset: int, segment: Tensor) -> None:
-    """Scatter `segment` into `pages`: the inverse of `pack_segment`. Tokens of the first and last page that
-    lie outside the segment keep their values. Non-finite numbers are stored as finite ones (see kv_write)."""
+def unpack_segment_reference(pool: Tensor, pages: Tensor, first_offset: int, segment: Tensor) -> None:
+    """`unpack_segment` by torch operations."""
     tokens = segment.shape[3]
     kv_heads, layers, _, _, head_dim = segment.shape
     page_size = pool.shape[4]
@@ -46,3 +67,83 @@ def unpack_segment(pool: Tensor, pages: Tensor, first_offset: int, segment: Tens
 
 def index_of(pages: list[int], device: torch.device) -> Tensor:
     return torch.tensor(pages, dtype=torch.int64, device=device)
+
+
+def pack_segment_kernel(pool: Tensor, pages: Tensor, first_offset: int, segment: Tensor) -> None:
+    """`pack_segment` in one launch."""
+    _launch(pool, pages, first_offset, segment, False)
+
+
+def unpack_segment_kernel(pool: Tensor, pages: Tensor, first_offset: int, segment: Tensor) -> None:
+    """`unpack_segment` in one launch; a page's other tokens are not touched, not even read."""
+    _launch(pool, pages, first_offset, segment, True)
+
+
+def _launch(pool: Tensor, pages: Tensor, first_offset: int, segment: Tensor, unpack: bool) -> None:
+    """Raises ValueError on a layout the kernel cannot take."""
+    _, layers, _, kv_heads, page_size, head_dim = pool.shape
+    tokens = segment.shape[3]
+    if segment.shape != (kv_heads, layers, 2, tokens, head_dim) or segment.dtype != pool.dtype:
+        raise ValueError(f"segment {tuple(segment.shape)} does not go with a pool {tuple(pool.shape)}")
+    if not (pool.is_contiguous() and segment.is_contiguous() and pages.is_contiguous()):
+        raise ValueError("pool, pages and segment must be contiguous")
+    if not 0 <= pages.numel() * page_size - first_offset - tokens < page_size or first_offset >= page_size:
+        raise ValueError(f"{pages.numel()} pages do not exactly cover {tokens} tokens from {first_offset}")
+    block_dim = triton.next_power_of_2(head_dim)
+    block_tokens = max(1, TILE_BYTES // (block_dim * pool.element_size()))
+    block_tokens = min(block_tokens, triton.next_power_of_2(tokens))
+    _move[(kv_heads * layers * 2, triton.cdiv(tokens, block_tokens))](
+        pool,
+        pages,
+        segment,
+        first_offset,
+        tokens,
+        KV_HEADS=kv_heads,
+        LAYERS=layers,
+        PAGE_SIZE=page_size,
+        HEAD_DIM=head_dim,
+        BLOCK_DIM=block_dim,
+        BLOCK_TOKENS=block_tokens,
+        UNPACK=unpack,
+        FINITE_MAX=torch.finfo(pool.dtype).max,
+        num_warps=4,
+    )
+
+
+@triton.jit(do_not_specialize=["first_offset", "tokens"])
+def _move(
+    pool_ptr: tl.tensor,
+    pages_ptr: tl.tensor,
+    segment_ptr: tl.tensor,
+    first_offset: tl.tensor,
+    tokens: tl.tensor,
+    KV_HEADS: tl.constexpr,
+    LAYERS: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    UNPACK: tl.constexpr,
+    FINITE_MAX: tl.constexpr,
+) -> None:
+    plane = tl.program_id(0).to(tl.int64)  # (kv_head * LAYERS + layer) * 2 + kind, as in the segment
+    kv_head = plane // (2 * LAYERS)
+    layer_and_kind = plane % (2 * LAYERS)
+    token = tl.program_id(1) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    column = tl.arange(0, BLOCK_DIM)
+    is_token = token < tokens
+    mask = is_token[:, None] & (column < HEAD_DIM)[None, :]
+
+    place = first_offset + token
+    page = tl.load(pages_ptr + place // PAGE_SIZE, mask=is_token, other=0).to(tl.int64)
+    block = (page * (2 * LAYERS) + layer_and_kind) * KV_HEADS + kv_head
+    in_pool = pool_ptr + ((block * PAGE_SIZE + place % PAGE_SIZE) * HEAD_DIM)[:, None] + column[None, :]
+    in_segment = segment_ptr + ((plane * tokens + token) * HEAD_DIM)[:, None] + column[None, :]
+    if UNPACK:
+        incoming = tl.load(in_segment, mask=mask, other=0.0)
+        value = incoming.to(tl.float32)
+        value = tl.where(value == value, value, 0.0)
+        value = tl.minimum(tl.maximum(value, -FINITE_MAX), FINITE_MAX)
+        tl.store(in_pool, value.to(incoming.dtype), mask=mask)
+    else:
+        tl.store(in_segment, tl.load(in_pool, mask=mask, other=0.0), mask=mask)

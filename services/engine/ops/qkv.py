@@ -105,7 +105,7 @@ def qkv_to_pool_kernel(
     return queries
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _qkv_to_pool(
     qkv_ptr: tl.tensor,
     norm_ptr: tl.tensor,

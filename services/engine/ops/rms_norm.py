@@ -102,7 +102,7 @@ def _launch(
     )
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _rms_norm(
     x_ptr: tl.tensor,
     residual_ptr: tl.tensor,

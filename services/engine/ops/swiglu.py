@@ -29,7 +29,7 @@ def silu_mul_kernel(gate_up: Tensor, block: int = 1024, num_warps: int = 4) -> T
     return out
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _silu_mul(
     gate_up_ptr: tl.tensor,
     out_ptr: tl.tensor,

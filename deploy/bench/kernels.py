@@ -1,0 +1,311 @@
+"""How fast the kernels are at the shape of Qwen3-8B in bfloat16: `python -m deploy.bench.kernels --out FILE`.
+
+Each measurement replays a CUDA graph in which the kernel runs once for every layer, on that layer's part
+of the pool, so that no launch finds its keys and values in the cache. The norm, SwiGLU and qkv kernels work
+on one set of activations, as they do in a model: at small batches these come from the second-level cache,
+and their rates may pass the memory's.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from services.engine.ops.decode_attention import decode_attention_kernel, decode_splits
+from services.engine.ops.kv_segment import pack_segment_kernel, unpack_segment_kernel
+from services.engine.ops.prefill_attention import prefill_attention_kernel
+from services.engine.ops.qkv import qkv_to_pool_kernel
+from services.engine.ops.rms_norm import add_rms_norm_kernel
+from services.engine.ops.swiglu import silu_mul_kernel
+
+HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE = 4096, 36, 32, 8, 128, 12288
+PEAK_BYTES_PER_S = 4.49e12
+PEAK_FLOPS_PER_S = 781e12
+TOKEN_LAYER_BYTES = 2 * KV_HEADS * HEAD_DIM * 2
+DTYPE = torch.bfloat16
+CUDA = torch.device("cuda")
+EPS = 1e-6
+Call = Callable[[], object]
+REPLAYS = 7
+DECODE_SHAPES = ((1, 1024), (64, 1024), (256, 1024), (1, 16384))
+PAGE_SIZES = (16, 32, 64)
+SPLITS = (1, 2, 4, 8, 16, 32)
+DECODE_TUNINGS = (  # block_keys, num_warps, num_stages; the first is the default
+    (64, 4, 3), (64, 4, 2), (64, 4, 4), (64, 2, 3), (64, 8, 3),
+    (32, 4, 3), (32, 2, 4), (128, 4, 2), (128, 8, 3)
+)  # fmt: skip
+PREFILL_TUNINGS = (  # block_rows, block_keys, num_warps, num_stages; the first is the default
+    (128, 64, 8, 3), (128, 64, 8, 2), (128, 128, 8, 2), (128, 64, 4, 2), (64, 64, 4, 3), (128, 32, 4, 3)
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """`amount` bytes or floating-point operations were moved or done in one call of `time_s`."""
+
+    kernel: str
+    shape: str
+    settings: str
+    time_s: float
+    amount: float
+    unit: str
+    share: float
+
+
+class Bench:
+    """Collects results, and starts no measurement after `budget_s`."""
+
+    def __init__(self, budget_s: float) -> None:
+        self.results: list[Result] = []
+        self.skipped: list[str] = []
+        self.deadline_s = time.monotonic() + budget_s
+
+    def bytes(self, kernel: str, shape: str, settings: str, calls: list[Call], n: float) -> None:
+        self._measure(kernel, shape, settings, calls, n, "B", PEAK_BYTES_PER_S)
+
+    def flops(self, kernel: str, shape: str, settings: str, calls: list[Call], n: float) -> None:
+        self._measure(kernel, shape, settings, calls, n, "FLOP", PEAK_FLOPS_PER_S)
+
+    def _measure(
+        self,
+        kernel: str,
+        shape: str,
+        settings: str,
+        calls: list[Call],
+        amount: float,
+        unit: str,
+        peak: float,
+    ) -> None:
+        name = f"{kernel} | {shape} | {settings}"
+        if time.monotonic() > self.deadline_s:
+            self.skipped.append(f"{name}: no time left")
+            return
+        try:
+            time_s = graph_time_s(calls)
+        except Exception as error:  # a setting this GPU cannot take is a finding, and the others still count
+            self.skipped.append(f"{name}: {type(error).__name__}: {str(error).splitlines()[0][:120]}")
+            return
+        rate = amount / time_s
+        self.results.append(Result(kernel, shape, settings, time_s, amount, unit, rate / peak))
+        text = f"{rate / 1e12:7.1f} TFLOP/s" if unit == "FLOP" else f"{rate / 1e9:7.0f} GB/s"
+        print(f"{name:<86} {time_s * 1e6:9.1f} us {text} {100 * rate / peak:5.1f} %", flush=True)
+
+
+def graph_time_s(calls: list[Call]) -> float:
+    """Median seconds of one call, from replays of a graph of all of them."""
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(side):
+        calls[0]()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    times_ms: list[float] = []
+    for _ in range(REPLAYS):
+        started = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        ended = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        started.record()
+        graph.replay()
+        ended.record()
+        ended.synchronize()
+        times_ms.append(started.elapsed_time(ended))
+    return statistics.median(times_ms) / 1000 / len(calls)
+
+
+def rows(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=DTYPE, device=CUDA)
+
+
+def integers(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=CUDA)
+
+
+def pool_of(memory: Tensor, page_size: int) -> Tensor:
+    """The whole memory as a pool with pages of that size."""
+    page_elements = LAYERS * 2 * KV_HEADS * page_size * HEAD_DIM
+    pages = memory.numel() // page_elements
+    return memory[: pages * page_elements].view(pages, LAYERS, 2, KV_HEADS, page_size, HEAD_DIM)
+
+
+def tables_of(pool: Tensor, sequences: int, tokens: int) -> Tensor:
+    """Scattered pages, as after a while of serving."""
+    pages = -(-tokens // pool.shape[4])
+    order = torch.randperm(pool.shape[0], device=CUDA)[: sequences * pages]
+    return order.to(torch.int32).view(sequences, pages)
+
+
+def bench_small(bench: Bench, memory: Tensor) -> None:
+    """Norm, SwiGLU, qkv: bound by memory or, at small batches, by the cache and the launch."""
+    weight, head_norm = rows(HIDDEN), rows(HEADS + KV_HEADS, HEAD_DIM)
+    pool = pool_of(memory, 16)
+    pool_rows = pool.view(-1, HEAD_DIM)
+    layer_rows = [pool_rows[layer * 2 * KV_HEADS * 16 :] for layer in range(LAYERS)]
+    all_heads = HEADS + 2 * KV_HEADS
+    for tokens in (1, 64, 256, 8192):
+        shape, column_bytes = f"tokens {tokens}", 2 * tokens
+        x, residual = rows(tokens, HIDDEN), torch.zeros((tokens, HIDDEN), dtype=DTYPE, device=CUDA)
+        for warps in (4, 8, 16):
+            norm = partial(add_rms_norm_kernel, x, residual, weight, EPS, warps)
+            bench.bytes("add_rms_norm", shape, f"warps {warps}", [norm] * LAYERS, 4 * HIDDEN * column_bytes)
+
+        gate_up = rows(tokens, 2 * INTERMEDIATE)
+        for block, warps in ((1024, 4), (2048, 4), (512, 4)):
+            mul = partial(silu_mul_kernel, gate_up, block, warps)
+            moved = 3 * INTERMEDIATE * column_bytes
+            bench.bytes("silu_mul", shape, f"block {block} warps {warps}", [mul] * LAYERS, moved)
+
+        qkv = rows(tokens, all_heads, HEAD_DIM)
+        cos, sin = (torch.ones((tokens, 1, HEAD_DIM), device=CUDA) for _ in range(2))
+        place = torch.arange(tokens, device=CUDA)
+        first = (place // 16) * (LAYERS * 2 * KV_HEADS * 16) + place % 16
+        index = (first[:, None] + torch.arange(2 * KV_HEADS, device=CUDA) * 16).reshape(-1)
+        moved = 2 * all_heads * HEAD_DIM * column_bytes + 2 * tokens * HEAD_DIM * 4
+        for heads, warps in ((16, 4), (8, 4), (16, 8), (64, 8)):
+            calls: list[Call] = [
+                partial(
+                    qkv_to_pool_kernel,
+                    *(qkv, head_norm, EPS, cos, sin, layer, index),
+                    block_heads=heads,
+                    num_warps=warps,
+                )
+                for layer in layer_rows
+            ]
+            bench.bytes("qkv_to_pool", shape, f"heads {heads} warps {warps}", calls, moved)
+
+
+def bench_decode(bench: Bench, memory: Tensor) -> None:
+    processors = torch.cuda.get_device_properties(CUDA).multi_processor_count
+    for batch, context in DECODE_SHAPES:
+        if batch * context * LAYERS * TOKEN_LAYER_BYTES > memory.numel() * memory.element_size():
+            bench.skipped.append(f"decode_attention batch {batch} context {context}: too little memory")
+            continue
+        chosen = decode_splits(batch, KV_HEADS, context, processors)
+        runs = [(size, splits, DECODE_TUNINGS[0]) for size in PAGE_SIZES for splits in SPLITS]
+        runs += [(16, chosen, tuning) for tuning in DECODE_TUNINGS[1:]]
+        lengths = integers(*[context] * batch)
+        queries = rows(batch, HEADS, HEAD_DIM)
+        for size, splits, (keys, warps, stages) in runs:
+            if splits > 4 * chosen:
+                continue
+            pool = pool_of(memory, size)
+            tables = tables_of(pool, batch, context)
+            calls: list[Call] = [
+                partial(
+                    decode_attention_kernel,
+                    *(queries, pool, layer, tables, lengths, HEAD_DIM**-0.5),
+                    splits=splits,
+                    block_keys=keys,
+                    num_warps=warps,
+                    num_stages=stages,
+                )
+                for layer in range(LAYERS)
+            ]
+            settings = f"page {size} splits {splits}{'*' if splits == chosen else ''} "
+            settings += f"keys {keys} warps {warps} stages {stages}"
+            moved = batch * context * TOKEN_LAYER_BYTES + 2 * queries.numel() * 2
+            bench.bytes("decode_attention", f"batch {batch} context {context}", settings, calls, moved)
+
+
+def bench_prefill(bench: Bench, memory: Tensor) -> None:
+    """One sequence from its first token, beside torch's attention on dense keys and values."""
+    for tokens in (1024, 8192):
+        shape = f"tokens {tokens}"
+        operations = 4 * HEADS * HEAD_DIM * tokens * (tokens + 1) / 2
+        queries = rows(tokens, HEADS, HEAD_DIM)
+        zero, count = integers(0), integers(tokens)
+        runs = [(16, tuning) for tuning in PREFILL_TUNINGS] + [
+            (size, PREFILL_TUNINGS[0]) for size in (32, 64)
+        ]
+        for size, (block_rows, keys, warps, stages) in runs:
+            pool = pool_of(memory, size)
+            tables = tables_of(pool, 1, tokens)
+            calls: list[Call] = [
+                partial(
+                    prefill_attention_kernel,
+                    *(queries, pool, layer, zero, count, zero, tables, tokens, HEAD_DIM**-0.5),
+                    block_rows=block_rows,
+                    block_keys=keys,
+                    num_warps=warps,
+                    num_stages=stages,
+                )
+                for layer in range(8)
+            ]
+            settings = f"page {size} rows {block_rows} keys {keys} warps {warps} stages {stages}"
+            bench.flops("prefill_attention", shape, settings, calls, operations)
+
+        heads = [rows(1, HEADS, tokens, HEAD_DIM) for _ in range(3)]
+        for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+            bench.flops("torch sdpa", shape, backend.name, [partial(attend, backend, *heads)] * 8, operations)
+
+
+def attend(backend: SDPBackend, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    with sdpa_kernel(backend):
+        return scaled_dot_product_attention(queries, keys, values, is_causal=True)
+
+
+def bench_segments(bench: Bench, memory: Tensor) -> None:
+    for tokens in (256, 1024, 4096):
+        segment = rows(KV_HEADS, LAYERS, 2, tokens, HEAD_DIM)
+        for size in PAGE_SIZES:
+            pool = pool_of(memory, size)
+            pages = tables_of(pool, 1, tokens)[0].long()
+            moved = 2 * segment.numel() * segment.element_size()
+            for name, kernel in (("pack", pack_segment_kernel), ("unpack", unpack_segment_kernel)):
+                calls: list[Call] = [partial(kernel, pool, pages, 0, segment)] * 4
+                bench.bytes(name, f"tokens {tokens}", f"page {size}", calls, moved)
+
+
+def run(out: Path | None, budget_s: float) -> int:
+    """1. Fill memory with numbers; 2. measure each kernel; 3. write the results."""
+    if not torch.cuda.is_available():
+        print("the kernels' benchmark needs an NVIDIA GPU", file=sys.stderr)
+        return 1
+    torch.manual_seed(0)
+    largest = max(batch * context for batch, context in DECODE_SHAPES)
+    free_bytes, _ = torch.cuda.mem_get_info()
+    byte_count = min(largest * LAYERS * TOKEN_LAYER_BYTES, int(free_bytes * 0.7))
+    memory = torch.empty(byte_count // 2, dtype=DTYPE, device=CUDA)
+    for first in range(0, memory.numel(), 1 << 28):
+        memory[first : first + (1 << 28)].normal_()
+
+    bench = Bench(budget_s)
+    with torch.inference_mode():
+        for measure in (bench_prefill, bench_decode, bench_segments, bench_small):
+            measure(bench, memory)
+    for line in bench.skipped:
+        print(f"skipped {line}")
+    if out is not None:
+        report = {
+            "device": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "results": [asdict(result) for result in bench.results],
+            "skipped": bench.skipped,
+        }
+        out.write_text(json.dumps(report, indent=1))
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m deploy.bench.kernels", description=__doc__)
+    parser.add_argument("--out", type=Path, help="file for all results as JSON")
+    parser.add_argument("--budget-s", type=float, default=200.0, help="start no measurement after this")
+    options = parser.parse_args()
+    return run(options.out, options.budget_s)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,298 @@
+"""The kernels against their references, on a CPU in Triton's interpreter.
+
+The interpreter must be chosen before Triton is imported, so this file runs itself once more in a process of
+its own; the checks also serve the tests on a GPU (tests/gpu/test_kernels.py), compiled and larger.
+The interpreter cannot multiply matrices of bfloat16, so attention is tried here in float32 and float16.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from services.engine.attention_plan import KvLayout
+from services.engine.kv_pool import KvPool
+from services.engine.ops import decode_attention as decode
+from services.engine.ops import kv_segment, qkv, rms_norm, swiglu
+from services.engine.ops import prefill_attention as prefill
+from services.engine.rope import rotation
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process of test_in_the_interpreter")
+TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+"""Absolute and relative: two roundings of the dtype. Attention gets a quarter of the absolute one, since
+its results are means, and small."""
+EPS = 1e-6
+CPU = torch.device("cpu")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="would start itself for ever")
+def test_in_the_interpreter() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        command, env=environment, cwd=root, capture_output=True, text=True, timeout=170, check=False
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+def random(
+    *shape: int, dtype: torch.dtype = torch.float32, device: torch.device = CPU, seed: int = 0
+) -> Tensor:
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+    return values.to(dtype).to(device)
+
+
+def same(found: Tensor, expected: Tensor, factor: float = 1.0) -> None:
+    """Equal up to `factor` times the absolute tolerance; NaN is never equal."""
+    assert found.dtype == expected.dtype
+    assert found.shape == expected.shape
+    tolerance = TOLERANCE[expected.dtype]
+    torch.testing.assert_close(found.float(), expected.float(), atol=tolerance * factor, rtol=tolerance)
+
+
+def check_norms(dtype: torch.dtype, device: torch.device, tokens: int, size: int) -> None:
+    x, residual = (random(tokens, size, dtype=dtype, device=device, seed=seed) for seed in (1, 2))
+    weight = random(size, dtype=dtype, device=device)
+    expected = torch.nn.functional.rms_norm(x.float(), (size,), weight.float(), EPS).to(dtype)
+    same(rms_norm.rms_norm_kernel(x, weight, EPS), expected)
+    same(rms_norm.rms_norm_kernel(x.view(1, tokens, size), weight, EPS), expected[None])
+
+    total = residual + x
+    normed, kept = rms_norm.add_rms_norm_kernel(x, residual, weight, EPS)
+    assert kept.data_ptr() == residual.data_ptr()
+    same(kept, total)
+    same(normed, torch.nn.functional.rms_norm(total.float(), (size,), weight.float(), EPS).to(dtype))
+
+
+def check_head_norm(dtype: torch.dtype, device: torch.device, tokens: int, heads: int, head_dim: int) -> None:
+    wide = random(tokens, heads + 3, head_dim, dtype=dtype, device=device)
+    weight = random(heads, head_dim, dtype=dtype, device=device)
+    expected = torch.nn.functional.rms_norm(wide[:, :heads].float(), (head_dim,), None, EPS) * weight.float()
+    same(rms_norm.head_rms_norm_kernel(wide[:, :heads], weight, EPS), expected.to(dtype))
+
+
+def check_swiglu(dtype: torch.dtype, device: torch.device, tokens: int, size: int) -> None:
+    gate_up = random(tokens, 2 * size, dtype=dtype, device=device) * 4
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    same(swiglu.silu_mul_kernel(gate_up), (torch.nn.functional.silu(gate) * up).to(dtype))
+
+
+def check_qkv(
+    dtype: torch.dtype, device: torch.device, tokens: int, heads: int, layout: KvLayout, norm: bool
+) -> None:
+    kv_heads, size, dim = layout.kv_heads, layout.page_size_tokens, layout.head_dim
+    pages, layer = -(-tokens // size) + 2, layout.layers - 1
+    product = random(tokens, heads + 2 * kv_heads, dim, dtype=dtype, device=device)
+    product[0, heads, 0], product[0, heads + kv_heads, :2] = (
+        float("inf"),
+        torch.tensor([torch.nan, -torch.inf]),
+    )
+    weights = random(heads + kv_heads, dim, dtype=dtype, device=device) if norm else None
+    frequencies = 100.0 ** -(torch.arange(0, dim, 2, device=device) / dim)
+    cos, sin = rotation(torch.arange(5, 5 + tokens, device=device), frequencies, 1.1)
+    place = torch.randperm(pages * size, generator=torch.Generator().manual_seed(3))[:tokens].to(device)
+    row = (place // size) * (layout.layers * 2 * kv_heads * size) + place % size
+    index = (row[:, None] + torch.arange(2 * kv_heads, device=device) * size).view(tokens, 2 * kv_heads)
+    index[-1] = -1  # a place of the launch that no token uses
+    wide, pool = (KvPool(layout, pages, kind, device) for kind in (torch.float32, dtype))
+    wide.data.fill_(7.0)
+    pool.data.fill_(7.0)
+    expected = qkv.qkv_to_pool_reference(
+        product.float(),
+        None if weights is None else weights.float(),
+        EPS,
+        cos,
+        sin,
+        wide.layer_rows[layer],
+        index.view(-1),
+    )
+    found = qkv.qkv_to_pool_kernel(
+        product, weights, EPS, cos, sin, pool.layer_rows[layer], index.view(-1), block_heads=4
+    )
+    same(found, expected.to(dtype))
+    finite_max = torch.finfo(dtype).max
+    assert pool.data.isfinite().all()
+    assert pool.data.min() == -finite_max
+    same(pool.data, wide.data.clamp(-finite_max, finite_max).to(dtype))
+
+
+def filled_pool(layout: KvLayout, pages: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    pool = KvPool(layout, pages, dtype, device).data
+    pool.copy_(random(*pool.shape))
+    return pool
+
+
+def page_tables(lengths: list[int], pages: int, size: int, device: torch.device) -> Tensor:
+    """Distinct random pages; what no token needs is far out of range, so that reading it shows."""
+    order = iter(torch.randperm(pages, generator=torch.Generator().manual_seed(4)).tolist())
+    tables = torch.full((len(lengths), max(-(-n // size) for n in lengths) + 1), 1 << 28, dtype=torch.int32)
+    for at, length in enumerate(lengths):
+        used = -(-length // size)
+        tables[at, :used] = torch.tensor([next(order) for _ in range(used)], dtype=torch.int32)
+    return tables.to(device)
+
+
+def safe(tables: Tensor, pages: int) -> Tensor:
+    """The same tables for a reference that gathers whole rows of them before it masks."""
+    return tables.masked_fill(tables >= pages, 0)
+
+
+def check_decode(
+    dtype: torch.dtype,
+    device: torch.device,
+    lengths: list[int],
+    heads: int,
+    layout: KvLayout,
+    window: int | None,
+    splits: int,
+    block_keys: int | None,
+) -> None:
+    size, dim, layer = layout.page_size_tokens, layout.head_dim, layout.layers - 1
+    pages = sum(-(-n // size) for n in lengths) + 1
+    pool = filled_pool(layout, pages, dtype, device)
+    tables = page_tables(lengths, pages, size, device)
+    queries = random(len(lengths), heads + 2, dim, dtype=dtype, device=device)[:, :heads] * 2
+    counts = torch.tensor(lengths, dtype=torch.int32, device=device)
+    expected = decode.decode_attention_reference(
+        queries, pool, layer, safe(tables, pages), counts, dim**-0.5, window
+    )
+    found = decode.decode_attention_kernel(
+        queries, pool, layer, tables, counts, dim**-0.5, window, splits=splits, block_keys=block_keys
+    )
+    same(found, expected, 0.25)
+
+
+def check_prefill(
+    dtype: torch.dtype,
+    device: torch.device,
+    chunks: list[tuple[int, int]],
+    heads: int,
+    layout: KvLayout,
+    window: int | None,
+    block_rows: int | None,
+    block_keys: int | None,
+) -> None:
+    """`chunks` are (tokens before, tokens asking) of each sequence; one token lies between two chunks."""
+    size, dim, layer = layout.page_size_tokens, layout.head_dim, layout.layers - 1
+    lengths = [before + count for before, count in chunks]
+    pages = sum(-(-n // size) for n in lengths) + 1
+    pool = filled_pool(layout, pages, dtype, device)
+    tables = page_tables(lengths, pages, size, device)
+    starts, tokens = [], 0
+    for _, count in chunks:
+        starts.append(tokens)
+        tokens += count + 1
+    queries = random(tokens, heads, dim, dtype=dtype, device=device) * 2
+    columns = (starts, [count for _, count in chunks], [before for before, _ in chunks])
+    first, counts, before = (torch.tensor(column, dtype=torch.int32, device=device) for column in columns)
+    expected = prefill.prefill_attention_reference(
+        queries, pool, layer, first, counts, before, safe(tables, pages), dim**-0.5, window
+    )
+    found = prefill.prefill_attention_kernel(
+        queries,
+        pool,
+        layer,
+        first,
+        counts,
+        before,
+        tables,
+        max(columns[1]) + 3,
+        dim**-0.5,
+        window,
+        block_rows=block_rows,
+        block_keys=block_keys,
+    )
+    for start, count in zip(*columns[:2], strict=True):
+        same(found[start : start + count], expected[start : start + count], 0.25)
+
+
+def check_segments(
+    dtype: torch.dtype, device: torch.device, layout: KvLayout, first_offset: int, tokens: int
+) -> None:
+    size, dim = layout.page_size_tokens, layout.head_dim
+    count = -(-(first_offset + tokens) // size)
+    pool = filled_pool(layout, count + 2, dtype, device)
+    pages = torch.randperm(count + 2, generator=torch.Generator().manual_seed(5))[:count].to(device)
+    shape = (layout.kv_heads, layout.layers, 2, tokens, dim)
+    expected, found = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+    kv_segment.pack_segment_reference(pool, pages, first_offset, expected)
+    kv_segment.pack_segment_kernel(pool, pages, first_offset, found)
+    assert torch.equal(found, expected)
+
+    incoming = random(*shape, dtype=dtype, device=device, seed=9)
+    incoming[-1, -1, -1, -1, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    other = pool.clone()
+    kv_segment.unpack_segment_reference(pool, pages, first_offset, incoming)
+    kv_segment.unpack_segment_kernel(other, pages, first_offset, incoming)
+    assert torch.equal(other, pool)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms(dtype: torch.dtype) -> None:
+    check_norms(dtype, CPU, tokens=5, size=48)
+    check_head_norm(dtype, CPU, tokens=3, heads=5, head_dim=24)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_swiglu(dtype: torch.dtype) -> None:
+    check_swiglu(dtype, CPU, tokens=3, size=1100)
+
+
+@interpreted
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_qkv(dtype: torch.dtype, norm: bool) -> None:
+    layout = KvLayout(layers=2, kv_heads=2, page_size_tokens=4, head_dim=24)
+    check_qkv(dtype, CPU, tokens=7, heads=6, layout=layout, norm=norm)
+
+
+@interpreted
+@pytest.mark.parametrize("splits", [1, 3, 4])
+@pytest.mark.parametrize("window", [None, 1, 21])
+def test_decode(window: int | None, splits: int) -> None:
+    layout = KvLayout(layers=2, kv_heads=2, page_size_tokens=4, head_dim=24)
+    check_decode(torch.float32, CPU, [37, 0, 1, 64, 17], 6, layout, window, splits, block_keys=16)
+
+
+@interpreted
+def test_decode_in_float16_with_pages_larger_than_a_block() -> None:
+    layout = KvLayout(layers=1, kv_heads=1, page_size_tokens=32, head_dim=32)
+    check_decode(torch.float16, CPU, [70, 33], 4, layout, None, splits=2, block_keys=16)
+
+
+@interpreted
+@pytest.mark.parametrize("window", [None, 1, 19])
+@pytest.mark.parametrize("heads", [4, 6])
+def test_prefill(heads: int, window: int | None) -> None:
+    layout = KvLayout(layers=2, kv_heads=2, page_size_tokens=4, head_dim=24)
+    check_prefill(torch.float32, CPU, [(0, 37), (50, 3), (13, 18), (7, 1)], heads, layout, window, 16, 16)
+
+
+@interpreted
+def test_prefill_in_float16_with_pages_larger_than_a_block() -> None:
+    layout = KvLayout(layers=1, kv_heads=1, page_size_tokens=32, head_dim=32)
+    check_prefill(torch.float16, CPU, [(0, 33), (40, 20)], 4, layout, None, 32, 16)
+
+
+@interpreted
+@pytest.mark.parametrize(("first_offset", "tokens"), [(0, 12), (3, 7), (1, 2), (0, 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_segments(dtype: torch.dtype, first_offset: int, tokens: int) -> None:
+    layout = KvLayout(layers=2, kv_heads=3, page_size_tokens=4, head_dim=24)
+    check_segments(dtype, CPU, layout, first_offset, tokens)
+
+
+@pytest.mark.parametrize(
+    ("batch", "context_tokens", "expected"), [(1, 16384, 32), (1, 256, 2), (64, 1024, 1), (8, 1024, 8)]
+)
+def test_splits_fill_the_processors(batch: int, context_tokens: int, expected: int) -> None:
+    assert decode.decode_splits(batch, 8, context_tokens, 132) == expected
