@@ -4,6 +4,7 @@ Heavy modules (torch, fastapi) are imported by the commands that run them, never
 and `version` answer at once.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -67,7 +68,13 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def main() -> None:
-    sys.exit(run(sys.argv[1:]))
+    try:
+        code = run(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read our output has seen enough (`| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)
 
 
 def _refuse(message: str) -> int:

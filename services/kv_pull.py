@@ -71,6 +71,7 @@ class KvPull:
                 )
                 incoming.missing_tokens -= segment.token_count
         finally:
+            self._engine.synchronize()  # a freed slot is written again at once
             self._client.freed([SlotUse(one.slot, one.generation) for one in event.segments])
         if incoming.missing_tokens > 0:
             return None

@@ -90,4 +90,6 @@ class KvPush:
                 Segment(use.slot, use.generation, outgoing.next_token, count, byte_count, checksum)
             )
             outgoing.next_token += count
+        if segments:
+            self._engine.synchronize()  # the transfer process reads the slots as soon as it hears of them
         return segments

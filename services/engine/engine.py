@@ -8,7 +8,8 @@ Life cycle, in this order, each step once:
 4. `allocate_pool(pages)`       the pool
 5. `execute`, `copy_pages`, `pack`, `unpack`   for as long as the worker lives
 
-Everything runs on the caller's thread and is complete when a method returns.
+Everything runs on the caller's thread. `execute` is complete when it returns; on a GPU `pack` and `unpack`
+are only queued: `synchronize` before a slot is handed over.
 """
 
 import os
@@ -254,6 +255,11 @@ class Engine:
     ) -> None:
         """Scatter a slot into a sequence's pages. Raises `SegmentError`, `ChecksumMismatch`."""
         unpack(self.pool, pages, start_token, token_count, slot, checksum)
+
+    def synchronize(self) -> None:
+        """Wait until the packs and unpacks so far are done. On a CPU they already are."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
 
     # ------------------------------------------------------------ state
 

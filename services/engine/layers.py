@@ -8,10 +8,8 @@ from torch import Tensor
 
 from services.engine.kv_pool import KvPool
 from services.engine.model_config import ModelConfig
-from services.engine.ops.attention import paged_attention
-from services.engine.ops.kv_write import write_kv
-from services.engine.ops.rms_norm import head_rms_norm, rms_norm
-from services.engine.ops.rotary import rotate
+from services.engine.ops.qkv import qkv_to_pool
+from services.engine.ops.rms_norm import rms_norm
 from services.engine.ops.swiglu import silu_mul
 from services.engine.parameters import Parameters
 from services.engine.rope import inverse_frequencies, rotation
@@ -60,15 +58,9 @@ class Attention:
     def forward(self, x: Tensor, step: StepInputs, cos: Tensor, sin: Tensor, pool: KvPool) -> Tensor:
         """`x` `[tokens, hidden]` to the same; writes the new tokens' keys and values before it attends."""
         qkv = F.linear(x, self.qkv_weight, self.qkv_bias).view(x.shape[0], -1, self.head_dim)
-        rotated = qkv[:, : self.heads + self.kv_heads]
-        if self.head_norm is not None:
-            rotated = head_rms_norm(rotated, self.head_norm, self.eps)
-        rotated = rotate(rotated, cos, sin)
-        kv = torch.cat((rotated[:, self.heads :], qkv[:, self.heads + self.kv_heads :]), dim=1)
-        write_kv(pool.layer_rows[self.layer], step.write_index, kv)
-        mixed = paged_attention(
-            rotated[:, : self.heads], pool.layer_blocks[self.layer], step.spans[self.window], self.scale
-        )
+        layer_rows = pool.layer_rows[self.layer]
+        queries = qkv_to_pool(qkv, self.head_norm, self.eps, cos, sin, layer_rows, step.write_index)
+        mixed = step.attention.attend(queries, pool, self.layer, self.scale, self.window)
         return F.linear(mixed.reshape(x.shape[0], -1), self.output_weight, self.output_bias)
 
 

@@ -6,21 +6,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from services.engine.attention_plan import IntArray, KvLayout, Sequence, Span, SpanLimits, plan_spans
+from services.engine.attention_plan import IntArray, KvLayout, Sequence, SpanLimits, plan_spans
 from services.engine.batch import Row
 from services.engine.errors import RowError
 from services.engine.model_config import ModelConfig
+from services.engine.step_attention import SpanAttention, StepAttention, kernel_attention
 
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
     """`tokens`, `positions`: int64 `[tokens]`. `write_index`: int64 `[tokens * 2 * kv_heads]`, rows of
-    `KvPool.layer_rows`. `spans[window]` is the attention plan of the layers with that sliding window."""
+    `KvPool.layer_rows`. `attention` knows which tokens attend to which pages."""
 
     tokens: Tensor
     positions: Tensor
     write_index: Tensor
-    spans: dict[int | None, list[Span]]
+    attention: StepAttention
 
 
 def order_rows(rows: list[Row]) -> list[int]:
@@ -57,15 +58,21 @@ def build_step(
     if tokens.min() < 0 or tokens.max() >= model.vocab_size:
         raise RowError(f"token out of range: the vocabulary has {model.vocab_size}")
     positions = np.concatenate([np.arange(s.start, s.start + s.count, dtype=np.int64) for s in sequences])
-    spans = {
-        window: plan_spans(sequences, layout, model.heads, window, limits, device)
-        for window in set(model.windows)
-    }
+    attention: StepAttention
+    if device.type == "cuda":
+        attention = kernel_attention(sequences, layout.kv_heads, device)
+    else:
+        attention = SpanAttention(
+            {
+                window: plan_spans(sequences, layout, model.heads, window, limits, device)
+                for window in set(model.windows)
+            }
+        )
     return StepInputs(
         tokens=torch.from_numpy(tokens).to(device),
         positions=torch.from_numpy(positions).to(device),
         write_index=torch.from_numpy(_write_index(sequences, positions, layout)).to(device),
-        spans=spans,
+        attention=attention,
     )
 
 

@@ -167,6 +167,20 @@ def check_decode(
         queries, pool, layer, tables, counts, dim**-0.5, window, splits=splits, block_keys=block_keys
     )
     same(found, expected, 0.25)
+    again = torch.full_like(found, 5.0)
+    decode.decode_attention_kernel(
+        queries,
+        pool,
+        layer,
+        tables,
+        counts,
+        dim**-0.5,
+        window,
+        out=again,
+        splits=splits,
+        block_keys=block_keys,
+    )
+    assert torch.equal(again, found)
 
 
 def check_prefill(
@@ -192,10 +206,11 @@ def check_prefill(
     queries = random(tokens, heads, dim, dtype=dtype, device=device) * 2
     columns = (starts, [count for _, count in chunks], [before for before, _ in chunks])
     first, counts, before = (torch.tensor(column, dtype=torch.int32, device=device) for column in columns)
-    expected = prefill.prefill_attention_reference(
-        queries, pool, layer, first, counts, before, safe(tables, pages), dim**-0.5, window
+    expected, found = (torch.full_like(queries, 5.0) for _ in range(2))  # of tokens between: kept
+    prefill.prefill_attention_reference(
+        queries, pool, layer, first, counts, before, safe(tables, pages), dim**-0.5, window, expected
     )
-    found = prefill.prefill_attention_kernel(
+    prefill.prefill_attention_kernel(
         queries,
         pool,
         layer,
@@ -206,11 +221,11 @@ def check_prefill(
         max(columns[1]) + 3,
         dim**-0.5,
         window,
+        out=found,
         block_rows=block_rows,
         block_keys=block_keys,
     )
-    for start, count in zip(*columns[:2], strict=True):
-        same(found[start : start + count], expected[start : start + count], 0.25)
+    same(found, expected, 0.25)
 
 
 def check_segments(

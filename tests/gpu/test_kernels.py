@@ -52,7 +52,7 @@ def test_decode_page_sizes(dtype: torch.dtype, splits: int, page_size: int, wind
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim"), [(14, 2, 64), (9, 3, 32), (4, 4, 96), (16, 2, 256)]
+    ("heads", "kv_heads", "head_dim"), [(14, 2, 64), (9, 3, 32), (4, 4, 96), (16, 2, 256), (4, 2, 8)]
 )
 def test_decode_shapes(dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> None:
     layout = KvLayout(layers=2, kv_heads=kv_heads, page_size_tokens=16, head_dim=head_dim)
@@ -70,7 +70,7 @@ def test_prefill_page_sizes(dtype: torch.dtype, page_size: int, window: int | No
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim"), [(14, 2, 64), (9, 3, 32), (4, 4, 96), (16, 2, 256)]
+    ("heads", "kv_heads", "head_dim"), [(14, 2, 64), (9, 3, 32), (4, 4, 96), (16, 2, 256), (4, 2, 8)]
 )
 def test_prefill_shapes(dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> None:
     layout = KvLayout(layers=2, kv_heads=kv_heads, page_size_tokens=16, head_dim=head_dim)

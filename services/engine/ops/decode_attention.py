@@ -25,18 +25,20 @@ def decode_attention(
     scale: float,
     window: int | None = None,
     splits: int = 1,
+    out: Tensor | None = None,
 ) -> Tensor:
     """`[batch, heads, head_dim]` to the same shape and dtype.
 
     `pool` is `[pages, layers, 2, kv_heads, page_size, head_dim]`, `page_tables` int32 `[batch, max_pages]`,
     `lengths` int32 `[batch]` the tokens each sequence has including the one that asks; a sequence of length
     0 gives zeros and reads no page. With a `window`, the query sees itself and the window - 1 tokens before.
+    `out`, if given, is where the result goes: dense, such as the first rows of a step's output.
     """
     if queries.is_cuda:
         return decode_attention_kernel(
-            queries, pool, layer, page_tables, lengths, scale, window, splits=splits
+            queries, pool, layer, page_tables, lengths, scale, window, splits=splits, out=out
         )
-    return decode_attention_reference(queries, pool, layer, page_tables, lengths, scale, window)
+    return decode_attention_reference(queries, pool, layer, page_tables, lengths, scale, window, out)
 
 
 def decode_splits(batch: int, kv_heads: int, context_tokens: int, processors: int) -> int:
@@ -58,10 +60,11 @@ def decode_attention_reference(
     lengths: Tensor,
     scale: float,
     window: int | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """`decode_attention` one sequence after the other, dense in float32."""
     kv_heads, head_dim = pool.shape[3], pool.shape[5]
-    out = torch.zeros_like(queries)
+    out = torch.zeros_like(queries) if out is None else out.zero_()
     for at, length in enumerate(lengths.tolist()):
         if length == 0:
             continue
@@ -83,6 +86,7 @@ def decode_attention_kernel(
     scale: float,
     window: int | None = None,
     *,
+    out: Tensor | None = None,
     splits: int = 1,
     block_keys: int | None = None,
     num_warps: int = 4,
@@ -100,7 +104,10 @@ def decode_attention_kernel(
     if queries.stride(2) != 1:
         queries = queries.contiguous()
     kv = pool[:, layer]
-    out = torch.empty((batch, heads, head_dim), dtype=queries.dtype, device=queries.device)
+    if out is None:
+        out = torch.empty((batch, heads, head_dim), dtype=queries.dtype, device=queries.device)
+    elif out.shape != queries.shape or out.dtype != queries.dtype or not out.is_contiguous():
+        raise ValueError(f"out {tuple(out.shape)} {out.dtype} must be dense and like the queries")
     if batch == 0:
         return out
     group = heads // kv_heads
@@ -108,7 +115,7 @@ def decode_attention_kernel(
     if splits > 1:
         partial = torch.empty((batch, heads, splits, head_dim), dtype=torch.float32, device=queries.device)
         weight = torch.empty((batch, heads, splits), dtype=torch.float32, device=queries.device)
-    block_dim = triton.next_power_of_2(head_dim)
+    block_dim = max(16, triton.next_power_of_2(head_dim))  # the least that tl.dot takes
     if block_keys is None:  # float32 products run without tensor cores, and larger tiles would spill
         block_keys = 16 if queries.element_size() == 4 else 64
     _decode[(batch, kv_heads, splits)](

@@ -2,7 +2,8 @@
 `[kv_head][layer][k|v][token][head_dim]`, dense over a run of tokens.
 
 Heads come first so that a tensor-parallel rank's share is one contiguous range whatever the two sides'
-page sizes are. Pools in CUDA memory go to the kernels, one launch each way; others to the references.
+page sizes are. CUDA tensors go to the kernels, one launch each way; others to the references,
+also when only the slot is in host memory.
 """
 
 import torch
@@ -21,7 +22,7 @@ def pack_segment(pool: Tensor, pages: Tensor, first_offset: int, segment: Tensor
     `[kv_heads, layers, 2, tokens, head_dim]` of the same dtype; its first token is number `first_offset` of
     `pages[0]`. `pages` is int64 and covers the tokens exactly.
     """
-    if pool.is_cuda:
+    if pool.is_cuda and segment.is_cuda:
         pack_segment_kernel(pool, pages, first_offset, segment)
     else:
         pack_segment_reference(pool, pages, first_offset, segment)
@@ -30,7 +31,7 @@ def pack_segment(pool: Tensor, pages: Tensor, first_offset: int, segment: Tensor
 def unpack_segment(pool: Tensor, pages: Tensor, first_offset: int, segment: Tensor) -> None:
     """Scatter `segment` into `pages`: the inverse of `pack_segment`. Tokens of the first and last page that
     lie outside the segment keep their values. Non-finite numbers are stored as finite ones (see kv_write)."""
-    if pool.is_cuda:
+    if pool.is_cuda and segment.is_cuda:
         unpack_segment_kernel(pool, pages, first_offset, segment)
     else:
         unpack_segment_reference(pool, pages, first_offset, segment)

@@ -25,19 +25,22 @@ def prefill_attention(
     max_query_count: int,
     scale: float,
     window: int | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """`[tokens, heads, head_dim]` to the same shape and dtype.
 
     Sequence `i` asks with tokens `[query_starts[i], query_starts[i] + query_counts[i])`, which lie at its
     positions `context_starts[i] ...` and whose keys and values the pool already holds; it has the pages of
     `page_tables[i]`, from its first token. All int32, `[sequences]` and `[sequences, max_pages]`. `pool` is
-    `[pages, layers, 2, kv_heads, page_size, head_dim]`. `max_query_count` bounds every count. Tokens of no
-    sequence are left undefined. With a `window`, a query sees itself and the window - 1 tokens before.
+    `[pages, layers, 2, kv_heads, page_size, head_dim]`. `max_query_count` bounds every count.
+
+    With a `window`, a query sees itself and the window - 1 tokens before. `out`, if given, is where the
+    result goes (dense); tokens of no sequence keep what it held, and are undefined in a new tensor.
     """
     arguments = (queries, pool, layer, query_starts, query_counts, context_starts, page_tables)
     if queries.is_cuda:
-        return prefill_attention_kernel(*arguments, max_query_count, scale, window)
-    return prefill_attention_reference(*arguments, scale, window)
+        return prefill_attention_kernel(*arguments, max_query_count, scale, window, out=out)
+    return prefill_attention_reference(*arguments, scale, window, out)
 
 
 def prefill_attention_reference(
@@ -50,10 +53,11 @@ def prefill_attention_reference(
     page_tables: Tensor,
     scale: float,
     window: int | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """`prefill_attention` one sequence after the other, dense in float32; other tokens are zero."""
+    """`prefill_attention` one sequence after the other, dense in float32."""
     kv_heads, head_dim = pool.shape[3], pool.shape[5]
-    out = torch.zeros_like(queries)
+    out = torch.zeros_like(queries) if out is None else out
     ranges = zip(query_starts.tolist(), query_counts.tolist(), context_starts.tolist(), strict=True)
     for at, (first, count, position) in enumerate(ranges):
         end = position + count
@@ -83,6 +87,7 @@ def prefill_attention_kernel(
     scale: float,
     window: int | None = None,
     *,
+    out: Tensor | None = None,
     block_rows: int | None = None,
     block_keys: int | None = None,
     num_warps: int | None = None,
@@ -97,14 +102,18 @@ def prefill_attention_kernel(
     if any(tensor.dtype != torch.int32 for tensor in integers) or page_tables.stride(1) != 1:
         raise ValueError("starts, counts and page_tables must be int32, page_tables dense along a sequence")
     group = heads // kv_heads
-    sizes = _default_blocks(group, triton.next_power_of_2(head_dim), queries.element_size())
+    block_dim = max(16, triton.next_power_of_2(head_dim))  # the least that tl.dot takes
+    sizes = _default_blocks(group, block_dim, queries.element_size())
     rows = block_rows or sizes[0]
     if rows < group:
         raise ValueError(f"block_rows {rows} must hold the {group} query heads of a KV head")
     if queries.stride(2) != 1:
         queries = queries.contiguous()
     kv = pool[:, layer]
-    out = torch.empty((tokens, heads, head_dim), dtype=queries.dtype, device=queries.device)
+    if out is None:
+        out = torch.empty((tokens, heads, head_dim), dtype=queries.dtype, device=queries.device)
+    elif out.shape != queries.shape or out.dtype != queries.dtype or not out.is_contiguous():
+        raise ValueError(f"out {tuple(out.shape)} {out.dtype} must be dense and like the queries")
     sequences = query_starts.shape[0]
     tiles = triton.cdiv(max_query_count, rows // group)
     if sequences == 0 or tiles == 0:
@@ -127,7 +136,7 @@ def prefill_attention_kernel(
         HEADS=heads,
         GROUP=group,
         HEAD_DIM=head_dim,
-        BLOCK_DIM=triton.next_power_of_2(head_dim),
+        BLOCK_DIM=block_dim,
         PAGE_SIZE=page_size,
         BLOCK_ROWS=rows,
         BLOCK_KEYS=block_keys or sizes[1],

@@ -1,0 +1,117 @@
+"""How one step's tokens attend: by gathered spans (the torch reference, on a CPU) or by kernels on a GPU."""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from services.engine.attention_plan import Sequence, Span
+from services.engine.kv_pool import KvPool
+from services.engine.ops.attention import paged_attention
+from services.engine.ops.decode_attention import decode_attention, decode_splits
+from services.engine.ops.prefill_attention import prefill_attention
+
+
+class StepAttention(Protocol):
+    def attend(
+        self, queries: Tensor, pool: KvPool, layer: int, scale: float, window: int | None
+    ) -> Tensor:
+        """`[tokens, heads, head_dim]` to the same; the step's keys and values are already in the pool."""
+
+
+@dataclass(frozen=True, slots=True)
+class SpanAttention:
+    """`spans[window]` is the plan of the layers with that sliding window."""
+
+    spans: dict[int | None, list[Span]]
+
+    def attend(
+        self, queries: Tensor, pool: KvPool, layer: int, scale: float, window: int | None
+    ) -> Tensor:
+        return paged_attention(queries, pool.layer_blocks[layer], self.spans[window], scale)
+
+
+@dataclass(frozen=True, slots=True)
+class KernelAttention:
+    """The step's first tokens are one decode token of a sequence each, the rest are chunks.
+
+    All tensors int32 on the device: page tables `[sequences, max_pages]`, `lengths` `[decodes]`, the others
+    `[chunks]`, with `query_starts` counted from the first chunk's first token.
+    """
+
+    decode_tables: Tensor
+    lengths: Tensor
+    splits: int
+    chunk_tables: Tensor
+    query_starts: Tensor
+    query_counts: Tensor
+    context_starts: Tensor
+    max_query_count: int
+
+    def attend(
+        self, queries: Tensor, pool: KvPool, layer: int, scale: float, window: int | None
+    ) -> Tensor:
+        decodes = self.lengths.shape[0]
+        out = torch.empty_like(queries, memory_format=torch.contiguous_format)
+        if decodes:
+            decode_attention(
+                queries[:decodes],
+                pool.data,
+                layer,
+                self.decode_tables,
+                self.lengths,
+                scale,
+                window,
+                splits=self.splits,
+                out=out[:decodes],
+            )
+        if decodes < queries.shape[0]:
+            prefill_attention(
+                queries[decodes:],
+                pool.data,
+                layer,
+                self.query_starts,
+                self.query_counts,
+                self.context_starts,
+                self.chunk_tables,
+                self.max_query_count,
+                scale,
+                window,
+                out=out[decodes:],
+            )
+        return out
+
+
+def kernel_attention(sequences: Seq[Sequence], kv_heads: int, device: torch.device) -> KernelAttention:
+    """Single-token sequences must come first. One copy to the device for each of the six tensors."""
+    decodes = [one for one in sequences if one.count == 1]
+    chunks = list(sequences[len(decodes) :])
+    longest = max((one.start + 1 for one in decodes), default=1)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    base = len(decodes)
+
+    def column(values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32).to(device, non_blocking=True)
+
+    return KernelAttention(
+        decode_tables=_tables(decodes, device),
+        lengths=column([one.start + 1 for one in decodes]),
+        splits=decode_splits(max(1, len(decodes)), kv_heads, longest, processors),
+        chunk_tables=_tables(chunks, device),
+        query_starts=column([one.first - base for one in chunks]),
+        query_counts=column([one.count for one in chunks]),
+        context_starts=column([one.start for one in chunks]),
+        max_query_count=max((one.count for one in chunks), default=0),
+    )
+
+
+def _tables(sequences: Seq[Sequence], device: torch.device) -> Tensor:
+    """Page tables side by side, `[sequences, most pages]`; what is beyond a sequence's own is never read."""
+    width = max((len(one.pages) for one in sequences), default=1)
+    table = np.zeros((len(sequences), width), dtype=np.int32)
+    for at, one in enumerate(sequences):
+        table[at, : len(one.pages)] = one.pages
+    return torch.from_numpy(table).to(device)
