@@ -12,6 +12,7 @@ from deploy.values import (
     flag,
     fraction,
     integer,
+    parse_api_key,
     path,
     power_of_two,
     seconds,
@@ -86,7 +87,9 @@ class HttpSettings:
     served_model_name: str | None = setting(
         None, text, "Name of the model in the API. (default: the directory's name)"
     )
-    api_key: tuple[str, ...] = setting((), text, "Bearer key that clients must send; repeatable.", many=True)
+    api_key: tuple[str, ...] = setting(
+        (), parse_api_key, "Bearer key that clients must send; repeatable.", many=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +159,7 @@ class MemorySettings:
     """Print the memory ledgers of a running system: planned, measured and their difference."""
 
     url: str = setting("http://127.0.0.1:8000", text, "Where the router listens.")
-    api_key: tuple[str, ...] = setting((), text, "Bearer key, if the router wants one.", many=True)
+    api_key: tuple[str, ...] = setting((), parse_api_key, "Bearer key, if the router wants one.", many=True)
 
 
 @dataclass(frozen=True, kw_only=True)

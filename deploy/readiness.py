@@ -1,5 +1,7 @@
 """Where a launched system answers, whether it does, and a request to try."""
 
+import json
+import shlex
 import socket
 import urllib.error
 import urllib.request
@@ -25,12 +27,20 @@ class Welcome:
         return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
 
     def text(self) -> str:
-        """What to tell the user: the address and a request that works as it stands."""
-        key = "" if self.api_key is None else ' -H "Authorization: Bearer $BATON_API_KEY"'
-        body = f'{{"model": "{self.model_name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
+        """What to tell the user: the address and a request that works as it stands.
+
+        A key is not shown but named, wherever it came from. The note has a line of its own: not every shell
+        takes a comment at a command's end.
+        """
+        note, key = "", ""
+        if self.api_key is not None:
+            note, key = "# BATON_API_KEY: your key\n", ' -H "Authorization: Bearer $BATON_API_KEY"'
+        url = shlex.quote(f"{self.url}/v1/chat/completions")
+        messages = [{"role": "user", "content": "Hello!"}]
+        body = shlex.quote(json.dumps({"model": self.model_name, "messages": messages}))
         return (
-            f"serving {self.model_name} at {self.url}\n"
-            f"try: curl {self.url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'"
+            f"serving {self.model_name} at {self.url}\n{note}"
+            f"try: curl {url} -H 'Content-Type: application/json'{key} -d {body}"
         )
 
 

@@ -16,6 +16,13 @@ def text(value: str) -> str:
     return value
 
 
+def parse_api_key(value: str) -> str:
+    """The message never shows the key."""
+    if not value or "," in value or not (value.isascii() and value.isprintable()):
+        raise ValueError("a key must be printable ASCII, not empty, and without a comma")
+    return value
+
+
 def path(value: str) -> Path:
     return Path(text(value)).expanduser()
 

@@ -231,7 +231,7 @@ class TransferClient:
                 self.refusal = event.reason
                 self._asked_at_s = now_s + REFUSED_RETRY_S - ATTACH_RETRY_S
             elif isinstance(event, NotAttached):
-                events.extend(self._lose())
+                events = self._lose() or events  # what came before it is of a buffer that is gone
                 if now_s - self._asked_at_s >= ATTACH_RETRY_S:
                     self._ask(now_s)
             elif self._attached is None:

@@ -25,10 +25,6 @@ class AttachError(BatonTransferError):
     """A worker could not be attached to its transfer process (refused, or out of time)."""
 
 
-class PeerRefusedError(BatonTransferError):
-    """Two transfer processes do not fit together (version, geometry, slot size, mover, epoch)."""
-
-
 class SlotError(BatonTransferError):
     """The staging buffer's bookkeeping was asked for something that cannot be."""
 

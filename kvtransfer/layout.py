@@ -24,11 +24,6 @@ def segment_bytes(geometry: KvGeometry, tokens: int) -> int:
     return tokens * geometry.token_bytes
 
 
-def segment_shape(geometry: KvGeometry, tokens: int) -> tuple[int, int, int, int, int]:
-    """`(kv_heads, layers, 2, tokens, head_dim)`, C order, of the geometry's dtype."""
-    return (geometry.kv_heads, geometry.layers, 2, tokens, geometry.head_dim)
-
-
 class TokenRanges:
     """A set of token indices as disjoint, sorted, half-open ranges; touching ones are merged."""
 

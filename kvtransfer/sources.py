@@ -89,7 +89,10 @@ class Sources:
 
     def receive(self, now_s: float) -> None:
         for source in list(self._sources.values()):
-            for message in source.link.receive():
+            link = source.link
+            for message in link.receive():
+                if source.link is not link or self._sources.get(source.address) is not source:
+                    break  # What is left was said on a connection that an earlier message has ended.
                 source.heard_at_s = now_s
                 if isinstance(message, PeerHello):
                     self._on_hello(source, message, now_s)

@@ -1,4 +1,4 @@
-"""The HTTP application: every route, the key check before all of them, and one shape for every error.
+"""The HTTP application: every route, the key check before them, and one shape for every error.
 
 The two generating endpoints are plain ASGI callables behind FastAPI's routing; nothing between them and the
 socket touches a frame.
@@ -47,6 +47,7 @@ _PAGE_HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
 ]  # fmt: skip
+_WITHOUT_KEY = frozenset(("/", "/favicon.ico", "/health"))
 Answer = Callable[[Scope, bytes], Awaitable["Reply"]]
 
 
@@ -76,7 +77,9 @@ class Endpoint:
 
 
 class Gate:
-    """Before everything else: the request's label, and the API key on every route but `/health`.
+    """Before everything else: the request's label, and the API key.
+
+    `/health` needs none, nor does the page, which holds no data and has the field to enter a key.
 
     All keys are compared, each in constant time, so that the time taken says nothing about any of them.
     """
@@ -97,7 +100,7 @@ class Gate:
                 message["headers"] = [*message["headers"], label]
             await send(message)
 
-        if self._keys and scope["path"] != "/health":
+        if self._keys and scope["path"] not in _WITHOUT_KEY:
             key = self._key_of(header(scope, b"authorization"))
             if key is None:
                 error = ApiError(

@@ -10,7 +10,6 @@ import msgspec
 _TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
-    403: "permission_error",
     404: "not_found_error",
     405: "invalid_request_error",
     413: "invalid_request_error",
@@ -36,11 +35,10 @@ class ApiError(Exception):
         code: str | None = None,
         retry_after_s: int | None = None,
         committed: bool = False,
-        allow: str | None = None,
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
-        self.retry_after_s, self.committed, self.allow = retry_after_s, committed, allow
+        self.retry_after_s, self.committed = retry_after_s, committed
 
     def body(self) -> bytes:
         """The JSON body."""
@@ -61,8 +59,6 @@ class ApiError(Exception):
             headers.append((b"retry-after", b"%d" % self.retry_after_s))
         if self.committed:
             headers.append((b"x-should-retry", b"false"))
-        if self.allow is not None:
-            headers.append((b"allow", self.allow.encode()))
         if self.status == 401:
             headers.append((b"www-authenticate", b"Bearer"))
         if self.status == 413:

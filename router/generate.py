@@ -79,7 +79,8 @@ class GenerateEndpoint:
         self._service, self._chat = service, chat
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        metrics = self._service.metrics
+        # What stays if something unexpected goes through here, to be answered with 500 further out.
+        outcome = "failed"
         try:
             raw = await read_body(scope, receive, self._service.config.max_body_bytes)
             outcome = await self._answer(raw, salt_of(scope.get("baton.api_key")), receive, send)
@@ -88,7 +89,8 @@ class GenerateEndpoint:
             await send_error(send, error)
         except ClientGone:
             outcome = "disconnected"
-        metrics.count_outcome(outcome)
+        finally:
+            self._service.metrics.count_outcome(outcome)
 
     async def _answer(self, raw: bytes, salt: bytes, receive: Receive, send: Send) -> str:
         """Returns the outcome. Raises ApiError while nothing was sent, ClientGone."""

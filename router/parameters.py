@@ -10,6 +10,7 @@ from router.errors import ApiError, invalid
 from services.messages import Sampling
 
 DEFAULT_COMPLETION_TOKENS = 16
+MAX_TOKEN_ID_DIGITS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +142,9 @@ def _chat_logprobs(body: ChatBody) -> int | None:
 def _logit_bias(given: dict[str, float] | None, vocab_size: int) -> dict[int, float]:
     bias: dict[int, float] = {}
     for key, value in (given or {}).items():
-        if not (key.isascii() and key.isdigit()) or int(key) >= vocab_size:
+        # The length first: int() raises on thousands of digits.
+        is_number = len(key) <= MAX_TOKEN_ID_DIGITS and key.isascii() and key.isdigit()
+        if not is_number or int(key) >= vocab_size:
             raise invalid(f"'logit_bias': {key[:32]!r} is not a token id below {vocab_size}.", "logit_bias")
         bias[int(key)] = value
     return bias

@@ -226,6 +226,8 @@ class WorkerClient:
                 self.hello = report
                 self._move(ClientState.READY, "ready")
                 self._ask()
+            elif self.state is ClientState.READY:
+                self.hello = report  # the same life: its transfer process has another address
             return
         if self.hello is None:
             return

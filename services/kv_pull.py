@@ -37,6 +37,11 @@ class KvPull:
     def __len__(self) -> int:
         return len(self._incoming)
 
+    @property
+    def ready(self) -> bool:
+        """Whether anything can be asked for; not while the transfer process is being restarted."""
+        return self._client.ready
+
     def open(
         self, sequence: Sequence, transfer_id: int, source: TransferAddress, deadline_s: float
     ) -> Incoming:

@@ -134,7 +134,7 @@ Request = RouterHello | Generate | Prefill | Reserve | Join | Cancel | StatusReq
 class WorkerHello(Struct, frozen=True, array_like=True, tag="worker_hello"):
     """Who a worker is, for as long as `worker_epoch` lasts.
 
-    `max_prompt_tokens` is what its pool could ever hold for one sequence, and at most `max_model_len`.
+    `max_sequence_tokens` is what its pool could ever hold for one sequence, and at most `max_model_len`.
     """
 
     version: str

@@ -3,7 +3,7 @@
 1. Read the model's configuration; plan the ledger with estimates; refuse before anything is allocated.
 2. Attach the transfer process; its staging buffer is what the ledger really has to count.
 3. Load the weights; run one worst-case forward; plan again with what was measured.
-4. Allocate the pool in the pages that the plan leaves.
+4. Allocate the pool in the pages that the plan leaves; on a GPU, record decode steps as CUDA graphs.
 """
 
 import logging
@@ -84,12 +84,14 @@ def prepare(
     engine.cap_allocator(plan.worker_cap_bytes)
     with host_phase() as pooling:
         pool_bytes = engine.allocate_pool(plan.pages)
+    graphs_bytes = engine.capture_graphs()
 
     on_cpu = config.device == "cpu"
     measured = Measured(
         weights_bytes=loading.held_bytes if on_cpu else weights_bytes,
         kv_pool_bytes=pooling.held_bytes if on_cpu else pool_bytes,
         activation_bytes=activation_bytes,
+        graphs_bytes=None if on_cpu else graphs_bytes,
         worker_context_bytes=context_bytes,
     )
     return Prepared(config, model, engine, transfer, staging, plan, measured)

@@ -20,6 +20,7 @@ import zmq
 
 from kvtransfer.channel import ChannelKeys, Codec, Server
 from kvtransfer.client import TransferClient
+from kvtransfer.messages import TransferAddress
 from services.config import WorkerConfig
 from services.kv_pull import KvPull
 from services.kv_push import KvPush
@@ -98,6 +99,7 @@ class Worker:
         )
         self.role = _build_role(self.parts, prepared)
         self._routers: dict[bytes, float] = {}
+        self._told_address = self._address()
         self._prompt_rate, self._output_rate = Rate(), Rate()
         self._draining_until_s: float | None = None
         self._next_status_s = 0.0
@@ -138,16 +140,27 @@ class Worker:
 
     def _take_in(self) -> None:
         now_s = time.monotonic()
+        if self.transfer is not None:
+            self.transfer.tick(now_s)
+            for event in self.transfer.receive(now_s):
+                self.role.on_transfer(event)
+            self._tell_address()
         for router, requests in self.server.receive():
             if router not in self._routers and not self._greet(router, requests):
                 continue
             self._routers[router] = now_s
             for request in requests:
                 self._accept(router, request)
-        if self.transfer is not None:
-            for event in self.transfer.receive(now_s):
-                self.role.on_transfer(event)
-            self.transfer.tick(now_s)
+
+    def _tell_address(self) -> None:
+        """A transfer process that was restarted has a new address; without one, routers look elsewhere."""
+        if self._address() != self._told_address:
+            self._told_address = self._address()
+            for router in list(self._routers):
+                self.server.send(router, [self._hello()])
+
+    def _address(self) -> TransferAddress | None:
+        return self.transfer.address if self.transfer is not None and self.transfer.ready else None
 
     def _greet(self, router: bytes, requests: list[Request]) -> bool:
         """The first message must be a hello of our own version; anything else is refused."""
@@ -168,6 +181,10 @@ class Worker:
             case Generate(work=work) | Prefill(work=work) | Reserve(work=work) if self._draining_until_s:
                 self.parts.outbox.add(
                     router, Failed(work.request_id, "draining", "this worker is shutting down", True)
+                )
+            case Prefill(work=work) | Reserve(work=work) if self._address() is None:
+                self.parts.outbox.add(
+                    router, Failed(work.request_id, "transfer", "the transfer process is not attached", True)
                 )
             case _:
                 self.role.accept(router, request)
@@ -213,7 +230,7 @@ class Worker:
             max_sequence_tokens=self.parts.limits.max_sequence_tokens,
             page_size_tokens=self.config.page_size_tokens,
             pages=self.parts.pool.total,
-            transfer=self.transfer.address if self.transfer is not None and self.transfer.ready else None,
+            transfer=self._address(),
         )
 
     def _status(self, ask_id: int | None) -> Status:

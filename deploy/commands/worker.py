@@ -1,6 +1,7 @@
 """`baton worker MODEL_DIR --role ...`: one worker process."""
 
 import sys
+from collections.abc import Callable
 from typing import cast
 
 from deploy.child import child_of_launcher, log_to_stderr
@@ -40,14 +41,24 @@ def run(settings: WorkerSettings) -> None:
         from services.worker import run as run_worker
 
         try:
-            run_worker(config, show_progress)
+            run_worker(config, progress(settings.parent_pid is not None or sys.stderr.isatty()))
         except (CheckpointError, DoesNotFit, TransferConfigError) as error:
             raise UserError(str(error)) from None
 
 
-def show_progress(done: int, total: int) -> None:
-    """A bar that ends in a carriage return until it is complete: whoever forwards it may overwrite it."""
-    percent = 100 * done // max(1, total)
-    bar = "#" * (percent // 5)
-    end = "\n" if done >= total else "\r"
-    print(f"loading weights [{bar:<20}] {percent} %", end=end, file=sys.stderr, flush=True)
+def progress(in_place: bool) -> Callable[[int, int], None]:
+    """What shows that `done` of `total` weights are loaded.
+
+    `in_place`: a bar that ends in a carriage return until it is complete, for a terminal, or a launcher,
+    which overwrites or thins it out. Else, as in a log file, only its last line.
+    """
+
+    def show(done: int, total: int) -> None:
+        if done < total and not in_place:
+            return
+        percent = 100 * done // max(1, total)
+        bar = "#" * (percent // 5)
+        end = "\n" if done >= total else "\r"
+        print(f"loading weights [{bar:<20}] {percent} %", end=end, file=sys.stderr, flush=True)
+
+    return show

@@ -24,6 +24,7 @@ from services.config import WorkerConfig
 from services.engine.attention_plan import CPU_LIMITS, CUDA_LIMITS, KvLayout
 from services.engine.batch import Draw, Row, RowResult
 from services.engine.checkpoint_files import model_digest
+from services.engine.decode_graphs import DecodeGraphs
 from services.engine.errors import EngineStateError, RowError
 from services.engine.kv_pool import KvPool
 from services.engine.layers import Decoder
@@ -71,6 +72,7 @@ class Engine:
         self.state = EngineState.NEW
         self._decoder: Decoder | None = None
         self._pool: KvPool | None = None
+        self._graphs: DecodeGraphs | None = None
         self._geometry: KvGeometry | None = None
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -153,6 +155,20 @@ class Engine:
         self._pool = KvPool(self.layout, pages, self.dtype, self.device)
         return self._pool.byte_count
 
+    @torch.inference_mode()
+    def capture_graphs(self) -> int:
+        """Record decode steps for every batch size of the ladder; returns the bytes they hold. 0 on a CPU."""
+        if self.device.type != "cuda":
+            return 0
+        before_bytes = self.allocator_bytes()
+        graphs = DecodeGraphs(
+            self.decoder, self.pool, self.layout, self.config.max_batch, self.max_model_len
+        )
+        graphs.capture()
+        self._graphs = graphs
+        torch.cuda.synchronize(self.device)
+        return self.allocator_bytes() - before_bytes
+
     def cap_allocator(self, limit_bytes: int) -> None:
         """On a GPU, an allocation beyond `limit_bytes` fails here, rather than take what belongs to the
         staging buffer or to another process. On a CPU the kernel has no such cap for one heap."""
@@ -172,7 +188,20 @@ class Engine:
 
         Raises `RowError` before anything is written if a row names what does not exist.
         """
+        if self._graphs is not None and rows and self._graphs.takes(rows):
+            return self._run_graph(self._graphs, rows)
         return self._run(rows, self.pool, None)
+
+    def _run_graph(self, graphs: DecodeGraphs, rows: list[Row]) -> list[RowResult]:
+        for row in rows:
+            self._check(row)
+        logits = graphs.run(rows)
+        owners = [at for at, row in enumerate(rows) for _ in row.draws]
+        drawn = sample(logits, owners, [draw for row in rows for draw in row.draws])
+        results = [RowResult() for _ in rows]
+        for at, token in zip(owners, drawn, strict=True):
+            results[at].drawn.append(token)
+        return results
 
     def _run(self, rows: list[Row], pool: KvPool, layers: int | None) -> list[RowResult]:
         if not rows:

@@ -110,6 +110,8 @@ class DecodeRole(Role):
 
     def _reserve(self) -> None:
         """Pages for waiting prompts; a prompt that is wholly in the prefix cache has arrived at once."""
+        if not self.pull.ready:
+            return
         now_s = self.parts.clock()
         for sequence in self.scheduler.reserve():
             request_id = sequence.work.request_id

@@ -172,6 +172,7 @@ class Role(ABC):
     def collect_prompt_logprobs(self, chunk: Chunk, result: RowResult) -> None:
         live = self.parts.requests.get(chunk.sequence.work.request_id)
         if live is not None and wants_prompt_logprobs(chunk.sequence):
+            del live.prompt_logprobs[chunk.start :]  # a prompt that was preempted starts again
             live.prompt_logprobs.extend(result.prompt_logprobs)
 
     def report_prefill(self, live: Live, sequence: Sequence) -> None:

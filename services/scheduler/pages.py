@@ -119,13 +119,6 @@ class PagePool:
             self._digest[page] = digest
             self._page_of[digest] = page
 
-    def forget_prefixes(self) -> None:
-        """Drop every cached prefix; held pages stay with their holders."""
-        self._free.extend(self._idle)
-        self._idle.clear()
-        self._page_of.clear()
-        self._digest = [None] * self.total
-
     def _take(self) -> int:
         if self._free:
             page = self._free.pop()

@@ -59,7 +59,8 @@ def test_sigkill_of_the_launcher_leaves_nothing(model_dir: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("role", "which"), [("decode", "pid"), ("prefill", "pid"), ("decode", "transfer_pid")]
+    ("role", "which"),
+    [("decode", "pid"), ("prefill", "pid"), ("decode", "transfer_pid"), ("prefill", "transfer_pid")],
 )
 def test_a_killed_child_comes_back_and_serves(role: str, which: str, model_dir: Path, tmp_path: Path) -> None:
     with Cluster(model_dir, tmp_path, "--served-model-name", "tiny") as cluster:

@@ -307,7 +307,7 @@ def test_segments(dtype: torch.dtype, first_offset: int, tokens: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("batch", "context_tokens", "expected"), [(1, 16384, 32), (1, 256, 2), (64, 1024, 1), (8, 1024, 8)]
+    ("batch", "context_tokens", "expected"), [(1, 16384, 32), (1, 256, 4), (64, 1024, 1), (8, 1024, 8)]
 )
 def test_splits_fill_the_processors(batch: int, context_tokens: int, expected: int) -> None:
     assert decode.decode_splits(batch, 8, context_tokens, 132) == expected

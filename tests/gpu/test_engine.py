@@ -32,6 +32,27 @@ def test_the_same_tokens_as_on_the_cpu(family: Family, tmp_path: Path) -> None:
     assert outputs[0] == outputs[1]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_graphs_give_the_same_tokens(family: Family, tmp_path: Path) -> None:
+    """Batches of one to five sequences that end at different times, so that graphs are left half empty."""
+    make_checkpoint(family, tmp_path, seed=4, eos=False)
+    outputs = []
+    for device in ("cpu", "cuda"):
+        engine = start_engine(tmp_path, device=device)
+        held_bytes = engine.capture_graphs()
+        assert (held_bytes > 0) == (device == "cuda")
+        first = 0
+        sequences = []
+        for length in (1, 7, 16, 23, 40):
+            pages = list(range(first, first + 20))
+            sequences.append(Sequence(prompt_of(length), pages, SAMPLED, chunk=7))
+            first += 20
+        for count, total in ((5, 6), (3, 12), (1, 18)):
+            run_together(engine, sequences[:count], total)
+        outputs.append([sequence.output for sequence in sequences])
+    assert outputs[0] == outputs[1]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_segments_pass_between_devices(dtype: str, tmp_path: Path) -> None:
     make_checkpoint("qwen3", tmp_path, eos=False)

@@ -43,9 +43,9 @@ def decode_attention(
 
 def decode_splits(batch: int, kv_heads: int, context_tokens: int, processors: int) -> int:
     """A power of two of splits such that the programs fill `processors` streaming multiprocessors about
-    twice, yet each has at least 128 of `context_tokens`: the longest context that the launch is for."""
+    twice, yet each has at least 64 of `context_tokens`: the longest context that the launch is for."""
     wanted = -(-2 * processors // (batch * kv_heads))
-    most = min(MAX_SPLITS, max(1, context_tokens // 128))
+    most = min(MAX_SPLITS, max(1, context_tokens // 64))
     splits = 1
     while splits < wanted and 2 * splits <= most:
         splits *= 2

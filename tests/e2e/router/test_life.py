@@ -97,13 +97,17 @@ def test_a_unified_worker_and_draining_workers(model_dir: Path, tmp_path: Path) 
         until(lambda: not router.ready(), "a router without a worker that takes work")
 
 
-def test_keys_are_asked_for_everywhere_but_health(model_dir: Path, tmp_path: Path) -> None:
+def test_keys_are_asked_for_everywhere_but_for_health_and_the_page(model_dir: Path, tmp_path: Path) -> None:
     with small_cluster(model_dir, tmp_path, api_keys=["sk-one", "sk-two"]) as cluster:
         bare = httpx.Client(base_url=cluster.router.url, timeout=DEADLINE_S)
         with bare:
             assert bare.get("/health").status_code == 200
+            # The page is where a key is entered, and holds nothing that a key would guard.
+            page = bare.get("/")
+            assert page.status_code == 200 and 'id="key"' in page.text
+            assert bare.get("/favicon.ico").status_code == 204
             for path in (
-                "/",
+                "/index.html",
                 "/ready",
                 "/metrics",
                 "/cluster",

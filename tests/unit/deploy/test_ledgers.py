@@ -1,6 +1,8 @@
 """`baton memory` against an HTTP server that answers as the router does."""
 
 import http.server
+import json
+import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,5 +73,21 @@ def test_the_request_to_try() -> None:
     everywhere = Welcome("0.0.0.0", 8000, "tales", "secret")
     assert everywhere.url == "http://127.0.0.1:8000"
     assert "secret" not in everywhere.text()
-    assert '"Authorization: Bearer $BATON_API_KEY"' in everywhere.text()
+    assert "BATON_API_KEY" not in Welcome("::1", 80, "m").text()
     assert Welcome("::1", 80, "m").url == "http://[::1]:80"
+
+
+def test_the_request_to_try_is_what_a_shell_makes_of_it() -> None:
+    """Whatever the model's name, and with the key from the variable that the note names."""
+    name = 'it\'s "a" $HOME model'
+    lines = Welcome("::1", 80, name, "secret").text().splitlines()
+    command = next(line for line in lines if line.startswith("try: ")).removeprefix("try: ")
+    assert "# BATON_API_KEY: your key" in lines
+    shown = f"curl() {{ printf '%s\\0' \"$@\"; }}; {command}"
+    done = subprocess.run(
+        ["sh", "-c", shown], env={"BATON_API_KEY": "secret"}, capture_output=True, text=True, check=True
+    )
+    url, *options, body = done.stdout.split("\0")[:-1]
+    assert url == "http://[::1]:80/v1/chat/completions"
+    assert "Authorization: Bearer secret" in options
+    assert json.loads(body)["model"] == name

@@ -55,6 +55,21 @@ def test_keys_repeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert parse(["serve", "m", "--config", file]).api_key == ("e", "f")
 
 
+def test_a_key_that_the_router_would_not_get_whole_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key in ("sk-one,two", "sk-\u00fc", "", "sk-\x7fa"):
+        for command in (["serve", "m"], ["memory"]):
+            with pytest.raises(UserError, match=r"^--api-key: a key must be") as caught:
+                parse([*command, "--api-key", key])
+            assert "sk-" not in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="api-key: a key must be"):
+        parse(["serve", "m", "--config", written(tmp_path, "api-key: 'e,f'")])
+    monkeypatch.setenv("BATON_API_KEY", "c,,d")
+    with pytest.raises(UserError, match=r"^BATON_API_KEY: a key must be"):
+        parse(["serve", "m"])
+
+
 def test_switches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert parse(["serve", "m", "--checksum"]).checksum is True
     monkeypatch.setenv("BATON_CHECKSUM", "yes")

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtransfer.errors import TransferConfigError
-from kvtransfer.layout import TokenRanges, segment_bytes, segment_shape, tokens_per_slot
+from kvtransfer.layout import TokenRanges, segment_bytes, tokens_per_slot
 from kvtransfer.messages import KvGeometry
 
 GEOMETRY = KvGeometry("m", layers=3, kv_heads=4, head_dim=8, dtype="bfloat16")
@@ -14,7 +14,7 @@ GEOMETRY = KvGeometry("m", layers=3, kv_heads=4, head_dim=8, dtype="bfloat16")
 
 def test_bytes_are_those_of_the_array() -> None:
     for tokens in (1, 7):
-        array = np.zeros(segment_shape(GEOMETRY, tokens), dtype=np.float16)
+        array = np.zeros((4, 3, 2, tokens, 8), dtype=np.float16)
         assert array.nbytes == segment_bytes(GEOMETRY, tokens)
 
 

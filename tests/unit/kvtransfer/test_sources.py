@@ -57,7 +57,11 @@ class Scene:
         return heard
 
     def say(self, message: PeerMessage, now_s: float) -> None:
-        assert self.server.send(self.peer, [message])
+        self.say_at_once([message], now_s)
+
+    def say_at_once(self, messages: list[PeerMessage], now_s: float) -> None:
+        """In one frame."""
+        assert self.server.send(self.peer, messages)
         assert self.sources._sources[self.address].link.socket.poll(WAIT_MS)
         self.sources.receive(now_s)
 
@@ -148,3 +152,25 @@ def test_what_is_said_before_hello_is_dropped(scene: Scene) -> None:
     scene.say(Closed(1), 0.0)
     assert scene.machine.outbox.drops["peer_before_hello"] == 1
     assert scene.reasons == []
+
+
+def test_two_refusals_at_once_are_one(scene: Scene) -> None:
+    scene.hear()
+    refusal = PeerRefused("not now")
+    scene.say_at_once([refusal, refusal], 0.0)  # Nothing is quarantined, so the first one forgets it.
+    assert len(scene.reasons) == 1 and "not now" in scene.reasons[0]
+    assert scene.sockets == []
+
+
+def test_what_was_said_on_an_ended_connection_does_not_count_for_the_next(scene: Scene) -> None:
+    scene.ready()
+    former = scene.sources._sources[scene.address].link
+    scene.say_at_once([PeerRefused("say hello first"), THEIRS, PeerRefused("again")], 1.0)
+    renewed = scene.sources._sources[scene.address].link
+    assert renewed is not former and scene.sockets == [renewed]
+    assert len(scene.sources) == 0  # The new connection has not been greeted yet.
+    while not any(isinstance(message, PeerHello) for message in scene.hear()):
+        pass
+    scene.say(THEIRS, 2.0)
+    assert len(scene.sources) == 1
+    assert scene.sources._sources[scene.address].link is renewed

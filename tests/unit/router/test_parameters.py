@@ -107,6 +107,8 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"logit_bias": {"320": 1}}, "logit_bias", "below 320"),
     ({"logit_bias": {"a": 1}}, "logit_bias", "token id"),
     ({"logit_bias": {"-1": 1}}, "logit_bias", "token id"),
+    ({"logit_bias": {"1" * 5000: 1}}, "logit_bias", "token id"),
+    ({"logit_bias": {"0" * 11: 1}}, "logit_bias", "token id"),
     ({"logit_bias": {"1": 101}}, "logit_bias", "<= 100"),
     ({"logit_bias": {str(key): 1 for key in range(1025)}}, "logit_bias", "<= 1024"),
     ({"logprobs": 21}, "logprobs", "<= 20"),
