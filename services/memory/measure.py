@@ -30,11 +30,6 @@ def peak_resident_bytes(pid: int | None = None) -> int:
     return _field_bytes("status", "VmHWM", pid)
 
 
-def proportional_bytes(pid: int | None = None) -> int:
-    """Pss: resident memory with each shared page divided among its sharers. Raises NotMeasurable."""
-    return _field_bytes("smaps_rollup", "Pss", pid)
-
-
 def reset_peak() -> bool:
     """Start VmHWM of this process anew; False where the kernel does not allow it."""
     try:
