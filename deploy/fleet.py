@@ -88,6 +88,9 @@ def child_specs(
     for slot in slots:
         router += ["--worker", _ipc(run_dir, slot.name)]
     router += ["--drain-timeout", _number(drain_of(Kind.ROUTER, settings.drain_timeout))]
+    router += ["--request-timeout", _number(settings.request_timeout)]
+    router += ["--max-body-bytes", str(settings.max_body_bytes)]
+    router += ["--max-choices", str(settings.max_choices), "--max-running", str(settings.max_running)]
     if settings.served_model_name is not None:
         router += ["--served-model-name", settings.served_model_name]
     secrets = (("BATON_API_KEY", ",".join(settings.api_key)),) if settings.api_key else ()

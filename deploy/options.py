@@ -90,6 +90,10 @@ class HttpSettings:
     api_key: tuple[str, ...] = setting(
         (), parse_api_key, "Bearer key that clients must send; repeatable.", many=True
     )
+    request_timeout: float = setting(600.0, seconds(1, 86400), "Seconds that one request may take.")
+    max_body_bytes: int = setting(8 << 20, parse_bytes, "Largest request body, like 8MiB.")
+    max_choices: int = setting(16, integer(1, 128), "Most choices (`n`) of one prompt.")
+    max_running: int = setting(4096, integer(1, 1 << 20), "Prompts in flight; more are refused with 429.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +154,6 @@ class RouterSettings(ChildSettings, HttpSettings):
     model_dir: Path = required(path, "Model directory: tokenizer and config.json.", positional=True)
     worker: tuple[str, ...] = required(endpoint, "Endpoint of a worker; repeatable.", many=True)
     key_dir: Path | None = setting(None, path, "CURVE keys for tcp:// endpoints.")
-    request_timeout: float = setting(600.0, seconds(1, 86400), "Seconds that one request may take.")
     drain_timeout: float = setting(30.0, seconds(0, 3600), "Seconds that running requests get at the end.")
 
 

@@ -22,6 +22,9 @@ def run(settings: RouterSettings) -> None:
             api_keys=settings.api_key,
             key_dir=settings.key_dir,
             request_timeout_s=settings.request_timeout,
+            max_body_bytes=settings.max_body_bytes,
+            max_choices=settings.max_choices,
+            max_running=settings.max_running,
             drain_timeout_s=settings.drain_timeout,
         )
         log_to_stderr()

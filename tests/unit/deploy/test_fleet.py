@@ -47,6 +47,10 @@ def test_command_lines_say_what_was_asked_for() -> None:
         decode=2,
         dtype="bfloat16",
         mem_fraction=0.4,
+        request_timeout=77.5,
+        max_body_bytes=1 << 16,
+        max_choices=3,
+        max_running=9,
         device_memory=3 << 30,
         max_model_len=512,
         page_size=32,
@@ -78,6 +82,8 @@ def test_command_lines_say_what_was_asked_for() -> None:
     assert isinstance(router, RouterSettings)
     assert router.worker == tuple(worker.listen for worker in workers)
     assert (router.port, router.host, router.served_model_name) == (4321, "127.0.0.1", "tales")
+    assert (router.request_timeout, router.max_body_bytes) == (77.5, 1 << 16)
+    assert (router.max_choices, router.max_running) == (3, 9)
     assert not {"a", "b"} & set(specs[6].arguments), "keys are not for everybody to see"
     assert specs[6].secrets == (("BATON_API_KEY", "a,b"),)
     endpoints = [getattr(t, name) for t in transfers for name in ("listen", "peer_listen", "staging_socket")]
