@@ -9,7 +9,7 @@ from torch import Tensor
 from services.engine.kv_pool import KvPool
 from services.engine.model_config import ModelConfig
 from services.engine.ops.qkv import qkv_to_pool
-from services.engine.ops.rms_norm import rms_norm
+from services.engine.ops.rms_norm import add_rms_norm, rms_norm
 from services.engine.ops.swiglu import silu_mul
 from services.engine.parameters import Parameters
 from services.engine.rope import inverse_frequencies, rotation
@@ -55,13 +55,21 @@ class Attention:
             copies = {name + "q_norm.weight": self.heads, name + "k_norm.weight": self.kv_heads}
             self.head_norm = parameters.repeated(copies, self.head_dim)
 
-    def forward(self, x: Tensor, step: StepInputs, cos: Tensor, sin: Tensor, pool: KvPool) -> Tensor:
-        """`x` `[tokens, hidden]` to the same; writes the new tokens' keys and values before it attends."""
+    def forward(
+        self, x: Tensor, step: StepInputs, cos: Tensor, sin: Tensor, pool: KvPool, wanted: Tensor | None
+    ) -> Tensor:
+        """`x` `[tokens, hidden]` to the same; writes the new tokens' keys and values before it attends.
+        With `wanted`, only those tokens' outputs are computed."""
         qkv = F.linear(x, self.qkv_weight, self.qkv_bias).view(x.shape[0], -1, self.head_dim)
         layer_rows = pool.layer_rows[self.layer]
         queries = qkv_to_pool(qkv, self.head_norm, self.eps, cos, sin, layer_rows, step.write_index)
+        if wanted is not None and wanted.shape[0] == 0:
+            return x[:0]
         mixed = step.attention.attend(queries, pool, self.layer, self.scale, self.window)
-        return F.linear(mixed.reshape(x.shape[0], -1), self.output_weight, self.output_bias)
+        mixed = mixed.reshape(x.shape[0], -1)
+        if wanted is not None:
+            mixed = mixed.index_select(0, wanted)
+        return F.linear(mixed, self.output_weight, self.output_bias)
 
 
 class GatedMlp:
@@ -84,14 +92,37 @@ class GatedMlp:
         return F.linear(silu_mul(gate_up), self.down_weight, self.down_bias)
 
 
-class DecoderLayer(ABC):
-    """One layer. Takes and gives `(x, residual)`, so that each add is joined with the norm that follows."""
+class DecoderLayer:
+    """One pre-norm layer. Takes and gives `(x, residual)`, so that each add is joined with the norm that
+    follows. A family's layer is this with its own attention and feed-forward."""
 
-    @abstractmethod
+    def __init__(
+        self, model: ModelConfig, parameters: Parameters, layer: int, attention: Attention, mlp: GatedMlp
+    ) -> None:
+        name = f"model.layers.{layer}."
+        self.eps = model.rms_norm_eps
+        self.attention, self.mlp = attention, mlp
+        self.attention_norm = parameters.tensor(name + "input_layernorm.weight", model.hidden_size)
+        self.mlp_norm = parameters.tensor(name + "post_attention_layernorm.weight", model.hidden_size)
+
     def forward(
-        self, x: Tensor, residual: Tensor, step: StepInputs, cos: Tensor, sin: Tensor, pool: KvPool
+        self,
+        x: Tensor,
+        residual: Tensor,
+        step: StepInputs,
+        cos: Tensor,
+        sin: Tensor,
+        pool: KvPool,
+        wanted: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Both `[tokens, hidden]`; `residual` may be overwritten."""
+        """Both `[tokens, hidden]`; `residual` may be overwritten. With `wanted`, an int64 index of tokens,
+        only those come out; every token's keys and values are written all the same."""
+        x, residual = add_rms_norm(x, residual, self.attention_norm, self.eps)
+        x = self.attention.forward(x, step, cos, sin, pool, wanted)
+        if wanted is not None:
+            residual = residual.index_select(0, wanted)
+        x, residual = add_rms_norm(x, residual, self.mlp_norm, self.eps)
+        return self.mlp.forward(x), residual
 
 
 class Decoder(ABC):
@@ -112,16 +143,22 @@ class Decoder(ABC):
     def make_layer(self, parameters: Parameters, layer: int) -> DecoderLayer:
         """Allocate layer number `layer`."""
 
-    def forward(self, step: StepInputs, pool: KvPool, layers: int | None = None) -> Tensor:
+    def forward(
+        self, step: StepInputs, pool: KvPool, layers: int | None = None, wanted: Tensor | None = None
+    ) -> Tensor:
         """Hidden states `[tokens, hidden]` before the final norm; fills the new tokens' KV.
 
         `layers` runs only that many: what a memory measurement needs, since they reuse their memory.
+        `wanted`, an int64 index, names the tokens whose hidden states are asked for: the last layer computes
+        those alone, which for a long chunk saves nearly all of its products.
         """
         cos, sin = rotation(step.positions, self.frequencies, self.rotation_factor)
         residual = F.embedding(step.tokens, self.embedding)
         x = torch.zeros_like(residual)
-        for layer in self.layers[:layers]:
+        *inner, last = self.layers[:layers]
+        for layer in inner:
             x, residual = layer.forward(x, residual, step, cos, sin, pool)
+        x, residual = last.forward(x, residual, step, cos, sin, pool, wanted)
         return residual.add_(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

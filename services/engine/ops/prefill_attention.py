@@ -3,7 +3,8 @@
 
 A program takes a tile of (token, query head of one KV head) rows, so that heads that share keys share their
 loads and a tile spans few tokens, which wastes little on the diagonal. Keys up to the tile's first token
-need no mask and come first. CUDA tensors go to the kernel, others to the reference.
+need no mask and come first. CUDA tensors go to the kernel, or to Hopper's own where that takes them
+(hopper_attention.py), others to the reference.
 """
 
 import torch
@@ -11,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from services.engine.ops import hopper_attention
 from services.engine.ops.decode_attention import LOG2_E
 
 
@@ -38,6 +40,9 @@ def prefill_attention(
     result goes (dense); tokens of no sequence keep what it held, and are undefined in a new tensor.
     """
     arguments = (queries, pool, layer, query_starts, query_counts, context_starts, page_tables)
+    if hopper_attention.takes(queries, pool, window):
+        out = torch.empty_like(queries, memory_format=torch.contiguous_format) if out is None else out
+        return hopper_attention.hopper_prefill_attention(*arguments, max_query_count, scale, out)
     if queries.is_cuda:
         return prefill_attention_kernel(*arguments, max_query_count, scale, window, out=out)
     return prefill_attention_reference(*arguments, scale, window, out)
