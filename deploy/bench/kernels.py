@@ -219,8 +219,9 @@ def bench_decode(bench: Bench, memory: Tensor) -> None:
 
 
 def bench_layouts(bench: Bench, memory: Tensor) -> None:
-    """Does it cost attention anything that a page is one run over all layers, rather than every layer a pool?"""
+    """What it costs attention that a page is one run over all layers, rather than each layer a pool."""
     batch, context = 64, 1024
+    shape = f"batch {batch} context {context}"
     queries, lengths = rows(batch, HEADS, HEAD_DIM), integers(*[context] * batch)
     moved = batch * context * TOKEN_LAYER_BYTES + 2 * queries.numel() * 2
     for size in PAGE_SIZES:
@@ -233,7 +234,7 @@ def bench_layouts(bench: Bench, memory: Tensor) -> None:
                 partial(decode_attention_kernel, queries, pool, layer, tables, lengths, HEAD_DIM**-0.5)
                 for layer in range(LAYERS)
             ]
-            bench.bytes("decode_attention", f"batch {batch} context {context}", f"{name} page {size}", calls, moved)
+            bench.bytes("decode_attention", shape, f"{name} page {size}", calls, moved)
 
 
 def bench_prefill(bench: Bench, memory: Tensor) -> None:

@@ -2,8 +2,8 @@
 
 Gluon is Triton's language for what a program's warps do one by one: layouts, barriers, asynchronous
 tensor-core products and copies are written out. Each stage of `keys` and `values` has a barrier that says
-"full" (the copy's bytes have come) and one that says "empty" (both warpgroups have read it). A barrier's phase
-flips with every use, so the `n`-th use of a stage waits for phase `n & 1`.
+"full" (the copy's bytes have come) and one that says "empty" (both warpgroups have read it). The phase of a
+barrier flips with every use, so the `n`-th use of a stage waits for phase `n & 1`.
 """
 
 from triton.experimental import gluon
