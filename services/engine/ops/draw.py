@@ -53,13 +53,8 @@ def draw_tokens(
     border of two tokens, or a nucleus' mass as close to top_p, they may differ by that token. On one device
     a draw is always the same, whatever the other draws are.
     """
-    if logits.is_cuda:
-        return draw_tokens_kernel(
-            logits, rows, temperature, top_k, top_p, min_p, chance, filtered=filtered
-        )
-    return draw_tokens_reference(
-        logits, rows, temperature, top_k, top_p, min_p, chance, filtered=filtered
-    )
+    draw = draw_tokens_kernel if logits.is_cuda else draw_tokens_reference
+    return draw(logits, rows, temperature, top_k, top_p, min_p, chance, filtered=filtered)
 
 
 def best_tokens(logits: Tensor, rows: Tensor) -> Tensor:
@@ -115,14 +110,14 @@ def draw_tokens_kernel(
     filtered: bool = True,
     lowest: Tensor | None = None,
     candidates: int = 4096,
-    tile_runs: int = 64,
+    tile_runs: int = 32,
     num_warps: int = 16,
 ) -> Tensor:
     """`draw_tokens` in two launches. Raises ValueError on what it cannot take.
 
     `lowest`, if given, is float32 `[draws]` and receives a number that exactly the kept logits reach (-inf:
     all are kept). `candidates` is how many logits a program bisects in registers, `tile_runs` how many runs
-    it reads at once; both powers of two.
+    it reads at once, both powers of two, and `num_warps` its size: they matter only with filters.
     """
     logits, runs = _checked(logits, rows)
     draws = rows.shape[0]
@@ -300,7 +295,7 @@ def _draw(
         if FILTERED:
             list_ptr += draw * runs
             lowest = lowest_kept(
-                row_ptr, vocab, list_ptr, found_ptr + draw * CANDIDATES, maximum, mass, best, scale,
+                row_ptr, vocab, list_ptr, found_ptr + draw * CANDIDATES, maximum, relative, mass, best, scale,
                 temperature, tl.load(top_k_ptr + draw), tl.load(top_p_ptr + draw), tl.load(min_p_ptr + draw),
                 SHIFT, RUNS, RUN, TILE, CANDIDATES,
             )  # fmt: skip

@@ -91,14 +91,14 @@ def _value(step, SHIFT: tl.constexpr):
 @triton.jit
 def _above(row_ptr, vocab, list_ptr, count, pivot, best, scale, RUN: tl.constexpr, TILE: tl.constexpr):
     """How many tokens of the listed runs reach the pivot (int32), and their mass (float32)."""
-    tokens = tl.zeros([TILE, RUN], dtype=tl.int32)
-    mass = tl.zeros([TILE, RUN], dtype=tl.float32)
+    tokens = tl.zeros([TILE], dtype=tl.int32)
+    mass = tl.zeros([TILE], dtype=tl.float32)
     for first in range(0, count, TILE):
         _, score, is_token = listed_scores(row_ptr, vocab, list_ptr, first, count, RUN, TILE)
         is_above = (score >= pivot) & is_token
-        tokens += is_above.to(tl.int32)
-        mass += tl.where(is_above, tl.exp2((score - best) * scale), 0.0)
-    return tl.sum(tl.sum(tokens, 1), 0), tl.sum(tl.sum(mass, 1), 0)
+        tokens += tl.sum(is_above.to(tl.int32), 1)
+        mass += tl.sum(tl.where(is_above, tl.exp2((score - best) * scale), 0.0), 1)
+    return tl.sum(tokens, 0), tl.sum(mass, 0)
 
 
 @triton.jit
@@ -106,11 +106,12 @@ def _gather(
     row_ptr, vocab, list_ptr, count, low, ceiling, found_ptr,
     RUN: tl.constexpr, TILE: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
-    """Copies the scores from low to below the ceiling to `found_ptr`, as many as fit; returns how many
-    there are."""
+    """Copies the scores from low to below the ceiling to `found_ptr`, and returns how many
+    there are; if that is more than fit, only that there are more."""
     tl.debug_barrier()  # those gathered before have been read
     found = tl.zeros([], dtype=tl.int32)
-    for first in range(0, count, TILE):
+    first = tl.zeros([], dtype=tl.int32)
+    while (first < count) & (found <= CANDIDATES):
         _, score, is_token = listed_scores(row_ptr, vocab, list_ptr, first, count, RUN, TILE)
         wanted = ((score >= low) & (score < ceiling) & is_token).to(tl.int32)
         in_run = tl.sum(wanted, 1)
@@ -118,6 +119,7 @@ def _gather(
         place = before[:, None] + tl.cumsum(wanted, 1) - 1
         tl.store(found_ptr + place, score, mask=(wanted > 0) & (place < CANDIDATES))
         found += tl.sum(in_run, 0)
+        first += TILE
     tl.debug_barrier()
     return found
 
@@ -135,7 +137,7 @@ def _search(
         RUN, TILE, CANDIDATES,
     )  # fmt: skip
     within = every
-    reach_low = every  # tokens that reach low
+    reach_low = tl.where(every > CANDIDATES, 1 << 30, every)  # tokens that reach low: not counted if too many
     above_high = tl.zeros([], dtype=tl.int32)  # tokens above high
     amount_above = tl.zeros([], dtype=tl.float32)  # their number or mass
     turn = tl.zeros([], dtype=tl.int32)
@@ -145,7 +147,7 @@ def _search(
         by_value = tl.minimum(tl.maximum(_step(halfway, SHIFT), low + 1), high)
         middle = tl.where(turn % 2 == 0, by_value, low + ((high - low + 1) >> 1))
         tokens, mass = _above(
-            row_ptr, vocab, list_ptr, count, _value(middle, SHIFT), best, scale, RUN, TILE
+            row_ptr, vocab, list_ptr, count, _value(middle, SHIFT), best, scale, RUN, 4 * TILE
         )
         amount = mass if BY_MASS else tokens.to(tl.float32)
         reached = amount >= target
@@ -177,14 +179,14 @@ def _search(
 
 @triton.jit
 def lowest_kept(
-    row_ptr, vocab, list_ptr, found_ptr, maximum, mass, best, scale, temperature, top_k, top_p, min_p,
+    row_ptr, vocab, list_ptr, found_ptr, maximum, relative, mass, best, scale, temperature, top_k, top_p, min_p,
     SHIFT: tl.constexpr, RUNS: tl.constexpr,
     RUN: tl.constexpr, TILE: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     """The lowest score that one draw keeps, float32; -inf if it keeps all.
 
-    `maximum` and `mass` are the largest score and the mass of each run of RUN tokens, where `best`, the largest
-    of all, weighs 1 and a score weighs exp2((score - best) * scale); runs beyond the last have neither.
+    `maximum`, `relative` and `mass` are the largest score, its weight and the mass of each run of RUN tokens,
+    where a score weighs exp2((score - best) * scale); runs beyond the last have neither. `best` is the largest.
     """
     run = tl.arange(0, RUNS)
     runs = tl.cdiv(vocab, RUN)
@@ -218,21 +220,24 @@ def lowest_kept(
         if (top_k > 0) | (min_p > 0):
             count = list_runs(is_run & (maximum >= _value(low, SHIFT)), run, list_ptr)
             lowest = _value(low, SHIFT)
-            tokens, total = _above(row_ptr, vocab, list_ptr, count, lowest, best, scale, RUN, TILE)
+            tokens, total = _above(row_ptr, vocab, list_ptr, count, lowest, best, scale, RUN, 4 * TILE)
             if (top_k > 0) & (tokens > top_k):  # of those that tie with the k-th, not all count
                 higher = _value(low + 1, SHIFT)
-                tokens, total = _above(row_ptr, vocab, list_ptr, count, higher, best, scale, RUN, TILE)
+                tokens, total = _above(row_ptr, vocab, list_ptr, count, higher, best, scale, RUN, 4 * TILE)
                 total += (top_k - tokens).to(tl.float32) * tl.exp2((lowest - best) * scale)
         else:
-            # tokens 2**-exponent times as likely as the best, or less, have together at most what is cut off
+            # the lowest weight, 2**-exponent, below which lies no more than what is cut off, whatever is in
+            # a run: all of it if its largest score weighs less, else at most all but that score
             cut = (1 - top_p) * total * 0.999
+            rest = tl.maximum(mass - relative, 0.0) + mass * 1e-6
             exponent = 0.0
             stride = 64.0
             for _ in range(12):
-                rest = tl.sum(tl.minimum(mass, RUN * tl.exp2(-(exponent + stride))), 0)
-                exponent = tl.where(rest > cut, exponent + stride, exponent)
+                weight = tl.exp2(-(exponent + stride))
+                below = tl.where(relative >= weight, tl.minimum(rest, RUN * weight), mass)
+                exponent = tl.where(tl.sum(below, 0) > cut, exponent + stride, exponent)
                 stride *= 0.5
-            exponent += 2 * stride
+            exponent += 2 * stride + 0.001
             bound = tl.maximum(bound, _step(best - exponent / scale, SHIFT) - 1)
             count = list_runs(is_run & (maximum >= _value(bound, SHIFT)), run, list_ptr)
         low = _search(
