@@ -100,7 +100,6 @@ class _Bench:
     def finish(self) -> int:
         result = self.result
         if self.order.out is not None:
-            self.order.out.parent.mkdir(parents=True, exist_ok=True)
             self.order.out.write_bytes(json.format(json.encode(result), indent=1))
         for failure in result.failures:
             self._say(f"failed: {failure}")

@@ -1,14 +1,17 @@
 """What the hardware would allow, from bytes and operations. Pure.
 
-A row's work is a sum of phases that one stream of kernels runs one after the other: the products with the
-weights, then attention, in every layer. Each phase takes at least the larger of
+A row takes at least the larger of
 
     bytes it must read / read bandwidth      and      floating-point operations / matmul rate
 
-with the bandwidth and the rate that were measured on this device. Weights are read once a step, the KV of a
-sequence once a step; a product does 2 operations a weight and token, attention 4 a query head, element of a
-head and pair of positions, counting only pairs that the causal mask and a sliding window leave. Activations,
-norms, sampling and launches are taken as free.
+with the bandwidth and the rate that were measured on this device: a bound for any order and overlap of the
+work (Williams et al., Roofline, 2009). Weights are read once a step, the KV of a sequence once a step; a
+product does 2 operations a weight and token, attention 4 a query head, element of a head and pair of
+positions, counting only pairs that the causal mask and a sliding window leave. Activations, norms, sampling
+and launches are taken as free.
+
+On one stream of kernels the products with the weights and attention do not overlap. That closer bound, the
+sum over these phases of each one's larger time, stands beside the limit.
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,9 +24,10 @@ from services.config import Dtype
 from services.engine.model_config import ModelConfig, dtype_bytes
 
 FORMULA = (
-    "limit = the sum over phases of max(bytes read / read bandwidth, FLOP / matmul rate)\n"
-    "  products: weights once a step; 2 FLOP a weight and token (output matrix: a drawn token)\n"
-    "  attention: KV of each sequence once a step; 4 FLOP a query head, head element and pair of positions"
+    "limit = max((weights + KV bytes) / read bandwidth, (products + attention FLOP) / matmul rate)\n"
+    "  weights and each sequence's KV are read once a step; products: 2 FLOP a weight and token, of the\n"
+    "  output matrix a drawn token; attention: 4 FLOP a query head, head element and pair of positions\n"
+    "one stream = the same for products and for attention by itself, added: kernels do not overlap there"
 )
 
 
@@ -39,26 +43,35 @@ class Ceilings(Struct, frozen=True):
 
 
 class Phase(Struct, frozen=True):
+    """What does the work `name` reads the bytes of `reads`."""
+
     name: str
+    reads: str
     read_bytes: float
     flop: float
 
-    def least_s(self, ceilings: Ceilings) -> float:
-        return max(self.read_bytes / ceilings.read_bytes_per_s, self.flop / ceilings.matmul_flop_per_s)
-
 
 def limit_s(phases: Iterable[Phase], ceilings: Ceilings) -> float:
-    return sum(phase.least_s(ceilings) for phase in phases)
+    """The larger of all bytes and all operations."""
+    each = list(phases)
+    read_s = sum(phase.read_bytes for phase in each) / ceilings.read_bytes_per_s
+    return max(read_s, sum(phase.flop for phase in each) / ceilings.matmul_flop_per_s)
+
+
+def one_stream_s(phases: Iterable[Phase], ceilings: Ceilings) -> float:
+    """The sum of each phase's own limit."""
+    return sum(limit_s([phase], ceilings) for phase in phases)
 
 
 def formula(phases: Sequence[Phase], ceilings: Ceilings) -> str:
-    """The sum with its figures."""
-    read, rate = _rate(ceilings.read_bytes_per_s, "B/s"), _rate(ceilings.matmul_flop_per_s, "FLOP/s")
-    terms = (
-        f"{phase.name} max({_rate(phase.read_bytes, 'B')} / {read}, {_rate(phase.flop, 'FLOP')} / {rate})"
-        for phase in phases
+    """The limit with its figures, in milliseconds."""
+    read = " + ".join(f"{phase.reads} {_with_unit(phase.read_bytes, 'B')}" for phase in phases)
+    done = " + ".join(f"{phase.name} {_with_unit(phase.flop, 'FLOP')}" for phase in phases)
+    return (
+        f"max(({read}) / {_with_unit(ceilings.read_bytes_per_s, 'B/s')}, "
+        f"({done}) / {_with_unit(ceilings.matmul_flop_per_s, 'FLOP/s')}) = "
+        f"{limit_s(phases, ceilings) * 1e3:.4g} ms"
     )
-    return f"{' + '.join(terms)} = {limit_s(phases, ceilings) * 1e3:.3g} ms"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +92,7 @@ class ModelCost:
         """One step of `batch` sequences that each attend to `context` positions."""
         weights = self.layer_weights + self.output_weights
         return [
-            Phase("products", self.weights_bytes, 2.0 * batch * weights),
+            Phase("products", "weights", self.weights_bytes, 2.0 * batch * weights),
             self._decode_attention("attention", batch, [context]),
         ]
 
@@ -87,7 +100,7 @@ class ModelCost:
         """Weights once, however many steps the prompts take: no schedule could do with less."""
         flop = 2.0 * row.requests * (row.tokens * self.layer_weights + self.output_weights)
         return [
-            Phase("products", self.weights_bytes, flop),
+            Phase("products", "weights", self.weights_bytes, flop),
             self._prompt_attention("attention", row.requests, row.tokens),
         ]
 
@@ -99,7 +112,7 @@ class ModelCost:
         flop = 2.0 * (tokens * self.layer_weights + draws * self.output_weights)
         contexts = [row.input_tokens + done for done in range(1, row.output_tokens)]
         return [
-            Phase("products", float(steps * self.weights_bytes), flop),
+            Phase("products", "weights", float(steps * self.weights_bytes), flop),
             self._prompt_attention("prompts' attention", row.requests, row.input_tokens),
             self._decode_attention("decode attention", row.requests, contexts),
         ]
@@ -109,7 +122,7 @@ class ModelCost:
         for window in self.windows:
             pairs += sum(context if window is None else min(context, window) for context in contexts)
         pairs *= sequences
-        return Phase(name, pairs * self.kv_layer_token_bytes, pairs * self.pair_flop)
+        return Phase(name, "KV", pairs * self.kv_layer_token_bytes, pairs * self.pair_flop)
 
     def _prompt_attention(self, name: str, sequences: int, tokens: int) -> Phase:
         pairs = 0
@@ -117,7 +130,7 @@ class ModelCost:
             seen = tokens if window is None else min(tokens, window)
             pairs += seen * (seen + 1) // 2 + (tokens - seen) * seen
         read_bytes = sequences * tokens * len(self.windows) * self.kv_layer_token_bytes
-        return Phase(name, read_bytes, float(sequences * pairs * self.pair_flop))
+        return Phase(name, "KV", read_bytes, float(sequences * pairs * self.pair_flop))
 
 
 def model_cost(model: ModelConfig, dtype: Dtype, weights_bytes: int, kv_token_bytes: float) -> ModelCost:
@@ -135,7 +148,7 @@ def model_cost(model: ModelConfig, dtype: Dtype, weights_bytes: int, kv_token_by
     )
 
 
-def _rate(value: float, unit: str) -> str:
+def _with_unit(value: float, unit: str) -> str:
     for prefix, scale in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= scale:
             return f"{value / scale:.4g} {prefix}{unit}"

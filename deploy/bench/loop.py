@@ -96,11 +96,12 @@ class Loop:
     def turn(self) -> None:
         """What the worker's loop does in one turn. Raises BenchError when a request failed, or when there is
         nothing to do."""
+        held = self.total_tokens
         busy = self.role.step()
         self.parts.outbox.flush()
         if self._failure is not None:
             raise BenchError(self._failure)
-        if not busy:
+        if not busy and self.total_tokens == held:
             raise BenchError("the worker has nothing to run, but not all tokens are here")
 
     def until_total(self, tokens: int) -> None:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from msgspec import Struct, field
 
-from deploy.bench.limits import Ceilings, Phase, formula, limit_s
+from deploy.bench.limits import Ceilings, Phase, formula, limit_s, one_stream_s
 from deploy.bench.trace import Traced
 
 Unit = Literal["ms", "tok/s", "s"]
@@ -31,7 +31,8 @@ class Model(Struct, frozen=True):
 
 
 class Row(Struct, frozen=True):
-    """`measured` and `limit` in `unit`; `share` is how much of the limit's speed was reached, 1 being all.
+    """`measured`, `limit` and `one_stream` (see limits.py) in `unit`; `share` is how much of the limit's speed
+    was reached, 1 being all.
 
     A row that failed has an `error` and no figures, one that was left out a `note` and none; a figure that
     has no limit has no share either.
@@ -41,6 +42,7 @@ class Row(Struct, frozen=True):
     unit: Unit
     measured: float | None = None
     limit: float | None = None
+    one_stream: float | None = None
     share: float | None = None
     formula: str = ""
     phases: list[Phase] = []
@@ -81,8 +83,17 @@ def time_row(
     if ceilings is None:
         return Row(name, "ms", measured_s * 1e3, details=details)
     least_s = limit_s(phases, ceilings)
-    share, text = least_s / measured_s, formula(phases, ceilings)
-    return Row(name, "ms", measured_s * 1e3, least_s * 1e3, share, text, phases, details)
+    return Row(
+        name,
+        "ms",
+        measured_s * 1e3,
+        limit=least_s * 1e3,
+        one_stream=one_stream_s(phases, ceilings) * 1e3,
+        share=least_s / measured_s,
+        formula=formula(phases, ceilings),
+        phases=phases,
+        details=details,
+    )
 
 
 def rate_row(
@@ -93,21 +104,30 @@ def rate_row(
     if ceilings is None:
         return Row(name, "tok/s", tokens / measured_s, details=details)
     least_s = limit_s(phases, ceilings)
-    share, text = least_s / measured_s, f"{tokens} tok / ({formula(phases, ceilings)})"
-    return Row(name, "tok/s", tokens / measured_s, tokens / least_s, share, text, phases, details)
+    return Row(
+        name,
+        "tok/s",
+        tokens / measured_s,
+        limit=tokens / least_s,
+        one_stream=tokens / one_stream_s(phases, ceilings),
+        share=least_s / measured_s,
+        formula=f"{tokens} tok / {formula(phases, ceilings)}",
+        phases=phases,
+        details=details,
+    )
 
 
 def head_line() -> str:
-    return f"{'work':<36} {'measured':>16} {'limit':>16} {'of limit':>9}"
+    return f"{'work':<36} {'measured':>15} {'limit':>15} {'of limit':>8} {'one stream':>15}"
 
 
 def row_line(row: Row) -> str:
     """One line of the table, with the limit's formula below."""
     if row.error is not None:
-        return f"{row.name:<36} {'failed':>16}  {row.error}"
-    line = f"{row.name:<36} {_figure(row.measured, row.unit):>16} {_figure(row.limit, row.unit):>16}"
-    line += f" {'-' if row.share is None else f'{row.share:.1%}':>9}"
-    details = ", ".join(f"{name} {value:.5g}" for name, value in row.details.items())
+        return f"{row.name:<36} {'failed':>15}  {row.error}"
+    line = f"{row.name:<36} {_figure(row.measured, row.unit):>15} {_figure(row.limit, row.unit):>15}"
+    line += f" {'-' if row.share is None else f'{row.share:.1%}':>8} {_figure(row.one_stream, row.unit):>15}"
+    details = ", ".join(f"{name} {value:,.6g}" for name, value in row.details.items())
     for below in (row.formula, details, row.note):
         line += f"\n    {below}" if below else ""
     return line

@@ -102,7 +102,6 @@ def write_small(trace: dict[str, Any], window: Event, file: Path) -> None:
     file would exceed `MAX_FILE_BYTES`, and then the latest ones."""
     kept = [one for one in trace["traceEvents"] if one.get("ph") == "M"]
     timed = [_slim(one) for one in trace["traceEvents"] if _is_kept(one, window)]
-    file.parent.mkdir(parents=True, exist_ok=True)
     data = _compressed(kept + timed)
     if len(data) > MAX_FILE_BYTES:
         timed = [one for one in timed if one["cat"] in (*DEVICE_CATEGORIES, "user_annotation")]

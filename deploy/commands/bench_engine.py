@@ -1,5 +1,6 @@
 """`baton bench engine`: the engine on this machine, beside the machine's own limits."""
 
+import os
 import tempfile
 from pathlib import Path
 from typing import cast
@@ -28,8 +29,9 @@ def run(settings: BenchEngineSettings) -> None:
     device = cast(Device, settings.device)
     if settings.trace is None and settings.only == ("trace",):
         raise UserError("--only trace: --trace is missing, the name of the file")
-    if device == "cuda":
-        check_gpu_is_here(0, settings.device_memory)
+    for flag, file in (("--out", settings.out), ("--trace", settings.trace)):
+        if file is not None and not (file.parent.is_dir() and os.access(file.parent, os.W_OK)):
+            raise UserError(f"{flag}: {file.parent} is not a directory that can be written to")
     with tempfile.TemporaryDirectory(prefix="baton-bench-") as name:
         code = _run(settings, device, Path(name))
     raise typer.Exit(code)
@@ -40,6 +42,8 @@ def _run(settings: BenchEngineSettings, device: Device, directory: Path) -> int:
     from deploy.bench.workload import workload
 
     model_dir = write_shape(settings.model_config, directory)
+    if device == "cuda":
+        check_gpu_is_here(0, settings.device_memory)
     try:
         model_tokens = read_model_config(model_dir).max_model_len
     except CheckpointError as error:
@@ -78,7 +82,9 @@ def _run(settings: BenchEngineSettings, device: Device, directory: Path) -> int:
         only=frozenset(settings.only or BENCH_GROUPS),
         quick=settings.quick,
         settings={
+            "quick": settings.quick,
             "shrink": shrink,
+            "dtype": config.dtype,
             "page_size": config.page_size_tokens,
             "max_batch": config.max_batch,
             "max_chunk_tokens": config.max_chunk_tokens,
