@@ -210,10 +210,11 @@ class _Bench:
     def _traced(self, traced: Traced) -> None:
         self.result.traces.append(traced)
         found = traced.summary
-        who = "the device" if traced.device_events else "the host (no device events: these are nested calls)"
+        who = "device" if traced.device_events else "host (no device events: these are nested calls)"
+        span_ms, busy_ms = found.span_us / 1e3, found.busy_us / 1e3
         self._say(
-            f"\n{traced.name}, profiled: {who} was busy {found.busy_share:.1%} of "
-            f"{found.span_us / 1e3:.2f} ms; {traced.file}\n{table(found, TRACE_TABLE_ROWS)}"
+            f"\n{traced.name}, profiled: {who} busy {found.busy_share:.1%} of {span_ms:.2f} ms, "
+            f"{busy_ms / traced.steps:.3f} ms each; {traced.file}\n{table(found, TRACE_TABLE_ROWS)}"
         )
 
     def _memory(self, prepared: Prepared) -> None:

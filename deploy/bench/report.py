@@ -31,8 +31,8 @@ class Model(Struct, frozen=True):
 
 
 class Row(Struct, frozen=True):
-    """`measured`, `limit` and `one_stream` (see limits.py) in `unit`; `share` is how much of the limit's speed
-    was reached, 1 being all.
+    """`measured`, `limit` and `one_stream` (see limits.py) in `unit`; `share` is how much of the limit's
+    speed was reached, 1 being all.
 
     A row that failed has an `error` and no figures, one that was left out a `note` and none; a figure that
     has no limit has no share either.

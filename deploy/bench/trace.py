@@ -34,8 +34,11 @@ Mark = Callable[[], AbstractContextManager[object]]
 
 
 class Traced(Struct, frozen=True):
+    """`steps` decode steps, or one prefill. Without device events, as on a CPU, the host's stand for them."""
+
     name: str
     file: str
+    steps: int
     device_events: bool
     busy_share: float
     summary: Summary
@@ -53,7 +56,7 @@ def trace_decode(loop: Loop, row: Decode, steps: int, file: Path) -> Traced:
                 loop.until_total(loop.total_tokens + steps * row.batch)
             loop.until_total(loop.total_tokens + STEPS_AROUND * row.batch)
 
-        return _traced(loop, f"{steps} steps: {row.name}", run, file)
+        return _traced(loop, f"{steps} steps: {row.name}", steps, run, file)
     finally:
         loop.clear()
 
@@ -63,10 +66,10 @@ def trace_prefill(loop: Loop, row: Prefill, file: Path) -> Traced:
         loop.prefill_s(row, mark())
 
     loop.prefill_s(row)
-    return _traced(loop, row.name, run, file)
+    return _traced(loop, row.name, 1, run, file)
 
 
-def _traced(loop: Loop, name: str, run: Callable[[Mark], None], file: Path) -> Traced:
+def _traced(loop: Loop, name: str, steps: int, run: Callable[[Mark], None], file: Path) -> Traced:
     import torch
     from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -86,7 +89,7 @@ def _traced(loop: Loop, name: str, run: Callable[[Mark], None], file: Path) -> T
     if not found.events:
         raise BenchError("the profiler saw nothing on the device")
     write_small(trace, window, file)
-    return Traced(name, str(file), on_gpu, found.busy_share, found)
+    return Traced(name, str(file), steps, on_gpu, found.busy_share, found)
 
 
 def window_of(events: list[Event]) -> Event:
