@@ -39,6 +39,7 @@ def shape(directory: Path, **changes: Any) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)  # three processes that import torch, one after the other
 def test_every_row_with_its_limit_a_trace_and_the_ledger(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     command = [sys.executable, "-m", "deploy.cli", "bench", "engine", *FLAGS]
@@ -87,11 +88,13 @@ def check_limits(rows: dict[str, Any], ceilings: dict[str, Any]) -> None:
     decode = rows["decode step, batch 4 at 16"]
     context = decode["details"]["mean_context"]
     assert context == pytest.approx(16, abs=2)
-    read_s = (weights_bytes + 4 * context * kv_token_bytes) / read
-    done_s = (2 * 4 * (LAYER_WEIGHTS + OUTPUT_WEIGHTS) + 4 * context * PAIR_FLOP) / rate
+    weights_s, kv_s = weights_bytes / read, 4 * context * kv_token_bytes / read
+    products_s = 2 * 4 * (LAYER_WEIGHTS + OUTPUT_WEIGHTS) / rate
+    attention_s = 4 * context * PAIR_FLOP / rate
     assert decode["unit"] == "ms"
-    assert decode["limit"] == pytest.approx(1e3 * max(read_s, done_s), rel=1e-6)
-    assert decode["limit"] <= decode["one_stream"]
+    least_s, one_stream_s = max(weights_s + kv_s, products_s + attention_s), max(weights_s, products_s)
+    assert decode["limit"] == pytest.approx(1e3 * least_s, rel=1e-6)
+    assert decode["one_stream"] == pytest.approx(1e3 * (one_stream_s + max(kv_s, attention_s)), rel=1e-6)
     assert decode["share"] == pytest.approx(decode["limit"] / decode["measured"])
 
     prefill = rows["prefill 128"]
