@@ -1,11 +1,8 @@
-"""The rows, and the batch that is brought to one context: simulated with the scheduler that will run it."""
+"""The rows, and the batch that is brought to one context: simulated token by token."""
 
 import pytest
 
 from deploy.bench.workload import Decode, Offline, Prefill, prompt_lengths, workload
-from services.messages import FirstToken, Sampling, Work
-from services.scheduler.pages import PagePool
-from services.scheduler.unified import UnifiedScheduler
 
 
 def test_the_rows_as_they_are() -> None:
@@ -53,19 +50,20 @@ def test_equal_prompts_would_not_meet() -> None:
 
 
 def run_prompts(lengths: list[int], chunk: int) -> list[int]:
-    """Tokens with KV of each sequence, in the step that computes the last prompt's last chunk."""
-    scheduler = UnifiedScheduler(PagePool(1 << 15, 16, prefix_cache=False), len(lengths), chunk)
-    for at, length in enumerate(lengths, 1):
-        scheduler.add(Work(at, [0] * length, Sampling(max_tokens=1 << 20, seed=0)))
-    while len(scheduler.batch.decoding) < len(lengths):
-        plan = scheduler.schedule()
-        scheduler.finish_step(plan)
-        for sequence in plan.decodes:
-            sequence.tokens.append(1)
-        for one in plan.chunks:
-            if one.draws:
-                scheduler.fork(one.sequence, [FirstToken(0, 1)])
-    return [sequence.computed_tokens for sequence in scheduler.batch.decoding]
+    """Tokens with KV of each sequence, in the step that computes the last prompt's last chunk: a step takes
+    one token of each sequence whose prompt is done, then what is left of it for prompts, oldest first."""
+    computed = [0] * len(lengths)
+    while any(done < length for done, length in zip(computed, lengths, strict=True)):
+        decoding = [at for at, length in enumerate(lengths) if computed[at] >= length]
+        budget = chunk - len(decoding)
+        for at in decoding:
+            computed[at] += 1
+        for at, length in enumerate(lengths):
+            if at not in decoding and budget > 0:
+                count = min(budget, length - computed[at])
+                computed[at] += count
+                budget -= count
+    return computed
 
 
 def test_names_are_those_of_the_table() -> None:
