@@ -41,6 +41,9 @@ PURE_MODULES = (
     "kvtransfer/layout.py",
     "router/policy.py",
     "router/config.py",
+    "deploy/bench/limits.py",
+    "deploy/bench/timeline.py",
+    "deploy/bench/workload.py",
     "deploy/supervision.py",
     "deploy/values.py",
 )
