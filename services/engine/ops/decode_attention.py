@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from services.engine.ops.dependent_launch import await_earlier, launch_options, let_next_start
+
 LOG2_E = 1.4426950408889634
 MAX_SPLITS = 32
 
@@ -118,6 +120,7 @@ def decode_attention_kernel(
     block_dim = max(16, triton.next_power_of_2(head_dim))  # the least that tl.dot takes
     if block_keys is None:  # float32 products run without tensor cores, and larger tiles would spill
         block_keys = 16 if queries.element_size() == 4 else 64
+    options = launch_options(queries)
     _decode[(batch, kv_heads, splits)](
         queries,
         kv,
@@ -144,6 +147,7 @@ def decode_attention_kernel(
         SPLITS=splits,
         num_warps=num_warps,
         num_stages=num_stages,
+        **options,
     )
     if splits > 1:
         _combine[(batch, heads)](
@@ -156,6 +160,7 @@ def decode_attention_kernel(
             SPLITS=splits,
             BLOCK_SPLITS=triton.next_power_of_2(splits),
             num_warps=4,
+            **options,
         )
     return out
 
@@ -185,7 +190,10 @@ def _decode(
     BLOCK_KEYS: tl.constexpr,
     WINDOW: tl.constexpr,
     SPLITS: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
+    let_next_start(PDL)
+    await_earlier(PDL)
     sequence = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
@@ -251,7 +259,10 @@ def _combine(
     BLOCK_DIM: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
+    let_next_start(PDL)
+    await_earlier(PDL)
     row = tl.program_id(0).to(tl.int64) * HEADS + tl.program_id(1)
     split = tl.arange(0, BLOCK_SPLITS)
     column = tl.arange(0, BLOCK_DIM)

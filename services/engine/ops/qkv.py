@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from services.engine.ops.dependent_launch import await_earlier, launch_options, let_next_start
 from services.engine.ops.kv_write import write_kv
 from services.engine.ops.rms_norm import head_rms_norm
 from services.engine.ops.rotary import rotate
@@ -101,6 +102,7 @@ def qkv_to_pool_kernel(
         NORM=head_norm is not None,
         FINITE_MAX=torch.finfo(layer_rows.dtype).max,
         num_warps=num_warps,
+        **launch_options(qkv),
     )
     return queries
 
@@ -123,7 +125,10 @@ def _qkv_to_pool(
     BLOCK_HEADS: tl.constexpr,
     NORM: tl.constexpr,
     FINITE_MAX: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
+    let_next_start(PDL)
+    await_earlier(PDL)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     column = tl.arange(0, BLOCK_HALF)
