@@ -106,9 +106,10 @@ class DecodeGraphs:
         return self._slots.place(rows)
 
     def run(self, rows: list[Row], drawn_at: list[int]) -> Tensor:
-        """Logits `[rows, vocab]`, overwritten by the next step; nothing is waited for. `rows` are in `order`;
-        `drawn_at[i]` is where row i finds its token among the drawn ids, -1 if it brings its own. Raises
-        `RowError` before anything runs."""
+        """Logits `[rows, vocab]`, overwritten by the next step; nothing is waited for. `rows` are in `order`,
+        `drawn_at[i]` is where row i finds its token among the drawn ids, -1 if it brings its own.
+
+        Raises `RowError` before anything runs."""
         count = len(rows)
         batch = self._ladder[bisect_left(self._ladder, count)]
         size = self._layout.page_size_tokens
@@ -130,7 +131,7 @@ class DecodeGraphs:
         return logits[:count]
 
     def _write_tables(self, rows: list[Row]) -> None:
-        """Send the pages that the device's tables lack: one copy and one kernel, however many rows changed."""
+        """Send the pages that the tables lack: one copy and one kernel, however many rows changed."""
         changed = self._slots.changes(rows)
         if not changed:
             return
