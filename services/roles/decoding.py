@@ -75,10 +75,8 @@ class DecodingRole(Role, Generic[Scheduler]):
             self._take_results(flight)
 
     def _take_results(self, flight: Flight) -> None:
-        result = self.collect(flight)
+        result = self.collect(flight, after=self._flight)
         if result is None:
-            if self._flight is not None:  # it went on from what the failed step should have computed
-                self.fail_plan(self._flight.plan, "the step before failed")
             return
         for sequence, drawn in result.decodes:
             if sequence.state is not State.ENDED:

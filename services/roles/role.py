@@ -176,14 +176,17 @@ class Role(ABC):
         self.parts.counters["prompt_tokens"] += sum(chunk.count for chunk in plan.chunks)
         return Flight(plan, launched)
 
-    def collect(self, flight: Flight) -> StepResult | None:
-        """Wait for a launched plan. An error fails its requests likewise; and since their prompts' pages were
-        findable from the launch on, no prefix found so far is trusted after it."""
+    def collect(self, flight: Flight, after: Flight | None = None) -> StepResult | None:
+        """Wait for a launched plan. An error fails its requests likewise, and those of the step launched
+        `after` it, which went on from what it should have computed. Since pages are findable prefixes from
+        the launch on that computes them, no prefix is trusted any more."""
         plan = flight.plan
         try:
             results = flight.launched.collect()
         except ENGINE_FAILURES as error:
             self._engine_failed(plan, error)
+            if after is not None:
+                self._fail_plan(after.plan, "the step before failed")
             self.parts.pool.forget_prefixes()
             return None
         decodes = len(plan.decodes)
@@ -192,7 +195,7 @@ class Role(ABC):
             list(zip(plan.chunks, results[decodes:], strict=True)),
         )
 
-    def fail_plan(self, plan: StepPlan, reason: str) -> None:
+    def _fail_plan(self, plan: StepPlan, reason: str) -> None:
         """End the requests of a plan. Those whose sequences have ended meanwhile are not touched."""
         alive = (one for one in plan.sequences() if one.state is not State.ENDED)
         for request_id in sorted({one.work.request_id for one in alive}):
@@ -203,7 +206,7 @@ class Role(ABC):
         self.parts.counters["engine_errors"] += 1
         if self.parts.engine.device.type == "cuda":
             raise error
-        self.fail_plan(plan, type(error).__name__)
+        self._fail_plan(plan, type(error).__name__)
 
     def collect_prompt_logprobs(self, chunk: Chunk, result: RowResult) -> None:
         live = self.parts.requests.get(chunk.sequence.work.request_id)

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from services.messages import FirstToken, Work
 from services.scheduler.pages import PagePool
-from services.scheduler.sequence import Sequence, State
+from services.scheduler.sequence import PENDING, Sequence, State
 from services.scheduler.unified import UnifiedScheduler
 from tests.unit.scheduler.harness import FakeKv, expected, work
 
@@ -129,6 +129,49 @@ def test_pressure_preempts_the_youngest() -> None:
     for request_id in prompts:
         assert scheduler.end(request_id)
     assert pool.counts().used == 0
+
+
+def test_a_preempted_choice_waits_for_the_token_it_was_drawn() -> None:
+    pool = PagePool(6, SIZE)
+    scheduler = UnifiedScheduler(pool, 8, 32)
+    prompts = {one: scheduler.add(work(one, [one] * 7, max_tokens=20)) for one in (1, 2)}
+    scheduler.launched(scheduler.schedule())
+    for request_id, prompt in prompts.items():
+        scheduler.fork(prompt, [FirstToken(0, request_id)])
+    in_flight: list[Sequence] = []
+    while True:
+        plan = scheduler.schedule()
+        scheduler.launched(plan)
+        if scheduler.batch.resuming:
+            break
+        for sequence in in_flight:
+            sequence.settle(9)
+        in_flight = plan.decodes
+    [waiting] = scheduler.batch.resuming
+    assert waiting in in_flight and waiting.tokens[-1] == PENDING
+    scheduler.end(1)
+    assert not scheduler.schedule() and scheduler.batch.resuming == [waiting]
+    waiting.settle(9)
+    assert [one.sequence for one in scheduler.schedule().chunks] == [waiting]
+    assert scheduler.end(2) and pool.counts().used == 0
+
+
+def test_a_placeholder_is_never_part_of_a_prefix() -> None:
+    """A choice that ends while two of its tokens are unknown, the first of which fills a page."""
+    pool = PagePool(8, SIZE)
+    scheduler, kv = UnifiedScheduler(pool, 8, 32), FakeKv(pool)
+    prompt = scheduler.add(work(1, [1] * 6, max_tokens=20))
+    kv.compute(plan := scheduler.schedule())
+    scheduler.launched(plan)
+    scheduler.fork(prompt, [FirstToken(0, 5)])
+    for _ in range(2):
+        kv.compute(plan := scheduler.schedule())
+        scheduler.launched(plan)
+    [sequence] = plan.decodes
+    assert sequence.tokens == [1] * 6 + [5, PENDING, PENDING] and sequence.computed_tokens == 8
+    scheduler.end(1)
+    assert pool.counts().cached == 1, "the second page holds a token that nobody knows"
+    assert len(pool.match_prefix(b"", [1] * 4, 4)) == 1
 
 
 @settings(max_examples=60, deadline=None)
