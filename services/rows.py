@@ -14,9 +14,9 @@ def rows_of(plan: StepPlan) -> list[Row]:
 def decode_row(sequence: Sequence) -> Row:
     """The last token of a sequence that has nothing else to compute, known or named by its draw; lists are
     shared, not copied."""
-    draws = _draws(sequence, sequence.choices)
-    row = Row(sequence.tokens[-1:], sequence.computed_tokens, sequence.pages, draws)
-    if row.tokens[0] == PENDING:
+    token = sequence.tokens[-1]
+    row = Row([token], sequence.computed_tokens, sequence.pages, _draws(sequence, sequence.choices))
+    if token == PENDING:
         row.drawn_by = sequence.draw
     return row
 

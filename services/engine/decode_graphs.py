@@ -83,7 +83,7 @@ class DecodeGraphs:
         shared = None
         for batch in reversed(self._ladder):
             inputs = self._inputs(batch)
-            self._send([], indices([]), indices([]), indices([]), batch)
+            self._send(indices([]), indices([]), indices([]), indices([]), batch)
             stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -114,18 +114,20 @@ class DecodeGraphs:
         batch = self._ladder[bisect_left(self._ladder, count)]
         size = self._layout.page_size_tokens
         source = indices(drawn_at)
-        tokens = np.fromiter((row.tokens[0] for row in rows), dtype=np.int64, count=count)
+        tokens = indices([row.tokens[0] for row in rows])
         tokens[source >= 0] = 0
-        positions = np.fromiter((row.start for row in rows), dtype=np.int64, count=count)
+        positions = indices([row.start for row in rows])
         if tokens.min() < 0 or tokens.max() >= self._decoder.model.vocab_size:
             raise RowError(f"token out of range: the vocabulary has {self._decoder.model.vocab_size}")
         if positions.min() < 0 or positions.max() >= self._max_model_len:
             raise RowError(f"position out of range: a sequence has at most {self._max_model_len} tokens")
-        for row in rows:
-            if row.start // size >= len(row.pages):
-                raise RowError(f"{len(row.pages)} pages do not cover position {row.start}")
+        try:
+            pages = indices([row.pages[row.start // size] for row in rows])
+        except IndexError:
+            short = next(row for row in rows if row.start // size >= len(row.pages))
+            raise RowError(f"{len(short.pages)} pages do not cover position {short.start}") from None
         self._write_tables(rows)
-        self._send(rows, tokens, source, positions, batch)
+        self._send(tokens, source, positions, pages, batch)
         graph, logits = self._graphs[batch]
         graph.replay()
         return logits[:count]
@@ -149,10 +151,11 @@ class DecodeGraphs:
         self._tables.view(-1).index_copy_(0, sent["cells"], sent["pages"])
 
     def _send(
-        self, rows: list[Row], tokens: IntArray, source: IntArray, positions: IntArray, batch: int
+        self, tokens: IntArray, source: IntArray, positions: IntArray, pages: IntArray, batch: int
     ) -> None:
-        """The graph's inputs in one copy, the places without a row filled in."""
-        count, layout = len(rows), self._layout
+        """The graph's inputs in one copy, the places without a row filled in. `pages` are those that the
+        tokens are written to."""
+        count, layout = len(tokens), self._layout
         size = layout.page_size_tokens
         inputs = np.zeros((4, batch), dtype=np.int64)
         lengths = np.zeros(batch, dtype=np.int32)
@@ -161,12 +164,8 @@ class DecodeGraphs:
         np.copyto(inputs[1, :count], source, where=source >= 0)
         inputs[2, :count] = positions
         inputs[3] = NOT_WRITTEN
-        if count:
-            own = np.fromiter(
-                (row.pages[row.start // size] for row in rows), dtype=np.int64, count=count
-            )
-            inputs[3, :count] = own * (layout.layers * 2 * layout.kv_heads * size) + inputs[2, :count] % size
-            lengths[:count] = inputs[2, :count] + 1
+        inputs[3, :count] = pages * (layout.layers * 2 * layout.kv_heads * size) + positions % size
+        lengths[:count] = positions + 1
         host = pinned([*inputs, lengths])
         self._packed[: host.shape[0]].copy_(host, non_blocking=True)
 

@@ -43,8 +43,11 @@ def check_row(row: Row, vocab_size: int, draws_before: int) -> None:
     if row.targets and not 0 <= min(row.targets) <= max(row.targets) < vocab_size:
         raise RowError(f"target out of range: the vocabulary has {vocab_size}")
     for draw in row.draws:
-        named = list(draw.sampling.logit_bias)
-        if draw.sampling.repetition_penalty != 1.0:
+        sampling = draw.sampling
+        if not sampling.logit_bias and sampling.repetition_penalty == 1.0:
+            continue
+        named = list(sampling.logit_bias)
+        if sampling.repetition_penalty != 1.0:
             named += draw.prompt
         if named and not 0 <= min(named) <= max(named) < vocab_size:
             raise RowError(f"draw names a token out of range: the vocabulary has {vocab_size}")

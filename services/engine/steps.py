@@ -7,6 +7,7 @@ early: a page that the scheduler gives away is written by its next user only aft
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -123,17 +124,16 @@ class Steps:
 
 def _drawing(rows: list[Row], order: list[int]) -> tuple[_Drawing, list[int]]:
     """The draws of `rows`, which are in their order on the device, and each drawing row's last token."""
-    drawing = _Drawing([], [], [])
-    last_tokens: list[int] = []
-    first = 0
-    for at, row in zip(order, rows, strict=True):
-        first += len(row.tokens)
-        if row.draws:
-            drawing.draws += row.draws
-            drawing.owners += [at] * len(row.draws)
-            drawing.logit_rows += [len(last_tokens)] * len(row.draws)
-            last_tokens.append(first - 1)
-    return drawing, last_tokens
+    ends = accumulate(len(row.tokens) for row in rows)
+    drawing = [(end - 1, at, row.draws) for end, at, row in zip(ends, order, rows, strict=True) if row.draws]
+    return (
+        _Drawing(
+            draws=[draw for _, _, draws in drawing for draw in draws],
+            owners=[at for _, at, draws in drawing for _ in draws],
+            logit_rows=[number for number, (_, _, draws) in enumerate(drawing) for _ in draws],
+        ),
+        [last_token for last_token, _, _ in drawing],
+    )
 
 
 def _positions(rows: list[Row], order: list[int]) -> list[int]:
@@ -143,4 +143,6 @@ def _positions(rows: list[Row], order: list[int]) -> list[int]:
     for at in order:
         begins[at] = drawn
         drawn += len(rows[at].draws)
+    if drawn == len(rows) and all(row.draws for row in rows):
+        return begins
     return [begin + one for begin, row in zip(begins, rows, strict=True) for one in range(len(row.draws))]

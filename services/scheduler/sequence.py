@@ -97,10 +97,13 @@ class Sequence:
 
     def settle(self, token: int) -> int:
         """That token is known now. Returns how many tokens of output there are up to it."""
-        at = self.known_tokens
-        if at == len(self.tokens):
+        tokens = self.tokens
+        at = len(tokens) - 1
+        if tokens[at] != PENDING:
             raise IllegalMove(f"request {self.work.request_id} waits for no token")
-        self.tokens[at] = token
+        while tokens[at - 1] == PENDING:
+            at -= 1
+        tokens[at] = token
         return at + 1 - self.prompt_tokens
 
     def move(self, to: State) -> None:

@@ -1,7 +1,6 @@
 """The unified role over the real engine: a step in flight while the next is planned changes no token."""
 
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +15,10 @@ from services.roles.unified import UnifiedRole
 from services.rules import Limits
 from services.scheduler.pages import PagePool
 from tests.checkpoints import VOCAB_SIZE, make_checkpoint
-from tests.engine.harness import GREEDY, Sequence, prompt_of, run_together, start_engine
+from tests.engine.harness import GREEDY, Sequence, prompt_of, run_ahead, run_together, start_engine
 
 PAGES = 40
+SAMPLED = Sampling(max_tokens=1, seed=11, temperature=0.9, top_p=0.95, logprobs=2)
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +100,21 @@ def test_the_same_tokens_with_a_step_in_flight(engine: Engine, pages: int) -> No
         assert [one.logprob for one in given or []] == pytest.approx(
             [one.logprob for one in expected_prompt or []], abs=1e-4
         )
+
+
+def test_launches_ahead_give_the_same_tokens(engine: Engine) -> None:
+    """Chunks beside decodes; sequences that stop early; going on from tokens that are known."""
+    outputs = []
+    for run in (run_together, run_ahead):
+        sequences = [
+            Sequence(prompt_of(length), list(range(at * 10, at * 10 + 10)), SAMPLED, chunk=7)
+            for at, length in enumerate((1, 7, 18))
+        ]
+        for count, total in ((3, 6), (2, 13), (1, 20)):
+            run(engine, sequences[:count], total)
+        outputs.append([sequence.output for sequence in sequences])
+    assert outputs[0] == outputs[1]
+    assert [len(output) for output in outputs[0]] == [20, 13, 6]
 
 
 def test_a_row_goes_on_from_a_draw_of_the_launch_before(engine: Engine) -> None:

@@ -20,8 +20,8 @@ def drive(
     max_steps: int = 5000,
     overlap: bool = False,
 ) -> dict[tuple[int, int], list[int]]:
-    """Run everything to its end; returns the tokens of each (request, choice). With `overlap`, a step's tokens
-    are told to the scheduler only after the next step was launched."""
+    """Run everything to its end; returns the tokens of each (request, choice). With `overlap`, a step's
+    tokens are told to the scheduler only after the next step was launched."""
     scheduler, kv = UnifiedScheduler(pool, max_batch, chunk), FakeKv(pool)
     out: dict[tuple[int, int], list[int]] = {}
     flight: list[tuple[Sequence, list[int]]] = []
