@@ -1,8 +1,9 @@
 """From a step's plan to the engine's rows."""
 
+from collections.abc import Iterable
+
 from services.engine.batch import Draw, Row
-from services.messages import Sampling
-from services.scheduler.sequence import Chunk, Sequence, StepPlan
+from services.scheduler.sequence import PENDING, Chunk, Sequence, StepPlan
 
 
 def rows_of(plan: StepPlan) -> list[Row]:
@@ -11,15 +12,20 @@ def rows_of(plan: StepPlan) -> list[Row]:
 
 
 def decode_row(sequence: Sequence) -> Row:
-    """The last token of a sequence that has nothing else pending; lists are shared, not copied."""
-    return Row([sequence.tokens[-1]], sequence.computed_tokens, sequence.pages, _draws(sequence))
+    """The last token of a sequence that has nothing else to compute, known or named by its draw; lists are
+    shared, not copied."""
+    token = sequence.tokens[-1]
+    row = Row([token], sequence.computed_tokens, sequence.pages, _draws(sequence, sequence.choices))
+    if token == PENDING:
+        row.drawn_by = sequence.draw
+    return row
 
 
 def chunk_row(chunk: Chunk) -> Row:
     sequence, start, count = chunk.sequence, chunk.start, chunk.count
     row = Row(sequence.tokens[start : start + count], start, sequence.pages)
     if chunk.draws:
-        row.draws = _draws(sequence)
+        row.draws = _draws(sequence, chunk.draws)
     alternatives = sequence.work.sampling.prompt_logprobs
     if alternatives is not None and wants_prompt_logprobs(sequence):
         row.targets = sequence.tokens[start + 1 : start + count + 1]
@@ -36,17 +42,8 @@ def wants_prompt_logprobs(sequence: Sequence) -> bool:
     )
 
 
-def _draws(sequence: Sequence) -> list[Draw]:
+def _draws(sequence: Sequence, choices: Iterable[int]) -> list[Draw]:
     sampling, position = sequence.work.sampling, len(sequence.tokens)
-    history = _needs_history(sampling)
-    prompt = sequence.work.prompt if history else []
-    output = sequence.output if history else []
-    return [Draw(choice, position, sampling, prompt, output) for choice in sequence.choices]
-
-
-def _needs_history(sampling: Sampling) -> bool:
-    return (
-        sampling.repetition_penalty != 1.0
-        or sampling.presence_penalty != 0.0
-        or sampling.frequency_penalty != 0.0
-    )
+    prompt = sequence.work.prompt if sequence.reads_output else []
+    output = sequence.output if sequence.reads_output else []
+    return [Draw(choice, position, sampling, prompt, output) for choice in choices]

@@ -2,8 +2,9 @@
 
 1. Prepare: plan the memory, attach the transfer process, load weights, measure, allocate (startup.py).
 2. Listen for routers and greet each.
-3. Turn: take in what routers and the transfer process sent; run one step of the role; send what came out.
-   With nothing to do, sleep until a message comes.
+3. Turn: take in what routers and the transfer process sent; launch a step of the role, and take the results
+   of the one before; send what came out. With nothing to do and no step in flight, sleep until a message
+   comes.
 4. About once a second: tell every router the status, end requests whose deadline has passed.
 5. SIGTERM: refuse new work, finish what runs within the drain time, leave.
 """
@@ -96,6 +97,7 @@ class Worker:
             max_chunk_tokens=config.max_chunk_tokens,
             outbox=Outbox(self.server.send),
             clock=time.monotonic,
+            overlap=config.device == "cuda",
         )
         self.role = _build_role(self.parts, prepared)
         self._routers: dict[bytes, float] = {}
@@ -134,7 +136,8 @@ class Worker:
     def _finished(self) -> bool:
         if self._draining_until_s is None:
             return False
-        return not self.parts.requests or time.monotonic() >= self._draining_until_s
+        at_rest = not self.parts.requests and not self.role.in_flight
+        return at_rest or time.monotonic() >= self._draining_until_s
 
     # ------------------------------------------------------------ one turn
 

@@ -1,4 +1,4 @@
-"""Scheduler time for one decode step (plan and finish): `python -m deploy.bench.scheduler`.
+"""Scheduler time for one decode step (plan and count as launched): `python -m deploy.bench.scheduler`.
 
 No engine, no I/O: what is timed is exactly what a step pays between two engine calls. Sequences grow as
 they do in service, so page allocation and prefix publishing are in the figure.
@@ -28,17 +28,17 @@ def step_times_us(batch: int) -> list[float]:
         prompt = [(request_id * 7919 + at) % 50_000 for at in range(PROMPT_TOKENS - request_id % 16)]
         scheduler.add(Work(request_id, prompt, Sampling(max_tokens=10_000, seed=0)))
     plan = scheduler.schedule()
-    scheduler.finish_step(plan)
+    scheduler.launched(plan)
     for chunk in plan.chunks:
         scheduler.fork(chunk.sequence, [FirstToken(0, 1)])
     times: list[float] = []
     for _ in range(STEPS):
         started = time.perf_counter()
         plan = scheduler.schedule()
-        scheduler.finish_step(plan)
+        scheduler.launched(plan)
         times.append((time.perf_counter() - started) * 1e6)
         for sequence in plan.decodes:
-            sequence.tokens.append(2)
+            sequence.settle(2)
     return times
 
 

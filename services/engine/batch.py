@@ -29,6 +29,10 @@ class Row:
     `draws` is empty for a chunk that does not end its prompt, and has one entry for each choice that
     starts from this position. `targets[i]` is the token that really follows `tokens[i]`; given only
     when the prompt's log probabilities are wanted (`prompt_logprobs` alternatives each).
+
+    A row of one token may name it by the draw it came from, while the host does not know it yet: `drawn_by`
+    is that draw's number among all of the launch before, counted through its rows; what `tokens` says is
+    then not read. -1 for a row whose tokens are known.
     """
 
     tokens: list[int]
@@ -37,6 +41,7 @@ class Row:
     draws: list[Draw] = field(default_factory=list)
     targets: list[int] = field(default_factory=list)
     prompt_logprobs: int = 0
+    drawn_by: int = -1
 
 
 @dataclass(slots=True)

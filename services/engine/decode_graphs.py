@@ -1,26 +1,34 @@
 """Decode steps as CUDA graphs, one for each batch size of a ladder (as vLLM and SGLang do).
 
 A decode step of a large model is some hundreds of kernels of a few microseconds; launched one by one, the
-host is slower than the device. A graph is launched once. Its inputs lie at fixed addresses: token ids,
-positions, the pool rows to write, page tables and lengths. A step with fewer sequences than its graph has
-places leaves the rest at length 0, which reads no page, and at write row -1, which writes none.
+host is slower than the device. A graph is launched once. Its inputs lie at fixed addresses: what changes with
+every step is packed by the host and sent in one copy, page tables are written where they have changed. A step
+with fewer sequences than its graph has places leaves the rest at length 0, which reads no page, and at a
+negative write row, which writes none.
 """
+
+from bisect import bisect_left
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from services.engine.attention_plan import KvLayout
+from services.engine.attention_plan import IntArray, KvLayout
 from services.engine.batch import Row
 from services.engine.errors import RowError
+from services.engine.host_copy import aligned_bytes, indices, pinned, to_device
 from services.engine.kv_pool import KvPool
 from services.engine.layers import Decoder
 from services.engine.ops.decode_attention import decode_splits
 from services.engine.step_attention import KernelAttention
-from services.engine.step_inputs import StepInputs
+from services.engine.step_inputs import StepInputs, with_drawn
+from services.engine.table_slots import TableSlots
 
 TABLE_ALIGNMENT = 16
 LARGE_STEP = 16
+NOT_WRITTEN = -(1 << 40)
+"""A write row that stays negative whatever head is added to it."""
 
 
 def ladder(max_batch: int) -> list[int]:
@@ -29,45 +37,61 @@ def ladder(max_batch: int) -> list[int]:
     return sorted(size for size in sizes if size <= max_batch)
 
 
+@dataclass(frozen=True, slots=True)
+class _Inputs:
+    """What one graph reads, one entry a place: int64 but for `lengths`, int32. `source` counts through the
+    drawn ids and then through `tokens`; `write` is the pool row of the token's first head."""
+
+    tokens: Tensor
+    source: Tensor
+    positions: Tensor
+    write: Tensor
+    lengths: Tensor
+
+
 class DecodeGraphs:
-    """`capture` once the pool is there, then `run` for every step that `takes` accepts."""
+    """`capture` once the pool is there, then `order` and `run` for every step that `takes` accepts.
+
+    `drawn` int64 is where every step's draws are kept for the next one.
+    """
 
     def __init__(
-        self, decoder: Decoder, pool: KvPool, layout: KvLayout, max_batch: int, max_model_len: int
+        self,
+        decoder: Decoder,
+        pool: KvPool,
+        layout: KvLayout,
+        max_batch: int,
+        max_model_len: int,
+        drawn: Tensor,
     ) -> None:
-        self._decoder, self._pool, self._layout = decoder, pool, layout
+        self._decoder, self._pool, self._layout, self._drawn = decoder, pool, layout, drawn
         self._max_batch, self._max_model_len = max_batch, max_model_len
+        self._ladder = ladder(max_batch)
         device = pool.data.device
         pages = -(-max_model_len // layout.page_size_tokens)
-        width = -(-pages // TABLE_ALIGNMENT) * TABLE_ALIGNMENT
-        self._heads = np.arange(2 * layout.kv_heads, dtype=np.int64) * layout.page_size_tokens
-
-        def pair(shape: tuple[int, ...], dtype: torch.dtype, fill: int = 0) -> tuple[Tensor, Tensor]:
-            host = torch.full(shape, fill, dtype=dtype, pin_memory=True)
-            return host, host.to(device)
-
-        self._tokens_host, self._tokens = pair((max_batch,), torch.int64)
-        self._positions_host, self._positions = pair((max_batch,), torch.int64)
-        self._write_host, self._write = pair((max_batch, 2 * layout.kv_heads), torch.int64, -1)
-        self._lengths_host, self._lengths = pair((max_batch,), torch.int32)
-        self._tables_host, self._tables = pair((max_batch, width), torch.int32)
-        self._held: list[list[int] | None] = [None] * max_batch
-        self._held_pages = [0] * max_batch
+        self._width = -(-pages // TABLE_ALIGNMENT) * TABLE_ALIGNMENT
+        self._heads = (
+            torch.arange(2 * layout.kv_heads, dtype=torch.int64, device=device) * layout.page_size_tokens
+        )
+        self._packed = torch.zeros(5 * aligned_bytes(8 * max_batch), dtype=torch.uint8, device=device)
+        self._tables = torch.zeros((max_batch, self._width), dtype=torch.int32, device=device)
+        self._slots = TableSlots(max_batch)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
     def capture(self) -> None:
         """Largest first, so that the smaller graphs find the shared memory pool already grown."""
         shared = None
-        for batch in reversed(ladder(self._max_batch)):
-            step = self._step(batch)
+        for batch in reversed(self._ladder):
+            inputs = self._inputs(batch)
+            self._send(indices([]), indices([]), indices([]), indices([]), batch)
             stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                self._forward(step)  # compiles kernels and makes cuBLAS choose, which a capture must not
+                self._forward(inputs)  # compiles kernels and makes cuBLAS choose, which a capture must not
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=shared):
-                logits = self._forward(step)
+                logits = self._forward(inputs)
             shared = shared or graph.pool()
             self._graphs[batch] = (graph, logits)
 
@@ -77,72 +101,97 @@ class DecodeGraphs:
             len(row.tokens) == 1 and row.draws and not row.targets for row in rows
         )
 
-    def run(self, rows: list[Row]) -> Tensor:
-        """Logits `[rows, vocab]`, overwritten by the next step. Raises `RowError` before anything runs."""
-        count = len(rows)
-        batch = next(size for size in ladder(self._max_batch) if size >= count)
-        self._fill(rows, batch)
-        graph, logits = self._graphs[batch]
-        graph.replay()
-        return logits[:count]
+    def order(self, rows: list[Row]) -> list[int]:
+        """Row numbers in the order in which `run` wants them."""
+        return self._slots.place(rows)
 
-    def _fill(self, rows: list[Row], batch: int) -> None:
-        count, layout = len(rows), self._layout
-        size = layout.page_size_tokens
-        tokens = np.fromiter((row.tokens[0] for row in rows), dtype=np.int64, count=count)
-        positions = np.fromiter((row.start for row in rows), dtype=np.int64, count=count)
+    def run(self, rows: list[Row], drawn_at: list[int]) -> Tensor:
+        """Logits `[rows, vocab]`, overwritten by the next step; nothing is waited for. `rows` are in `order`,
+        `drawn_at[i]` is where row i finds its token among the drawn ids, -1 if it brings its own.
+
+        Raises `RowError` before anything runs."""
+        count = len(rows)
+        batch = self._ladder[bisect_left(self._ladder, count)]
+        size = self._layout.page_size_tokens
+        source = indices(drawn_at)
+        tokens = indices([row.tokens[0] for row in rows])
+        tokens[source >= 0] = 0
+        positions = indices([row.start for row in rows])
         if tokens.min() < 0 or tokens.max() >= self._decoder.model.vocab_size:
             raise RowError(f"token out of range: the vocabulary has {self._decoder.model.vocab_size}")
         if positions.min() < 0 or positions.max() >= self._max_model_len:
             raise RowError(f"position out of range: a sequence has at most {self._max_model_len} tokens")
-        self._fill_tables(rows)
-        tables = self._tables_host.numpy()
-        own = tables[np.arange(count), positions // size].astype(np.int64)
-        written = own * (layout.layers * 2 * layout.kv_heads * size) + positions % size
-        self._tokens_host.numpy()[:count] = tokens
-        self._positions_host.numpy()[:count] = positions
-        self._lengths_host.numpy()[:count] = positions + 1
-        self._lengths_host.numpy()[count:batch] = 0
-        self._write_host.numpy()[:count] = written[:, None] + self._heads
-        self._write_host.numpy()[count:batch] = -1
-        for host, device in (
-            (self._tokens_host, self._tokens),
-            (self._positions_host, self._positions),
-            (self._lengths_host, self._lengths),
-            (self._write_host, self._write),
-        ):
-            device[:batch].copy_(host[:batch], non_blocking=True)
+        try:
+            pages = indices([row.pages[row.start // size] for row in rows])
+        except IndexError:
+            short = next(row for row in rows if row.start // size >= len(row.pages))
+            raise RowError(f"{len(short.pages)} pages do not cover position {short.start}") from None
+        self._write_tables(rows)
+        self._send(tokens, source, positions, pages, batch)
+        graph, logits = self._graphs[batch]
+        graph.replay()
+        return logits[:count]
 
-    def _fill_tables(self, rows: list[Row]) -> None:
-        """Write the page tables that changed: a sequence's list only ever grows, or is another list."""
-        tables = self._tables_host.numpy()
-        changed: list[int] = []
-        for row in rows:
-            if row.start // self._layout.page_size_tokens >= len(row.pages):
-                raise RowError(f"{len(row.pages)} pages do not cover position {row.start}")
-        for at, row in enumerate(rows):
-            pages = row.pages
-            if self._held[at] is pages and self._held_pages[at] == len(pages):
-                continue
-            if min(pages) < 0 or max(pages) >= self._pool.pages or len(pages) > tables.shape[1]:
-                self._held = [None] * self._max_batch  # what was written above is not on the device
-                raise RowError(f"page out of range: the pool has {self._pool.pages}")
-            tables[at, : len(pages)] = pages
-            self._held[at], self._held_pages[at] = pages, len(pages)
-            changed.append(at)
-        if len(changed) > 8:
-            self._tables[: len(rows)].copy_(self._tables_host[: len(rows)], non_blocking=True)
-        else:
-            for at in changed:
-                self._tables[at].copy_(self._tables_host[at], non_blocking=True)
+    def _write_tables(self, rows: list[Row]) -> None:
+        """Send the pages that the tables lack: one copy and one kernel, however many rows changed."""
+        changed = self._slots.changes(rows)
+        if not changed:
+            return
+        new = [rows[slot].pages[first:] for slot, first in changed]
+        counts = [len(pages) for pages in new]
+        pages = np.array([page for run in new for page in run], dtype=np.int32)
+        # where each run begins in the flattened tables, less what the runs before it count
+        starts = indices([slot * self._width + first for slot, first in changed])
+        cells = np.repeat(starts - np.cumsum(counts) + counts, counts) + np.arange(len(pages))
+        in_pool = len(pages) == 0 or (pages.min() >= 0 and pages.max() < self._pool.pages)
+        if not in_pool or any(len(rows[slot].pages) > self._width for slot, _ in changed):
+            self._slots = TableSlots(self._max_batch)  # what counts as written is not on the device
+            raise RowError(f"page out of range: the pool has {self._pool.pages}")
+        sent = to_device({"cells": cells, "pages": pages}, self._tables.device)
+        self._tables.view(-1).index_copy_(0, sent["cells"], sent["pages"])
 
-    def _step(self, batch: int) -> StepInputs:
+    def _send(
+        self, tokens: IntArray, source: IntArray, positions: IntArray, pages: IntArray, batch: int
+    ) -> None:
+        """The graph's inputs in one copy, the places without a row filled in. `pages` are those that the
+        tokens are written to."""
+        count, layout = len(tokens), self._layout
+        size = layout.page_size_tokens
+        inputs = np.zeros((4, batch), dtype=np.int64)
+        lengths = np.zeros(batch, dtype=np.int32)
+        inputs[0, :count] = tokens
+        inputs[1] = np.arange(batch) + self._drawn.shape[0]
+        np.copyto(inputs[1, :count], source, where=source >= 0)
+        inputs[2, :count] = positions
+        inputs[3] = NOT_WRITTEN
+        inputs[3, :count] = pages * (layout.layers * 2 * layout.kv_heads * size) + positions % size
+        lengths[:count] = positions + 1
+        host = pinned([*inputs, lengths])
+        self._packed[: host.shape[0]].copy_(host, non_blocking=True)
+
+    def _inputs(self, batch: int) -> _Inputs:
+        """Where `_send` puts the inputs of the graph for `batch`."""
+        step = aligned_bytes(8 * batch)
+
+        def column(at: int, dtype: torch.dtype) -> Tensor:
+            return self._packed[at * step : at * step + dtype.itemsize * batch].view(dtype)
+
+        return _Inputs(
+            tokens=column(0, torch.int64),
+            source=column(1, torch.int64),
+            positions=column(2, torch.int64),
+            write=column(3, torch.int64),
+            lengths=column(4, torch.int32),
+        )
+
+    def _forward(self, inputs: _Inputs) -> Tensor:
         device = self._pool.data.device
+        batch = inputs.lengths.shape[0]
         processors = torch.cuda.get_device_properties(device).multi_processor_count
         none = torch.empty(0, dtype=torch.int32, device=device)
         attention = KernelAttention(
             decode_tables=self._tables[:batch],
-            lengths=self._lengths[:batch],
+            lengths=inputs.lengths,
             splits=decode_splits(batch, self._layout.kv_heads, self._max_model_len, processors),
             chunk_tables=none,
             query_starts=none,
@@ -150,9 +199,10 @@ class DecodeGraphs:
             context_starts=none,
             max_query_count=0,
         )
-        return StepInputs(
-            self._tokens[:batch], self._positions[:batch], self._write[:batch].view(-1), attention
+        step = StepInputs(
+            tokens=with_drawn(inputs.tokens, self._drawn, inputs.source),
+            positions=inputs.positions,
+            write_index=(inputs.write[:, None] + self._heads).view(-1),
+            attention=attention,
         )
-
-    def _forward(self, step: StepInputs) -> Tensor:
         return self._decoder.logits(self._decoder.forward(step, self._pool))

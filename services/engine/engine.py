@@ -6,10 +6,10 @@ Life cycle, in this order, each step once:
 2. `load(progress)`             weights
 3. `measure_activations()`      one worst-case forward, before the pool takes the rest
 4. `allocate_pool(pages)`       the pool
-5. `execute`, `copy_pages`, `pack`, `unpack`   for as long as the worker lives
+5. `launch`, `copy_pages`, `pack`, `unpack`   for as long as the worker lives
 
-Everything runs on the caller's thread. `execute` is complete when it returns; on a GPU `pack` and `unpack`
-are only queued: `synchronize` before a slot is handed over.
+Everything runs on the caller's thread and, on a GPU, is queued on one stream: a step is done when its
+`Launched` is collected, a pack or an unpack after `synchronize`, which comes before a slot is handed over.
 """
 
 import os
@@ -17,31 +17,27 @@ from collections.abc import Callable
 from enum import Enum
 
 import torch
-from torch import Tensor
 
 from kvtransfer.messages import KvGeometry
 from services.config import WorkerConfig
 from services.engine.attention_plan import CPU_LIMITS, CUDA_LIMITS, KvLayout
-from services.engine.batch import Draw, Row, RowResult
+from services.engine.batch import Row, RowResult
 from services.engine.checkpoint_files import model_digest
 from services.engine.decode_graphs import DecodeGraphs
-from services.engine.errors import EngineStateError, RowError
+from services.engine.errors import EngineStateError
 from services.engine.kv_pool import KvPool
+from services.engine.launched import Launched
 from services.engine.layers import Decoder
 from services.engine.model_config import ModelConfig
 from services.engine.models.registry import make_decoder
 from services.engine.parameters import Parameters
 from services.engine.peak_memory import peak_bytes
-from services.engine.sampler import sample, token_logprobs
 from services.engine.segments import Slot, pack, unpack
-from services.engine.step_inputs import build_step, order_rows
+from services.engine.steps import PROMPT_LOGPROB_ROWS, Steps
 from services.engine.weights import fill_dummy, load_safetensors
 from services.engine.worst_case import worst_case_rows
-from services.messages import TokenLogprob
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PROMPT_LOGPROB_ROWS = 64
-"""Prompt positions whose logits are held at once: those of a long prompt would be gigabytes."""
 
 
 class EngineState(Enum):
@@ -70,7 +66,7 @@ class Engine:
         self.layout = KvLayout(model.layers, model.kv_heads, config.page_size_tokens, model.head_dim)
         self.limits = CUDA_LIMITS if config.device == "cuda" else CPU_LIMITS
         self.state = EngineState.NEW
-        self._decoder: Decoder | None = None
+        self._steps: Steps | None = None
         self._pool: KvPool | None = None
         self._graphs: DecodeGraphs | None = None
         self._geometry: KvGeometry | None = None
@@ -124,7 +120,7 @@ class Engine:
             fill_dummy(parameters.views, self.device, progress)
         else:
             load_safetensors(self.model, parameters.views, progress)
-        self._decoder = decoder
+        self._steps = Steps(decoder, self.layout, self.limits, self.config.max_batch)
         return parameters.byte_count
 
     @torch.inference_mode()
@@ -145,7 +141,7 @@ class Engine:
         layers = min(self.model.layers, max(2, widest + 1))
 
         def work() -> None:
-            self._run(rows, scratch, layers)
+            self.steps.launch(rows, scratch, layers=layers).collect()
 
         return peak_bytes(work, self.device)
 
@@ -162,7 +158,12 @@ class Engine:
             return 0
         before_bytes = self.allocator_bytes()
         graphs = DecodeGraphs(
-            self.decoder, self.pool, self.layout, self.config.max_batch, self.max_model_len
+            self.decoder,
+            self.pool,
+            self.layout,
+            self.config.max_batch,
+            self.max_model_len,
+            self.steps.drawn,
         )
         graphs.capture()
         self._graphs = graphs
@@ -183,83 +184,19 @@ class Engine:
     # ------------------------------------------------------------ steps
 
     @torch.inference_mode()
-    def execute(self, rows: list[Row]) -> list[RowResult]:
-        """One forward over all rows, prefill chunks and decode tokens mixed; results in the rows' order.
+    def launch(self, rows: list[Row]) -> Launched:
+        """Queue one forward over all rows, prefill chunks and decode tokens mixed, and their draws. It waits
+        neither for the device nor for a launch before; on a CPU all is done when it returns.
 
-        Raises `RowError` before anything is written if a row names what does not exist.
+        A row may go on from a draw of the launch before this one, known to the host or not (`Row.drawn_by`).
+        Raises `RowError` before anything is queued if a row names what does not exist.
         """
-        if self._graphs is not None and rows and self._graphs.takes(rows):
-            return self._run_graph(self._graphs, rows)
-        return self._run(rows, self.pool, None)
+        pool = self.pool
+        return self.steps.launch(rows, pool, self._graphs)
 
-    def _run_graph(self, graphs: DecodeGraphs, rows: list[Row]) -> list[RowResult]:
-        for row in rows:
-            self._check(row)
-        logits = graphs.run(rows)
-        owners = [at for at, row in enumerate(rows) for _ in row.draws]
-        drawn = sample(logits, owners, [draw for row in rows for draw in row.draws])
-        results = [RowResult() for _ in rows]
-        for at, token in zip(owners, drawn, strict=True):
-            results[at].drawn.append(token)
-        return results
-
-    def _run(self, rows: list[Row], pool: KvPool, layers: int | None) -> list[RowResult]:
-        if not rows:
-            return []
-        order = order_rows(rows)
-        ordered = [rows[at] for at in order]
-        for row in ordered:
-            self._check(row)
-        decoder = self.decoder
-        step = build_step(ordered, self.model, self.layout, pool.pages, self.limits, self.device)
-        hidden = decoder.forward(step, pool, layers)
-
-        results: list[RowResult] = [RowResult() for _ in rows]
-        last_tokens: list[int] = []
-        draws: list[Draw] = []
-        draw_rows: list[int] = []
-        draw_results: list[RowResult] = []
-        first = 0
-        for at, row in zip(order, ordered, strict=True):
-            if row.targets:
-                results[at].prompt_logprobs = self._prompt_logprobs(
-                    hidden[first : first + len(row.targets)], row
-                )
-            first += len(row.tokens)
-            if row.draws:
-                last_tokens.append(first - 1)
-                for draw in row.draws:
-                    draws.append(draw)
-                    draw_rows.append(len(last_tokens) - 1)
-                    draw_results.append(results[at])
-        if draws:
-            if len(last_tokens) < first:
-                hidden = hidden.index_select(0, torch.tensor(last_tokens, device=self.device))
-            drawn = sample(decoder.logits(hidden), draw_rows, draws)
-            for result, token in zip(draw_results, drawn, strict=True):
-                result.drawn.append(token)
-        return results
-
-    def _prompt_logprobs(self, hidden: Tensor, row: Row) -> list[TokenLogprob]:
-        logprobs: list[TokenLogprob] = []
-        for first in range(0, len(row.targets), PROMPT_LOGPROB_ROWS):
-            targets = row.targets[first : first + PROMPT_LOGPROB_ROWS]
-            logits = self.decoder.logits(hidden[first : first + len(targets)])
-            logprobs += token_logprobs(logits, targets, [row.prompt_logprobs] * len(targets))
-        return logprobs
-
-    def _check(self, row: Row) -> None:
-        """What build_step does not see, and what on a GPU would end the process."""
-        if len(row.targets) > len(row.tokens):
-            raise RowError(f"row has {len(row.targets)} targets for {len(row.tokens)} tokens")
-        if row.targets and not 0 <= min(row.targets) <= max(row.targets) < self.vocab_size:
-            raise RowError(f"target out of range: the vocabulary has {self.vocab_size}")
-        for draw in row.draws:
-            named = list(draw.sampling.logit_bias)
-            if draw.sampling.repetition_penalty != 1.0:
-                named += draw.prompt
-            if named and not 0 <= min(named) <= max(named) < self.vocab_size:
-                raise RowError(f"draw names a token out of range: the vocabulary has {self.vocab_size}")
+    def execute(self, rows: list[Row]) -> list[RowResult]:
+        """`launch`, and wait for its results, which come in the rows' order."""
+        return self.launch(rows).collect()
 
     # ------------------------------------------------------------ the pool's moves
 
@@ -293,10 +230,14 @@ class Engine:
     # ------------------------------------------------------------ state
 
     @property
-    def decoder(self) -> Decoder:
-        if self._decoder is None:
+    def steps(self) -> Steps:
+        if self._steps is None:
             raise EngineStateError("load the weights first")
-        return self._decoder
+        return self._steps
+
+    @property
+    def decoder(self) -> Decoder:
+        return self.steps.decoder
 
     @property
     def pool(self) -> KvPool:

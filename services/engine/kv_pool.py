@@ -8,6 +8,7 @@ import torch
 
 from services.engine.attention_plan import KvLayout
 from services.engine.errors import SegmentError
+from services.engine.host_copy import indices, to_device
 
 
 class KvPool:
@@ -52,5 +53,6 @@ class KvPool:
                 raise SegmentError(f"page {page} out of range: the pool has {self.pages}")
         if set(sources) & set(destinations) or len(set(destinations)) != len(destinations):
             raise SegmentError("page copies overlap")
-        index = torch.tensor([destinations, sources], device=self.data.device)
-        self.data.index_copy_(0, index[0], self.data.index_select(0, index[1]))
+        columns = {"from": indices(sources), "to": indices(destinations)}
+        sent = to_device(columns, self.data.device)
+        self.data.index_copy_(0, sent["to"], self.data.index_select(0, sent["from"]))

@@ -1,14 +1,19 @@
-"""Draws tokens from logits, one draw independent of every other.
+"""Draws tokens from logits, one draw independent of every other. Nothing here waits for the device.
 
 Order, as in vLLM: logit bias, penalties, temperature, then the filters min-p, top-k, top-p. All filters are
 thresholds on the logit, so tokens that tie with the last one kept are kept too, and no sort order can leak
 from the batch into a draw. A draw then takes its one random number and inverts the distribution's sum.
 """
 
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from services.engine.batch import Draw, Drawn
+from services.engine.host_copy import Column, indices, to_device, to_host
 from services.engine.uniform import uniform
 from services.messages import Sampling, TokenLogprob, TopLogprob
 
@@ -16,142 +21,219 @@ MAX_DRAW_ELEMENTS = 8 << 20
 """Scores that one vectorised draw works on, in float64, about five times over."""
 
 
-def sample(logits: Tensor, rows: list[int], draws: list[Draw]) -> list[Drawn]:
-    """One token for each of `draws`, from row `rows[i]` of `logits` `[rows, vocab]` (any float dtype).
+@dataclass(frozen=True, slots=True)
+class QueuedLogprobs:
+    """float32 `[n]` and, if alternatives are wanted, `[n, most]` with their ids, on their way to the host."""
+
+    own: Tensor
+    values: Tensor | None
+    tokens: Tensor | None
+    tops: list[int]
+
+    def collect(self) -> list[TokenLogprob]:
+        own: list[float] = self.own.tolist()
+        if self.values is None or self.tokens is None:
+            return [TokenLogprob(value, []) for value in own]
+        return [
+            TokenLogprob(value, [TopLogprob(*pair) for pair in zip(ids[:top], values[:top], strict=True)])
+            for value, values, ids, top in zip(
+                own, self.values.tolist(), self.tokens.tolist(), self.tops, strict=True
+            )
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class QueuedDraws:
+    """`tokens` int64 `[draws]` on the device, for the step that goes on from them, and the same on its way to
+    the host. `collect` once an event recorded after `sample` has passed; on a CPU at once."""
+
+    tokens: Tensor
+    on_host: Tensor
+    wanted: list[int]
+    logprobs: QueuedLogprobs | None
+
+    def collect(self) -> list[Drawn]:
+        drawn = [Drawn(token) for token in self.on_host.tolist()]
+        if self.logprobs is not None:
+            for at, logprob in zip(self.wanted, self.logprobs.collect(), strict=True):
+                drawn[at].logprob = logprob
+        return drawn
+
+
+def sample(logits: Tensor, rows: list[int], draws: list[Draw]) -> QueuedDraws:
+    """One token for each of `draws`, at least one, from row `rows[i]` of `logits` `[rows, vocab]` (any float
+    dtype). All that the device needs to know of them goes there in one copy.
 
     Log probabilities are those of the logits as the model gave them: before bias, penalties, temperature.
     """
-    if not draws:
-        return []
-    tokens = _choose(logits, rows, draws)
-    drawn = [Drawn(token) for token in tokens]
+    vocab = logits.shape[-1]
+    random = [at for at, draw in enumerate(draws) if draw.sampling.temperature > 0]
     wanted = [at for at, draw in enumerate(draws) if draw.sampling.logprobs is not None]
+    changes = _score_changes(draws, vocab)
+    columns: dict[str, Column] = {**changes}
+    if random:
+        columns |= _distributions([draws[at] for at in random], vocab)
+    if random and len(random) < len(draws):
+        columns["random"] = indices(random)
+    if wanted:
+        columns |= {"wanted": indices(wanted), "wanted_rows": indices([rows[at] for at in wanted])}
+    one_each = rows == list(range(logits.shape[0]))
+    if random or changes or not one_each:
+        columns["rows"] = indices(rows)
+    sent = to_device(columns, logits.device) if columns else {}
+
+    scores, score_rows = logits, sent.get("rows")
+    if changes and score_rows is not None:
+        scores = _changed_scores(logits.index_select(0, score_rows).float(), sent)
+        score_rows, one_each = torch.arange(len(draws), device=logits.device), True
+    tokens = _choose(scores, score_rows, one_each, len(random), sent)
+    logprobs = None
     if wanted:
         tops = [draws[at].sampling.logprobs or 0 for at in wanted]
-        chosen = logits[[rows[at] for at in wanted]]
-        for at, logprob in zip(
-            wanted, token_logprobs(chosen, [tokens[at] for at in wanted], tops), strict=True
-        ):
-            drawn[at].logprob = logprob
-    return drawn
+        chosen = logits.index_select(0, sent["wanted_rows"])
+        logprobs = token_logprobs(chosen, tokens.index_select(0, sent["wanted"]), tops)
+    return QueuedDraws(tokens, to_host(tokens), wanted, logprobs)
 
 
-def token_logprobs(logits: Tensor, tokens: list[int], tops: list[int]) -> list[TokenLogprob]:
-    """Log probability of `tokens[i]` and of the `tops[i]` likeliest tokens under row i of `logits`."""
+def token_logprobs(logits: Tensor, tokens: Tensor, tops: list[int]) -> QueuedLogprobs:
+    """Log probability of `tokens[i]` (int64, on the logits' device) and of the `tops[i]` likeliest tokens
+    under row i of `logits`."""
     logprobs = logits.float().log_softmax(dim=-1)
-    own = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
+    own = to_host(logprobs.gather(1, tokens[:, None])[:, 0])
     most = min(max(tops), logits.shape[-1])
     if most == 0:
-        return [TokenLogprob(value, []) for value in own]
-    values, indices = logprobs.topk(most, dim=-1)
-    return [
-        TokenLogprob(
-            value, [TopLogprob(token, top) for token, top in zip(row_ids[:top_n], row[:top_n], strict=True)]
-        )
-        for value, row, row_ids, top_n in zip(own, values.tolist(), indices.tolist(), tops, strict=True)
-    ]
+        return QueuedLogprobs(own, None, None, tops)
+    top = logprobs.topk(most, dim=-1)
+    return QueuedLogprobs(own, to_host(top.values), to_host(top.indices), tops)
 
 
-def _choose(logits: Tensor, rows: list[int], draws: list[Draw]) -> list[int]:
-    adjusted = [at for at, draw in enumerate(draws) if _is_adjusted(draw.sampling)]
-    greedy = all(draw.sampling.temperature == 0 for draw in draws)
-    if greedy and not adjusted:
-        best: list[int] = logits.argmax(dim=-1).tolist()
-        return [best[row] for row in rows]
+def _choose(
+    scores: Tensor, rows: Tensor | None, one_each: bool, random: int, sent: dict[str, Tensor]
+) -> Tensor:
+    """int64 `[draws]`: the best score's token, but for the `random` draws that have a distribution."""
+    picked = sent.get("random")
+    if random and rows is not None:
+        random_rows = rows if picked is None else rows.index_select(0, picked)
+        settings = (sent[name] for name in ("temperature", "top_k", "top_p", "min_p", "chance"))
+        drawn = draw_tokens(scores, random_rows, *settings)
+        if picked is None:
+            return drawn
+    best = scores.argmax(dim=-1)
+    if not one_each and rows is not None:
+        best = best.index_select(0, rows)
+    return best if picked is None else best.index_copy_(0, picked, drawn)
 
-    scores = logits[rows].float()
-    for at in adjusted:
-        _adjust(scores[at], draws[at])
-    if greedy:
-        return list(scores.argmax(dim=-1).tolist())
-    tokens: list[int] = [0] * len(draws)
-    drawing = [at for at, draw in enumerate(draws) if draw.sampling.temperature > 0]
-    taking = [at for at, draw in enumerate(draws) if draw.sampling.temperature == 0]
-    step = max(1, MAX_DRAW_ELEMENTS // scores.shape[-1])
-    for first in range(0, len(drawing), step):
-        block = drawing[first : first + step]
-        for at, token in zip(block, _draw(scores[block], [draws[at] for at in block]), strict=True):
-            tokens[at] = token
-    if taking:
-        for at, token in zip(taking, scores[taking].argmax(dim=-1).tolist(), strict=True):
-            tokens[at] = token
+
+# ---------------------------------------------------------------- scores
+
+
+def _score_changes(draws: list[Draw], vocab: int) -> dict[str, Column]:
+    """Bias, repetition penalty over prompt and output (Keskar et al., CTRL, 2019), presence and frequency
+    penalties over the output: for each that any draw has, the cells of the scores `[draws, vocab]` it
+    touches, each at most once, and by how much."""
+    bias: dict[int, float] = {}
+    repetition: dict[int, float] = {}
+    presence: dict[int, float] = {}
+    for at, draw in enumerate(draws):
+        sampling, first = draw.sampling, at * vocab
+        for token, amount in sampling.logit_bias.items():
+            bias[first + token] = amount
+        if sampling.repetition_penalty != 1.0:
+            for token in {*draw.prompt, *draw.output}:
+                repetition[first + token] = sampling.repetition_penalty
+        if sampling.presence_penalty or sampling.frequency_penalty:
+            for token, count in Counter(draw.output).items():
+                presence[first + token] = sampling.presence_penalty + sampling.frequency_penalty * count
+    columns: dict[str, Column] = {}
+    for name, change in (("bias", bias), ("repetition", repetition), ("presence", presence)):
+        if change:
+            columns[f"{name}_cells"] = indices(list(change))
+            columns[name] = np.array(list(change.values()), dtype=np.float32)
+    return columns
+
+
+def _changed_scores(scores: Tensor, sent: dict[str, Tensor]) -> Tensor:
+    """float32 `[draws, vocab]`, in place: bias, then repetition, then presence and frequency."""
+    cells = scores.view(-1)
+    if "bias" in sent:
+        cells.index_add_(0, sent["bias_cells"], sent["bias"])
+    if "repetition" in sent:
+        seen, penalty = cells.index_select(0, sent["repetition_cells"]), sent["repetition"]
+        cells.index_copy_(0, sent["repetition_cells"], torch.where(seen > 0, seen / penalty, seen * penalty))
+    if "presence" in sent:
+        cells.index_add_(0, sent["presence_cells"], sent["presence"], alpha=-1)
+    return scores
+
+
+# ---------------------------------------------------------------- distributions
+
+
+def _distributions(draws: list[Draw], vocab: int) -> dict[str, Column]:
+    settings: list[Sampling] = [draw.sampling for draw in draws]
+    return {
+        "temperature": np.array([s.temperature for s in settings], dtype=np.float64),
+        "top_k": indices([min(s.top_k, vocab) or vocab for s in settings]),
+        "top_p": np.array([s.top_p for s in settings], dtype=np.float64),
+        "min_p": np.array([s.min_p for s in settings], dtype=np.float64),
+        "chance": np.array(
+            [uniform(d.sampling.seed, d.choice, d.position) for d in draws], dtype=np.float64
+        ),
+    }
+
+
+def draw_tokens(
+    logits: Tensor,
+    rows: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    chance: Tensor,
+) -> Tensor:
+    """int64 `[draws]`: one token from each row `rows[i]` of `logits`, every temperature above zero.
+
+    `rows` and `top_k` (1 ... vocab) int64 `[draws]`; the others float64 `[draws]`, `chance` in [0, 1).
+    """
+    tokens = torch.empty_like(rows)
+    step = max(1, MAX_DRAW_ELEMENTS // logits.shape[-1])
+    for first in range(0, rows.shape[0], step):
+        block = slice(first, first + step)
+        # float64, and the best score moved to zero first: a tiny temperature must not overflow
+        scores = logits.index_select(0, rows[block]).double()
+        scores = (scores - scores.amax(dim=-1, keepdim=True)) / temperature[block, None]
+        lowest = _lowest_kept(scores, top_k[block, None], top_p[block, None], min_p[block, None])
+        weights = scores.exp()
+        if lowest is not None:
+            weights = weights.masked_fill_(scores < lowest, 0.0)
+        cumulative = weights.cumsum(dim=-1)
+        target = chance[block, None] * cumulative[:, -1:]
+        # the first token whose sum exceeds the target, and none past the last one with a weight
+        drawn = torch.searchsorted(cumulative, target, right=True)
+        last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
+        tokens[block] = torch.minimum(drawn, last).clamp_(max=scores.shape[-1] - 1)[:, 0]
     return tokens
 
 
-def _is_adjusted(sampling: Sampling) -> bool:
-    return bool(
-        sampling.logit_bias
-        or sampling.repetition_penalty != 1.0
-        or sampling.presence_penalty
-        or sampling.frequency_penalty
-    )
-
-
-def _adjust(scores: Tensor, draw: Draw) -> None:
-    """Bias, then the repetition penalty over prompt and output (Keskar et al., CTRL, 2019), then presence
-    and frequency penalties over the output, on one row in place."""
-    sampling, device = draw.sampling, scores.device
-    if sampling.logit_bias:
-        tokens = torch.tensor(list(sampling.logit_bias), dtype=torch.int64, device=device)
-        scores[tokens] += torch.tensor(list(sampling.logit_bias.values()), dtype=scores.dtype, device=device)
-    if sampling.repetition_penalty != 1.0:
-        seen = torch.tensor(list({*draw.prompt, *draw.output}), dtype=torch.int64, device=device)
-        at_seen = scores[seen]
-        penalty = sampling.repetition_penalty
-        scores[seen] = torch.where(at_seen > 0, at_seen / penalty, at_seen * penalty)
-    if draw.output and (sampling.presence_penalty or sampling.frequency_penalty):
-        output = torch.tensor(draw.output, dtype=torch.int64, device=device)
-        tokens, counts = torch.unique(output, return_counts=True)
-        scores[tokens] -= sampling.presence_penalty + sampling.frequency_penalty * counts
-
-
-def _draw(scores: Tensor, draws: list[Draw]) -> list[int]:
-    """Tokens from float32 `scores` `[draws, vocab]`, every temperature above zero."""
-    device = scores.device
-
-    def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
-
-    settings = [draw.sampling for draw in draws]
-    # float64, and the best score moved to zero first: a tiny temperature must not overflow
-    scores = scores.double()
-    scores = (scores - scores.amax(dim=-1, keepdim=True)) / column([s.temperature for s in settings])
-    weights = scores.exp()
-    filtered = [at for at, s in enumerate(settings) if s.min_p > 0 or s.top_k > 0 or s.top_p < 1]
-    if filtered:
-        lowest = _lowest_kept(scores[filtered], [settings[at] for at in filtered])
-        weights[filtered] = weights[filtered].masked_fill(scores[filtered] < lowest, 0.0)
-    cumulative = weights.cumsum(dim=-1)
-    chance = column([uniform(draw.sampling.seed, draw.choice, draw.position) for draw in draws])
-    target = chance * cumulative[:, -1:]
-    # the first token whose sum exceeds the target; rounding must not carry past the last one with a weight
-    tokens = torch.searchsorted(cumulative, target, right=True)
-    last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
-    return list(torch.minimum(tokens, last).clamp_(max=scores.shape[-1] - 1)[:, 0].tolist())
-
-
-def _lowest_kept(scores: Tensor, settings: list[Sampling]) -> Tensor:
-    """The lowest score each row keeps, float64 `[rows, 1]`. The best score is 0 in every row.
+def _lowest_kept(scores: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor | None:
+    """The lowest score each row keeps, float64 `[rows, 1]`, or None if all keep all. The best score is 0 in
+    every row.
 
     top-k (Fan et al., 2018) and top-p (Holtzman et al., 2019) look at what the filters before them left.
     """
     vocab = scores.shape[-1]
-    device = scores.device
-    top_k = [min(s.top_k, vocab) if s.top_k else vocab for s in settings]
-    ranked = (
-        scores.topk(max(top_k), dim=-1).values if max(top_k) < vocab else scores.sort(descending=True).values
-    )
-    min_p = torch.tensor([s.min_p for s in settings], dtype=torch.float64, device=device)[:, None]
+    most = vocab
+    if not scores.is_cuda:  # to ask a GPU would be to wait for it
+        most = int(top_k.max())
+        if most == vocab and not bool(((min_p > 0) | (top_k < vocab) | (top_p < 1)).any()):
+            return None
+    ranked = scores.topk(most, dim=-1).values if most < vocab else scores.sort(descending=True).values
     lowest = min_p.log()  # exp(score) >= min_p, since the best token's weight is 1; log(0) keeps everything
-    kth = torch.tensor([k - 1 for k in top_k], dtype=torch.int64, device=device)[:, None]
+    kth = top_k - 1
     lowest = torch.maximum(lowest, ranked.gather(1, kth))
-    if all(s.top_p >= 1 for s in settings):
-        return lowest
     # tokens that tie with the k-th may lie beyond `ranked`; they belong to neither sum, whatever the batch
-    rank = torch.arange(ranked.shape[-1], device=device)[None, :]
+    rank = torch.arange(ranked.shape[-1], device=scores.device)[None, :]
     weights = ranked.exp().masked_fill((ranked < lowest) | (rank > kth), 0.0)
     cumulative = weights.cumsum(dim=-1)
-    top_p = torch.tensor([s.top_p for s in settings], dtype=torch.float64, device=device)[:, None]
     reached = (cumulative - weights) < top_p * cumulative[:, -1:]
     kept = (reached & (weights > 0)).sum(dim=-1, keepdim=True).clamp_(min=1)
     nucleus = ranked.gather(1, kept - 1)

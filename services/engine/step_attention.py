@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from services.engine.attention_plan import Sequence, Span
+from services.engine.host_copy import Column
 from services.engine.kv_pool import KvPool
 from services.engine.ops.attention import paged_attention
 from services.engine.ops.decode_attention import decode_attention, decode_splits
@@ -85,33 +86,47 @@ class KernelAttention:
         return out
 
 
-def kernel_attention(sequences: Seq[Sequence], kv_heads: int, device: torch.device) -> KernelAttention:
-    """Single-token sequences must come first. One copy to the device for each of the six tensors."""
+def kernel_columns(sequences: Seq[Sequence]) -> dict[str, Column]:
+    """What `KernelAttention` reads on the device. Single-token sequences must come first."""
     decodes = [one for one in sequences if one.count == 1]
     chunks = list(sequences[len(decodes) :])
-    longest = max((one.start + 1 for one in decodes), default=1)
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
     base = len(decodes)
 
-    def column(values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int32).to(device, non_blocking=True)
+    def column(values: list[int]) -> Column:
+        return np.array(values, dtype=np.int32)
 
+    return {
+        "decode_tables": _tables(decodes),
+        "lengths": column([one.start + 1 for one in decodes]),
+        "chunk_tables": _tables(chunks),
+        "query_starts": column([one.first - base for one in chunks]),
+        "query_counts": column([one.count for one in chunks]),
+        "context_starts": column([one.start for one in chunks]),
+    }
+
+
+def kernel_attention(
+    sent: dict[str, Tensor], sequences: Seq[Sequence], kv_heads: int, device: torch.device
+) -> KernelAttention:
+    """`sent` are `kernel_columns` on the device, which may hold others besides."""
+    longest = max((one.start + 1 for one in sequences if one.count == 1), default=1)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
     return KernelAttention(
-        decode_tables=_tables(decodes, device),
-        lengths=column([one.start + 1 for one in decodes]),
-        splits=decode_splits(max(1, len(decodes)), kv_heads, longest, processors),
-        chunk_tables=_tables(chunks, device),
-        query_starts=column([one.first - base for one in chunks]),
-        query_counts=column([one.count for one in chunks]),
-        context_starts=column([one.start for one in chunks]),
-        max_query_count=max((one.count for one in chunks), default=0),
+        decode_tables=sent["decode_tables"],
+        lengths=sent["lengths"],
+        splits=decode_splits(max(1, sent["lengths"].shape[0]), kv_heads, longest, processors),
+        chunk_tables=sent["chunk_tables"],
+        query_starts=sent["query_starts"],
+        query_counts=sent["query_counts"],
+        context_starts=sent["context_starts"],
+        max_query_count=max((one.count for one in sequences if one.count > 1), default=0),
     )
 
 
-def _tables(sequences: Seq[Sequence], device: torch.device) -> Tensor:
+def _tables(sequences: Seq[Sequence]) -> Column:
     """Page tables side by side, `[sequences, most pages]`; what is beyond a sequence's own is never read."""
     width = max((len(one.pages) for one in sequences), default=1)
     table = np.zeros((len(sequences), width), dtype=np.int32)
     for at, one in enumerate(sequences):
         table[at, : len(one.pages)] = one.pages
-    return torch.from_numpy(table).to(device)
+    return table

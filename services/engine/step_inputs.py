@@ -9,8 +9,9 @@ from torch import Tensor
 from services.engine.attention_plan import IntArray, KvLayout, Sequence, SpanLimits, plan_spans
 from services.engine.batch import Row
 from services.engine.errors import RowError
+from services.engine.host_copy import Column, to_device
 from services.engine.model_config import ModelConfig
-from services.engine.step_attention import SpanAttention, StepAttention, kernel_attention
+from services.engine.step_attention import SpanAttention, StepAttention, kernel_attention, kernel_columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,16 +31,46 @@ def order_rows(rows: list[Row]) -> list[int]:
     return sorted(range(len(rows)), key=lambda at: (len(rows[at].tokens) > 1, -rows[at].start))
 
 
+def check_row(row: Row, vocab_size: int, draws_before: int) -> None:
+    """What neither `build_step` nor a graph sees, and what on a GPU would end the process. `draws_before` is
+    how many draws the launch before had. Raises `RowError`."""
+    if row.drawn_by >= 0 and (len(row.tokens) != 1 or row.drawn_by >= draws_before):
+        raise RowError(
+            f"row of {len(row.tokens)} tokens wants draw {row.drawn_by} of {draws_before} for its only one"
+        )
+    if len(row.targets) > len(row.tokens):
+        raise RowError(f"row has {len(row.targets)} targets for {len(row.tokens)} tokens")
+    if row.targets and not 0 <= min(row.targets) <= max(row.targets) < vocab_size:
+        raise RowError(f"target out of range: the vocabulary has {vocab_size}")
+    for draw in row.draws:
+        sampling = draw.sampling
+        if not sampling.logit_bias and sampling.repetition_penalty == 1.0:
+            continue
+        named = list(sampling.logit_bias)
+        if sampling.repetition_penalty != 1.0:
+            named += draw.prompt
+        if named and not 0 <= min(named) <= max(named) < vocab_size:
+            raise RowError(f"draw names a token out of range: the vocabulary has {vocab_size}")
+
+
+def with_drawn(tokens: Tensor, drawn: Tensor, source: Tensor) -> Tensor:
+    """int64 `[tokens]`: each from where `source` says, counted through `drawn` and then through `tokens`."""
+    return torch.cat((drawn, tokens)).index_select(0, source)
+
+
 def build_step(
     rows: list[Row],
+    drawn: Tensor,
+    drawn_at: list[int],
     model: ModelConfig,
     layout: KvLayout,
     pages: int,
     limits: SpanLimits,
-    device: torch.device,
 ) -> StepInputs:
-    """Rows in `order_rows` order to device tensors. Raises `RowError` before anything is written: on a GPU
-    an index out of range would end the whole process."""
+    """Rows in `order_rows` order to tensors of `drawn`'s device, without waiting for it. `drawn` int64 holds
+    the draws of the launch before; `drawn_at[i]` is where row i finds its token there, -1 if it brings its
+    own. Raises `RowError` before anything is written: an index out of range would end a GPU's process."""
+    device = drawn.device
     sequences: list[Sequence] = []
     first = 0
     for row in rows:
@@ -55,12 +86,26 @@ def build_step(
         first += count
 
     tokens = np.fromiter((token for row in rows for token in row.tokens), dtype=np.int64, count=first)
+    waiting = [(one.first, at) for one, at in zip(sequences, drawn_at, strict=True) if at >= 0]
+    tokens[[at for at, _ in waiting]] = 0
     if tokens.min() < 0 or tokens.max() >= model.vocab_size:
         raise RowError(f"token out of range: the vocabulary has {model.vocab_size}")
     positions = np.concatenate([np.arange(s.start, s.start + s.count, dtype=np.int64) for s in sequences])
+    columns: dict[str, Column] = {
+        "tokens": tokens,
+        "positions": positions,
+        "write_index": _write_index(sequences, positions, layout),
+    }
+    if waiting:
+        source = np.arange(first, dtype=np.int64) + drawn.shape[0]
+        source[[at for at, _ in waiting]] = [draw for _, draw in waiting]
+        columns["source"] = source
+    if device.type == "cuda":
+        columns |= kernel_columns(sequences)
+    sent = to_device(columns, device)
     attention: StepAttention
     if device.type == "cuda":
-        attention = kernel_attention(sequences, layout.kv_heads, device)
+        attention = kernel_attention(sent, sequences, layout.kv_heads, device)
     else:
         attention = SpanAttention(
             {
@@ -69,9 +114,9 @@ def build_step(
             }
         )
     return StepInputs(
-        tokens=torch.from_numpy(tokens).to(device),
-        positions=torch.from_numpy(positions).to(device),
-        write_index=torch.from_numpy(_write_index(sequences, positions, layout)).to(device),
+        tokens=with_drawn(sent["tokens"], drawn, sent["source"]) if waiting else sent["tokens"],
+        positions=sent["positions"],
+        write_index=sent["write_index"],
         attention=attention,
     )
 

@@ -9,19 +9,17 @@
 
 from kvtransfer.client import TransferLost
 from kvtransfer.messages import WITHDRAWN, Aborted, Arrived, Event, TransferAddress
-from services.engine.batch import Drawn
 from services.engine.errors import ChecksumMismatch
 from services.kv_pull import KvPull
 from services.messages import Cancel, DecodeStarted, Join, Request, Reserve
-from services.roles.role import Occupancy, Parts, Role
+from services.roles.decoding import DecodingRole
+from services.roles.role import Occupancy, Parts
 from services.scheduler.decode import DecodeScheduler, Reservation
-from services.scheduler.sequence import Sequence
 
 
-class DecodeRole(Role):
+class DecodeRole(DecodingRole[DecodeScheduler]):
     def __init__(self, parts: Parts, pull: KvPull) -> None:
-        super().__init__(parts)
-        self.scheduler = DecodeScheduler(parts.pool, parts.limits.max_batch, parts.max_chunk_tokens)
+        super().__init__(parts, DecodeScheduler)
         self.pull = pull
         self._sources: dict[int, TransferAddress] = {}
         self._transfer_s: dict[int, float] = {}
@@ -73,19 +71,7 @@ class DecodeRole(Role):
     def step(self) -> bool:
         self._reserve()
         self.parts.engine.copy_pages(self.scheduler.start())
-        plan = self.scheduler.schedule()
-        if not plan:
-            return False
-        result = self.execute(plan)
-        if result is None:
-            return True
-        self.scheduler.finish_step(plan)
-        for sequence, drawn in result.decodes:
-            self._append(sequence, drawn)
-        for chunk, row in result.chunks:
-            if chunk.draws:
-                self._append(chunk.sequence, row.drawn[0])
-        return True
+        return super().step()
 
     def occupancy(self) -> Occupancy:
         scheduler = self.scheduler
@@ -94,9 +80,6 @@ class DecodeRole(Role):
             running=len(scheduler.batch),
             reserved=scheduler.reserved,
         )
-
-    def preemptions(self) -> int:
-        return self.scheduler.batch.preemptions
 
     def release(self, request_id: int, reason: str) -> None:
         live = self.parts.requests.get(request_id)
@@ -150,15 +133,3 @@ class DecodeRole(Role):
                 cached_tokens=prompt.cached_tokens,
             ),
         )
-
-    # ------------------------------------------------------------ tokens
-
-    def _append(self, sequence: Sequence, drawn: Drawn) -> None:
-        live = self.parts.requests.get(sequence.work.request_id)
-        if live is None:
-            return
-        sequence.tokens.append(drawn.token)
-        choice, output_tokens = sequence.choices[0], len(sequence.tokens) - sequence.prompt_tokens
-        ended = self.report_token(live, choice, output_tokens, drawn)
-        if ended and self.scheduler.end(live.work.request_id, choice):
-            self.end(live.work.request_id, WITHDRAWN)

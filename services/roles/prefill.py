@@ -14,6 +14,7 @@ from services.engine.batch import RowResult
 from services.kv_push import KvPush
 from services.messages import Cancel, Prefill, Request
 from services.roles.role import Occupancy, Parts, Role
+from services.rows import wants_prompt_logprobs
 from services.scheduler.prefill import PrefillScheduler
 from services.scheduler.sequence import Chunk
 
@@ -68,12 +69,14 @@ class PrefillRole(Role):
         plan = self.scheduler.schedule()
         if not plan:
             return packed > 0
-        result = self.execute(plan)
-        if result is None:
+        flight = self.launch(plan)
+        if flight is None:
             return True
-        self.scheduler.finish_step(plan)
-        for chunk, drawn in result.chunks:
-            self._report(chunk, drawn)
+        self.scheduler.launched(plan)
+        if any(chunk.draws or wants_prompt_logprobs(chunk.sequence) for chunk in plan.chunks):
+            result = self.collect(flight)
+            for chunk, row in result.chunks if result is not None else []:
+                self._report(chunk, row)
         self.push.pack()
         return True
 
@@ -103,8 +106,8 @@ class PrefillRole(Role):
             return
         self.report_prefill(live, sequence)
         ended = 0
-        for choice, drawn in zip(sequence.choices, result.drawn, strict=True):
+        for choice, drawn in zip(chunk.draws, result.drawn, strict=True):
             ended += self.report_token(live, choice, 1, drawn)
-        if ended == len(sequence.choices):
+        if ended == len(chunk.draws):
             self.end(live.work.request_id, WITHDRAWN)
         sequence.choices = []

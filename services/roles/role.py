@@ -16,17 +16,19 @@ from kvtransfer.client import TransferLost
 from kvtransfer.messages import WITHDRAWN, Event
 from services.engine.batch import Drawn, RowResult
 from services.engine.engine import Engine
+from services.engine.launched import Launched
 from services.messages import Cancel, Failed, PrefillDone, Request, Tokens, Work
 from services.outbox import Outbox
 from services.requests import Live, Requests
 from services.rows import rows_of, wants_prompt_logprobs
 from services.rules import Limits, finish_reason, refuse
 from services.scheduler.pages import PagePool
-from services.scheduler.sequence import Chunk, Sequence, StepPlan
+from services.scheduler.sequence import Chunk, Sequence, State, StepPlan
 
 log = logging.getLogger(__name__)
 
 FailureCode = Literal["invalid", "too_long", "overloaded", "deadline", "transfer", "draining", "internal"]
+ENGINE_FAILURES = (RuntimeError, ValueError, IndexError)
 
 
 @dataclass(slots=True, eq=False)
@@ -39,6 +41,8 @@ class Parts:
     max_chunk_tokens: int
     outbox: Outbox
     clock: Callable[[], float]
+    overlap: bool
+    """Whether the engine's steps run on while the host plans the next one."""
     requests: Requests = field(default_factory=Requests)
     counters: Counter[str] = field(default_factory=Counter)
 
@@ -51,6 +55,14 @@ class Occupancy:
     running: int = 0
     reserved: int = 0
     holding: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Flight:
+    """A step on its way."""
+
+    plan: StepPlan
+    launched: Launched
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +89,11 @@ class Role(ABC):
     @abstractmethod
     def step(self) -> bool:
         """One engine step, and what it makes possible; False if there was nothing to do."""
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether a step was launched whose results have not been taken."""
+        return False
 
     @abstractmethod
     def occupancy(self) -> Occupancy: ...
@@ -141,8 +158,8 @@ class Role(ABC):
 
     # ------------------------------------------------------------ a step
 
-    def execute(self, plan: StepPlan) -> StepResult | None:
-        """Run a plan on the engine; an engine error fails the plan's requests, not the worker.
+    def launch(self, plan: StepPlan) -> Flight | None:
+        """Hand a plan to the engine; an engine error fails the plan's requests, not the worker.
 
         On a GPU an error may have spoilt the context, so there it ends the process.
         """
@@ -151,23 +168,45 @@ class Role(ABC):
             if live is not None and live.started_s is None:
                 live.started_s = self.parts.clock()
         try:
-            results = self.parts.engine.execute(rows_of(plan))
-        except (RuntimeError, ValueError, IndexError) as error:
-            ids = sorted({one.work.request_id for one in plan.sequences()})
-            log.exception("engine step failed for requests %s", ids)
-            self.parts.counters["engine_errors"] += 1
-            if self.parts.engine.device.type == "cuda":
-                raise
-            for request_id in ids:
-                self.fail(request_id, "internal", f"the engine failed: {type(error).__name__}", False)
+            launched = self.parts.engine.launch(rows_of(plan))
+        except ENGINE_FAILURES as error:
+            self._engine_failed(plan, error)
             return None
         self.parts.counters["steps"] += 1
         self.parts.counters["prompt_tokens"] += sum(chunk.count for chunk in plan.chunks)
+        return Flight(plan, launched)
+
+    def collect(self, flight: Flight, after: Flight | None = None) -> StepResult | None:
+        """Wait for a launched plan. An error fails its requests likewise, and those of the step launched
+        `after` it, which went on from what it should have computed. Since pages are findable prefixes from
+        the launch on that computes them, no prefix is trusted any more."""
+        plan = flight.plan
+        try:
+            results = flight.launched.collect()
+        except ENGINE_FAILURES as error:
+            self._engine_failed(plan, error)
+            if after is not None:
+                self._fail_plan(after.plan, "the step before failed")
+            self.parts.pool.forget_prefixes()
+            return None
         decodes = len(plan.decodes)
         return StepResult(
             [(one, result.drawn[0]) for one, result in zip(plan.decodes, results[:decodes], strict=True)],
             list(zip(plan.chunks, results[decodes:], strict=True)),
         )
+
+    def _fail_plan(self, plan: StepPlan, reason: str) -> None:
+        """End the requests of a plan. Those whose sequences have ended meanwhile are not touched."""
+        alive = (one for one in plan.sequences() if one.state is not State.ENDED)
+        for request_id in sorted({one.work.request_id for one in alive}):
+            self.fail(request_id, "internal", f"the engine failed: {reason}", False)
+
+    def _engine_failed(self, plan: StepPlan, error: Exception) -> None:
+        log.error("engine step with %d rows failed", len(plan.sequences()), exc_info=error)
+        self.parts.counters["engine_errors"] += 1
+        if self.parts.engine.device.type == "cuda":
+            raise error
+        self._fail_plan(plan, type(error).__name__)
 
     def collect_prompt_logprobs(self, chunk: Chunk, result: RowResult) -> None:
         live = self.parts.requests.get(chunk.sequence.work.request_id)

@@ -2,17 +2,17 @@
 
 from kvtransfer.client import TransferLost
 from kvtransfer.messages import Event
-from services.engine.batch import Drawn, RowResult
+from services.engine.batch import RowResult
 from services.messages import Cancel, FirstToken, Generate, Request
-from services.roles.role import Occupancy, Parts, Role
-from services.scheduler.sequence import Sequence
+from services.roles.decoding import DecodingRole
+from services.roles.role import Occupancy, Parts
+from services.scheduler.sequence import Chunk, State
 from services.scheduler.unified import UnifiedScheduler
 
 
-class UnifiedRole(Role):
+class UnifiedRole(DecodingRole[UnifiedScheduler]):
     def __init__(self, parts: Parts) -> None:
-        super().__init__(parts)
-        self.scheduler = UnifiedScheduler(parts.pool, parts.limits.max_batch, parts.max_chunk_tokens)
+        super().__init__(parts, UnifiedScheduler)
 
     def accept(self, router: bytes, request: Request) -> None:
         match request:
@@ -30,56 +30,35 @@ class UnifiedRole(Role):
     def on_transfer(self, event: Event | TransferLost) -> None:
         self.parts.counters["dropped_transfer_event"] += 1
 
-    def step(self) -> bool:
-        plan = self.scheduler.schedule()
-        if not plan:
-            return False
-        result = self.execute(plan)
-        if result is None:
-            return True
-        self.scheduler.finish_step(plan)
-        for sequence, drawn in result.decodes:
-            self._append(sequence, drawn)
-        for chunk, row in result.chunks:
-            self.collect_prompt_logprobs(chunk, row)
-            if not chunk.draws:
-                continue
-            if len(chunk.sequence.tokens) == chunk.sequence.prompt_tokens:
-                self._fork(chunk.sequence, row)
-            else:
-                self._append(chunk.sequence, row.drawn[0])
-        return True
+    def take_chunk(self, chunk: Chunk, row: RowResult) -> None:
+        self.collect_prompt_logprobs(chunk, row)
+        if len(chunk.sequence.tokens) > chunk.sequence.prompt_tokens:
+            super().take_chunk(chunk, row)
+        elif chunk.draws:
+            self._fork(chunk, row)
 
     def occupancy(self) -> Occupancy:
         queued = len(self.scheduler.waiting) + len(self.scheduler.batch.resuming)
         return Occupancy(queued=queued, running=len(self.scheduler.batch))
 
-    def preemptions(self) -> int:
-        return self.scheduler.batch.preemptions
-
     def release(self, request_id: int, reason: str) -> None:
         self.scheduler.end(request_id)
 
-    def _fork(self, prompt: Sequence, row: RowResult) -> None:
-        """A prompt's end: report every choice's first token, and go on with those that did not end."""
+    def _fork(self, chunk: Chunk, row: RowResult) -> None:
+        """A prompt's end: report every choice's first token, and go on with those that did not end.
+
+        A prompt that lost its pages meanwhile is computed again, and draws the same tokens then.
+        """
+        prompt = chunk.sequence
         live = self.parts.requests.get(prompt.work.request_id)
-        if live is None:
+        if live is None or prompt.state is not State.RUNNING:
             return
         self.report_prefill(live, prompt)
         going: list[FirstToken] = []
-        for choice, drawn in zip(prompt.choices, row.drawn, strict=True):
-            if not self.report_token(live, choice, 1, drawn):
+        for choice, drawn in zip(chunk.draws, row.drawn, strict=True):
+            # a choice may have been cancelled while the step was in flight
+            if choice in prompt.choices and not self.report_token(live, choice, 1, drawn):
                 going.append(FirstToken(choice, drawn.token))
         self.parts.engine.copy_pages(self.scheduler.fork(prompt, going))
         if not going:
-            self.parts.requests.remove(live.work.request_id)
-
-    def _append(self, sequence: Sequence, drawn: Drawn) -> None:
-        live = self.parts.requests.get(sequence.work.request_id)
-        if live is None:
-            return
-        sequence.tokens.append(drawn.token)
-        choice, output_tokens = sequence.choices[0], len(sequence.tokens) - sequence.prompt_tokens
-        ended = self.report_token(live, choice, output_tokens, drawn)
-        if ended and self.scheduler.end(live.work.request_id, choice):
             self.parts.requests.remove(live.work.request_id)

@@ -6,6 +6,10 @@ sequences that have more pending. When a sequence needs a page and none is left,
 preempted: its pages are released, and it is computed again later (mostly from the prefix cache). The
 oldest always goes on, so the batch never stands still.
 
+Every step is `plan_step`, then `launched` once the engine has it; what it drew is settled in the sequences
+when it is collected, which may be after the next step was launched. Pages may be released while a step that
+uses them is in flight: the engine's steps run in order, so their next user writes after it.
+
 A step of a full batch touches each decoding sequence twice and does no other work for it unless it
 crosses a page border: at 256 sequences the scheduler must not cost what a kernel costs.
 """
@@ -16,7 +20,7 @@ from collections.abc import Iterable
 from services.messages import FirstToken
 from services.scheduler.errors import IllegalMove
 from services.scheduler.pages import PagePool, chain_digest, chain_root
-from services.scheduler.sequence import Sequence, State, StepPlan, choice_sequence
+from services.scheduler.sequence import PENDING, Sequence, State, StepPlan, choice_sequence
 
 
 def _age(sequence: Sequence) -> int:
@@ -26,8 +30,11 @@ def _age(sequence: Sequence) -> int:
 class RunningBatch:
     """`decoding` and `computing` are disjoint, each oldest first; together they are what runs."""
 
-    def __init__(self, pool: PagePool, max_batch: int, max_chunk_tokens: int) -> None:
+    def __init__(
+        self, pool: PagePool, max_batch: int, max_chunk_tokens: int, max_sequence_tokens: int | None = None
+    ) -> None:
         self.pool = pool
+        self.max_sequence_tokens = max_sequence_tokens or pool.total * pool.page_size_tokens
         self.max_batch = max_batch
         self.max_chunk_tokens = max_chunk_tokens
         self.decoding: list[Sequence] = []
@@ -40,9 +47,10 @@ class RunningBatch:
         return len(self.decoding) + len(self.computing)
 
     def number(self, sequence: Sequence) -> None:
-        """Give a sequence that is new here its age."""
+        """Give a sequence that is new here its age and its end."""
         self._arrivals += 1
         sequence.arrival = self._arrivals
+        sequence.limit_tokens = min(sequence.limit_tokens, self.max_sequence_tokens)
 
     # ------------------------------------------------------------ entering
 
@@ -71,8 +79,9 @@ class RunningBatch:
         return True
 
     def admit_resuming(self) -> None:
-        """Oldest first; nobody overtakes a preempted sequence."""
-        while self.resuming and self.admit(self.resuming[0]):
+        """Oldest first; nobody overtakes a preempted sequence. One whose last token is not known yet waits
+        for it: it is computed again from what the host knows."""
+        while self.resuming and self.resuming[0].tokens[-1] != PENDING and self.admit(self.resuming[0]):
             self.resuming.pop(0)
 
     def reserve(self, sequence: Sequence) -> bool:
@@ -98,7 +107,7 @@ class RunningBatch:
         partial = prompt.pages[full:]
         for index, first in enumerate(first_tokens):
             sequence = choice_sequence(prompt.work, first)
-            sequence.arrival = prompt.arrival
+            sequence.arrival, sequence.limit_tokens = prompt.arrival, prompt.limit_tokens
             sequences.append(sequence)
             own = partial
             if index > 0:
@@ -121,41 +130,59 @@ class RunningBatch:
 
     # ------------------------------------------------------------ a step
 
+    def reads_pending(self) -> bool:
+        """Whether the next step has a draw that looks at a token which is not known yet."""
+        return any(
+            one.reads_output and one.tokens[-1] == PENDING and len(one.tokens) < one.limit_tokens
+            for one in self.decoding
+        )
+
     def plan_step(self) -> StepPlan:
+        """The next step, as if no choice ended with the step in flight, but for those whose last token it
+        draws: their length says so. A prompt whose last chunk is in flight has nothing to compute."""
         plan = StepPlan()
-        for sequence in [one for one in self.decoding if one.computed_tokens >= one.capacity_tokens]:
+        due = [one for one in self.decoding if len(one.tokens) < one.limit_tokens]
+        preemptions = self.preemptions
+        for sequence in [one for one in due if one.computed_tokens >= one.capacity_tokens]:
             if sequence.state is State.RUNNING:  # not preempted by an older one just now
                 self._grow(sequence)
-        plan.decodes = self.decoding.copy()
-        plan.tokens = len(plan.decodes)
+        if self.preemptions > preemptions:
+            due = [one for one in due if one.state is State.RUNNING]
+        plan.decodes = due
+        plan.tokens = len(due)
         for sequence in self.computing:
             budget = self.max_chunk_tokens - plan.tokens
             if budget <= 0:
                 break
-            plan.add_chunk(sequence, min(budget, sequence.pending_tokens))
+            if sequence.pending_tokens:
+                plan.add_chunk(sequence, min(budget, sequence.pending_tokens))
         return plan
 
-    def finish_step(self, plan: StepPlan) -> None:
-        """The step is done: its tokens' KV is in the pages.
+    def launched(self, plan: StepPlan) -> None:
+        """The step is queued: its tokens' KV will be in the pages before any later step reads them.
 
-        A prompt's full pages become findable prefixes at once, those of its output when it leaves its
-        pages: hashing them during decode would cost more than the rest of the step. A choice that was
-        computed again and has nothing pending any more decodes from now on.
+        A choice's next token is on its way. A prompt's full pages become findable prefixes at once, those of
+        its output when it leaves its pages: hashing them during decode would cost more than the rest of the
+        step. A choice that was computed again decodes from now on.
         """
-        for sequence in plan.decodes:
+        for draw, sequence in enumerate(plan.decodes):
             sequence.computed_tokens += 1
+            sequence.launched(draw)
+        draw = len(plan.decodes)
         for chunk in plan.chunks:
             sequence = chunk.sequence
             sequence.computed_tokens += chunk.count
             self.publish(sequence)
-            if sequence.pending_tokens == 0 and len(sequence.tokens) > sequence.prompt_tokens:
+            if chunk.draws and len(sequence.tokens) > sequence.prompt_tokens:
+                sequence.launched(draw)
                 self.computing.remove(sequence)
                 insort(self.decoding, sequence, key=_age)
+            draw += len(chunk.draws)
 
     def publish(self, sequence: Sequence) -> None:
-        """Make the full pages that are computed findable as prefixes."""
+        """Make the full pages that are computed, and whose tokens are known, findable as prefixes."""
         size = self.pool.page_size_tokens
-        full = sequence.computed_tokens // size
+        full = min(sequence.computed_tokens, sequence.known_tokens) // size
         digests = sequence.digests
         while len(digests) < full:
             start = len(digests) * size

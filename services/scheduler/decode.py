@@ -36,8 +36,10 @@ class Reservation:
 
 
 class DecodeScheduler:
-    def __init__(self, pool: PagePool, max_batch: int, max_chunk_tokens: int) -> None:
-        self.batch = RunningBatch(pool, max_batch, max_chunk_tokens)
+    def __init__(
+        self, pool: PagePool, max_batch: int, max_chunk_tokens: int, max_sequence_tokens: int | None = None
+    ) -> None:
+        self.batch = RunningBatch(pool, max_batch, max_chunk_tokens, max_sequence_tokens)
         self.waiting: deque[Reservation] = deque()
         self.reservations: dict[int, Reservation] = {}
         self._joined: deque[Reservation] = deque()
@@ -120,8 +122,8 @@ class DecodeScheduler:
         self.batch.admit_resuming()
         return self.batch.plan_step()
 
-    def finish_step(self, plan: StepPlan) -> None:
-        self.batch.finish_step(plan)
+    def launched(self, plan: StepPlan) -> None:
+        self.batch.launched(plan)
 
     def end(self, request_id: int, choice: int | None = None) -> bool:
         """End a request, or one choice; True when nothing of the request is left. Unknown ids: False."""

@@ -119,6 +119,13 @@ class PagePool:
             self._digest[page] = digest
             self._page_of[digest] = page
 
+    def forget_prefixes(self) -> None:
+        """No page is found by its content any more: what was published may not be what is in the pages."""
+        self._page_of.clear()
+        self._digest = [None] * self.total
+        self._free += self._idle
+        self._idle.clear()
+
     def _take(self) -> int:
         if self._free:
             page = self._free.pop()

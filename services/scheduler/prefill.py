@@ -41,9 +41,9 @@ class PrefillScheduler:
         self._admit()
         return self.batch.plan_step()
 
-    def finish_step(self, plan: StepPlan) -> list[Sequence]:
-        """Count the step's tokens as computed; returns the prompts it completed, now held."""
-        self.batch.finish_step(plan)
+    def launched(self, plan: StepPlan) -> list[Sequence]:
+        """Count the step's tokens as computed; returns the prompts it completes, now held."""
+        self.batch.launched(plan)
         done = [one.sequence for one in plan.chunks if one.sequence.pending_tokens == 0]
         for sequence in done:
             self.batch.hold(sequence)

@@ -4,6 +4,10 @@ There is one idea of work for prefill and decode alike: a sequence has `tokens`,
 `computed_tokens` have their KV in its pages. A step computes some of the pending ones; when none is left,
 the last position's logits draw what comes next. A prompt is a sequence with many tokens pending, a
 decoding choice has exactly one, a preempted choice has all of them again (vLLM v1 schedules this way).
+
+A step is planned while the one before still runs. What that one draws is in `tokens` from its launch on, as
+`PENDING`, and is `settled` when the step is collected. With at most one step in flight while the next is
+planned, a sequence ends in at most two such placeholders, and the first of them is the next to be settled.
 """
 
 from dataclasses import dataclass, field
@@ -11,6 +15,9 @@ from enum import StrEnum
 
 from services.messages import FirstToken, Work
 from services.scheduler.errors import IllegalMove
+
+PENDING = -1
+"""In the place of a token that is drawn, but not yet known to the host."""
 
 
 class State(StrEnum):
@@ -50,6 +57,18 @@ class Sequence:
     capacity_tokens: int = 0  # what `pages` hold; kept beside them because every step compares it
     digests: list[bytes] = field(default_factory=list)
     published_pages: int = 0
+    limit_tokens: int = 0  # with so many tokens it ends; known before the last one is
+    draw: int = -1  # the number of its last draw, among those of that step
+    reads_output: bool = False  # a draw looks at all tokens before it, so the host must know them
+
+    def __post_init__(self) -> None:
+        sampling = self.work.sampling
+        self.limit_tokens = len(self.work.prompt) + sampling.max_tokens
+        self.reads_output = (
+            sampling.repetition_penalty != 1.0
+            or sampling.presence_penalty != 0.0
+            or sampling.frequency_penalty != 0.0
+        )
 
     @property
     def prompt_tokens(self) -> int:
@@ -60,8 +79,32 @@ class Sequence:
         return len(self.tokens) - self.computed_tokens
 
     @property
+    def known_tokens(self) -> int:
+        """How many of the tokens the host knows: all before the placeholders."""
+        known = len(self.tokens)
+        while known and self.tokens[known - 1] == PENDING:
+            known -= 1
+        return known
+
+    @property
     def output(self) -> list[int]:
         return self.tokens[self.prompt_tokens :]
+
+    def launched(self, draw: int) -> None:
+        """The step that draws this choice's next token has been launched; it is its draw number `draw`."""
+        self.tokens.append(PENDING)
+        self.draw = draw
+
+    def settle(self, token: int) -> int:
+        """That token is known now. Returns how many tokens of output there are up to it."""
+        tokens = self.tokens
+        at = len(tokens) - 1
+        if tokens[at] != PENDING:
+            raise IllegalMove(f"request {self.work.request_id} waits for no token")
+        while tokens[at - 1] == PENDING:
+            at -= 1
+        tokens[at] = token
+        return at + 1 - self.prompt_tokens
 
     def move(self, to: State) -> None:
         if to not in MOVES[self.state]:
@@ -83,13 +126,13 @@ def choice_sequence(work: Work, first: FirstToken) -> Sequence:
 class Chunk:
     """Tokens `[start, start + count)` of a sequence with many pending, computed in this step.
 
-    `draws` is False if tokens are still pending after it, and where nothing is to be drawn.
+    `draws` are the choices that draw after it: none if tokens are still pending.
     """
 
     sequence: Sequence
     start: int
     count: int
-    draws: bool
+    draws: tuple[int, ...]
 
 
 @dataclass(slots=True)
@@ -104,7 +147,7 @@ class StepPlan:
         return self.tokens > 0
 
     def add_chunk(self, sequence: Sequence, count: int) -> None:
-        draws = count == sequence.pending_tokens and bool(sequence.choices)
+        draws = tuple(sequence.choices) if count == sequence.pending_tokens else ()
         self.chunks.append(Chunk(sequence, sequence.computed_tokens, count, draws))
         self.tokens += count
 

@@ -9,8 +9,10 @@ from services.scheduler.sequence import Sequence, State, StepPlan, prompt_sequen
 
 
 class UnifiedScheduler:
-    def __init__(self, pool: PagePool, max_batch: int, max_chunk_tokens: int) -> None:
-        self.batch = RunningBatch(pool, max_batch, max_chunk_tokens)
+    def __init__(
+        self, pool: PagePool, max_batch: int, max_chunk_tokens: int, max_sequence_tokens: int | None = None
+    ) -> None:
+        self.batch = RunningBatch(pool, max_batch, max_chunk_tokens, max_sequence_tokens)
         self.waiting: deque[Sequence] = deque()
         self._sequences: dict[int, list[Sequence]] = {}
 
@@ -32,8 +34,8 @@ class UnifiedScheduler:
             self.waiting.popleft()
         return self.batch.plan_step()
 
-    def finish_step(self, plan: StepPlan) -> None:
-        self.batch.finish_step(plan)
+    def launched(self, plan: StepPlan) -> None:
+        self.batch.launched(plan)
 
     def fork(self, prompt: Sequence, first_tokens: list[FirstToken]) -> list[tuple[int, int]]:
         """A computed prompt goes on as these choices; returns page copies that are due at once."""

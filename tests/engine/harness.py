@@ -8,6 +8,7 @@ import torch
 from services.config import WorkerConfig
 from services.engine.batch import Draw, Row, RowResult
 from services.engine.engine import Engine
+from services.engine.launched import Launched
 from services.engine.model_config import read_model_config
 from services.messages import Sampling
 
@@ -68,6 +69,13 @@ class Sequence:
         self.done_tokens = end
         return row
 
+    def row_after(self, draw: int) -> Row:
+        """The token that the launch before draws as its `draw`-th. For sampling that looks at no output."""
+        row = Row([-1], self.done_tokens, self.pages, drawn_by=draw)
+        self.done_tokens += 1
+        row.draws = [Draw(self.choice, self.done_tokens, self.sampling, [], [])]
+        return row
+
     def take(self, result: RowResult) -> None:
         self.output.extend(drawn.token for drawn in result.drawn)
 
@@ -77,6 +85,25 @@ def run_together(engine: Engine, sequences: list[Sequence], output_tokens: int) 
     while running := [s for s in sequences if len(s.output) < output_tokens]:
         for sequence, result in zip(running, engine.execute([s.next_row() for s in running]), strict=True):
             sequence.take(result)
+    return [sequence.output for sequence in sequences]
+
+
+def run_ahead(engine: Engine, sequences: list[Sequence], output_tokens: int) -> list[list[int]]:
+    """Like `run_together`, but every step is launched before the one before it is collected."""
+    left = {sequence: output_tokens - len(sequence.output) for sequence in sequences}
+    draw_of: dict[Sequence, int] = {}
+    flight: tuple[list[Sequence], Launched] | None = None
+    while flight is not None or any(left.values()):
+        running = [sequence for sequence in sequences if left[sequence]]
+        rows = [one.row_after(draw_of[one]) if one in draw_of else one.next_row() for one in running]
+        before, flight = flight, (running, engine.launch(rows)) if rows else None
+        drawing = [sequence for sequence, row in zip(running, rows, strict=True) if row.draws]
+        draw_of = {sequence: number for number, sequence in enumerate(drawing)}
+        for sequence in drawing:
+            left[sequence] -= 1
+        if before is not None:
+            for sequence, result in zip(before[0], before[1].collect(), strict=True):
+                sequence.take(result)
     return [sequence.output for sequence in sequences]
 
 

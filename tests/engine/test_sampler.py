@@ -14,8 +14,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from services.engine.batch import Draw
-from services.engine.sampler import sample
+from services.engine.batch import Draw, Drawn
+from services.engine.sampler import sample as queue_draws
 from services.engine.uniform import uniform
 from services.messages import Sampling
 
@@ -33,6 +33,10 @@ def _draw(
 ) -> Draw:
     values = {"max_tokens": 1, "seed": 1} | settings
     return Draw(choice, position, Sampling(**values), list(prompt), list(output))
+
+
+def sample(logits: torch.Tensor, rows: list[int], draws: list[Draw]) -> list[Drawn]:
+    return queue_draws(logits, rows, draws).collect()
 
 
 def _tokens(logits: torch.Tensor, draws: list[Draw]) -> list[int]:

@@ -9,7 +9,7 @@ from services.engine.ops.checksum import BLOCK_WORDS, checksum
 from services.engine.peak_memory import peak_bytes
 from services.messages import Sampling
 from tests.checkpoints import FAMILIES, Family, make_checkpoint
-from tests.engine.harness import Sequence, new_engine, prompt_of, run_together, start_engine
+from tests.engine.harness import Sequence, new_engine, prompt_of, run_ahead, run_together, start_engine
 
 pytestmark = [
     pytest.mark.gpu,
@@ -51,6 +51,62 @@ def test_graphs_give_the_same_tokens(family: Family, tmp_path: Path) -> None:
             run_together(engine, sequences[:count], total)
         outputs.append([sequence.output for sequence in sequences])
     assert outputs[0] == outputs[1]
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_launches_ahead_give_the_same_tokens(graphs: bool, tmp_path: Path) -> None:
+    """Twenty steps that name their tokens by draws against as many that know them: prompts in chunks beside
+    decodes, then decodes alone, replayed as graphs or not, in batches that shrink from the front."""
+    make_checkpoint("qwen3", tmp_path, seed=4, eos=False)
+    engine = start_engine(tmp_path, device="cuda")
+    if graphs:
+        engine.capture_graphs()
+    settings = [
+        Sampling(max_tokens=1, seed=11, temperature=0.9, top_p=0.95, logprobs=3),
+        Sampling(max_tokens=1, seed=12, temperature=0.0),
+        Sampling(max_tokens=1, seed=13, temperature=1.0, top_k=20, min_p=0.02),
+    ]
+    outputs = []
+    for run in (run_together, run_ahead):
+        sequences = [
+            Sequence(prompt_of(length), list(range(at * 20, at * 20 + 20)), settings[at % 3], chunk=7)
+            for at, length in enumerate((1, 7, 16, 23, 40))
+        ]
+        for first, total in ((0, 6), (2, 13), (4, 20)):
+            run(engine, sequences[first:], total)
+        outputs.append([sequence.output for sequence in sequences])
+    assert outputs[0] == outputs[1]
+    assert [len(output) for output in outputs[0]] == [6, 6, 13, 13, 20]
+
+
+def test_a_launch_waits_for_nothing(tmp_path: Path) -> None:
+    """With the stream held up by a kernel that spins for a second or so, launches return while it runs. Once
+    before it counts: kernels are compiled and memory is pinned at first use."""
+    make_checkpoint("qwen3", tmp_path, seed=4, eos=False)
+    engine = start_engine(tmp_path, device="cuda")
+    engine.capture_graphs()
+    sampled = Sampling(max_tokens=1, seed=11, temperature=0.9, top_p=0.95, logprobs=3, logit_bias={3: 1.0})
+    old = Sequence(prompt_of(9), list(range(9)), sampled, chunk=5)
+    run_ahead(engine, [old], 3)
+    waited = []
+    for first_page in (20, 40):
+        fresh = Sequence(prompt_of(9), list(range(first_page, first_page + 9)), sampled, chunk=5)
+        torch.cuda._sleep(2_000_000_000)  # cycles
+        held = torch.cuda.Event()
+        held.record()
+        launches = [
+            engine.launch([fresh.next_row()]),
+            engine.launch([fresh.next_row(), old.next_row()]),
+            engine.launch([fresh.row_after(0), old.row_after(1)]),
+        ]
+        engine.copy_pages([(first_page, 100)])
+        waited.append(held.query())
+        results = [launched.collect() for launched in launches]
+        assert [len(result.drawn) for step in results for result in step] == [0, 1, 1, 1, 1]
+        assert held.query()
+        for step in results[1:]:
+            old.take(step[1])
+    assert not waited[1]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

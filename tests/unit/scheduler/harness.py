@@ -2,12 +2,15 @@
 
 `FakeKv` remembers, page by page, which token each slot of the pool holds, and "computes" by reading the
 whole prefix back from the pages. A scheduler that loses, reuses or misplaces a page makes it see wrong
-tokens, and the test fails on them.
+tokens, and the test fails on them. Like a device it knows what its last step drew, so that a token which the
+scheduler does not know yet can be named by its draw.
 """
+
+from collections.abc import Iterable
 
 from services.messages import Sampling, Work
 from services.scheduler.pages import PagePool
-from services.scheduler.sequence import Sequence, StepPlan
+from services.scheduler.sequence import PENDING, Sequence, StepPlan
 
 
 def work(request_id: int, prompt: list[int], max_tokens: int = 4, choices: int = 1, **sampling: int) -> Work:
@@ -37,6 +40,7 @@ class FakeKv:
     def __init__(self, pool: PagePool) -> None:
         self.size = pool.page_size_tokens
         self.content: list[list[int | None]] = [[None] * self.size for _ in range(pool.total)]
+        self.drawn: list[int] = []
 
     def copy_pages(self, pairs: list[tuple[int, int]]) -> None:
         for source, target in pairs:
@@ -54,15 +58,20 @@ class FakeKv:
         drawn: list[tuple[Sequence, list[int]]] = []
         for sequence in plan.decodes:
             assert sequence.pending_tokens == 1
-            drawn.append((sequence, self._row(sequence, sequence.computed_tokens, 1, True)))
+            drawn.append((sequence, self._row(sequence, sequence.computed_tokens, 1, sequence.choices)))
         for chunk in plan.chunks:
             drawn.append((chunk.sequence, self._row(chunk.sequence, chunk.start, chunk.count, chunk.draws)))
+        self.drawn = [token for _, tokens in drawn for token in tokens]
         return drawn
 
-    def _row(self, sequence: Sequence, start: int, count: int, draws: bool) -> list[int]:
-        new = sequence.tokens[start : start + count]
+    def _row(self, sequence: Sequence, start: int, count: int, draws: Iterable[int]) -> list[int]:
+        tokens = list(sequence.tokens)
+        if tokens[-1] == PENDING:
+            tokens[-1] = self.drawn[sequence.draw]
+        assert PENDING not in tokens
+        new = tokens[start : start + count]
         assert len(new) == count
         self.write(sequence.pages, start, new)
         prefix = self.read(sequence.pages, start + count)
-        assert prefix == sequence.tokens[: start + count], f"request {sequence.work.request_id}"
-        return [next_token(sequence.tokens, choice) for choice in sequence.choices] if draws else []
+        assert prefix == tokens[: start + count], f"request {sequence.work.request_id}"
+        return [next_token(tokens, choice) for choice in draws]

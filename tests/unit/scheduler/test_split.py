@@ -34,7 +34,7 @@ class Pair:
     def prefill_step(self) -> bool:
         plan = self.prefill.schedule()
         drawn = self.prefill_kv.compute(plan)
-        self.prefill.finish_step(plan)
+        self.prefill.launched(plan)
         for sequence, tokens in drawn:
             if tokens:
                 self._first_tokens(sequence.work.request_id, sequence.choices, tokens)
@@ -71,11 +71,11 @@ class Pair:
         self.decode_kv.copy_pages(self.decode.start())
         plan = self.decode.schedule()
         drawn = self.decode_kv.compute(plan)
-        self.decode.finish_step(plan)
+        self.decode.launched(plan)
         for sequence, tokens in drawn:
             if tokens:
                 key = (sequence.work.request_id, sequence.choices[0])
-                sequence.tokens.append(tokens[0])
+                sequence.settle(tokens[0])
                 self.out[key].append(tokens[0])
                 if len(self.out[key]) == sequence.work.sampling.max_tokens:
                     self.decode.end(*key)
@@ -141,7 +141,7 @@ def test_an_unconfirmed_prompt_gives_its_pages_to_a_confirmed_one_and_is_not_dra
     first = scheduler.add(work(1, [1] * 12))
     plan = scheduler.schedule()
     assert plan.chunks[0].draws
-    scheduler.finish_step(plan)
+    scheduler.launched(plan)
     first.choices = []  # the role has reported its first token
     assert first.state is State.HOLDING
     scheduler.add(work(2, [2] * 12))
@@ -149,13 +149,13 @@ def test_an_unconfirmed_prompt_gives_its_pages_to_a_confirmed_one_and_is_not_dra
     plan = scheduler.schedule()
     assert [one.sequence.work.request_id for one in plan.chunks] == [2]
     assert first.state is State.WAITING and not first.pages
-    scheduler.finish_step(plan)
+    scheduler.launched(plan)
     scheduler.end(2)
     assert not scheduler.schedule(), "nothing to gain from computing it before it is confirmed"
     scheduler.confirm(1)
     plan = scheduler.schedule()
-    assert [(one.sequence.work.request_id, one.draws) for one in plan.chunks] == [(1, False)]
-    scheduler.finish_step(plan)
+    assert [(one.sequence.work.request_id, one.draws) for one in plan.chunks] == [(1, ())]
+    scheduler.launched(plan)
     scheduler.end(1)
     assert pool.counts().used == 0
 

@@ -71,7 +71,7 @@ def test_a_prompt_that_starts_again_has_its_log_probabilities_once() -> None:
 
     def compute(start: int, count: int) -> None:
         logprobs = [TokenLogprob(float(at), []) for at in range(start, min(start + count, 5))]
-        role.collect_prompt_logprobs(Chunk(sequence, start, count, False), RowResult([], logprobs))
+        role.collect_prompt_logprobs(Chunk(sequence, start, count, ()), RowResult([], logprobs))
 
     compute(0, 2)
     compute(2, 2)

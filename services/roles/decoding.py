@@ -1,0 +1,86 @@
+"""What the roles that decode share: the next step is launched while the one before runs.
+
+1. Plan a step as if every choice went on, and launch it. Tokens that the step before is still drawing are
+   named in its rows by their draws: they are on the device, and the host has not seen them.
+2. Collect the step before: settle its tokens, report them, end the choices that end with them.
+3. What the step now in flight computes for a choice that has ended is thrown away when it is collected.
+
+A draw that looks at all tokens before it (penalties) makes 2 come before 1. So does an engine that finishes
+its steps before `launch` returns: there, nothing is left in flight between two steps.
+"""
+
+from typing import Generic, TypeVar
+
+from kvtransfer.messages import WITHDRAWN
+from services.engine.batch import Drawn, RowResult
+from services.roles.role import Flight, Parts, Role
+from services.scheduler.decode import DecodeScheduler
+from services.scheduler.sequence import Chunk, Sequence, State
+from services.scheduler.unified import UnifiedScheduler
+
+Scheduler = TypeVar("Scheduler", DecodeScheduler, UnifiedScheduler)
+
+
+class DecodingRole(Role, Generic[Scheduler]):
+    def __init__(self, parts: Parts, scheduler: type[Scheduler]) -> None:
+        super().__init__(parts)
+        limits = parts.limits
+        self.scheduler: Scheduler = scheduler(
+            parts.pool, limits.max_batch, parts.max_chunk_tokens, limits.max_sequence_tokens
+        )
+        self._flight: Flight | None = None
+
+    @property
+    def in_flight(self) -> bool:
+        return self._flight is not None
+
+    def step(self) -> bool:
+        worked = self.in_flight
+        if self.scheduler.batch.reads_pending():
+            self._settle()
+        plan = self.scheduler.schedule()
+        before, self._flight = self._flight, None
+        if plan:
+            self._flight = self.launch(plan)
+            if self._flight is not None:
+                self.scheduler.launched(plan)
+        if before is not None:
+            self._take_results(before)
+        if not self.parts.overlap:
+            self._settle()
+        return worked or bool(plan)
+
+    def preemptions(self) -> int:
+        return self.scheduler.batch.preemptions
+
+    def take_chunk(self, chunk: Chunk, row: RowResult) -> None:
+        """A computed chunk of a sequence that has not ended since."""
+        if chunk.draws:
+            self.append(chunk.sequence, row.drawn[0])
+
+    def append(self, sequence: Sequence, drawn: Drawn) -> None:
+        """A choice's next token is known: report it, and end the choice if it ends with it."""
+        live = self.parts.requests.get(sequence.work.request_id)
+        if live is None:
+            return
+        output_tokens, choice = sequence.settle(drawn.token), sequence.choices[0]
+        ended = self.report_token(live, choice, output_tokens, drawn)
+        if ended and self.scheduler.end(live.work.request_id, choice):
+            self.end(live.work.request_id, WITHDRAWN)
+
+    def _settle(self) -> None:
+        """Collect the step in flight, so that none is."""
+        flight, self._flight = self._flight, None
+        if flight is not None:
+            self._take_results(flight)
+
+    def _take_results(self, flight: Flight) -> None:
+        result = self.collect(flight, after=self._flight)
+        if result is None:
+            return
+        for sequence, drawn in result.decodes:
+            if sequence.state is not State.ENDED:
+                self.append(sequence, drawn)
+        for chunk, row in result.chunks:
+            if chunk.sequence.state is not State.ENDED:
+                self.take_chunk(chunk, row)
