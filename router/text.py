@@ -2,8 +2,8 @@
 
 Two detokenizers with one meaning: after `push` of any split of the same tokens and a final `flush`, the
 pieces concatenate to what decoding all tokens at once gives. Byte-level vocabularies (nearly all current
-models) and those of sentencepiece with bytes for what they lack take a table of bytes and an incremental UTF-8
-decoder; all others `tokenizers`' `DecodeStream`.
+models), and those of sentencepiece with bytes for what they lack, take a table of bytes and an incremental
+UTF-8 decoder; all others `tokenizers`' `DecodeStream`.
 """
 
 import codecs
@@ -26,8 +26,8 @@ _new_utf8_decoder = codecs.getincrementaldecoder("utf-8")
 
 
 class ByteDetokenizer:
-    """`pieces[token]` are the bytes a token stands for (empty for special tokens). `strip`: a space that begins
-    the text is not part of it.
+    """`pieces[token]` are the bytes a token stands for (empty for special tokens). `strip`: a space that
+    begins the text is not part of it.
 
     For bytes that are no UTF-8 `tokenizers`' ByteFallback takes back the whole characters before them, which
     may have been streamed; here only those bytes are replaced.

@@ -36,7 +36,7 @@ def write_mistral(directory: Path) -> None:
 
 
 def write_gpt2(directory: Path) -> None:
-    write_vocabulary(directory, "llama", tokenizer_class="GPT2Tokenizer", eos_token=None)
+    write_vocabulary(directory, "llama", tokenizer_class="GPT2Tokenizer")
     (directory / "chat_template.jinja").write_text(BOTH)
 
 
@@ -88,14 +88,14 @@ TEXTS = (
 
 
 @given(text=st.one_of(st.sampled_from(TEXTS), st.text(max_size=30)), special=st.booleans())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_encoding_is_that_of_transformers(loaded: Loaded, text: str, special: bool) -> None:
     ours = asyncio.run(loaded.ours.encode(text, special))
     assert ours == loaded.theirs.encode(text, add_special_tokens=special)
 
 
 @given(text=st.one_of(st.sampled_from(TEXTS), st.text(max_size=30)))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_decoding_is_that_of_transformers(loaded: Loaded, text: str) -> None:
     tokens = loaded.theirs.encode(text)
 
@@ -112,7 +112,8 @@ def test_decoding_is_that_of_transformers(loaded: Loaded, text: str) -> None:
 
 def test_the_vocabulary_is_that_of_transformers(loaded: Loaded) -> None:
     assert loaded.ours.size == len(loaded.theirs)
-    assert loaded.ours.special == set(loaded.theirs.all_special_ids)
+    added = loaded.theirs.added_tokens_decoder
+    assert loaded.ours.special == {token for token, entry in added.items() if entry.special}
 
 
 def test_a_chat_is_that_of_transformers(loaded: Loaded) -> None:
@@ -120,8 +121,8 @@ def test_a_chat_is_that_of_transformers(loaded: Loaded) -> None:
     template = ChatTemplate(loaded.directory, loaded.ours.special_tokens)
     expected = loaded.theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert template.render(messages, add_generation_prompt=True) == expected
-    if "eos_token" in (loaded.theirs.chat_template or ""):
-        assert loaded.theirs.eos_token in expected
+    if loaded.theirs.chat_template == BOTH:
+        assert expected.startswith(loaded.theirs.bos_token) and expected.endswith(loaded.theirs.eos_token)
 
 
 @pytest.mark.parametrize("write", [write_llama, write_mistral])
@@ -168,13 +169,13 @@ def test_the_process_that_asks_imports_neither_torch_nor_transformers(tmp_path: 
         (write_vocabulary, "merges.txt", b"\xff", r"merges\.txt cannot be read"),
         (write_vocabulary, "merges.txt", None, r"merges\.txt does not exist; .*vocab\.json needs it"),
         (
-            write_vocabulary,
+            write_gpt2,
             "tokenizer_config.json",
             b'{"tokenizer_class": "LlamaTokenizer"}',
             r"vocab\.json: '!' has the id 0, but None in the LlamaTokenizer",
         ),
         (
-            write_vocabulary,
+            write_gpt2,
             "tokenizer_config.json",
             b'{"tokenizer_class": "CanineTokenizer"}',
             r"vocab\.json: CanineTokenizer of transformers has no form",
@@ -223,14 +224,14 @@ def test_no_code_of_the_checkpoint_or_the_working_directory_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_vocabulary(tmp_path, auto_map={"AutoTokenizer": ["mine.Mine", "mine.Mine"]}, tokenizer_class="Mine")
-    settings_path = tmp_path / "config.json"
-    settings_path.write_text(json.dumps({**read_json(settings_path), "auto_map": {"AutoConfig": "mine.Mine"}}))
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**read_json(path), "auto_map": {"AutoConfig": "mine.Mine"}}))
     mark = tmp_path / "ran"
     for name in ("mine", "sentencepiece", "transformers", "msgspec"):
         (tmp_path / f"{name}.py").write_text(f"open({str(mark)!r}, 'w')\nraise SystemExit(7)\n")
     monkeypatch.chdir(tmp_path)
     try:
-        convert(Path("."))
+        convert(Path())
     except RouterConfigError as error:
         assert "vocab.json" in str(error)
     assert not mark.exists()
