@@ -18,7 +18,7 @@ SENTENCEPIECE_FILE = "tokenizer.model"
 VOCABULARY_FILE, MERGES_FILE = "vocab.json", "merges.txt"
 TIME_LIMIT_S = 180.0
 """Most of it is importing torch: seconds, and more where many processes start at once from a slow disk."""
-_LAST_WORDS_CHARACTERS = 500
+_LAST_LINES = 2
 
 
 class Converted(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
@@ -66,7 +66,7 @@ def convert(model_dir: Path, time_limit_s: float = TIME_LIMIT_S) -> Converted:
     try:
         answer: Converted | Refused = _decode_answer(done.stdout)
     except msgspec.DecodeError as error:
-        words = " ".join(done.stderr.decode(errors="replace").split())[-_LAST_WORDS_CHARACTERS:]
+        words = " ".join(done.stderr.decode(errors="replace").splitlines()[-_LAST_LINES:])
         raise RouterConfigError(
             f"{model_dir}: the process that makes a tokenizer of its files ended with code "
             f"{done.returncode}: {words}"

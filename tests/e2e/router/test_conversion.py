@@ -61,7 +61,7 @@ def test_a_start_is_stopped_with_its_conversion(tmp_path: Path) -> None:
         router.send_signal(signal.SIGTERM)
         assert router.wait(DEADLINE_S) == 0
         with pytest.raises(BrokenPipeError):
-            while True:  # a pipe holds 64 KiB: a write beyond that fails when there is no reader
+            for _ in range(1024):  # a pipe holds 64 KiB: a write beyond that fails when there is no reader
                 os.write(writer, bytes(1 << 16))
     finally:
         os.close(writer)
