@@ -226,7 +226,7 @@ def check_ties(**tuning: Any) -> None:
     ]
     settings += [{"top_k": 2, "top_p": 0.9}, {"top_k": 3, "top_p": 0.5}, {"top_p": 0.6}, {"min_p": 1.0}]
     for row in range(3):
-        check_draws(tied, [row] * len(settings), settings, **tuning)
+        check_draws(tied.bfloat16(), [row] * len(settings), settings, **tuning)
 
 
 def check_ends(**tuning: Any) -> None:
@@ -253,7 +253,7 @@ def check_hostile(**tuning: Any) -> None:
     for row, allowed in enumerate(({0}, {0}, {140, 141, 144, 145, 146, 149}, {77})):
         settings = list(SETTINGS[row::4])
         rows = torch.full((len(settings),), row, dtype=torch.int32)
-        tokens = draw(logits, rows, **columns(settings, CPU, row), **tuning)
+        tokens = draw(logits.bfloat16(), rows, **columns(settings, CPU, row), **tuning)
         assert set(tokens.tolist()) <= allowed
 
 
