@@ -242,6 +242,12 @@ def check_ends(**tuning: Any) -> None:
     assert draw(logits, rows, **given, **tuning).tolist() == [1, 3, 2]
 
 
+    given = columns([{"top_k": 3, "chance": 0.0}], CPU)
+    late = torch.full((1, 300), low)
+    late[0, 297:] = high  # nothing is kept in the first two runs
+    assert draw(late, rows[:1], **given, **tuning).tolist() == [297]
+
+
 def check_hostile(**tuning: Any) -> None:
     """No finite logit, NaN and infinities: an id of the vocabulary, and none that is forbidden."""
     draw = draw_tokens_kernel if tuning else draw_tokens
@@ -266,6 +272,7 @@ def test_ties_ends_and_hostile_logits_of_the_reference() -> None:
 @interpreted
 def test_ties_ends_and_hostile_logits() -> None:
     check_ties(candidates=2, tile_runs=1)
+    check_draws(torch.arange(40.0)[None].bfloat16(), [0], [{"top_k": 5, "temperature": 9.0}], candidates=1)
     check_ends(candidates=64)
     check_hostile(candidates=64, tile_runs=2)
 
