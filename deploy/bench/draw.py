@@ -3,8 +3,8 @@
 Times are medians of CUDA graphs, of the kernels and beside them of their reference: a float64 sampler in
 torch, with a sort if anything is filtered. Two kinds of logits: `peaked`, where 2000 tokens stand out of the
 noise as words do (a Zipf law), and `flat`, nothing but noise, of which a nucleus is half the vocabulary.
-Every shape is checked first: a token must be the one its chance falls on in float64, within 1e-5, and min-p and
-top-k must keep exactly what the reference keeps. `--tune` also tries other sizes of the filtering program.
+Every shape is checked first: a token must be the one its chance falls on in float64, within 1e-5, and min-p
+and top-k must keep exactly what the reference keeps. `--tune` also tries other sizes of a filtering program.
 """
 
 import argparse

@@ -226,7 +226,7 @@ def check_ties(**tuning: Any) -> None:
     ]
     settings += [{"top_k": 2, "top_p": 0.9}, {"top_k": 3, "top_p": 0.5}, {"top_p": 0.6}, {"min_p": 1.0}]
     for row in range(3):
-        check_draws(tied, [row] * len(settings), settings, **tuning)
+        check_draws(tied.bfloat16(), [row] * len(settings), settings, **tuning)
 
 
 def check_ends(**tuning: Any) -> None:
@@ -242,6 +242,12 @@ def check_ends(**tuning: Any) -> None:
     assert draw(logits, rows, **given, **tuning).tolist() == [1, 3, 2]
 
 
+    given = columns([{"top_k": 3, "chance": 0.0}], CPU)
+    late = torch.full((1, 300), low)
+    late[0, 297:] = high  # nothing is kept in the first two runs
+    assert draw(late, rows[:1], **given, **tuning).tolist() == [297]
+
+
 def check_hostile(**tuning: Any) -> None:
     """No finite logit, NaN and infinities: an id of the vocabulary, and none that is forbidden."""
     draw = draw_tokens_kernel if tuning else draw_tokens
@@ -253,7 +259,7 @@ def check_hostile(**tuning: Any) -> None:
     for row, allowed in enumerate(({0}, {0}, {140, 141, 144, 145, 146, 149}, {77})):
         settings = list(SETTINGS[row::4])
         rows = torch.full((len(settings),), row, dtype=torch.int32)
-        tokens = draw(logits, rows, **columns(settings, CPU, row), **tuning)
+        tokens = draw(logits.bfloat16(), rows, **columns(settings, CPU, row), **tuning)
         assert set(tokens.tolist()) <= allowed
 
 
@@ -266,6 +272,7 @@ def test_ties_ends_and_hostile_logits_of_the_reference() -> None:
 @interpreted
 def test_ties_ends_and_hostile_logits() -> None:
     check_ties(candidates=2, tile_runs=1)
+    check_draws(torch.arange(40.0)[None].bfloat16(), [0], [{"top_k": 5, "temperature": 9.0}], candidates=1)
     check_ends(candidates=64)
     check_hostile(candidates=64, tile_runs=2)
 

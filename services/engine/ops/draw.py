@@ -289,17 +289,16 @@ def _draw(
     else:
         scale = _scale(temperature)
         best = tl.maximum(best, -3.4e38)
-        relative = tl.exp2((maximum - best) * scale)
-        mass = tl.load(masses_ptr + run, mask=is_run, other=0.0) * relative
         lowest = tl.full([], float("-inf"), tl.float32)
         if FILTERED:
             list_ptr += draw * runs
             lowest = lowest_kept(
-                row_ptr, vocab, list_ptr, found_ptr + draw * CANDIDATES, maximum, relative, mass, best, scale,
+                row_ptr, vocab, maxima_ptr, masses_ptr, list_ptr, found_ptr + draw * CANDIDATES, best, scale,
                 temperature, tl.load(top_k_ptr + draw), tl.load(top_p_ptr + draw), tl.load(min_p_ptr + draw),
                 SHIFT, RUNS, RUN, TILE, CANDIDATES,
             )  # fmt: skip
             if lowest > float("-inf"):
+                maximum = tl.load(maxima_ptr + run, mask=is_run, other=float("-inf"))
                 count = list_runs(is_run & (maximum >= lowest), run, list_ptr)
                 for first in range(0, count, TILE):
                     at, score, _ = listed_scores(row_ptr, vocab, list_ptr, first, count, RUN, TILE)
@@ -308,11 +307,11 @@ def _draw(
                     kept = tl.sum(tl.where(score >= lowest, weight, 0.0), 1)
                     tl.store(masses_ptr + at, kept, mask=at >= 0)
                 tl.debug_barrier()
-                mass = tl.load(masses_ptr + run, mask=is_run, other=0.0)
-                mass = tl.where(maximum >= lowest, mass * relative, 0.0)
         tl.store(lowest_ptr + draw, lowest)
 
-        units = _units(mass)
+        maximum = tl.load(maxima_ptr + run, mask=is_run, other=float("-inf"))
+        mass = tl.load(masses_ptr + run, mask=is_run, other=0.0) * tl.exp2((maximum - best) * scale)
+        units = _units(tl.where(maximum >= lowest, mass, 0.0))
         upto = tl.cumsum(units, 0)
         target = _share(tl.sum(units, 0), tl.load(chance_ptr + draw).to(tl.float64))
         chosen = tl.min(tl.where(upto > target, run, RUNS - 1), 0)

@@ -179,14 +179,15 @@ def _search(
 
 @triton.jit
 def lowest_kept(
-    row_ptr, vocab, list_ptr, found_ptr, maximum, relative, mass, best, scale, temperature, top_k, top_p, min_p,
+    row_ptr, vocab, maxima_ptr, masses_ptr, list_ptr, found_ptr,
+    best, scale, temperature, top_k, top_p, min_p,
     SHIFT: tl.constexpr, RUNS: tl.constexpr,
     RUN: tl.constexpr, TILE: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     """The lowest score that one draw keeps, float32; -inf if it keeps all.
 
-    `maximum`, `relative` and `mass` are the largest score, its weight and the mass of each run of RUN tokens,
-    where a score weighs exp2((score - best) * scale); runs beyond the last have neither. `best` is the largest.
+    `maxima_ptr` has the largest score of each run of RUN tokens, `masses_ptr` the run's mass where that score
+    weighs 1; `best` is the largest of all, and in here a score weighs exp2((score - best) * scale).
     """
     run = tl.arange(0, RUNS)
     runs = tl.cdiv(vocab, RUN)
@@ -201,6 +202,7 @@ def lowest_kept(
 
     if (top_k > 0) & (top_k < vocab):
         bound = low
+        maximum = tl.load(maxima_ptr + run, mask=is_run, other=float("-inf"))
         if top_k <= runs:  # k runs with a token each that reaches a number: k tokens reach it
             top = high
             while bound < top:
@@ -216,6 +218,9 @@ def lowest_kept(
 
     if top_p < 1:
         bound = low
+        maximum = tl.load(maxima_ptr + run, mask=is_run, other=float("-inf"))
+        relative = tl.exp2((maximum - best) * scale)
+        mass = tl.load(masses_ptr + run, mask=is_run, other=0.0) * relative
         total = tl.sum(mass, 0)
         if (top_k > 0) | (min_p > 0):
             count = list_runs(is_run & (maximum >= _value(low, SHIFT)), run, list_ptr)
