@@ -15,6 +15,7 @@ A kernel launched without the option starts when all before it have ended, as al
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 
 import torch
 import triton
@@ -31,11 +32,14 @@ class _Switch:
 
 def launch_options(tensor: Tensor) -> dict[str, bool]:
     """Keyword arguments for the launch of a kernel that has a `PDL` constant, on the device of `tensor`."""
-    if not (_Switch.on and tensor.is_cuda):
-        return {"PDL": False}
-    if torch.version.cuda is None or torch.cuda.get_device_capability(tensor.device) < FIRST_CAPABILITY:
-        return {"PDL": False}
-    return {"PDL": True, "launch_pdl": True}
+    if tensor.is_cuda and _Switch.on and _can(tensor.device):
+        return {"PDL": True, "launch_pdl": True}
+    return {"PDL": False}
+
+
+@lru_cache(maxsize=16)
+def _can(device: torch.device) -> bool:
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= FIRST_CAPABILITY
 
 
 @contextmanager

@@ -176,18 +176,19 @@ def tile_product(
     results = weight.shape[0] // 2 if gated else weight.shape[0]
     out = torch.empty((tokens, results), dtype=x.dtype, device=x.device)
     options = launch_options(x)
+    split_inner = triton.cdiv(triton.cdiv(inner, block_inner), splits) * block_inner
+    splits = triton.cdiv(inner, split_inner)  # none without work
     partial = out
     if splits > 1:
         partial = torch.empty((splits, tokens, weight.shape[0]), dtype=torch.float32, device=x.device)
-    split_inner = triton.cdiv(triton.cdiv(inner, block_inner), splits) * block_inner
     lanes = max(block_rows, 32 * num_warps)
     aligned = weight.data_ptr() % 16 == 0
     if options["PDL"] and aligned:  # not past the end of a row's last split, and in multiples of 16 bytes
         row_bytes = (inner - (splits - 1) * split_inner) * weight.element_size()
-        unit = 16 * lanes // block_rows
-        prefetch_bytes = max(0, min(prefetch_bytes, row_bytes)) // unit * unit
+        requests = lanes // block_rows  # of each row
+        request_bytes = min(prefetch_bytes, row_bytes) // (16 * requests) * 16
     else:
-        prefetch_bytes = 0
+        request_bytes = 0
     descriptors = descriptors and aligned and x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0
     _tile_product[(triton.cdiv(tokens, block_tokens), triton.cdiv(results, block_rows), splits)](
         TensorDescriptor.from_tensor(x, [block_tokens, block_inner]) if descriptors else x,
@@ -200,6 +201,7 @@ def tile_product(
         inner,
         x.stride(0),
         split_inner,
+        request_bytes,
         BLOCK_TOKENS=block_tokens,
         BLOCK_ROWS=block_rows,
         BLOCK_INNER=block_inner,
@@ -208,7 +210,6 @@ def tile_product(
         GATED=gated,
         BIAS=bias is not None,
         DESCRIPTORS=descriptors,
-        PREFETCH_BYTES=prefetch_bytes,
         LANES=lanes,
         num_warps=num_warps,
         num_stages=num_stages,
@@ -233,7 +234,7 @@ def tile_product(
 
 
 @triton.jit
-def _prefetch(pointers: tl.tensor, byte_count: tl.constexpr) -> None:
+def _prefetch(pointers: tl.tensor, byte_count: tl.tensor) -> None:
     """Ask for `byte_count` bytes (a multiple of 16) at each pointer to be brought into the second-level
     cache."""
     tl.inline_asm_elementwise(
@@ -246,7 +247,7 @@ def _prefetch(pointers: tl.tensor, byte_count: tl.constexpr) -> None:
     )
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "request_bytes"])
 def _tile_product(
     x_tiles: tl.tensor,
     weight_tiles: tl.tensor,
@@ -258,6 +259,7 @@ def _tile_product(
     inner: tl.tensor,
     x_stride: tl.tensor,
     split_inner: tl.tensor,
+    request_bytes: tl.tensor,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
@@ -266,7 +268,6 @@ def _tile_product(
     GATED: tl.constexpr,
     BIAS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    PREFETCH_BYTES: tl.constexpr,
     LANES: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
@@ -276,14 +277,17 @@ def _tile_product(
     split = tl.program_id(2)
     start = split * split_inner
     end = tl.minimum(start + split_inner, inner)
-    if PREFETCH_BYTES > 0:
-        lane = tl.arange(0, LANES)  # one request a thread, the first of each row's
-        PART: tl.constexpr = PREFETCH_BYTES * BLOCK_ROWS // LANES
-        row = tl.minimum(first_row + lane // (LANES // BLOCK_ROWS), results - 1).to(tl.int64)
-        row_at = weight_ptr + row * inner + start + (lane % (LANES // BLOCK_ROWS)) * (PART // 2)
-        _prefetch(row_at, PART)
-        if GATED:
-            _prefetch(row_at + results.to(tl.int64) * inner, PART)
+    if PDL:  # noqa: SIM102  (a constant, then a number)
+        if request_bytes > 0:  # one a thread, or one a row if there are more rows
+            REQUESTS: tl.constexpr = LANES // BLOCK_ROWS
+            lane = tl.arange(0, LANES)
+            request_row = tl.minimum(first_row + lane // REQUESTS, results - 1).to(tl.int64)
+            element_bytes: tl.constexpr = weight_ptr.dtype.element_ty.primitive_bitwidth // 8
+            request = start + (lane % REQUESTS) * (request_bytes // element_bytes)
+            request_at = weight_ptr + request_row * inner + request
+            _prefetch(request_at, request_bytes)
+            if GATED:
+                _prefetch(request_at + results.to(tl.int64) * inner, request_bytes)
     await_earlier(PDL)
 
     token = first_token + tl.arange(0, BLOCK_TOKENS)
@@ -299,8 +303,8 @@ def _tile_product(
 
     total = tl.zeros([BLOCK_ROWS, BLOCK_TOKENS], dtype=tl.float32)
     up_total = total
-    for step in range(tl.cdiv(end - start, BLOCK_INNER)):
-        at = start + step * BLOCK_INNER
+    tl.assume(start < end)  # with a way around the loop, ptxas would wait for each wgmma by itself
+    for at in range(start, end, BLOCK_INNER):
         if DESCRIPTORS:
             x = x_tiles.load([first_token, at])
             weights = weight_tiles.load([first_row, at])
