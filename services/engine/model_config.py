@@ -145,6 +145,8 @@ def read_model_config(model_dir: Path) -> ModelConfig:
             f"{path}: quantization_config is set; only checkpoints with float32, bfloat16, float16 weights "
             "are supported (--quantization fp8 quantises such a one while it is loaded)"
         )
+    if raw.get("head_dim"):
+        _check_head_dim(raw["head_dim"], path)
 
     from transformers import AutoConfig  # slow to import, and a plan of a bad directory should fail fast
 
@@ -168,10 +170,7 @@ def _from_transformers(model_dir: Path, architecture: str, config: Any, path: Pa
         raise CheckpointError(
             f"{path}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
         )
-    if head_dim % 2 or not 2 <= head_dim <= MAX_HEAD_DIM:
-        raise CheckpointError(
-            f"{path}: head_dim {head_dim} is not supported (supported: even sizes from 2 to {MAX_HEAD_DIM})"
-        )
+    _check_head_dim(head_dim, path)
     sizes = {
         name: int(getattr(config, name))
         for name in (
@@ -212,6 +211,13 @@ def _from_transformers(model_dir: Path, architecture: str, config: Any, path: Pa
         rope=_rope(config.rope_parameters, path),
         eos_token_ids=_eos_token_ids(config.eos_token_id, model_dir, sizes["vocab_size"]),
     )
+
+
+def _check_head_dim(head_dim: Any, path: Path) -> None:
+    if not isinstance(head_dim, int) or head_dim % 2 or not 2 <= head_dim <= MAX_HEAD_DIM:
+        raise CheckpointError(
+            f"{path}: head_dim {head_dim!r} is not supported (supported: even sizes from 2 to {MAX_HEAD_DIM})"
+        )
 
 
 def _windows(architecture: str, config: Any, layers: int, path: Path) -> tuple[int | None, ...]:

@@ -74,8 +74,8 @@ def _quantise_rows(
     mask = column < SIZE
     x = tl.load(x_ptr + row * row_stride + column, mask=mask, other=0.0).to(tl.float32)
     largest = tl.minimum(tl.maximum(tl.max(tl.abs(x), axis=0), LEAST), 3.4028234663852886e38)
-    scale = largest / 448.0
-    scaled = tl.minimum(tl.maximum(x / scale, -448.0), 448.0)
+    scale = tl.math.div_rn(largest, 448.0)
+    scaled = tl.minimum(tl.maximum(tl.math.div_rn(x, scale), -448.0), 448.0)
     scaled = tl.where(x == x, scaled, 0.0)
     tl.store(out_ptr + row * SIZE + column, scaled.to(out_ptr.dtype.element_ty), mask=mask)
     tl.store(scale_ptr + row, scale)

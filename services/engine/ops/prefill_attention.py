@@ -167,7 +167,7 @@ def _default_blocks(
         return max(16, triton.next_power_of_2(group)), 16, 4, 2 if block_dim <= 128 else 1
     rows = max(128, triton.next_power_of_2(group))
     if kv_element_bytes == 1:
-        return rows, 64, 8, 3 if block_dim <= 128 else 2
+        return (rows, 64, 8, 3) if block_dim <= 128 else (rows, 32, 8, 2)
     return rows, 128 if block_dim <= 128 else 64, 8, 2
 
 
