@@ -49,7 +49,8 @@ def test_two_sides_that_keep_kv_differently_are_told_apart(tmp_path: Path) -> No
         for role, kv_dtype in (("prefill", "fp8"), ("decode", "auto")):
             control, transfer = f"ipc://{sockets}/{role}", f"ipc://{sockets}/{role}-t"
             beside = ["transfer", "--name", f"{role}-t", "--listen", transfer, "--device", "cpu"]
-            beside += ["--peer-listen", f"ipc://{sockets}/{role}-p", "--staging-socket", f"{sockets}/{role}-s"]
+            beside += ["--peer-listen", f"ipc://{sockets}/{role}-p"]
+            beside += ["--staging-socket", f"{sockets}/{role}-s"]
             stack.enter_context(running(*beside, log=tmp_path / f"{role}-t.log"))
             worker = ["worker", str(DEMO), "--role", role, "--listen", control, "--transfer", transfer]
             worker += ["--device", "cpu", "--dtype", "float32", "--kv-dtype", kv_dtype]
@@ -68,4 +69,5 @@ def test_two_sides_that_keep_kv_differently_are_told_apart(tmp_path: Path) -> No
         body = {"prompt": PROMPTS[1], "max_tokens": 8, "temperature": 0, "ignore_eos": True}
         answer = client.post("/v1/completions", json=body)
         assert answer.status_code == 503
-        assert answer.json()["error"]["message"].endswith("dtype differs: 'float32' here, 'float8_e4m3fn' there")
+        message = answer.json()["error"]["message"]
+        assert message.endswith("dtype differs: 'float32' here, 'float8_e4m3fn' there")

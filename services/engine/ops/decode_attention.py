@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from services.engine.ops.fp8 import FP8
+from services.engine.ops.fp8 import FP8, as_bytes
 
 LOG2_E = 1.4426950408889634
 MAX_SPLITS = 32
@@ -85,7 +85,7 @@ def decode_attention_reference(
         if length == 0:
             continue
         first = 0 if window is None else max(0, length - window)
-        held = pool[page_tables[at].clamp(min=0).long(), layer].float()
+        held = as_bytes(pool)[page_tables[at].clamp(min=0).long(), layer].view(pool.dtype).float()
         if kv_scales is not None:
             held *= kv_scales[:, :, None, None]
         keys, values = held.permute(1, 2, 0, 3, 4).reshape(2, kv_heads, -1, head_dim)[:, :, first:length]

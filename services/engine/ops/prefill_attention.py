@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from services.engine.ops.decode_attention import LOG2_E, check_kv_dtype
+from services.engine.ops.fp8 import as_bytes
 
 
 def prefill_attention(
@@ -64,7 +65,7 @@ def prefill_attention_reference(
     ranges = zip(query_starts.tolist(), query_counts.tolist(), context_starts.tolist(), strict=True)
     for at, (first, count, position) in enumerate(ranges):
         end = position + count
-        held = pool[page_tables[at].clamp(min=0).long(), layer].float()
+        held = as_bytes(pool)[page_tables[at].clamp(min=0).long(), layer].view(pool.dtype).float()
         if kv_scales is not None:
             held *= kv_scales[:, :, None, None]
         keys, values = held.permute(1, 2, 0, 3, 4).reshape(2, kv_heads, 1, -1, head_dim)[..., :end, :]
