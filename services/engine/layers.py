@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from services.engine.kv_pool import KvPool
+from services.engine.linear import make_linear
 from services.engine.model_config import ModelConfig
 from services.engine.ops.qkv import qkv_to_pool
 from services.engine.ops.rms_norm import add_rms_norm, rms_norm
@@ -40,16 +41,11 @@ class Attention:
         self.window = window
         self.scale = model.head_dim**-0.5
         self.eps = model.rms_norm_eps
-        rows = {"q_proj": self.heads, "k_proj": self.kv_heads, "v_proj": self.kv_heads}
-
-        def qkv(kind: str) -> dict[str, int]:
-            return {f"{name}{part}.{kind}": heads * self.head_dim for part, heads in rows.items()}
-
+        heads_of = {"q_proj": self.heads, "k_proj": self.kv_heads, "v_proj": self.kv_heads}
+        rows_of = {name + part: heads * self.head_dim for part, heads in heads_of.items()}
         hidden, mixed = model.hidden_size, self.heads * self.head_dim
-        self.qkv_weight = parameters.fused(qkv("weight"), hidden)
-        self.qkv_bias = parameters.fused(qkv("bias")) if qkv_bias else None
-        self.output_weight = parameters.tensor(name + "o_proj.weight", hidden, mixed)
-        self.output_bias = parameters.tensor(name + "o_proj.bias", hidden) if output_bias else None
+        self.qkv = make_linear(parameters, rows_of, hidden, qkv_bias)
+        self.output = make_linear(parameters, {name + "o_proj": hidden}, mixed, output_bias)
         self.head_norm: Tensor | None = None
         if head_norm:
             copies = {name + "q_norm.weight": self.heads, name + "k_norm.weight": self.kv_heads}
@@ -60,16 +56,18 @@ class Attention:
     ) -> Tensor:
         """`x` `[tokens, hidden]` to the same; writes the new tokens' keys and values before it attends.
         With `wanted`, only those tokens' outputs are computed."""
-        qkv = F.linear(x, self.qkv_weight, self.qkv_bias).view(x.shape[0], -1, self.head_dim)
-        layer_rows = pool.layer_rows[self.layer]
-        queries = qkv_to_pool(qkv, self.head_norm, self.eps, cos, sin, layer_rows, step.write_index)
+        qkv = self.qkv.forward(x).view(x.shape[0], -1, self.head_dim)
+        layer_rows, kv_scales = pool.layer_rows[self.layer], pool.layer_scales(self.layer)
+        queries = qkv_to_pool(
+            qkv, self.head_norm, self.eps, cos, sin, layer_rows, step.write_index, kv_scales
+        )
         if wanted is not None and wanted.shape[0] == 0:
             return x[:0]
         mixed = step.attention.attend(queries, pool, self.layer, self.scale, self.window)
         mixed = mixed.reshape(x.shape[0], -1)
         if wanted is not None:
             mixed = mixed.index_select(0, wanted)
-        return F.linear(mixed, self.output_weight, self.output_bias)
+        return self.output.forward(mixed)
 
 
 class GatedMlp:
@@ -78,18 +76,12 @@ class GatedMlp:
     def __init__(self, model: ModelConfig, parameters: Parameters, layer: int, *, bias: bool = False) -> None:
         name = f"model.layers.{layer}.mlp."
         size = model.intermediate_size
-
-        def gate_up(kind: str) -> dict[str, int]:
-            return {f"{name}gate_proj.{kind}": size, f"{name}up_proj.{kind}": size}
-
-        self.gate_up_weight = parameters.fused(gate_up("weight"), model.hidden_size)
-        self.gate_up_bias = parameters.fused(gate_up("bias")) if bias else None
-        self.down_weight = parameters.tensor(name + "down_proj.weight", model.hidden_size, size)
-        self.down_bias = parameters.tensor(name + "down_proj.bias", model.hidden_size) if bias else None
+        rows_of = {name + "gate_proj": size, name + "up_proj": size}
+        self.gate_up = make_linear(parameters, rows_of, model.hidden_size, bias)
+        self.down = make_linear(parameters, {name + "down_proj": model.hidden_size}, size, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate_up = F.linear(x, self.gate_up_weight, self.gate_up_bias)
-        return F.linear(silu_mul(gate_up), self.down_weight, self.down_bias)
+        return self.down.forward(silu_mul(self.gate_up.forward(x)))
 
 
 class DecoderLayer:

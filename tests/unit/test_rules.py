@@ -25,6 +25,7 @@ PURE_MODULES = (
     "services/engine/batch.py",
     "services/scheduler/*.py",
     "services/rules.py",
+    "services/precision.py",
     "services/memory/sizes.py",
     "services/memory/inputs.py",
     "services/memory/change.py",

@@ -35,6 +35,13 @@ def model_dir(tmp_path: Path) -> str:
         (["serve", "MODEL", "--mem-fraction", "half"], "--mem-fraction: 'half' is not a number"),
         (["serve", "MODEL", "--device", "tpu"], "--device: 'tpu' is not one of auto, cpu, cuda"),
         (["serve", "MODEL", "--dtype", "int8"], "--dtype: 'int8' is not one of"),
+        (["serve", "MODEL", "--kv-dtype", "int4"], "--kv-dtype: 'int4' is not one of auto, fp8"),
+        (["serve", "MODEL", "--kv-cache-dtype", "fp4"], "--kv-dtype: 'fp4' is not one of auto, fp8"),
+        (["serve", "MODEL", "--quantization", "awq"], "--quantization: 'awq' is not one of none, fp8"),
+        (
+            ["plan", "MODEL", "--device", "cuda", "--dtype", "float16", "--quantization", "fp8"],
+            "--quantization fp8 on cuda with --dtype float16 is not supported (supported: --dtype bfloat16)",
+        ),
         (["serve", "MODEL", "--load-format", "bin"], "--load-format: 'bin' is not one of auto, dummy"),
         (["serve", "MODEL", "--mover", "pigeon"], "--mover: 'pigeon' is not one of"),
         (["serve", "MODEL", "--port", "70000"], "--port: 70000 is out of range; allowed are 0 to 65535"),
