@@ -132,6 +132,8 @@ class Engine:
         if self.config.kv_dtype == "fp8":
             with_stored = self.config.load_format != "dummy"
             self._kv_scales = kv_scales(self.model, parameters, with_stored)
+        # Products read weights before they wait for the kernels queued ahead of them (dependent_launch.py).
+        self.synchronize()
         self._steps = Steps(decoder, self.layout, self.limits, self.config.max_batch)
         return parameters.byte_count
 

@@ -11,7 +11,7 @@ from services.engine.linear import make_linear
 from services.engine.model_config import ModelConfig
 from services.engine.ops.qkv import qkv_to_pool
 from services.engine.ops.rms_norm import add_rms_norm, rms_norm
-from services.engine.ops.swiglu import silu_mul
+from services.engine.ops.small_products import small_linear
 from services.engine.parameters import Parameters
 from services.engine.rope import inverse_frequencies, rotation
 from services.engine.step_inputs import StepInputs
@@ -81,7 +81,7 @@ class GatedMlp:
         self.down = make_linear(parameters, {name + "down_proj": model.hidden_size}, size, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down.forward(silu_mul(self.gate_up.forward(x)))
+        return self.down.forward(self.gate_up.forward_gated(x))
 
 
 class DecoderLayer:
@@ -155,4 +155,4 @@ class Decoder(ABC):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`[n, hidden]` of `forward` to logits `[n, vocab]` in the model's dtype."""
-        return F.linear(rms_norm(hidden, self.final_norm, self.model.rms_norm_eps), self.output)
+        return small_linear(rms_norm(hidden, self.final_norm, self.model.rms_norm_eps), self.output)

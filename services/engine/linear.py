@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from services.engine.ops.fp8 import quantise_rows
+from services.engine.ops.small_products import small_gate_up, small_linear
+from services.engine.ops.swiglu import silu_mul
 from services.engine.parameters import Parameters
 
 REFERENCE_ELEMENTS = 1 << 20
@@ -25,6 +27,10 @@ class Linear(ABC):
     def forward(self, x: Tensor) -> Tensor:
         """`[tokens, columns]` to `[tokens, rows]`, in x's dtype."""
 
+    def forward_gated(self, x: Tensor) -> Tensor:
+        """`silu(gate) * up`, `[tokens, rows / 2]`, of `forward`'s rows, gate first."""
+        return silu_mul(self.forward(x))
+
 
 class DenseLinear(Linear):
     """`weight` `[rows, columns]` and `bias` `[rows]` in the model's dtype."""
@@ -33,7 +39,10 @@ class DenseLinear(Linear):
         self.weight, self.bias = weight, bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return small_linear(x, self.weight, self.bias)
+
+    def forward_gated(self, x: Tensor) -> Tensor:
+        return small_gate_up(x, self.weight, self.bias)
 
 
 class Fp8Linear(Linear):
