@@ -272,7 +272,8 @@ def test_ties_ends_and_hostile_logits_of_the_reference() -> None:
 @interpreted
 def test_ties_ends_and_hostile_logits() -> None:
     check_ties(candidates=2, tile_runs=1)
-    check_draws(torch.arange(40.0)[None].bfloat16(), [0], [{"top_k": 5, "temperature": 9.0}], candidates=1)
+    neighbours = (256 + 2 * torch.arange(40.0)[None]).bfloat16()  # nothing lies between two of them
+    check_draws(neighbours, [0], [{"top_k": 5, "temperature": 50.0}], candidates=1)
     check_ends(candidates=64)
     check_hostile(candidates=64, tile_runs=2)
 

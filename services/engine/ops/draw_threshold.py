@@ -106,8 +106,8 @@ def _gather(
     row_ptr, vocab, list_ptr, count, low, ceiling, found_ptr,
     RUN: tl.constexpr, TILE: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
-    """Copies the scores from low to below the ceiling to `found_ptr`, and returns how many
-    there are; if that is more than fit, only that there are more."""
+    """Copies the scores from low to below the ceiling to `found_ptr`, and returns how many there are; if that
+    is more than CANDIDATES, only that it is more."""
     tl.debug_barrier()  # those gathered before have been read
     found = tl.zeros([], dtype=tl.int32)
     first = tl.zeros([], dtype=tl.int32)
