@@ -76,24 +76,29 @@ class DecodeGraphs:
         self._packed = torch.zeros(5 * aligned_bytes(8 * max_batch), dtype=torch.uint8, device=device)
         self._tables = torch.zeros((max_batch, self._width), dtype=torch.int32, device=device)
         self._slots = TableSlots(max_batch)
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._logits = torch.empty(
+            (max_batch, decoder.model.vocab_size), dtype=decoder.embedding.dtype, device=device
+        )
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
     def capture(self) -> None:
-        """Largest first, so that the smaller graphs find the shared memory pool already grown."""
+        """Largest first, so that the smaller graphs find the shared memory pool already grown. All on one
+        stream: cuBLAS keeps a workspace for each that it has seen."""
         shared = None
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         for batch in reversed(self._ladder):
             inputs = self._inputs(batch)
             self._send(indices([]), indices([]), indices([]), indices([]), batch)
-            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                self._forward(inputs)  # compiles kernels and makes cuBLAS choose, which a capture must not
+                # compiles kernels and makes cuBLAS choose, which a capture must not
+                self._forward(inputs, batch)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=shared):
-                logits = self._forward(inputs)
+            with torch.cuda.graph(graph, pool=shared, stream=stream):
+                self._forward(inputs, batch)
             shared = shared or graph.pool()
-            self._graphs[batch] = (graph, logits)
+            self._graphs[batch] = graph
 
     def takes(self, rows: list[Row]) -> bool:
         """One token of each row, each drawing, and no more rows than the largest graph."""
@@ -128,9 +133,8 @@ class DecodeGraphs:
             raise RowError(f"{len(short.pages)} pages do not cover position {short.start}") from None
         self._write_tables(rows)
         self._send(tokens, source, positions, pages, batch)
-        graph, logits = self._graphs[batch]
-        graph.replay()
-        return logits[:count]
+        self._graphs[batch].replay()
+        return self._logits[:count]
 
     def _write_tables(self, rows: list[Row]) -> None:
         """Send the pages that the tables lack: one copy and one kernel, however many rows changed."""
@@ -184,9 +188,8 @@ class DecodeGraphs:
             lengths=column(4, torch.int32),
         )
 
-    def _forward(self, inputs: _Inputs) -> Tensor:
+    def _forward(self, inputs: _Inputs, batch: int) -> None:
         device = self._pool.data.device
-        batch = inputs.lengths.shape[0]
         processors = torch.cuda.get_device_properties(device).multi_processor_count
         none = torch.empty(0, dtype=torch.int32, device=device)
         attention = KernelAttention(
@@ -205,4 +208,4 @@ class DecodeGraphs:
             write_index=(inputs.write[:, None] + self._heads).view(-1),
             attention=attention,
         )
-        return self._decoder.logits(self._decoder.forward(step, self._pool))
+        self._decoder.logits(self._decoder.forward(step, self._pool), out=self._logits[:batch])

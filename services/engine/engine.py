@@ -170,6 +170,8 @@ class Engine:
         """Record decode steps for every batch size of the ladder; returns the bytes they hold. 0 on a CPU."""
         if self.device.type != "cuda":
             return 0
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()  # what earlier work left behind would be used again unnoticed
         before_bytes = self.allocator_bytes()
         graphs = DecodeGraphs(
             self.decoder,
@@ -182,6 +184,7 @@ class Engine:
         graphs.capture()
         self._graphs = graphs
         torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()
         return self.allocator_bytes() - before_bytes
 
     def cap_allocator(self, limit_bytes: int) -> None:

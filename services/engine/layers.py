@@ -153,6 +153,7 @@ class Decoder(ABC):
         x, residual = last.forward(x, residual, step, cos, sin, pool, wanted)
         return residual.add_(x)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """`[n, hidden]` of `forward` to logits `[n, vocab]` in the model's dtype."""
-        return small_linear(rms_norm(hidden, self.final_norm, self.model.rms_norm_eps), self.output)
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """`[n, hidden]` of `forward` to logits `[n, vocab]` in the model's dtype, in `out` if given."""
+        hidden = rms_norm(hidden, self.final_norm, self.model.rms_norm_eps)
+        return small_linear(hidden, self.output, out=out)

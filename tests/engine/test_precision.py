@@ -265,8 +265,12 @@ def test_kv_that_travelled_gives_the_same_tokens(family: Family, quantization: s
     ("options", "most"), [({"kv_dtype": "fp8"}, 0.06), ({"quantization": "fp8"}, 0.12)], ids=["kv", "linear"]
 )
 def test_results_move_a_little_and_no_more(options: dict[str, Any], most: float, tmp_path: Path) -> None:
-    """Log probabilities of a prompt of a random model, which is less forgiving than a trained one."""
+    """Log probabilities of a prompt of a random model, which is less forgiving than a trained one. Heads have
+    scales that lie far apart, so that a number read with another's would be lost."""
     make_checkpoint("qwen3", tmp_path, seed=6, eos=False, head_dim=32)
+    apart = {"0.self_attn.k_scale": [0.04, 1.0], "0.self_attn.v_scale": [0.5, 0.02]}
+    apart |= {"1.self_attn.k_scale": [0.7, 0.05], "1.self_attn.v_scale": [0.03, 0.4]}
+    _with_scales(tmp_path, {name: torch.tensor(values) for name, values in apart.items()})
     prompt = prompt_of(50)
 
     def logprobs(engine: Engine) -> Tensor:

@@ -88,7 +88,7 @@ def test_product(tokens: int, bias: bool, rows: int, columns: int) -> None:
     quantised, x_scale = quantise_rows_kernel(x)
     expected = fp8_product(quantised, x_scale, weight, scale, added, torch.float32)
     assert (found.dtype, found.shape) == (torch.bfloat16, (tokens, rows))
-    torch.testing.assert_close(found.float(), expected, atol=0.02, rtol=0.02)
+    torch.testing.assert_close(found.float(), expected, atol=0.05, rtol=0.02)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

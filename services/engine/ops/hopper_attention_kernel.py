@@ -241,6 +241,7 @@ def _attend(
 ):
     """One warpgroup: its half of a tile's rows, a running softmax over the blocks as they come."""
     ROWS: gl.constexpr = TILE_ROWS // 2
+    LOWEST: gl.constexpr = -1.0e20  # below every score
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_KEYS, 16])
     MIXED: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, MIXED, 2)
@@ -281,9 +282,9 @@ def _attend(
             )
             scores = warpgroup_mma_wait(0, deps=(run,))
             mbarrier.arrive(keys_empty.index(stage), count=1)
-            # Finite, so that a row that sees nothing of a block makes no NaN: a later block outweighs it.
-            scores = gl.where((first_key + key_of)[None, :] <= position[:, None], scores, -1.0e30)
-            highest = gl.max(scores, axis=1) * scale
+            scores = gl.where((first_key + key_of)[None, :] <= position[:, None], scores, float("-inf"))
+            # Finite, so that a row that sees nothing of this block makes no NaN: a later one outweighs it.
+            highest = gl.maximum(gl.max(scores, axis=1) * scale, LOWEST)
             weights = gl.exp2(scores * scale - highest[:, None])
             total = gl.sum(weights, axis=1)
             operand = gl.convert_layout(weights.to(dtype), WEIGHTS)
@@ -303,7 +304,8 @@ def _attend(
                 scores = warpgroup_mma_wait(1, deps=(run,))
                 mbarrier.arrive(keys_empty.index(stage), count=1)
                 if first_key + BLOCK_KEYS > seen_by_all:
-                    scores = gl.where((first_key + key_of)[None, :] <= position[:, None], scores, -1.0e30)
+                    is_seen = (first_key + key_of)[None, :] <= position[:, None]
+                    scores = gl.where(is_seen, scores, float("-inf"))
                 new_highest = gl.maximum(highest, gl.max(scores, axis=1) * scale)
                 shrink = gl.exp2(highest - new_highest)
                 weights = gl.exp2(scores * scale - new_highest[:, None])

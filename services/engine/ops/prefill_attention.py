@@ -171,10 +171,10 @@ def _default_blocks(
     Keys of fp8 are converted in registers, of which 128 keys need too many."""
     if element_bytes == 4:  # float32 products run without tensor cores, and larger tiles would spill
         return max(16, triton.next_power_of_2(group)), 16, 4, 2 if block_dim <= 128 else 1
-    rows = max(128, triton.next_power_of_2(group))
+    least_rows = triton.next_power_of_2(group)
     if kv_element_bytes == 1:
-        return (rows, 64, 8, 3) if block_dim <= 128 else (rows, 32, 8, 2)
-    return rows, 128 if block_dim <= 128 else 64, 8, 2
+        return (max(128, least_rows), 64, 8, 3) if block_dim <= 128 else (max(64, least_rows), 64, 8, 2)
+    return max(128, least_rows), 128 if block_dim <= 128 else 64, 8, 2
 
 
 @triton.jit

@@ -31,6 +31,7 @@ def row_product(
     block_inner: int,
     num_warps: int,
     programs: int,
+    out: Tensor | None = None,
 ) -> Tensor:
     """`x` `[1, inner]` times `weight` `[rows, inner]`, in the dtype of x: `[1, rows]`, or if `gated`
     `silu(first half) * second half`, `[1, rows / 2]`.
@@ -39,7 +40,8 @@ def row_product(
     """
     inner = weight.shape[1]
     results = weight.shape[0] // 2 if gated else weight.shape[0]
-    out = torch.empty((1, results), dtype=x.dtype, device=x.device)
+    if out is None:
+        out = torch.empty((1, results), dtype=x.dtype, device=x.device)
     blocks = triton.cdiv(results, block_rows)
     _row_product[(min(blocks, programs),)](
         x,
@@ -163,6 +165,7 @@ def tile_product(
     num_stages: int,
     descriptors: bool,
     prefetch_bytes: int,
+    out: Tensor | None = None,
 ) -> Tensor:
     """`x` `[tokens, inner]` times `weight` `[rows, inner]`, in the dtype of x: `[tokens, rows]`, or if
     `gated` `silu(first half) * second half`, `[tokens, rows / 2]`.
@@ -174,7 +177,8 @@ def tile_product(
     """
     tokens, inner = x.shape
     results = weight.shape[0] // 2 if gated else weight.shape[0]
-    out = torch.empty((tokens, results), dtype=x.dtype, device=x.device)
+    if out is None:
+        out = torch.empty((tokens, results), dtype=x.dtype, device=x.device)
     options = launch_options(x)
     split_inner = triton.cdiv(triton.cdiv(inner, block_inner), splits) * block_inner
     splits = triton.cdiv(inner, split_inner)  # none without work

@@ -54,9 +54,12 @@ ProductConfig = Library | RowProduct | TileProduct
 LIBRARY = Library()
 
 
-def small_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`[tokens, inner]` by `weight` `[rows, inner]` to `[tokens, rows]`; sums in float32, one rounding."""
-    return multiply(x, weight, bias, _chosen("linear", x, weight), gated=False)
+def small_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """`[tokens, inner]` by `weight` `[rows, inner]` to `[tokens, rows]`; sums in float32, one rounding.
+    `out`, dense and of x's dtype, is where the result goes, if given."""
+    return multiply(x, weight, bias, _chosen("linear", x, weight), gated=False, out=out)
 
 
 def small_gate_up(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -64,9 +67,14 @@ def small_gate_up(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     return multiply(x, weight, bias, _chosen("gate_up", x, weight), gated=True)
 
 
-def small_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def small_linear_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
     """`small_linear` by torch."""
-    return F.linear(x, weight, bias)
+    if out is None:
+        return F.linear(x, weight, bias)
+    product = torch.mm(x, weight.t(), out=out)
+    return product if bias is None else product.add_(bias)
 
 
 def small_gate_up_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -74,14 +82,24 @@ def small_gate_up_reference(x: Tensor, weight: Tensor, bias: Tensor | None = Non
     return silu_mul(F.linear(x, weight, bias))
 
 
-def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, config: ProductConfig, *, gated: bool) -> Tensor:
+def multiply(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    config: ProductConfig,
+    *,
+    gated: bool,
+    out: Tensor | None = None,
+) -> Tensor:
     """The product by the kernel that `config` names, on any device that it runs on.
 
     Raises ValueError on what the kernel cannot take: shapes that do not fit each other, rows that are not
     dense, more than one token for `RowProduct`.
     """
     if isinstance(config, Library):
-        return small_gate_up_reference(x, weight, bias) if gated else small_linear_reference(x, weight, bias)
+        if gated:
+            return small_gate_up_reference(x, weight, bias)
+        return small_linear_reference(x, weight, bias, out)
     tokens, inner = x.shape
     if weight.shape[1] != inner or x.stride(1) != 1 or not weight.is_contiguous() or inner % 8:
         raise ValueError(f"x {tuple(x.shape)} does not go with a weight {tuple(weight.shape)}")
@@ -99,6 +117,7 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, config: ProductConf
             block_inner=min(config.block_inner, triton.next_power_of_2(inner)),
             num_warps=config.num_warps,
             programs=config.programs_per_processor * _processors(x.device),
+            out=out,
         )
     return tile_product(
         x,
@@ -115,6 +134,7 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, config: ProductConf
         num_stages=config.num_stages,
         descriptors=config.descriptors,
         prefetch_bytes=config.prefetch_bytes,
+        out=out,
     )
 
 
