@@ -89,13 +89,18 @@ def test_graphs_give_the_tokens_of_plain_steps(engine: Engine, run: Any) -> None
 )
 def test_impossible_rows_are_refused_before_anything_runs(engine: Engine, row: Row, message: str) -> None:
     row.draws = [Draw(0, row.start + 1, GREEDY, [], [])]
-    good = Row([5], 0, [1], [Draw(0, 1, GREEDY, [], [])])
+    draws = [Draw(0, 5, GREEDY, [], [])]
+    good = Row([5], 4, [1, 2], draws)
+    engine.execute([Row([1, 2, 3, 4], 0, [1, 2]), Row([9, 8, 7, 6], 0, [3, 4])])
     expected = engine.execute([good])
     held = engine.pool.data.clone()
+    beside = Row([6], 4, [3, 4], draws)
     with pytest.raises(RowError, match=message):
-        engine.execute([Row([6], 0, [3], good.draws), row])
+        engine.execute([beside, row])
     assert torch.equal(engine.pool.data, held)
     assert engine.execute([good]) == expected
+    # the tables that the refused step did not write do not count as written
+    assert engine.execute([beside]) == engine.execute([Row([6], 4, [3, 4], draws)]) != expected
 
 
 def test_packed_columns_come_out_as_they_went_in(pageable: None) -> None:
