@@ -10,9 +10,10 @@ from collections.abc import Sequence
 
 import typer
 
-from deploy.commands import keys, memory, plan, router, serve, transfer, version, worker
+from deploy.commands import bench_engine, keys, memory, plan, router, serve, transfer, version, worker
 from deploy.errors import UserError
 from deploy.options import (
+    BenchEngineSettings,
     KeysSettings,
     MemorySettings,
     PlanSettings,
@@ -42,6 +43,10 @@ register(app, "worker", WorkerSettings, worker.run)
 register(app, "transfer", TransferSettings, transfer.run)
 register(app, "keys", KeysSettings, keys.run)
 register(app, "version", VersionSettings, version.run)
+
+bench = typer.Typer(help="Measure this machine and what runs on it.", no_args_is_help=True)
+register(bench, "engine", BenchEngineSettings, bench_engine.run)
+app.add_typer(bench, name="bench")
 
 _USAGE_EXCEPTION = typer.BadParameter.__mro__[2]
 """The parser's base of all usage errors; where it lives depends on typer's version."""
@@ -80,3 +85,7 @@ def main() -> None:
 def _refuse(message: str) -> int:
     print(f"baton: error: {message}", file=sys.stderr)
     return USAGE_ERROR
+
+
+if __name__ == "__main__":
+    main()

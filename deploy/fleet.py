@@ -119,6 +119,7 @@ def _worker(
         arguments += ["--transfer", _ipc(run_dir, f"{slot.name}-transfer")]
     arguments += ["--device", device, "--device-index", str(slot.device_index)]
     arguments += ["--dtype", resolve_dtype(settings.dtype, device), "--load-format", settings.load_format]
+    arguments += ["--kv-dtype", settings.kv_dtype, "--quantization", settings.quantization]
     arguments += ["--mem-fraction", _number(resolve_mem_fraction(settings.mem_fraction, device))]
     if settings.device_memory is not None:
         arguments += ["--device-memory", str(settings.device_memory)]

@@ -25,6 +25,7 @@ from services.memory.sizes import parse_bytes
 
 _port = integer(0, 65535)
 _count = integer(0, 64)
+BENCH_GROUPS = ("ready", "decode", "prefill", "offline", "trace")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,15 @@ class EngineSettings:
     device: str = setting("auto", choice("auto", "cpu", "cuda"), "auto takes a GPU where there is one.")
     dtype: str = setting(
         "auto", choice("auto", "float32", "bfloat16", "float16"), "auto: bfloat16 on cuda, float32 on cpu."
+    )
+    kv_dtype: str = setting(
+        "auto",
+        choice("auto", "fp8"),
+        "What the KV cache is kept in. auto: --dtype; fp8: e4m3, half of bfloat16.",
+        "--kv-cache-dtype",
+    )
+    quantization: str = setting(
+        "none", choice("none", "fp8"), "fp8: linear layers with e4m3 weights and activations."
     )
     load_format: str = setting("auto", choice("auto", "dummy"), "dummy: random weights of the real shape.")
     mem_fraction: float | None = setting(
@@ -171,6 +181,44 @@ class KeysSettings:
 
     directory: Path = required(path, "Directory for the new keys; it gets mode 0700.", positional=True)
     name: str = setting("baton", text, "Name of the key.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchEngineSettings:
+    """Measure the engine on this machine, beside what its read bandwidth and matmul rate would allow."""
+
+    model_config: str = setting(
+        "qwen3-8b", text, "The model's shape: qwen3-8b, llama-3.1-8b, a config.json or a directory with one."
+    )
+    device: str = setting("cuda", choice("cuda", "cpu"), "What is measured.")
+    dtype: str = setting(
+        "auto", choice("auto", "float32", "bfloat16", "float16"), "auto: bfloat16 on cuda, float32 on cpu."
+    )
+    mem_fraction: float | None = setting(
+        None, fraction, "Share of the device for weights and KV pool. (default: 0.85 on cuda, 0.6 on cpu)"
+    )
+    device_memory: int | None = setting(
+        None, parse_bytes, "Size of the device, like 2GiB. (default: the GPU's own; 2GiB on cpu)"
+    )
+    page_size: int = setting(64, power_of_two(1, 1024), "Tokens in one KV page.")
+    max_batch: int = setting(256, integer(1, 4096), "Sequences in one decode step.")
+    max_chunk_tokens: int = setting(2048, integer(16, 1 << 17), "Tokens in one forward pass.")
+    only: tuple[str, ...] = setting(
+        (),
+        choice(*BENCH_GROUPS),
+        f"Measure only this: {', '.join(BENCH_GROUPS)}; repeatable. (default: all)",
+        many=True,
+    )
+    shrink: int | None = setting(
+        None,
+        integer(1, 1024),
+        "Divide counts and lengths by this, for a small model or device. (default: 1 on cuda, 64 on cpu)",
+    )
+    quick: bool = setting(False, flag, "Fewer repetitions, a quarter of the offline load.", switch=True)
+    trace: Path | None = setting(
+        None, path, "Profile decode steps and a prefill, into FILE-decode.json.gz and FILE-prefill.json.gz."
+    )
+    out: Path | None = setting(None, path, "File for everything that was measured, as JSON.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from typing import cast
 
 from deploy.errors import UserError
 from deploy.options import EngineSettings
-from services.config import Device, Dtype, WorkerConfig
+from services.config import Device, Dtype, KvDtype, Quantization, WorkerConfig
 from services.engine.checkpoint_files import check_tensors, read_checkpoint_files
 from services.engine.errors import CheckpointError
 from services.engine.model_config import read_model_config
@@ -15,6 +15,7 @@ from services.memory.estimate import contexts, plan_input_for
 from services.memory.measure import NotMeasurable, gpu_count, gpu_facts
 from services.memory.plan import MemoryPlan, plan_memory
 from services.messages import Role
+from services.precision import PrecisionError, check_flags
 
 CPU_DEVICE_BYTES = 2 << 30
 CPU_MEM_FRACTION = 0.6
@@ -126,9 +127,9 @@ def worker_config(
     drain_timeout_s: float = 30.0,
     key_dir: Path | None = None,
 ) -> WorkerConfig:
-    """Every "auto" replaced by what it means here."""
+    """Every "auto" replaced by what it means here. Raises UserError for options that cannot be combined."""
     device = resolve_device(settings.device)
-    return WorkerConfig(
+    config = WorkerConfig(
         name=name,
         role=role,
         model_dir=settings.model_dir,
@@ -137,6 +138,8 @@ def worker_config(
         device=device,
         device_index=device_index,
         dtype=resolve_dtype(settings.dtype, device),
+        kv_dtype=cast(KvDtype, settings.kv_dtype),
+        quantization=cast(Quantization, settings.quantization),
         load_format="dummy" if settings.load_format == "dummy" else "auto",
         mem_fraction=resolve_mem_fraction(settings.mem_fraction, device),
         device_memory_bytes=settings.device_memory or (CPU_DEVICE_BYTES if device == "cpu" else None),
@@ -151,6 +154,11 @@ def worker_config(
         drain_timeout_s=drain_timeout_s,
         key_dir=key_dir,
     )
+    try:
+        check_flags(config)
+    except PrecisionError as error:
+        raise UserError(str(error)) from None
+    return config
 
 
 def checked_plan(config: WorkerConfig, device_memory: int | None) -> MemoryPlan:

@@ -34,18 +34,19 @@ class KvGeometry(Struct, frozen=True, forbid_unknown_fields=True):
     """The shape of one token's KV, as it travels. Two sides must agree on all of it.
 
     `model_digest` identifies configuration and checkpoint; page size and page layout are deliberately
-    absent: each side keeps its own.
+    absent: each side keeps its own. The scales of fp8 are absent too: both sides derive them from the
+    checkpoint that the digest identifies.
     """
 
     model_digest: Annotated[str, Meta(min_length=1, max_length=128)]
     layers: Annotated[int, Meta(ge=1, le=1024)]
     kv_heads: Annotated[int, Meta(ge=1, le=4096)]
     head_dim: Annotated[int, Meta(ge=1, le=4096)]
-    dtype: Literal["float32", "bfloat16", "float16"]
+    dtype: Literal["float32", "bfloat16", "float16", "float8_e4m3fn"]
 
     @property
     def itemsize_bytes(self) -> int:
-        return 4 if self.dtype == "float32" else 2
+        return {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}[self.dtype]
 
     @property
     def token_bytes(self) -> int:

@@ -101,7 +101,7 @@ class PromptOutput:
             self._preface.text = call.tokenizer.decode(prompt) if text is None else text
         self._choices = [
             Choice(
-                call.tokenizer.detokenizer(),
+                call.tokenizer.detokenizer(continues=True),
                 options.stops,
                 options.include_stop,
                 options.logprobs is not None,

@@ -1,6 +1,7 @@
 """The router process.
 
-1. Load the tokenizer and the chat template; a bad directory ends here, with one message.
+1. Load the tokenizer, converted by a short-lived process where the checkpoint has no tokenizer.json, and the
+   chat template; a bad directory ends here, with one message.
 2. Connect to the workers (they may come later) and listen for HTTP.
 3. Say "ready" in one line, with the address.
 4. Serve: validate, tokenize, dispatch, stream.
@@ -76,7 +77,7 @@ def run(config: RouterConfig) -> None:
 def build_service(config: RouterConfig) -> Service:
     """Steps 1 and, without its sockets, 2. Raises RouterConfigError."""
     tokenizer = TextTokenizer(config.model_dir)
-    template = ChatTemplate(config.model_dir)
+    template = ChatTemplate(config.model_dir, tokenizer.special_tokens)
     metrics = Metrics()
     try:
         dispatcher = Dispatcher(config, metrics)

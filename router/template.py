@@ -6,7 +6,7 @@ begin with an underscore, to the file system or to other templates, and cannot c
 
 import datetime
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
+from router.checkpoint import read_json
 from router.config import RouterConfigError
 from router.errors import ApiError, invalid
-from router.tokenizer import read_json
 
 MAX_PROMPT_CHARACTERS = 64 << 20
 
@@ -85,21 +85,36 @@ def _source(model_dir: Path, settings: dict[str, Any]) -> tuple[Path, str | None
     return path, found
 
 
+def _special_tokens(model_dir: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """By role, `bos_token` and others. Before transformers wrote `added_tokens_decoder` into
+    tokenizer_config.json, they had a file of their own, which comes first."""
+    path = model_dir / "special_tokens_map.json"
+    older = read_json(path) if "added_tokens_decoder" not in settings and path.exists() else {}
+    return {
+        role: value.get("content") if isinstance(value, dict) else value
+        for role, value in {**settings, **older}.items()
+        if role.endswith("_token") and value is not None
+    }
+
+
 class ChatTemplate:
     """Renders messages as the prompt the model was trained on.
 
-    Raises RouterConfigError for a template that does not compile. A checkpoint without one is fine until a
-    chat is asked of it.
+    `special_tokens` are those of a converted tokenizer, and come before what the files say. Raises
+    RouterConfigError for a template that does not compile. A checkpoint without one is fine until a chat is
+    asked of it.
     """
 
-    def __init__(self, model_dir: Path, now: Callable[[], datetime.datetime] = datetime.datetime.now) -> None:
+    def __init__(
+        self,
+        model_dir: Path,
+        special_tokens: Mapping[str, str] | None = None,
+        now: Callable[[], datetime.datetime] = datetime.datetime.now,
+    ) -> None:
         settings_path = model_dir / "tokenizer_config.json"
         settings = read_json(settings_path) if settings_path.exists() else {}
         path, source = _source(model_dir, settings)
-        self._names: dict[str, Any] = {}
-        for name, value in settings.items():
-            if name.endswith("_token") and value is not None:
-                self._names[name] = value.get("content") if isinstance(value, dict) else value
+        self._names = {**_special_tokens(model_dir, settings), **(special_tokens or {})}
         self._template: jinja2.Template | None = None
         if source is not None:
             try:

@@ -2,7 +2,8 @@
 
 Two detokenizers with one meaning: after `push` of any split of the same tokens and a final `flush`, the
 pieces concatenate to what decoding all tokens at once gives. Byte-level vocabularies (nearly all current
-models) take a table of bytes and an incremental UTF-8 decoder; all others `tokenizers`' `DecodeStream`.
+models), and those of sentencepiece with bytes for what they lack, take a table of bytes and an incremental
+UTF-8 decoder; all others `tokenizers`' `DecodeStream`.
 """
 
 import codecs
@@ -25,19 +26,28 @@ _new_utf8_decoder = codecs.getincrementaldecoder("utf-8")
 
 
 class ByteDetokenizer:
-    """`pieces[token]` are the bytes a token stands for (empty for special tokens)."""
+    """`pieces[token]` are the bytes a token stands for (empty for special tokens). `strip`: a space that
+    begins the text is not part of it.
 
-    __slots__ = ("_decode", "_pieces")
+    For bytes that are no UTF-8 `tokenizers`' ByteFallback takes back the whole characters before them, which
+    may have been streamed; here only those bytes are replaced.
+    """
 
-    def __init__(self, pieces: list[bytes]) -> None:
-        self._pieces = pieces
+    __slots__ = ("_decode", "_pieces", "_strip")
+
+    def __init__(self, pieces: list[bytes], strip: bool = False) -> None:
+        self._pieces, self._strip = pieces, strip
         self._decode = _new_utf8_decoder("replace").decode
 
     def push(self, tokens: Sequence[int]) -> str:
         pieces = self._pieces
         size = len(pieces)
         # A model's vocabulary is often padded beyond the tokenizer's; such tokens have no text.
-        return self._decode(b"".join([pieces[token] for token in tokens if token < size]))
+        text = self._decode(b"".join([pieces[token] for token in tokens if token < size]))
+        if self._strip and text:
+            self._strip = False
+            return text.removeprefix(" ")
+        return text
 
     def flush(self) -> str:
         return self._decode(b"", True)

@@ -1,18 +1,20 @@
-"""The model's tokenizer, read straight from `tokenizer.json`.
+"""The model's tokenizer, read straight from `tokenizer.json`, or from what a conversion makes of other files.
 
 `transformers` is not used here: importing its tokenizer classes imports torch, which the router must never
-hold (two seconds of start, and hundreds of MiB, for nothing).
+hold (two seconds of start, and hundreds of MiB, for nothing). A checkpoint that needs it gets a process of
+its own (router/conversion.py).
 """
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer
 
+from router.checkpoint import read_json
 from router.config import RouterConfigError
+from router.conversion import convert
 from router.text import ByteDetokenizer, Detokenizer, StreamDetokenizer
 
 THREAD_CHARACTERS = 8192
@@ -20,17 +22,13 @@ THREAD_CHARACTERS = 8192
 ENCODING_THREADS = 2
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises RouterConfigError naming the file."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise RouterConfigError(f"{path} does not exist: model_dir must be a checkpoint directory") from error
-    except (OSError, ValueError) as error:
-        raise RouterConfigError(f"{path} cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise RouterConfigError(f"{path} must hold a JSON object")
-    return values
+_BYTE_FALLBACK = [
+    {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+    {"type": "ByteFallback"},
+    {"type": "Fuse"},
+]
+"""How decoding begins in what transformers makes of sentencepiece models."""
+_STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
 
 
 def _bytes_of_byte_level() -> dict[str, int]:
@@ -47,9 +45,18 @@ class TextTokenizer:
 
     def __init__(self, model_dir: Path) -> None:
         path = model_dir / "tokenizer.json"
-        decoder = read_json(path).get("decoder")
+        self.special_tokens: Mapping[str, str] = {}
+        """By role, `bos_token` and others: only of a converted tokenizer, whose class knows them."""
+        if path.exists():
+            values = read_json(path)
+            content = path.read_text(encoding="utf-8")
+        else:
+            converted = convert(model_dir)
+            path, content, self.special_tokens = model_dir, converted.tokenizer, converted.special_tokens
+            values = json.loads(content)
+        decoder = values.get("decoder")
         try:
-            self._tokenizer: Tokenizer = Tokenizer.from_file(str(path))
+            self._tokenizer: Tokenizer = Tokenizer.from_str(content)
         except Exception as error:  # the library raises bare Exception
             raise RouterConfigError(f"{path} is not a tokenizer: {error}") from error
         self._tokenizer.no_truncation()
@@ -61,20 +68,21 @@ class TextTokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         self.special = frozenset(token for token, entry in added.items() if entry.special)
         self._byte_level = isinstance(decoder, dict) and decoder.get("type") == "ByteLevel"
-        self._all_bytes = self._token_bytes(
-            vocabulary, {token: entry.content for token, entry in added.items()}
-        )
+        steps = decoder.get("decoders", []) if isinstance(decoder, dict) else []
+        self._byte_fallback = steps[:3] == _BYTE_FALLBACK and steps[3:] in ([], [_STRIP])
+        self._strip = steps[3:] == [_STRIP]
+        self._all_bytes = self._token_bytes(vocabulary)
         self._text_bytes = [
             b"" if token in self.special else piece for token, piece in enumerate(self._all_bytes)
         ]
         self._threads = asyncio.Semaphore(ENCODING_THREADS)
 
-    def _token_bytes(self, vocabulary: dict[str, int], added: dict[int, str]) -> list[bytes]:
+    def _token_bytes(self, vocabulary: dict[str, int]) -> list[bytes]:
         table = _bytes_of_byte_level()
         pieces = [b""] * self.size
         for text, token in vocabulary.items():
-            if token in added and not self._byte_level:
-                pieces[token] = added[token].encode()
+            if token in self.special and not self._byte_level:
+                pieces[token] = text.encode()
             elif self._byte_level:
                 stand_ins = [table.get(character) for character in text]
                 known = [byte for byte in stand_ins if byte is not None]
@@ -105,9 +113,10 @@ class TextTokenizer:
         )
         return text
 
-    def detokenizer(self) -> Detokenizer:
-        if self._byte_level:
-            return ByteDetokenizer(self._text_bytes)
+    def detokenizer(self, continues: bool = False) -> Detokenizer:
+        """`continues`: the tokens follow others, so that a space which begins their text belongs to it."""
+        if self._byte_level or self._byte_fallback:
+            return ByteDetokenizer(self._text_bytes, self._strip and not continues)
         return StreamDetokenizer(self._tokenizer, self.size)
 
     def token_bytes(self, token: int) -> bytes:

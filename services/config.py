@@ -8,6 +8,8 @@ from services.messages import Role
 
 Device = Literal["cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+KvDtype = Literal["auto", "fp8"]
+Quantization = Literal["none", "fp8"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,10 @@ class WorkerConfig:
     device: Device = "cpu"
     device_index: int = 0
     dtype: Dtype = "float32"
+    kv_dtype: KvDtype = "auto"
+    """auto: the KV cache is kept in `dtype`; fp8: in e4m3 with a scale for each head."""
+    quantization: Quantization = "none"
+    """fp8: the decoder's linear layers multiply e4m3 weights with e4m3 activations."""
     load_format: Literal["auto", "dummy"] = "auto"
     mem_fraction: float = 0.85
     device_memory_bytes: int | None = None

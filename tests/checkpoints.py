@@ -5,6 +5,7 @@ model.safetensors (or shards with an index), tokenizer.json and tokenizer_config
 The weights are drawn so that logits are well apart and every bias and norm matters: a forgotten one shows.
 """
 
+import io
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -145,6 +146,46 @@ def write_tokenizer(directory: Path) -> dict[str, int]:
     tokenizer.chat_template = _CHAT_TEMPLATE
     tokenizer.save_pretrained(directory)
     return {text: bpe.token_to_id(text) for text in specials}
+
+
+def write_sentencepiece(directory: Path, model_type: str = "llama", **settings: Any) -> None:
+    """A checkpoint's tokenizer as Llama 2 and Mistral v0.1 had it: `tokenizer.model` with byte fallback and
+    no tokenizer.json. `settings` go into tokenizer_config.json."""
+    from sentencepiece import SentencePieceTrainer
+
+    sentences = [" ".join(_WORDS.split()[start : start + 8]) + ", naïve: x = [1, 2]" for start in range(32)]
+    model = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=VOCAB_SIZE,
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        minloglevel=2,
+    )
+    (directory / "tokenizer.model").write_bytes(model.getvalue())
+    _write_settings(directory, model_type, {"tokenizer_class": "LlamaTokenizer", **settings})
+
+
+def write_vocabulary(directory: Path, model_type: str = "qwen2", **settings: Any) -> None:
+    """A checkpoint's tokenizer as GPT-2 and Qwen2 had it: `vocab.json` and `merges.txt`."""
+    write_tokenizer(directory)
+    path = directory / "tokenizer.json"
+    made = json.loads(path.read_text())
+    path.unlink()
+    (directory / "vocab.json").write_text(json.dumps(made["model"]["vocab"]))
+    merges = [" ".join(pair) for pair in made["model"]["merges"]]
+    (directory / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    added = {str(entry.pop("id")): entry for entry in made["added_tokens"]}
+    given = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": IM_END, "added_tokens_decoder": added}
+    _write_settings(directory, model_type, {**given, **settings})
+
+
+def _write_settings(directory: Path, model_type: str, settings: dict[str, Any]) -> None:
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    (directory / "config.json").write_text(json.dumps({"model_type": model_type, "vocab_size": VOCAB_SIZE}))
 
 
 def _rewrite_rope_the_old_way(path: Path) -> None:

@@ -24,7 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from services.engine.ops.decode_attention import decode_attention_kernel, decode_splits
 from services.engine.ops.kv_segment import pack_segment_kernel, unpack_segment_kernel
-from services.engine.ops.prefill_attention import prefill_attention_kernel
+from services.engine.ops.prefill_attention import prefill_attention, prefill_attention_kernel
 from services.engine.ops.qkv import qkv_to_pool_kernel
 from services.engine.ops.rms_norm import add_rms_norm_kernel
 from services.engine.ops.swiglu import silu_mul_kernel
@@ -39,15 +39,14 @@ EPS = 1e-6
 Call = Callable[[], object]
 REPLAYS = 7
 DECODE_SHAPES = ((1, 1024), (64, 1024), (256, 1024), (1, 16384))
-PAGE_SIZES = (16, 32, 64)
+PAGE_SIZES = (16, 64, 128)
 SPLITS = (1, 2, 4, 8, 16, 32)
 DECODE_TUNINGS = (  # block_keys, num_warps, num_stages; the first is the default
     (64, 4, 3), (64, 4, 2), (64, 4, 4), (64, 2, 3), (64, 8, 3),
     (32, 4, 3), (32, 2, 4), (128, 4, 2), (128, 8, 3)
 )  # fmt: skip
-PREFILL_TUNINGS = (  # block_rows, block_keys, num_warps, num_stages; the first is the default
-    (128, 64, 8, 3), (128, 64, 8, 2), (128, 128, 8, 2), (128, 64, 4, 2), (64, 64, 4, 3), (128, 32, 4, 3)
-)  # fmt: skip
+PREFILL_TUNINGS = ((128, 128, 8, 2), (128, 64, 8, 3))
+"""block_rows, block_keys, num_warps, num_stages of the kernel for every GPU; the first is the default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +218,25 @@ def bench_decode(bench: Bench, memory: Tensor) -> None:
             bench.bytes("decode_attention", f"batch {batch} context {context}", settings, calls, moved)
 
 
+def bench_layouts(bench: Bench, memory: Tensor) -> None:
+    """What it costs attention that a page is one run over all layers, rather than each layer a pool."""
+    batch, context = 64, 1024
+    shape = f"batch {batch} context {context}"
+    queries, lengths = rows(batch, HEADS, HEAD_DIM), integers(*[context] * batch)
+    moved = batch * context * TOKEN_LAYER_BYTES + 2 * queries.numel() * 2
+    for size in PAGE_SIZES:
+        page_first = pool_of(memory, size)
+        pages = page_first.shape[0]
+        layer_first = page_first.view(LAYERS, pages, 2, KV_HEADS, size, HEAD_DIM).transpose(0, 1)
+        tables = tables_of(page_first, batch, context)
+        for name, pool in (("[page][layer]", page_first), ("[layer][page]", layer_first)):
+            calls: list[Call] = [
+                partial(decode_attention_kernel, queries, pool, layer, tables, lengths, HEAD_DIM**-0.5)
+                for layer in range(LAYERS)
+            ]
+            bench.bytes("decode_attention", shape, f"{name} page {size}", calls, moved)
+
+
 def bench_prefill(bench: Bench, memory: Tensor) -> None:
     """One sequence from its first token, beside torch's attention on dense keys and values."""
     for tokens in (1024, 8192):
@@ -226,9 +244,18 @@ def bench_prefill(bench: Bench, memory: Tensor) -> None:
         operations = 4 * HEADS * HEAD_DIM * tokens * (tokens + 1) / 2
         queries = rows(tokens, HEADS, HEAD_DIM)
         zero, count = integers(0), integers(tokens)
-        runs = [(16, tuning) for tuning in PREFILL_TUNINGS] + [
-            (size, PREFILL_TUNINGS[0]) for size in (32, 64)
-        ]
+        runs = [(64, tuning) for tuning in PREFILL_TUNINGS]
+        for size in PAGE_SIZES:
+            pool = pool_of(memory, size)
+            tables = tables_of(pool, 1, tokens)
+            preferred: list[Call] = [
+                partial(
+                    prefill_attention,
+                    *(queries, pool, layer, zero, count, zero, tables, tokens, HEAD_DIM**-0.5),
+                )
+                for layer in range(8)
+            ]
+            bench.flops("prefill_attention, preferred", shape, f"page {size}", preferred, operations)
         for size, (block_rows, keys, warps, stages) in runs:
             pool = pool_of(memory, size)
             tables = tables_of(pool, 1, tokens)
@@ -283,7 +310,7 @@ def run(out: Path | None, budget_s: float) -> int:
 
     bench = Bench(budget_s)
     with torch.inference_mode():
-        for measure in (bench_prefill, bench_decode, bench_segments, bench_small):
+        for measure in (bench_prefill, bench_layouts, bench_decode, bench_segments, bench_small):
             measure(bench, memory)
     for line in bench.skipped:
         print(f"skipped {line}")

@@ -6,11 +6,12 @@ that a torn download is found before any memory is allocated. No torch.
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from services.config import Dtype
+from services.config import Dtype, Quantization
 from services.engine.errors import CheckpointError
 from services.engine.model_config import ModelConfig
 
@@ -19,6 +20,7 @@ INDEX_NAME = "model.safetensors.index.json"
 DUMMY_SEED = 20240229
 MAX_HEADER_BYTES = 100 << 20
 _LOADABLE = {"F32": 4, "BF16": 2, "F16": 2}
+_KV_SCALE = re.compile(r"model\.layers\.(?P<layer>\d{1,4})\.self_attn\.(?:[kv]_proj\.)?(?P<kind>[kv])_scale")
 _NOT_SHAPE_GIVING = {"model_dir", "eos_token_ids", "max_model_len"}
 
 
@@ -151,18 +153,36 @@ def _and_more(count: int) -> str:
 
 
 def _is_harmless(name: str, model: ModelConfig) -> bool:
-    """Old exporters stored the rotary table, and a copy of a tied output matrix."""
-    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and model.tied_embeddings)
+    """Old exporters stored the rotary table, and a copy of a tied output matrix; some store scales for a KV
+    cache of fp8, which is not always asked for."""
+    if name == "lm_head.weight":
+        return model.tied_embeddings
+    return name.endswith("rotary_emb.inv_freq") or kv_scale_of(name, model) is not None
 
 
-def model_digest(model: ModelConfig, dtype: Dtype, load_format: Literal["auto", "dummy"]) -> str:
+def kv_scale_of(name: str, model: ModelConfig) -> tuple[int, int] | None:
+    """`(layer, 0 for keys or 1 for values)` if `name` is a calibrated scale of the KV cache, in one of the
+    two spellings that exporters use; else None."""
+    match = _KV_SCALE.fullmatch(name)
+    if match is None or int(match["layer"]) >= model.layers:
+        return None
+    return int(match["layer"]), 0 if match["kind"] == "k" else 1
+
+
+def model_digest(
+    model: ModelConfig,
+    dtype: Dtype,
+    load_format: Literal["auto", "dummy"],
+    quantization: Quantization = "none",
+) -> str:
     """SHA-256 that two workers must share before KV may pass between them: the shape-giving configuration,
-    the dtype, and every weight file's header and size (for dummy weights: their seed)."""
+    the dtype, the quantization, and every weight file's header and size (for dummy weights: their seed).
+    The dtype of the KV cache has a field of its own in the handshake."""
     digest = hashlib.sha256()
     for field in fields(model):
         if field.name not in _NOT_SHAPE_GIVING:
             digest.update(f"{field.name}={getattr(model, field.name)!r}\n".encode())
-    digest.update(f"dtype={dtype}\n".encode())
+    digest.update(f"dtype={dtype} quantization={quantization}\n".encode())
     if load_format == "dummy":
         digest.update(f"dummy={DUMMY_SEED}\n".encode())
     else:

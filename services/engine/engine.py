@@ -17,6 +17,7 @@ from collections.abc import Callable
 from enum import Enum
 
 import torch
+from torch import Tensor
 
 from kvtransfer.messages import KvGeometry
 from services.config import WorkerConfig
@@ -26,16 +27,19 @@ from services.engine.checkpoint_files import model_digest
 from services.engine.decode_graphs import DecodeGraphs
 from services.engine.errors import EngineStateError
 from services.engine.kv_pool import KvPool
+from services.engine.kv_scales import kv_scales
 from services.engine.launched import Launched
 from services.engine.layers import Decoder
 from services.engine.model_config import ModelConfig
 from services.engine.models.registry import make_decoder
+from services.engine.ops.fp8 import FP8
 from services.engine.parameters import Parameters
 from services.engine.peak_memory import peak_bytes
 from services.engine.segments import Slot, pack, unpack
 from services.engine.steps import PROMPT_LOGPROB_ROWS, Steps
 from services.engine.weights import fill_dummy, load_safetensors
 from services.engine.worst_case import worst_case_rows
+from services.precision import check_capability
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -63,14 +67,17 @@ class Engine:
             torch.device("cuda", config.device_index) if config.device == "cuda" else torch.device("cpu")
         )
         self.dtype = DTYPES[config.dtype]
+        self.kv_dtype = FP8 if config.kv_dtype == "fp8" else self.dtype
         self.layout = KvLayout(model.layers, model.kv_heads, config.page_size_tokens, model.head_dim)
         self.limits = CUDA_LIMITS if config.device == "cuda" else CPU_LIMITS
         self.state = EngineState.NEW
         self._steps: Steps | None = None
+        self._kv_scales: Tensor | None = None
         self._pool: KvPool | None = None
         self._graphs: DecodeGraphs | None = None
         self._geometry: KvGeometry | None = None
         if self.device.type == "cuda":
+            check_capability(config, torch.cuda.get_device_capability(self.device))
             torch.cuda.set_device(self.device)
         else:
             torch.set_num_threads(cpu_threads())
@@ -82,17 +89,19 @@ class Engine:
         """The KV's shape as it travels. Reads the weight files' headers once, for the digest."""
         if self._geometry is None:
             self._geometry = KvGeometry(
-                model_digest=model_digest(self.model, self.config.dtype, self.config.load_format),
+                model_digest=model_digest(
+                    self.model, self.config.dtype, self.config.load_format, self.config.quantization
+                ),
                 layers=self.model.layers,
                 kv_heads=self.model.kv_heads,
                 head_dim=self.model.head_dim,
-                dtype=self.config.dtype,
+                dtype="float8_e4m3fn" if self.config.kv_dtype == "fp8" else self.config.dtype,
             )
         return self._geometry
 
     @property
     def page_bytes(self) -> int:
-        return KvPool.page_bytes(self.layout, self.dtype)
+        return KvPool.page_bytes(self.layout, self.kv_dtype)
 
     @property
     def vocab_size(self) -> int:
@@ -114,12 +123,17 @@ class Engine:
         """Allocate and fill the weights; returns their bytes. `progress(done_bytes, total_bytes)` is called
         as they come. Raises `CheckpointError`."""
         self._move(EngineState.LOADED)
-        parameters = Parameters(self.dtype, self.device)
+        parameters = Parameters(self.dtype, self.device, self.config.quantization)
         decoder = make_decoder(self.model, parameters)
         if self.config.load_format == "dummy":
-            fill_dummy(parameters.views, self.device, progress)
+            fill_dummy(parameters, progress)
         else:
-            load_safetensors(self.model, parameters.views, progress)
+            load_safetensors(self.model, parameters, progress)
+        if self.config.kv_dtype == "fp8":
+            with_stored = self.config.load_format != "dummy"
+            self._kv_scales = kv_scales(self.model, parameters, with_stored)
+        # Products read weights before they wait for the kernels queued ahead of them (dependent_launch.py).
+        self.synchronize()
         self._steps = Steps(decoder, self.layout, self.limits, self.config.max_batch)
         return parameters.byte_count
 
@@ -132,7 +146,7 @@ class Engine:
             raise EngineStateError(
                 f"activations are measured between load and allocate_pool, not when {self.state}"
             )
-        scratch = KvPool(self.layout, 4, self.dtype, self.device)
+        scratch = KvPool(self.layout, 4, self.kv_dtype, self.device, self._kv_scales)
         rows = worst_case_rows(
             self.config, self.layout, self.limits, scratch.pages, self.max_model_len, PROMPT_LOGPROB_ROWS
         )
@@ -148,7 +162,7 @@ class Engine:
     def allocate_pool(self, pages: int) -> int:
         """Allocate the KV pool, zeroed; returns its bytes."""
         self._move(EngineState.SERVING)
-        self._pool = KvPool(self.layout, pages, self.dtype, self.device)
+        self._pool = KvPool(self.layout, pages, self.kv_dtype, self.device, self._kv_scales)
         return self._pool.byte_count
 
     @torch.inference_mode()

@@ -2,20 +2,33 @@
 
 One page is contiguous over all layers, so that packing, copying and freeing deal in large runs; a layer's
 attention sees the same memory through a view that starts at that layer.
+
+In fp8 a number lies divided by its head's scale (kv_scales.py); the scales lie beside the pool.
 """
 
 import torch
+from torch import Tensor
 
 from services.engine.attention_plan import KvLayout
 from services.engine.errors import SegmentError
 from services.engine.host_copy import indices, to_device
+from services.engine.ops.fp8 import as_bytes
 
 
 class KvPool:
     """Holds KV; who owns which page is the scheduler's business. Starts zeroed, and stays finite."""
 
-    def __init__(self, layout: KvLayout, pages: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        layout: KvLayout,
+        pages: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        scales: Tensor | None = None,
+    ) -> None:
+        """`scales`: with fp8, float32 `[layers, 2, kv_heads]` on the device; else None."""
         self.layout = layout
+        self.scales = scales
         self.pages = pages
         self.data = torch.zeros(
             (pages, layout.layers, 2, layout.kv_heads, layout.page_size_tokens, layout.head_dim),
@@ -32,6 +45,11 @@ class KvPool:
         page_size_tokens + offset` is one head of one token."""
         self.layer_blocks = [blocks[layer * layer_blocks :] for layer in range(layout.layers)]
         """For each layer the pool as rows of page_size_tokens * head_dim: one head of one page."""
+
+    def layer_scales(self, layer: int) -> Tensor | None:
+        """What the layer's stored numbers are multiplied with, float32 `[2, kv_heads]`, keys first; None
+        where they are stored as they are."""
+        return None if self.scales is None else self.scales[layer]
 
     @staticmethod
     def page_bytes(layout: KvLayout, dtype: torch.dtype) -> int:
@@ -55,4 +73,5 @@ class KvPool:
             raise SegmentError("page copies overlap")
         columns = {"from": indices(sources), "to": indices(destinations)}
         sent = to_device(columns, self.data.device)
-        self.data.index_copy_(0, sent["to"], self.data.index_select(0, sent["from"]))
+        data = as_bytes(self.data)
+        data.index_copy_(0, sent["to"], data.index_select(0, sent["from"]))

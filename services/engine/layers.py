@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from services.engine.kv_pool import KvPool
+from services.engine.linear import make_linear
 from services.engine.model_config import ModelConfig
 from services.engine.ops.qkv import qkv_to_pool
-from services.engine.ops.rms_norm import rms_norm
-from services.engine.ops.swiglu import silu_mul
+from services.engine.ops.rms_norm import add_rms_norm, rms_norm
+from services.engine.ops.small_products import small_linear
 from services.engine.parameters import Parameters
 from services.engine.rope import inverse_frequencies, rotation
 from services.engine.step_inputs import StepInputs
@@ -40,28 +41,33 @@ class Attention:
         self.window = window
         self.scale = model.head_dim**-0.5
         self.eps = model.rms_norm_eps
-        rows = {"q_proj": self.heads, "k_proj": self.kv_heads, "v_proj": self.kv_heads}
-
-        def qkv(kind: str) -> dict[str, int]:
-            return {f"{name}{part}.{kind}": heads * self.head_dim for part, heads in rows.items()}
-
+        heads_of = {"q_proj": self.heads, "k_proj": self.kv_heads, "v_proj": self.kv_heads}
+        rows_of = {name + part: heads * self.head_dim for part, heads in heads_of.items()}
         hidden, mixed = model.hidden_size, self.heads * self.head_dim
-        self.qkv_weight = parameters.fused(qkv("weight"), hidden)
-        self.qkv_bias = parameters.fused(qkv("bias")) if qkv_bias else None
-        self.output_weight = parameters.tensor(name + "o_proj.weight", hidden, mixed)
-        self.output_bias = parameters.tensor(name + "o_proj.bias", hidden) if output_bias else None
+        self.qkv = make_linear(parameters, rows_of, hidden, qkv_bias)
+        self.output = make_linear(parameters, {name + "o_proj": hidden}, mixed, output_bias)
         self.head_norm: Tensor | None = None
         if head_norm:
             copies = {name + "q_norm.weight": self.heads, name + "k_norm.weight": self.kv_heads}
             self.head_norm = parameters.repeated(copies, self.head_dim)
 
-    def forward(self, x: Tensor, step: StepInputs, cos: Tensor, sin: Tensor, pool: KvPool) -> Tensor:
-        """`x` `[tokens, hidden]` to the same; writes the new tokens' keys and values before it attends."""
-        qkv = F.linear(x, self.qkv_weight, self.qkv_bias).view(x.shape[0], -1, self.head_dim)
-        layer_rows = pool.layer_rows[self.layer]
-        queries = qkv_to_pool(qkv, self.head_norm, self.eps, cos, sin, layer_rows, step.write_index)
+    def forward(
+        self, x: Tensor, step: StepInputs, cos: Tensor, sin: Tensor, pool: KvPool, wanted: Tensor | None
+    ) -> Tensor:
+        """`x` `[tokens, hidden]` to the same; writes the new tokens' keys and values before it attends.
+        With `wanted`, only those tokens' outputs are computed."""
+        qkv = self.qkv.forward(x).view(x.shape[0], -1, self.head_dim)
+        layer_rows, kv_scales = pool.layer_rows[self.layer], pool.layer_scales(self.layer)
+        queries = qkv_to_pool(
+            qkv, self.head_norm, self.eps, cos, sin, layer_rows, step.write_index, kv_scales
+        )
+        if wanted is not None and wanted.shape[0] == 0:
+            return x[:0]
         mixed = step.attention.attend(queries, pool, self.layer, self.scale, self.window)
-        return F.linear(mixed.reshape(x.shape[0], -1), self.output_weight, self.output_bias)
+        mixed = mixed.reshape(x.shape[0], -1)
+        if wanted is not None:
+            mixed = mixed.index_select(0, wanted)
+        return self.output.forward(mixed)
 
 
 class GatedMlp:
@@ -70,28 +76,45 @@ class GatedMlp:
     def __init__(self, model: ModelConfig, parameters: Parameters, layer: int, *, bias: bool = False) -> None:
         name = f"model.layers.{layer}.mlp."
         size = model.intermediate_size
-
-        def gate_up(kind: str) -> dict[str, int]:
-            return {f"{name}gate_proj.{kind}": size, f"{name}up_proj.{kind}": size}
-
-        self.gate_up_weight = parameters.fused(gate_up("weight"), model.hidden_size)
-        self.gate_up_bias = parameters.fused(gate_up("bias")) if bias else None
-        self.down_weight = parameters.tensor(name + "down_proj.weight", model.hidden_size, size)
-        self.down_bias = parameters.tensor(name + "down_proj.bias", model.hidden_size) if bias else None
+        rows_of = {name + "gate_proj": size, name + "up_proj": size}
+        self.gate_up = make_linear(parameters, rows_of, model.hidden_size, bias)
+        self.down = make_linear(parameters, {name + "down_proj": model.hidden_size}, size, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate_up = F.linear(x, self.gate_up_weight, self.gate_up_bias)
-        return F.linear(silu_mul(gate_up), self.down_weight, self.down_bias)
+        return self.down.forward(self.gate_up.forward_gated(x))
 
 
-class DecoderLayer(ABC):
-    """One layer. Takes and gives `(x, residual)`, so that each add is joined with the norm that follows."""
+class DecoderLayer:
+    """One pre-norm layer. Takes and gives `(x, residual)`, so that each add is joined with the norm that
+    follows. A family's layer is this with its own attention and feed-forward."""
 
-    @abstractmethod
+    def __init__(
+        self, model: ModelConfig, parameters: Parameters, layer: int, attention: Attention, mlp: GatedMlp
+    ) -> None:
+        name = f"model.layers.{layer}."
+        self.eps = model.rms_norm_eps
+        self.attention, self.mlp = attention, mlp
+        self.attention_norm = parameters.tensor(name + "input_layernorm.weight", model.hidden_size)
+        self.mlp_norm = parameters.tensor(name + "post_attention_layernorm.weight", model.hidden_size)
+
     def forward(
-        self, x: Tensor, residual: Tensor, step: StepInputs, cos: Tensor, sin: Tensor, pool: KvPool
+        self,
+        x: Tensor,
+        residual: Tensor,
+        step: StepInputs,
+        cos: Tensor,
+        sin: Tensor,
+        pool: KvPool,
+        wanted: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Both `[tokens, hidden]`; `residual` may be overwritten."""
+        """Both `[tokens, hidden]`; `residual` may be overwritten. With `wanted`, an int64 index of tokens,
+        only those come out; every token's keys and values are written all the same."""
+        x, residual = add_rms_norm(x, residual, self.attention_norm, self.eps)
+        x = self.attention.forward(x, step, cos, sin, pool, wanted)
+        if wanted is not None:
+            residual = residual.index_select(0, wanted)
+        x, residual = add_rms_norm(x, residual, self.mlp_norm, self.eps)
+        return self.mlp.forward(x), residual
 
 
 class Decoder(ABC):
@@ -112,18 +135,24 @@ class Decoder(ABC):
     def make_layer(self, parameters: Parameters, layer: int) -> DecoderLayer:
         """Allocate layer number `layer`."""
 
-    def forward(self, step: StepInputs, pool: KvPool, layers: int | None = None) -> Tensor:
+    def forward(
+        self, step: StepInputs, pool: KvPool, layers: int | None = None, wanted: Tensor | None = None
+    ) -> Tensor:
         """Hidden states `[tokens, hidden]` before the final norm; fills the new tokens' KV.
 
         `layers` runs only that many: what a memory measurement needs, since they reuse their memory.
+        `wanted`, an int64 index, names the tokens whose hidden states are asked for: the last layer computes
+        those alone, which for a long chunk saves nearly all of its products.
         """
         cos, sin = rotation(step.positions, self.frequencies, self.rotation_factor)
         residual = F.embedding(step.tokens, self.embedding)
         x = torch.zeros_like(residual)
-        for layer in self.layers[:layers]:
+        *inner, last = self.layers[:layers]
+        for layer in inner:
             x, residual = layer.forward(x, residual, step, cos, sin, pool)
+        x, residual = last.forward(x, residual, step, cos, sin, pool, wanted)
         return residual.add_(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`[n, hidden]` of `forward` to logits `[n, vocab]` in the model's dtype."""
-        return F.linear(rms_norm(hidden, self.final_norm, self.model.rms_norm_eps), self.output)
+        return small_linear(rms_norm(hidden, self.final_norm, self.model.rms_norm_eps), self.output)

@@ -11,12 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from services.config import Dtype
+from services.config import Dtype, KvDtype, Quantization
 from services.engine.errors import CheckpointError
 
 RopeKind = Literal["default", "linear", "llama3", "yarn"]
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 SUPPORTED_ROPE_KINDS: tuple[RopeKind, ...] = ("default", "linear", "llama3", "yarn")
+LINEAR_SUFFIX = "_proj.weight"
+"""How the names of the linear layers' matrices end, which are those that can be quantised."""
+MAX_HEAD_DIM = 256
+"""The attention kernels keep a tile of whole heads in registers and shared memory."""
 _IGNORED_ROPE_KEYS = {"type", "partial_rotary_factor", "finetuned"}
 
 
@@ -73,12 +77,21 @@ class ModelConfig:
             total += size
         return total
 
-    def parameter_bytes(self, dtype: Dtype) -> int:
-        return self.parameter_count() * dtype_bytes(dtype)
+    def parameter_bytes(self, dtype: Dtype, quantization: Quantization = "none") -> int:
+        """All parameters in `dtype`; with fp8, each matrix of a linear layer as one byte a number and one
+        float32 a row."""
+        total = self.parameter_count() * dtype_bytes(dtype)
+        if quantization == "fp8":
+            for name, shape in self.tensor_shapes().items():
+                if name.endswith(LINEAR_SUFFIX):
+                    rows, columns = shape
+                    total -= rows * columns * (dtype_bytes(dtype) - 1) - rows * 4
+        return total
 
-    def kv_token_bytes(self, dtype: Dtype) -> int:
+    def kv_token_bytes(self, dtype: Dtype, kv_dtype: KvDtype = "auto") -> int:
         """Keys and values of one token over all layers."""
-        return self.layers * 2 * self.kv_heads * self.head_dim * dtype_bytes(dtype)
+        number_bytes = 1 if kv_dtype == "fp8" else dtype_bytes(dtype)
+        return self.layers * 2 * self.kv_heads * self.head_dim * number_bytes
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor that is loaded, by its name in the checkpoint."""
@@ -129,8 +142,11 @@ def read_model_config(model_dir: Path) -> ModelConfig:
     architecture = _architecture(raw, path)
     if raw.get("quantization_config") is not None:
         raise CheckpointError(
-            f"{path}: quantization_config is set; only float32, bfloat16, float16 weights are supported"
+            f"{path}: quantization_config is set; only checkpoints with float32, bfloat16, float16 weights "
+            "are supported (--quantization fp8 quantises such a one while it is loaded)"
         )
+    if raw.get("head_dim"):
+        _check_head_dim(raw["head_dim"], path)
 
     from transformers import AutoConfig  # slow to import, and a plan of a bad directory should fail fast
 
@@ -154,8 +170,7 @@ def _from_transformers(model_dir: Path, architecture: str, config: Any, path: Pa
         raise CheckpointError(
             f"{path}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
         )
-    if head_dim % 2:
-        raise CheckpointError(f"{path}: head_dim {head_dim} is odd; rotary embeddings need an even one")
+    _check_head_dim(head_dim, path)
     sizes = {
         name: int(getattr(config, name))
         for name in (
@@ -196,6 +211,13 @@ def _from_transformers(model_dir: Path, architecture: str, config: Any, path: Pa
         rope=_rope(config.rope_parameters, path),
         eos_token_ids=_eos_token_ids(config.eos_token_id, model_dir, sizes["vocab_size"]),
     )
+
+
+def _check_head_dim(head_dim: Any, path: Path) -> None:
+    if not isinstance(head_dim, int) or head_dim % 2 or not 2 <= head_dim <= MAX_HEAD_DIM:
+        raise CheckpointError(
+            f"{path}: head_dim {head_dim!r} is not supported (supported: even sizes from 2 to {MAX_HEAD_DIM})"
+        )
 
 
 def _windows(architecture: str, config: Any, layers: int, path: Path) -> tuple[int | None, ...]:

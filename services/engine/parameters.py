@@ -4,14 +4,25 @@ which tensor each name of the checkpoint fills: query, key and value matrices be
 import torch
 from torch import Tensor
 
+from services.config import Quantization
+from services.engine.ops.fp8 import FP8, quantise_rows
+
+FILL_ELEMENTS = 4 << 20
+"""Numbers that are quantised at once: what a conversion needs beside the parameters stays a few MiB."""
+
 
 class Parameters:
-    """`views` maps a checkpoint's tensor name to the (part of the) allocated tensor it is copied into."""
+    """`views` maps a checkpoint's tensor name to the (part of the) allocated tensor that it fills, `scales`
+    those of quantised matrices to their rows' scales, float32 `[rows, 1]`."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, dtype: torch.dtype, device: torch.device, quantization: Quantization = "none"
+    ) -> None:
         self.dtype = dtype
         self.device = device
+        self.quantization = quantization
         self.views: dict[str, Tensor] = {}
+        self.scales: dict[str, Tensor] = {}
         self.byte_count = 0
 
     def tensor(self, name: str, *shape: int) -> Tensor:
@@ -19,18 +30,46 @@ class Parameters:
 
     def fused(self, rows_of: dict[str, int], *columns: int) -> Tensor:
         """One tensor `[sum of rows, *columns]`, its rows filled by the named tensors in order."""
-        whole = torch.empty((sum(rows_of.values()), *columns), dtype=self.dtype, device=self.device)
-        self.byte_count += whole.numel() * whole.element_size()
-        for (name, _), part in zip(rows_of.items(), torch.split(whole, list(rows_of.values())), strict=True):
-            self.views[name] = part
+        whole = self._allocate(rows_of, columns, self.dtype)
+        self.views |= _parts(whole, rows_of)
         return whole
+
+    def quantised(self, rows_of: dict[str, int], columns: int) -> tuple[Tensor, Tensor]:
+        """As `fused`, in fp8: the matrix, and the scales of its rows, float32 `[sum of rows, 1]`."""
+        whole = self._allocate(rows_of, (columns,), FP8)
+        scale = self._allocate(rows_of, (1,), torch.float32)
+        self.views |= _parts(whole, rows_of)
+        self.scales |= _parts(scale, rows_of)
+        return whole, scale
 
     def repeated(self, copies_of: dict[str, int], size: int) -> Tensor:
         """`[sum of copies, size]` whose rows repeat the named vectors; filled through expanded views."""
-        whole = torch.empty((sum(copies_of.values()), size), dtype=self.dtype, device=self.device)
+        return self.fused(copies_of, size)
+
+    def fill(self, name: str, values: Tensor) -> None:
+        """Put a tensor of the checkpoint in its place: converted to the place's dtype, and moved to the
+        device as it is stored. A quantised matrix goes in blocks of rows, so that it is never there twice."""
+        view = self.views[name]
+        if name not in self.scales:
+            view.copy_(values)
+            return
+        step = max(1, FILL_ELEMENTS // view.shape[1])
+        for first in range(0, view.shape[0], step):
+            block = slice(first, first + step)
+            quantised, scale = quantise_rows(values[block].to(self.device))
+            view[block].copy_(quantised)
+            self.scales[name][block].copy_(scale)
+
+    def values(self, name: str) -> Tensor:
+        """What the layers multiply with, in float64; of a quantised matrix, its numbers times the scales."""
+        view = self.views[name].double()
+        return view * self.scales[name] if name in self.scales else view
+
+    def _allocate(self, rows_of: dict[str, int], columns: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        whole = torch.empty((sum(rows_of.values()), *columns), dtype=dtype, device=self.device)
         self.byte_count += whole.numel() * whole.element_size()
-        for (name, _), part in zip(
-            copies_of.items(), torch.split(whole, list(copies_of.values())), strict=True
-        ):
-            self.views[name] = part
         return whole
+
+
+def _parts(whole: Tensor, rows_of: dict[str, int]) -> dict[str, Tensor]:
+    return dict(zip(rows_of, torch.split(whole, list(rows_of.values())), strict=True))

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from services.engine.batch import Draw, Drawn
 from services.engine.host_copy import Column, indices, to_device, to_host
+from services.engine.ops.draw import best_tokens, draw_tokens
 from services.engine.uniform import uniform
 from services.messages import Sampling, TokenLogprob, TopLogprob
 
 MAX_DRAW_ELEMENTS = 8 << 20
-"""Scores that one vectorised draw works on, in float64, about five times over."""
+"""Scores that one draw on a CPU works on, in float64, about five times over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +85,11 @@ def sample(logits: Tensor, rows: list[int], draws: list[Draw]) -> QueuedDraws:
 
     scores, score_rows = logits, sent.get("rows")
     if changes and score_rows is not None:
-        scores = _changed_scores(logits.index_select(0, score_rows).float(), sent)
-        score_rows, one_each = torch.arange(len(draws), device=logits.device), True
-    tokens = _choose(scores, score_rows, one_each, len(random), sent)
+        scores, score_rows = _changed_scores(logits.index_select(0, score_rows).float(), sent), None
+    filtered = any(
+        s.min_p > 0 or s.top_k > 0 or s.top_p < 1 for s in (draws[at].sampling for at in random)
+    )
+    tokens = _choose(scores, score_rows, len(random), filtered, sent)
     logprobs = None
     if wanted:
         tops = [draws[at].sampling.logprobs or 0 for at in wanted]
@@ -108,20 +111,30 @@ def token_logprobs(logits: Tensor, tokens: Tensor, tops: list[int]) -> QueuedLog
 
 
 def _choose(
-    scores: Tensor, rows: Tensor | None, one_each: bool, random: int, sent: dict[str, Tensor]
+    scores: Tensor, rows: Tensor | None, random: int, filtered: bool, sent: dict[str, Tensor]
 ) -> Tensor:
-    """int64 `[draws]`: the best score's token, but for the `random` draws that have a distribution."""
+    """int64 `[draws]`: the best score's token, but for the `random` draws that have a distribution.
+    Without `rows`, each row of the scores has one draw."""
+    if rows is None:
+        rows = torch.arange(scores.shape[0], device=scores.device)
+    rows = rows.int()
+    if not random:
+        return best_tokens(scores, rows)
     picked = sent.get("random")
-    if random and rows is not None:
-        random_rows = rows if picked is None else rows.index_select(0, picked)
-        settings = (sent[name] for name in ("temperature", "top_k", "top_p", "min_p", "chance"))
-        drawn = draw_tokens(scores, random_rows, *settings)
-        if picked is None:
-            return drawn
-    best = scores.argmax(dim=-1)
-    if not one_each and rows is not None:
-        best = best.index_select(0, rows)
-    return best if picked is None else best.index_copy_(0, picked, drawn)
+    settings = [sent[name] for name in ("temperature", "top_k", "top_p", "min_p", "chance")]
+    random_rows = rows if picked is None else rows.index_select(0, picked)
+    block = random if scores.is_cuda else max(1, MAX_DRAW_ELEMENTS // scores.shape[-1])
+    parts = [
+        draw_tokens(
+            scores,
+            random_rows[first : first + block],
+            *(setting[first : first + block] for setting in settings),
+            filtered=filtered,
+        )
+        for first in range(0, random, block)
+    ]
+    drawn = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return drawn if picked is None else best_tokens(scores, rows).index_copy_(0, picked, drawn)
 
 
 # ---------------------------------------------------------------- scores
@@ -171,70 +184,11 @@ def _changed_scores(scores: Tensor, sent: dict[str, Tensor]) -> Tensor:
 def _distributions(draws: list[Draw], vocab: int) -> dict[str, Column]:
     settings: list[Sampling] = [draw.sampling for draw in draws]
     return {
-        "temperature": np.array([s.temperature for s in settings], dtype=np.float64),
-        "top_k": indices([min(s.top_k, vocab) or vocab for s in settings]),
-        "top_p": np.array([s.top_p for s in settings], dtype=np.float64),
-        "min_p": np.array([s.min_p for s in settings], dtype=np.float64),
+        "temperature": np.array([s.temperature for s in settings], dtype=np.float32),
+        "top_k": np.array([min(s.top_k, vocab) for s in settings], dtype=np.int32),
+        "top_p": np.array([s.top_p for s in settings], dtype=np.float32),
+        "min_p": np.array([s.min_p for s in settings], dtype=np.float32),
         "chance": np.array(
             [uniform(d.sampling.seed, d.choice, d.position) for d in draws], dtype=np.float64
         ),
     }
-
-
-def draw_tokens(
-    logits: Tensor,
-    rows: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    chance: Tensor,
-) -> Tensor:
-    """int64 `[draws]`: one token from each row `rows[i]` of `logits`, every temperature above zero.
-
-    `rows` and `top_k` (1 ... vocab) int64 `[draws]`; the others float64 `[draws]`, `chance` in [0, 1).
-    """
-    tokens = torch.empty_like(rows)
-    step = max(1, MAX_DRAW_ELEMENTS // logits.shape[-1])
-    for first in range(0, rows.shape[0], step):
-        block = slice(first, first + step)
-        # float64, and the best score moved to zero first: a tiny temperature must not overflow
-        scores = logits.index_select(0, rows[block]).double()
-        scores = (scores - scores.amax(dim=-1, keepdim=True)) / temperature[block, None]
-        lowest = _lowest_kept(scores, top_k[block, None], top_p[block, None], min_p[block, None])
-        weights = scores.exp()
-        if lowest is not None:
-            weights = weights.masked_fill_(scores < lowest, 0.0)
-        cumulative = weights.cumsum(dim=-1)
-        target = chance[block, None] * cumulative[:, -1:]
-        # the first token whose sum exceeds the target, and none past the last one with a weight
-        drawn = torch.searchsorted(cumulative, target, right=True)
-        last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
-        tokens[block] = torch.minimum(drawn, last).clamp_(max=scores.shape[-1] - 1)[:, 0]
-    return tokens
-
-
-def _lowest_kept(scores: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor | None:
-    """The lowest score each row keeps, float64 `[rows, 1]`, or None if all keep all. The best score is 0 in
-    every row.
-
-    top-k (Fan et al., 2018) and top-p (Holtzman et al., 2019) look at what the filters before them left.
-    """
-    vocab = scores.shape[-1]
-    most = vocab
-    if not scores.is_cuda:  # to ask a GPU would be to wait for it
-        most = int(top_k.max())
-        if most == vocab and not bool(((min_p > 0) | (top_k < vocab) | (top_p < 1)).any()):
-            return None
-    ranked = scores.topk(most, dim=-1).values if most < vocab else scores.sort(descending=True).values
-    lowest = min_p.log()  # exp(score) >= min_p, since the best token's weight is 1; log(0) keeps everything
-    kth = top_k - 1
-    lowest = torch.maximum(lowest, ranked.gather(1, kth))
-    # tokens that tie with the k-th may lie beyond `ranked`; they belong to neither sum, whatever the batch
-    rank = torch.arange(ranked.shape[-1], device=scores.device)[None, :]
-    weights = ranked.exp().masked_fill((ranked < lowest) | (rank > kth), 0.0)
-    cumulative = weights.cumsum(dim=-1)
-    reached = (cumulative - weights) < top_p * cumulative[:, -1:]
-    kept = (reached & (weights > 0)).sum(dim=-1, keepdim=True).clamp_(min=1)
-    nucleus = ranked.gather(1, kept - 1)
-    return torch.where(top_p < 1, torch.maximum(lowest, nucleus), lowest)

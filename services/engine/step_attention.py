@@ -32,7 +32,8 @@ class SpanAttention:
     def attend(
         self, queries: Tensor, pool: KvPool, layer: int, scale: float, window: int | None
     ) -> Tensor:
-        return paged_attention(queries, pool.layer_blocks[layer], self.spans[window], scale)
+        blocks, kv_scales = pool.layer_blocks[layer], pool.layer_scales(layer)
+        return paged_attention(queries, blocks, self.spans[window], scale, kv_scales)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ class KernelAttention:
     def attend(
         self, queries: Tensor, pool: KvPool, layer: int, scale: float, window: int | None
     ) -> Tensor:
-        decodes = self.lengths.shape[0]
+        decodes, kv_scales = self.lengths.shape[0], pool.layer_scales(layer)
         out = torch.empty_like(queries, memory_format=torch.contiguous_format)
         if decodes:
             decode_attention(
@@ -68,6 +69,7 @@ class KernelAttention:
                 window,
                 splits=self.splits,
                 out=out[:decodes],
+                kv_scales=kv_scales,
             )
         if decodes < queries.shape[0]:
             prefill_attention(
@@ -82,6 +84,7 @@ class KernelAttention:
                 scale,
                 window,
                 out=out[decodes:],
+                kv_scales=kv_scales,
             )
         return out
 

@@ -66,14 +66,16 @@ class Steps:
         ordered = [rows[at] for at in order]
         model, sources = self.decoder.model, self._sources(ordered)
         step = build_step(ordered, self.drawn, sources, model, self.layout, pool.pages, self.limits)
-        hidden = self.decoder.forward(step, pool, layers)
-        prompts = self._prompt_logprobs(hidden, ordered, order)
         drawing, last_tokens = _drawing(ordered, order)
+        last = to_device({"last": indices(last_tokens)}, self.drawn.device)["last"]
+        scored = any(row.targets for row in rows)
+        hidden = self.decoder.forward(step, pool, layers, wanted=None if scored else last)
+        prompts: list[tuple[int, QueuedLogprobs]] = []
+        if scored:
+            prompts = self._prompt_logprobs(hidden, ordered, order)
+            hidden = hidden.index_select(0, last)
         draws = None
         if last_tokens:
-            if len(last_tokens) < hidden.shape[0]:
-                sent = to_device({"last": indices(last_tokens)}, hidden.device)
-                hidden = hidden.index_select(0, sent["last"])
             draws = sample(self.decoder.logits(hidden), drawing.logit_rows, drawing.draws)
         return self._finish(rows, order, drawing, draws, prompts)
 

@@ -5,17 +5,17 @@ from collections.abc import Callable
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from services.engine.checkpoint_files import DUMMY_SEED, check_tensors, read_checkpoint_files
 from services.engine.errors import CheckpointError
 from services.engine.model_config import ModelConfig
+from services.engine.parameters import Parameters
 
 Progress = Callable[[int, int], None]
 
 
-def load_safetensors(model: ModelConfig, views: dict[str, Tensor], progress: Progress) -> None:
-    """Copy every tensor of the checkpoint into its view, converting the dtype on the way.
+def load_safetensors(model: ModelConfig, parameters: Parameters, progress: Progress) -> None:
+    """Fill every parameter from the checkpoint, converting the dtype or quantising on the way.
 
     Files are mapped, so that beyond the parameters themselves only one tensor is in memory at a time.
     `progress(done_bytes, total_bytes)` counts the files' bytes. Raises `CheckpointError`.
@@ -33,24 +33,31 @@ def load_safetensors(model: ModelConfig, views: dict[str, Tensor], progress: Pro
                 for tensor in file.tensors:
                     if located.get(tensor.name) is not file:
                         continue
-                    views[tensor.name].copy_(stored.get_tensor(tensor.name))
+                    parameters.fill(tensor.name, stored.get_tensor(tensor.name))
                     done_bytes += tensor.byte_count
                     progress(done_bytes, total_bytes)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file.path}: cannot be read: {error}") from error
 
 
-def fill_dummy(views: dict[str, Tensor], device: torch.device, progress: Progress) -> None:
-    """Random weights from a fixed seed, drawn on the device: norms are 1, matrices keep the variance."""
-    generator = torch.Generator(device=device).manual_seed(DUMMY_SEED)
-    total_bytes = sum(view.numel() * view.element_size() for view in views.values())
+def fill_dummy(parameters: Parameters, progress: Progress) -> None:
+    """Random weights from a fixed seed, drawn on the device: norms are 1, matrices keep the variance.
+
+    A matrix that is to be quantised is drawn in the model's dtype, so that its numbers are those of the
+    model without quantization.
+    """
+    generator = torch.Generator(device=parameters.device).manual_seed(DUMMY_SEED)
+    total_bytes = sum(view.numel() * view.element_size() for view in parameters.views.values())
     done_bytes = 0
     progress(0, total_bytes)
-    for name, view in views.items():
+    for name, view in parameters.views.items():
         if "norm" in name:
             view.fill_(1.0)
         elif name.endswith(".bias"):
             view.zero_()
+        elif name in parameters.scales:
+            drawn = torch.empty(view.shape, dtype=parameters.dtype, device=parameters.device)
+            parameters.fill(name, drawn.normal_(0.0, view.shape[-1] ** -0.5, generator=generator))
         else:
             view.normal_(0.0, view.shape[-1] ** -0.5, generator=generator)
         done_bytes += view.numel() * view.element_size()

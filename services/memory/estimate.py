@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from services.config import Device, Dtype, WorkerConfig
 from services.engine.model_config import ModelConfig, dtype_bytes
 from services.memory.inputs import PlanInput
+from services.precision import check_precision
 
 _MIB = 1 << 20
 _CPU_ATTENTION_COPIES = 2
@@ -62,8 +63,10 @@ def plan_input_for(
 ) -> PlanInput:
     """The ledger's input for a worker, before it has allocated anything.
 
-    `max_model_len` 0 takes the checkpoint's own; more than that raises ValueError.
+    `max_model_len` 0 takes the checkpoint's own; more than that raises ValueError, as do precision options
+    that cannot be combined.
     """
+    check_precision(config, model)
     if config.max_model_len > model.max_model_len:
         raise ValueError(
             f"--max-model-len: {config.max_model_len} exceeds the model's own limit of "
@@ -75,8 +78,8 @@ def plan_input_for(
         device=device_name,
         device_bytes=device_bytes,
         mem_fraction=config.mem_fraction,
-        weights_bytes=model.parameter_bytes(config.dtype),
-        page_bytes=config.page_size_tokens * model.kv_token_bytes(config.dtype),
+        weights_bytes=model.parameter_bytes(config.dtype, config.quantization),
+        page_bytes=config.page_size_tokens * model.kv_token_bytes(config.dtype, config.kv_dtype),
         page_size_tokens=config.page_size_tokens,
         max_model_len=config.max_model_len or model.max_model_len,
         max_chunk_tokens=config.max_chunk_tokens,

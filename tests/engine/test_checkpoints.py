@@ -28,7 +28,7 @@ def _load(model_dir: Path) -> Parameters:
     parameters = Parameters(torch.float32, torch.device("cpu"))
     make_decoder(model, parameters)
     with torch.inference_mode():
-        load_safetensors(model, parameters.views, _ignore)
+        load_safetensors(model, parameters, _ignore)
     return parameters
 
 
@@ -90,7 +90,7 @@ def test_progress_grows_to_the_total(tmp_path: Path) -> None:
     parameters = Parameters(torch.bfloat16, torch.device("cpu"))
     make_decoder(model, parameters)
     seen: list[tuple[int, int]] = []
-    load_safetensors(model, parameters.views, lambda done, total: seen.append((done, total)))
+    load_safetensors(model, parameters, lambda done, total: seen.append((done, total)))
     total_bytes = model.parameter_bytes("float32")
     assert seen[0] == (0, total_bytes)
     assert seen[-1] == (total_bytes, total_bytes)
@@ -105,7 +105,7 @@ def test_dummy_weights_are_the_same_every_time_and_finite(tmp_path: Path) -> Non
     for _ in range(2):
         parameters = Parameters(torch.bfloat16, torch.device("cpu"))
         make_decoder(model, parameters)
-        fill_dummy(parameters.views, torch.device("cpu"), _ignore)
+        fill_dummy(parameters, _ignore)
         filled.append(parameters.views)
     for name, view in filled[0].items():
         assert torch.equal(view, filled[1][name])
@@ -213,7 +213,7 @@ def _end_token_outside(model_dir: Path) -> None:
             r"architecture 'GPT2LMHeadModel' is not supported \(supported: LlamaFor.*Qwen3For",
         ),
         (_no_architecture, r"architecture None is not supported"),
-        (_quantized, r"quantization_config is set; only float32, bfloat16, float16"),
+        (_quantized, r"quantization_config is set; only checkpoints with float32, bfloat16, float16"),
         (_other_activation, r"hidden_act 'gelu' is not supported"),
         (_heads_do_not_divide, r"num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
         (_dynamic_rope, r"rope type 'dynamic' is not supported \(supported: default, linear, llama3, yarn\)"),

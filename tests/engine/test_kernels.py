@@ -192,8 +192,10 @@ def check_prefill(
     window: int | None,
     block_rows: int | None,
     block_keys: int | None,
+    dispatched: bool = False,
 ) -> None:
-    """`chunks` are (tokens before, tokens asking) of each sequence; one token lies between two chunks."""
+    """`chunks` are (tokens before, tokens asking) of each sequence; one token lies between two chunks.
+    `dispatched`: the kernel that the device prefers, rather than the one that every GPU has."""
     size, dim, layer = layout.page_size_tokens, layout.head_dim, layout.layers - 1
     lengths = [before + count for before, count in chunks]
     pages = sum(-(-n // size) for n in lengths) + 1
@@ -210,21 +212,16 @@ def check_prefill(
     prefill.prefill_attention_reference(
         queries, pool, layer, first, counts, before, safe(tables, pages), dim**-0.5, window, expected
     )
-    prefill.prefill_attention_kernel(
-        queries,
-        pool,
-        layer,
-        first,
-        counts,
-        before,
-        tables,
-        max(columns[1]) + 3,
-        dim**-0.5,
-        window,
-        out=found,
-        block_rows=block_rows,
-        block_keys=block_keys,
-    )
+    arguments = (queries, pool, layer, first, counts, before, tables, max(columns[1]) + 3, dim**-0.5, window)
+    if dispatched:
+        prefill.prefill_attention(*arguments, out=found)
+    else:
+        prefill.prefill_attention_kernel(
+            *arguments,
+            out=found,
+            block_rows=block_rows,
+            block_keys=block_keys,
+        )
     same(found, expected, 0.25)
 
 

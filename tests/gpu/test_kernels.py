@@ -77,6 +77,19 @@ def test_prefill_shapes(dtype: torch.dtype, heads: int, kv_heads: int, head_dim:
     kernels.check_prefill(dtype, CUDA, [(0, 200), (300, 77)], heads, layout, None, None, None)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("page_size", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"), [(32, 8, 128), (8, 8, 64), (64, 1, 128), (16, 8, 128), (4, 2, 64)]
+)
+def test_the_prefill_that_the_device_prefers(
+    dtype: torch.dtype, page_size: int, heads: int, kv_heads: int, head_dim: int
+) -> None:
+    layout = KvLayout(layers=2, kv_heads=kv_heads, page_size_tokens=page_size, head_dim=head_dim)
+    chunks = [(0, 700), (1000, 333), (64, 64), (511, 1), (0, 1), (3, 129), (127, 2)]
+    kernels.check_prefill(dtype, CUDA, chunks, heads, layout, None, None, None, dispatched=True)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("first_offset", "tokens"), [(0, 1024), (5, 700), (15, 2)])
 def test_segments(dtype: torch.dtype, first_offset: int, tokens: int) -> None:

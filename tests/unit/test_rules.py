@@ -25,6 +25,7 @@ PURE_MODULES = (
     "services/engine/batch.py",
     "services/scheduler/*.py",
     "services/rules.py",
+    "services/precision.py",
     "services/memory/sizes.py",
     "services/memory/inputs.py",
     "services/memory/change.py",
@@ -41,6 +42,9 @@ PURE_MODULES = (
     "kvtransfer/layout.py",
     "router/policy.py",
     "router/config.py",
+    "deploy/bench/limits.py",
+    "deploy/bench/timeline.py",
+    "deploy/bench/workload.py",
     "deploy/supervision.py",
     "deploy/values.py",
 )

@@ -10,23 +10,30 @@ import torch
 from torch import Tensor
 
 from services.engine.attention_plan import Span
+from services.engine.ops.fp8 import as_bytes
 
 
-def paged_attention(queries: Tensor, layer_blocks: Tensor, spans: list[Span], scale: float) -> Tensor:
+def paged_attention(
+    queries: Tensor, layer_blocks: Tensor, spans: list[Span], scale: float, kv_scales: Tensor | None = None
+) -> Tensor:
     """`[tokens, heads, head_dim]` to the same shape and dtype.
 
     `layer_blocks` is the pool seen from one layer as rows of page_size * head_dim (`KvPool.layer_blocks`).
-    Every token belongs to exactly one span.
+    Every token belongs to exactly one span. `kv_scales` is `KvPool.layer_scales`.
     """
     if len(spans) == 1:
-        return _attend(queries, layer_blocks, spans[0], scale)
+        return _attend(queries, layer_blocks, spans[0], scale, kv_scales)
     out = torch.empty_like(queries)
     for span in spans:
-        out[span.first : span.end] = _attend(queries[span.first : span.end], layer_blocks, span, scale)
+        out[span.first : span.end] = _attend(
+            queries[span.first : span.end], layer_blocks, span, scale, kv_scales
+        )
     return out
 
 
-def _attend(queries: Tensor, layer_blocks: Tensor, span: Span, scale: float) -> Tensor:
+def _attend(
+    queries: Tensor, layer_blocks: Tensor, span: Span, scale: float, kv_scales: Tensor | None
+) -> Tensor:
     tokens, heads, head_dim = queries.shape
     sequences, kv_heads = span.sequences, span.kv_heads
     # [sequences, kv_heads, group * tokens of each, head_dim]: queries that share a KV head share one product
@@ -34,20 +41,24 @@ def _attend(queries: Tensor, layer_blocks: Tensor, span: Span, scale: float) -> 
     grouped = grouped.permute(0, 2, 3, 1, 4).reshape(sequences, kv_heads, -1, head_dim)
 
     if len(span.key_blocks) == 1:
-        scores, values = _scores(grouped, layer_blocks, span, 0)
+        scores, values = _scores(grouped, layer_blocks, span, 0, kv_scales)
         mixed = torch.matmul(scores.softmax(dim=-1), values)
     else:
-        mixed = _running_softmax(grouped, layer_blocks, span)
+        mixed = _running_softmax(grouped, layer_blocks, span, kv_scales)
 
     mixed = mixed.view(sequences, kv_heads, -1, tokens // sequences, head_dim).permute(0, 3, 1, 2, 4)
     return mixed.reshape(tokens, heads, head_dim).to(queries.dtype)
 
 
-def _scores(grouped: Tensor, layer_blocks: Tensor, span: Span, block: int) -> tuple[Tensor, Tensor]:
+def _scores(
+    grouped: Tensor, layer_blocks: Tensor, span: Span, block: int, kv_scales: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Masked scores `[sequences, kv_heads, queries, keys]` and values of one block of keys, both float32."""
     key_block = span.key_blocks[block]
-    gathered = layer_blocks.index_select(0, key_block.blocks)
+    gathered = as_bytes(layer_blocks).index_select(0, key_block.blocks).view(layer_blocks.dtype)
     kv = gathered.view(2, span.sequences, span.kv_heads, -1, grouped.shape[-1]).float()
+    if kv_scales is not None:
+        kv *= kv_scales.view(2, 1, span.kv_heads, 1, 1)
     scores = torch.matmul(grouped, kv[0].mT)
     if key_block.mask is not None:
         per_query = scores.view(*scores.shape[:2], -1, key_block.mask.shape[-2], scores.shape[-1])
@@ -55,12 +66,14 @@ def _scores(grouped: Tensor, layer_blocks: Tensor, span: Span, block: int) -> tu
     return scores, kv[1]
 
 
-def _running_softmax(grouped: Tensor, layer_blocks: Tensor, span: Span) -> Tensor:
+def _running_softmax(
+    grouped: Tensor, layer_blocks: Tensor, span: Span, kv_scales: Tensor | None
+) -> Tensor:
     """Softmax over several key blocks. Masked scores are hugely negative but finite, so a block that a
     query sees nothing of contributes garbage only until the rescaling by the first one it does see."""
     highest = total = mixed = None
     for block in range(len(span.key_blocks)):
-        scores, values = _scores(grouped, layer_blocks, span, block)
+        scores, values = _scores(grouped, layer_blocks, span, block, kv_scales)
         block_highest = scores.amax(dim=-1, keepdim=True)
         if highest is None or total is None or mixed is None:
             highest = block_highest

@@ -12,6 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from services.engine.ops.dependent_launch import await_earlier, launch_options, let_next_start
+from services.engine.ops.fp8 import FP8, as_bytes
+
 LOG2_E = 1.4426950408889634
 MAX_SPLITS = 32
 
@@ -26,6 +29,7 @@ def decode_attention(
     window: int | None = None,
     splits: int = 1,
     out: Tensor | None = None,
+    kv_scales: Tensor | None = None,
 ) -> Tensor:
     """`[batch, heads, head_dim]` to the same shape and dtype.
 
@@ -33,12 +37,15 @@ def decode_attention(
     `lengths` int32 `[batch]` the tokens each sequence has including the one that asks; a sequence of length
     0 gives zeros and reads no page. With a `window`, the query sees itself and the window - 1 tokens before.
     `out`, if given, is where the result goes: dense, such as the first rows of a step's output.
+    `kv_scales` is `KvPool.layer_scales`: None, or float32 `[2, kv_heads]` for a pool of fp8.
     """
     if queries.is_cuda:
         return decode_attention_kernel(
-            queries, pool, layer, page_tables, lengths, scale, window, splits=splits, out=out
+            queries, pool, layer, page_tables, lengths, scale, window, kv_scales, splits=splits, out=out
         )
-    return decode_attention_reference(queries, pool, layer, page_tables, lengths, scale, window, out)
+    return decode_attention_reference(
+        queries, pool, layer, page_tables, lengths, scale, window, out, kv_scales
+    )
 
 
 def decode_splits(batch: int, kv_heads: int, context_tokens: int, processors: int) -> int:
@@ -52,6 +59,15 @@ def decode_splits(batch: int, kv_heads: int, context_tokens: int, processors: in
     return splits
 
 
+def check_kv_dtype(queries: Tensor, pool: Tensor, kv_scales: Tensor | None) -> None:
+    """Raises ValueError unless the pool is of the queries' dtype, or of fp8 and has scales."""
+    if pool.dtype != (queries.dtype if kv_scales is None else FP8):
+        raise ValueError(
+            f"queries of {queries.dtype} do not go with a pool of {pool.dtype} "
+            f"{'without' if kv_scales is None else 'and its'} scales"
+        )
+
+
 def decode_attention_reference(
     queries: Tensor,
     pool: Tensor,
@@ -61,6 +77,7 @@ def decode_attention_reference(
     scale: float,
     window: int | None = None,
     out: Tensor | None = None,
+    kv_scales: Tensor | None = None,
 ) -> Tensor:
     """`decode_attention` one sequence after the other, dense in float32."""
     kv_heads, head_dim = pool.shape[3], pool.shape[5]
@@ -69,7 +86,9 @@ def decode_attention_reference(
         if length == 0:
             continue
         first = 0 if window is None else max(0, length - window)
-        held = pool[page_tables[at].clamp(min=0).long(), layer].float()
+        held = as_bytes(pool)[page_tables[at].clamp(min=0).long(), layer].view(pool.dtype).float()
+        if kv_scales is not None:
+            held *= kv_scales[:, :, None, None]
         keys, values = held.permute(1, 2, 0, 3, 4).reshape(2, kv_heads, -1, head_dim)[:, :, first:length]
         grouped = queries[at].float().view(kv_heads, -1, head_dim)
         weights = (torch.matmul(grouped, keys.mT) * scale).softmax(dim=-1)
@@ -85,6 +104,7 @@ def decode_attention_kernel(
     lengths: Tensor,
     scale: float,
     window: int | None = None,
+    kv_scales: Tensor | None = None,
     *,
     out: Tensor | None = None,
     splits: int = 1,
@@ -95,8 +115,9 @@ def decode_attention_kernel(
     """`decode_attention` in one launch, or two if `splits` > 1. Raises ValueError on what it cannot take."""
     batch, heads, head_dim = queries.shape
     _, _, _, kv_heads, page_size, pool_head_dim = pool.shape
-    if pool_head_dim != head_dim or heads % kv_heads or queries.dtype != pool.dtype:
+    if pool_head_dim != head_dim or heads % kv_heads:
         raise ValueError(f"queries {tuple(queries.shape)} do not go with a pool {tuple(pool.shape)}")
+    check_kv_dtype(queries, pool, kv_scales)
     if page_tables.dtype != torch.int32 or lengths.dtype != torch.int32 or page_tables.stride(1) != 1:
         raise ValueError("page_tables and lengths must be int32, and page_tables dense along a sequence")
     if splits < 1:
@@ -118,11 +139,13 @@ def decode_attention_kernel(
     block_dim = max(16, triton.next_power_of_2(head_dim))  # the least that tl.dot takes
     if block_keys is None:  # float32 products run without tensor cores, and larger tiles would spill
         block_keys = 16 if queries.element_size() == 4 else 64
+    options = launch_options(queries)
     _decode[(batch, kv_heads, splits)](
         queries,
         kv,
         page_tables,
         lengths,
+        weight if kv_scales is None else kv_scales,
         out,
         partial,
         weight,
@@ -142,8 +165,10 @@ def decode_attention_kernel(
         BLOCK_KEYS=block_keys,
         WINDOW=window or 0,
         SPLITS=splits,
+        SCALED=kv_scales is not None,
         num_warps=num_warps,
         num_stages=num_stages,
+        **options,
     )
     if splits > 1:
         _combine[(batch, heads)](
@@ -156,6 +181,7 @@ def decode_attention_kernel(
             SPLITS=splits,
             BLOCK_SPLITS=triton.next_power_of_2(splits),
             num_warps=4,
+            **options,
         )
     return out
 
@@ -166,6 +192,7 @@ def _decode(
     kv_ptr: tl.tensor,
     tables_ptr: tl.tensor,
     lengths_ptr: tl.tensor,
+    scales_ptr: tl.tensor,
     out_ptr: tl.tensor,
     partial_ptr: tl.tensor,
     weight_ptr: tl.tensor,
@@ -185,7 +212,11 @@ def _decode(
     BLOCK_KEYS: tl.constexpr,
     WINDOW: tl.constexpr,
     SPLITS: tl.constexpr,
+    SCALED: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
+    let_next_start(PDL)
+    await_earlier(PDL)
     sequence = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
@@ -207,6 +238,8 @@ def _decode(
     query = tl.load(queries_ptr + place, mask=is_query, other=0.0)
     table = tables_ptr + sequence * table_sequence
     kv = kv_ptr + kv_head * kv_head_stride
+    if SCALED:
+        scale *= tl.load(scales_ptr + kv_head)
     # Finite, so that the difference of two of them is no NaN; no key's score is as low.
     highest = tl.full([BLOCK_GROUP], -1.0e30, dtype=tl.float32)
     total = tl.zeros([BLOCK_GROUP], dtype=tl.float32)
@@ -218,18 +251,20 @@ def _decode(
         page = tl.load(table + key // PAGE_SIZE, mask=seen, other=0).to(tl.int64)
         row = page * kv_page + (key % PAGE_SIZE) * HEAD_DIM
         spot = kv + row[:, None] + column[None, :]
-        keys = tl.load(spot, mask=seen[:, None] & in_dim[None, :], other=0.0)
+        keys = tl.load(spot, mask=seen[:, None] & in_dim[None, :], other=0.0).to(query.dtype)
         scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale
         scores = tl.where(seen[None, :], scores, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(scores, axis=1))
         shrink = tl.exp2(highest - new_highest)
         weights = tl.exp2(scores - new_highest[:, None])
         total = total * shrink + tl.sum(weights, axis=1)
-        values = tl.load(spot + kv_value, mask=seen[:, None] & in_dim[None, :], other=0.0)
+        values = tl.load(spot + kv_value, mask=seen[:, None] & in_dim[None, :], other=0.0).to(query.dtype)
         mixed = tl.dot(weights.to(values.dtype), values, mixed * shrink[:, None], input_precision="ieee")
         highest = new_highest
 
     mixed = mixed / tl.where(total > 0.0, total, 1.0)[:, None]
+    if SCALED:
+        mixed *= tl.load(scales_ptr + KV_HEADS + kv_head)
     row = sequence * (KV_HEADS * GROUP) + head
     if SPLITS == 1:
         target = out_ptr + row[:, None] * HEAD_DIM + column[None, :]
@@ -251,7 +286,10 @@ def _combine(
     BLOCK_DIM: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
+    let_next_start(PDL)
+    await_earlier(PDL)
     row = tl.program_id(0).to(tl.int64) * HEADS + tl.program_id(1)
     split = tl.arange(0, BLOCK_SPLITS)
     column = tl.arange(0, BLOCK_DIM)

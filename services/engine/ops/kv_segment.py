@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from services.engine.ops.fp8 import FP8, FP8_NAN, as_bytes
+
 TILE_BYTES = 16 << 10
 """What one program copies: whole rows of head_dim of one head, layer and kind."""
 
@@ -30,7 +32,8 @@ def pack_segment(pool: Tensor, pages: Tensor, first_offset: int, segment: Tensor
 
 def unpack_segment(pool: Tensor, pages: Tensor, first_offset: int, segment: Tensor) -> None:
     """Scatter `segment` into `pages`: the inverse of `pack_segment`. Tokens of the first and last page that
-    lie outside the segment keep their values. Non-finite numbers are stored as finite ones (see kv_write)."""
+    lie outside the segment keep their values. Non-finite numbers are stored as finite ones (see kv_write),
+    in fp8 its only NaN as 0."""
     if pool.is_cuda and segment.is_cuda:
         unpack_segment_kernel(pool, pages, first_offset, segment)
     else:
@@ -41,6 +44,7 @@ def pack_segment_reference(pool: Tensor, pages: Tensor, first_offset: int, segme
     """`pack_segment` by torch operations."""
     tokens = segment.shape[3]
     kv_heads, layers, _, _, head_dim = segment.shape
+    pool, segment = as_bytes(pool), as_bytes(segment)
     gathered = pool.index_select(0, pages).permute(3, 1, 2, 0, 4, 5)
     if first_offset == 0 and tokens == pages.numel() * pool.shape[4]:
         segment.view(kv_heads, layers, 2, pages.numel(), -1, head_dim).copy_(gathered)
@@ -54,7 +58,8 @@ def unpack_segment_reference(pool: Tensor, pages: Tensor, first_offset: int, seg
     tokens = segment.shape[3]
     kv_heads, layers, _, _, head_dim = segment.shape
     page_size = pool.shape[4]
-    incoming = segment.nan_to_num()
+    incoming = without_nan(segment)
+    pool = as_bytes(pool)
     if first_offset == 0 and tokens == pages.numel() * page_size:
         by_page = incoming.view(kv_heads, layers, 2, pages.numel(), page_size, head_dim)
         pool.index_copy_(0, pages, by_page.permute(3, 1, 2, 0, 4, 5))
@@ -64,6 +69,14 @@ def unpack_segment_reference(pool: Tensor, pages: Tensor, first_offset: int, seg
     dense[:, :, :, first_offset : first_offset + tokens] = incoming
     by_page = dense.view(kv_heads, layers, 2, pages.numel(), page_size, head_dim)
     pool.index_copy_(0, pages, by_page.permute(3, 1, 2, 0, 4, 5))
+
+
+def without_nan(segment: Tensor) -> Tensor:
+    """Finite numbers in the place of others; fp8 as uint8."""
+    if segment.dtype != FP8:
+        return segment.nan_to_num()
+    stored = as_bytes(segment)
+    return stored.masked_fill((stored & FP8_NAN) == FP8_NAN, 0)
 
 
 def index_of(pages: list[int], device: torch.device) -> Tensor:
@@ -93,10 +106,11 @@ def _launch(pool: Tensor, pages: Tensor, first_offset: int, segment: Tensor, unp
     block_dim = triton.next_power_of_2(head_dim)
     block_tokens = max(1, TILE_BYTES // (block_dim * pool.element_size()))
     block_tokens = min(block_tokens, triton.next_power_of_2(tokens))
+    is_fp8 = pool.dtype == FP8
     _move[(kv_heads * layers * 2, triton.cdiv(tokens, block_tokens))](
-        pool,
+        as_bytes(pool),
         pages,
-        segment,
+        as_bytes(segment),
         first_offset,
         tokens,
         KV_HEADS=kv_heads,
@@ -106,6 +120,7 @@ def _launch(pool: Tensor, pages: Tensor, first_offset: int, segment: Tensor, unp
         BLOCK_DIM=block_dim,
         BLOCK_TOKENS=block_tokens,
         UNPACK=unpack,
+        IS_FP8=is_fp8,
         FINITE_MAX=torch.finfo(pool.dtype).max,
         num_warps=4,
     )
@@ -125,6 +140,7 @@ def _move(
     BLOCK_DIM: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     UNPACK: tl.constexpr,
+    IS_FP8: tl.constexpr,
     FINITE_MAX: tl.constexpr,
 ) -> None:
     plane = tl.program_id(0).to(tl.int64)  # (kv_head * LAYERS + layer) * 2 + kind, as in the segment
@@ -140,11 +156,14 @@ def _move(
     block = (page * (2 * LAYERS) + layer_and_kind) * KV_HEADS + kv_head
     in_pool = pool_ptr + ((block * PAGE_SIZE + place % PAGE_SIZE) * HEAD_DIM)[:, None] + column[None, :]
     in_segment = segment_ptr + ((plane * tokens + token) * HEAD_DIM)[:, None] + column[None, :]
-    if UNPACK:
+    if UNPACK and IS_FP8:
+        incoming = tl.load(in_segment, mask=mask, other=0)
+        tl.store(in_pool, tl.where((incoming & 0x7F) == 0x7F, 0, incoming).to(tl.uint8), mask=mask)
+    elif UNPACK:
         incoming = tl.load(in_segment, mask=mask, other=0.0)
         value = incoming.to(tl.float32)
         value = tl.where(value == value, value, 0.0)
         value = tl.minimum(tl.maximum(value, -FINITE_MAX), FINITE_MAX)
         tl.store(in_pool, value.to(incoming.dtype), mask=mask)
     else:
-        tl.store(in_segment, tl.load(in_pool, mask=mask, other=0.0), mask=mask)
+        tl.store(in_segment, tl.load(in_pool, mask=mask, other=0), mask=mask)

@@ -3,7 +3,8 @@
 
 A program takes a tile of (token, query head of one KV head) rows, so that heads that share keys share their
 loads and a tile spans few tokens, which wastes little on the diagonal. Keys up to the tile's first token
-need no mask and come first. CUDA tensors go to the kernel, others to the reference.
+need no mask and come first. CUDA tensors go to the kernel, or to Hopper's own where that takes them
+(hopper_attention.py), others to the reference.
 """
 
 import torch
@@ -11,7 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from services.engine.ops.decode_attention import LOG2_E
+from services.engine.ops import hopper_attention
+from services.engine.ops.decode_attention import LOG2_E, check_kv_dtype
+from services.engine.ops.fp8 import as_bytes
 
 
 def prefill_attention(
@@ -26,6 +29,7 @@ def prefill_attention(
     scale: float,
     window: int | None = None,
     out: Tensor | None = None,
+    kv_scales: Tensor | None = None,
 ) -> Tensor:
     """`[tokens, heads, head_dim]` to the same shape and dtype.
 
@@ -36,11 +40,15 @@ def prefill_attention(
 
     With a `window`, a query sees itself and the window - 1 tokens before. `out`, if given, is where the
     result goes (dense); tokens of no sequence keep what it held, and are undefined in a new tensor.
+    `kv_scales` is `KvPool.layer_scales`: None, or float32 `[2, kv_heads]` for a pool of fp8.
     """
     arguments = (queries, pool, layer, query_starts, query_counts, context_starts, page_tables)
+    if hopper_attention.takes(queries, pool, window):
+        out = torch.empty_like(queries, memory_format=torch.contiguous_format) if out is None else out
+        return hopper_attention.hopper_prefill_attention(*arguments, max_query_count, scale, out)
     if queries.is_cuda:
-        return prefill_attention_kernel(*arguments, max_query_count, scale, window, out=out)
-    return prefill_attention_reference(*arguments, scale, window, out)
+        return prefill_attention_kernel(*arguments, max_query_count, scale, window, kv_scales, out=out)
+    return prefill_attention_reference(*arguments, scale, window, out, kv_scales)
 
 
 def prefill_attention_reference(
@@ -54,6 +62,7 @@ def prefill_attention_reference(
     scale: float,
     window: int | None = None,
     out: Tensor | None = None,
+    kv_scales: Tensor | None = None,
 ) -> Tensor:
     """`prefill_attention` one sequence after the other, dense in float32."""
     kv_heads, head_dim = pool.shape[3], pool.shape[5]
@@ -61,7 +70,9 @@ def prefill_attention_reference(
     ranges = zip(query_starts.tolist(), query_counts.tolist(), context_starts.tolist(), strict=True)
     for at, (first, count, position) in enumerate(ranges):
         end = position + count
-        held = pool[page_tables[at].clamp(min=0).long(), layer].float()
+        held = as_bytes(pool)[page_tables[at].clamp(min=0).long(), layer].view(pool.dtype).float()
+        if kv_scales is not None:
+            held *= kv_scales[:, :, None, None]
         keys, values = held.permute(1, 2, 0, 3, 4).reshape(2, kv_heads, 1, -1, head_dim)[..., :end, :]
         asking = queries[first : first + count].float().view(count, kv_heads, -1, head_dim)
         scores = torch.matmul(asking.permute(1, 2, 0, 3), keys.mT) * scale
@@ -86,6 +97,7 @@ def prefill_attention_kernel(
     max_query_count: int,
     scale: float,
     window: int | None = None,
+    kv_scales: Tensor | None = None,
     *,
     out: Tensor | None = None,
     block_rows: int | None = None,
@@ -96,14 +108,15 @@ def prefill_attention_kernel(
     """`prefill_attention` in one launch. Raises ValueError on what it cannot take."""
     tokens, heads, head_dim = queries.shape
     _, _, _, kv_heads, page_size, pool_head_dim = pool.shape
-    if pool_head_dim != head_dim or heads % kv_heads or queries.dtype != pool.dtype:
+    if pool_head_dim != head_dim or heads % kv_heads:
         raise ValueError(f"queries {tuple(queries.shape)} do not go with a pool {tuple(pool.shape)}")
+    check_kv_dtype(queries, pool, kv_scales)
     integers = (query_starts, query_counts, context_starts, page_tables)
     if any(tensor.dtype != torch.int32 for tensor in integers) or page_tables.stride(1) != 1:
         raise ValueError("starts, counts and page_tables must be int32, page_tables dense along a sequence")
     group = heads // kv_heads
     block_dim = max(16, triton.next_power_of_2(head_dim))  # the least that tl.dot takes
-    sizes = _default_blocks(group, block_dim, queries.element_size())
+    sizes = _default_blocks(group, block_dim, queries.element_size(), pool.element_size())
     rows = block_rows or sizes[0]
     if rows < group:
         raise ValueError(f"block_rows {rows} must hold the {group} query heads of a KV head")
@@ -125,6 +138,7 @@ def prefill_attention_kernel(
         query_counts,
         context_starts,
         page_tables,
+        page_tables if kv_scales is None else kv_scales,
         out,
         queries.stride(0),
         queries.stride(1),
@@ -141,19 +155,26 @@ def prefill_attention_kernel(
         BLOCK_ROWS=rows,
         BLOCK_KEYS=block_keys or sizes[1],
         WINDOW=window or 0,
+        SCALED=kv_scales is not None,
         num_warps=num_warps or sizes[2],
         num_stages=num_stages or sizes[3],
     )
     return out
 
 
-def _default_blocks(group: int, block_dim: int, element_bytes: int) -> tuple[int, int, int, int]:
+def _default_blocks(
+    group: int, block_dim: int, element_bytes: int, kv_element_bytes: int
+) -> tuple[int, int, int, int]:
     """Rows, keys, warps and stages that fit Hopper's registers and 227 KiB of shared memory (seen in what
     the compiler reports for sm_90: none of these spills at head_dim 128 or 256). 128 keys in 2 stages are
-    13 % faster than 64 in 3 at 8192 tokens on an H200, and 2 % slower at 1024 (deploy/bench/kernels.py)."""
+    13 % faster than 64 in 3 at 8192 tokens on an H200, and 2 % slower at 1024 (deploy/bench/kernels.py).
+    Keys of fp8 are converted in registers, of which 128 keys need too many."""
     if element_bytes == 4:  # float32 products run without tensor cores, and larger tiles would spill
         return max(16, triton.next_power_of_2(group)), 16, 4, 2 if block_dim <= 128 else 1
-    return max(128, triton.next_power_of_2(group)), 128 if block_dim <= 128 else 64, 8, 2
+    rows = max(128, triton.next_power_of_2(group))
+    if kv_element_bytes == 1:
+        return (rows, 64, 8, 3) if block_dim <= 128 else (rows, 32, 8, 2)
+    return rows, 128 if block_dim <= 128 else 64, 8, 2
 
 
 @triton.jit
@@ -164,6 +185,7 @@ def _prefill(
     counts_ptr: tl.tensor,
     contexts_ptr: tl.tensor,
     tables_ptr: tl.tensor,
+    scales_ptr: tl.tensor,
     out_ptr: tl.tensor,
     query_token: tl.tensor,
     query_head: tl.tensor,
@@ -180,6 +202,7 @@ def _prefill(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     WINDOW: tl.constexpr,
+    SCALED: tl.constexpr,
 ) -> None:
     TOKENS: tl.constexpr = BLOCK_ROWS // GROUP  # rows left over, if the group is no power of two, are idle
     kv_head = tl.program_id(0)
@@ -211,6 +234,8 @@ def _prefill(
 
     table = tables_ptr + sequence.to(tl.int64) * table_sequence
     kv = kv_ptr + kv_head * kv_head_stride
+    if SCALED:
+        scale *= tl.load(scales_ptr + kv_head)
     # Finite, so that a row that sees nothing of a block makes no NaN.
     highest = tl.full([BLOCK_ROWS], -1.0e30, dtype=tl.float32)
     total = tl.zeros([BLOCK_ROWS], dtype=tl.float32)
@@ -227,6 +252,8 @@ def _prefill(
         )  # fmt: skip
 
     mixed = mixed / total[:, None]
+    if SCALED:
+        mixed *= tl.load(scales_ptr + HEADS // GROUP + kv_head)
     target = (query_start + token)[:, None] * (HEADS * HEAD_DIM) + head[:, None] * HEAD_DIM + column[None, :]
     tl.store(out_ptr + target, mixed.to(query.dtype), mask=is_query)
 
@@ -260,7 +287,7 @@ def _attend(
     page = tl.load(table + key // PAGE_SIZE, mask=held, other=0).to(tl.int64)
     spot = kv + (page * kv_page + (key % PAGE_SIZE) * HEAD_DIM)[:, None] + column[None, :]
     is_key = held[:, None] & in_dim[None, :]
-    keys = tl.load(spot, mask=is_key, other=0.0)
+    keys = tl.load(spot, mask=is_key, other=0.0).to(query.dtype)
     scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale
     if MASKED:
         seen = key[None, :] <= position[:, None]
@@ -271,6 +298,6 @@ def _attend(
     shrink = tl.exp2(highest - new_highest)
     weights = tl.exp2(scores - new_highest[:, None])
     total = total * shrink + tl.sum(weights, axis=1)
-    values = tl.load(spot + kv_value, mask=is_key, other=0.0)
+    values = tl.load(spot + kv_value, mask=is_key, other=0.0).to(query.dtype)
     mixed = tl.dot(weights.to(values.dtype), values, mixed * shrink[:, None], input_precision="ieee")
     return new_highest, total, mixed

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from services.engine.ops.dependent_launch import await_earlier, launch_options, let_next_start
+from services.engine.ops.fp8 import FP8
 from services.engine.ops.kv_write import write_kv
 from services.engine.ops.rms_norm import head_rms_norm
 from services.engine.ops.rotary import rotate
@@ -22,6 +24,7 @@ def qkv_to_pool(
     sin: Tensor,
     layer_rows: Tensor,
     write_index: Tensor,
+    kv_scales: Tensor | None = None,
 ) -> Tensor:
     """Returns the rotated queries `[tokens, heads, head_dim]` and writes keys and values into the pool.
 
@@ -30,10 +33,11 @@ def qkv_to_pool(
     (rope.py). `layer_rows` is `KvPool.layer_rows[layer]`, `write_index` int64 `[tokens * 2 * kv_heads]` the
     row of each head, keys first; a negative row is not written, which is how a CUDA graph's unused
     places leave the pool alone. Numbers that overflowed are stored as finite ones (see kv_write).
+    `kv_scales` is `KvPool.layer_scales`: None, or float32 `[2, kv_heads]` for a pool of fp8.
     """
     if qkv.is_cuda:
-        return qkv_to_pool_kernel(qkv, head_norm, eps, cos, sin, layer_rows, write_index)
-    return qkv_to_pool_reference(qkv, head_norm, eps, cos, sin, layer_rows, write_index)
+        return qkv_to_pool_kernel(qkv, head_norm, eps, cos, sin, layer_rows, write_index, kv_scales)
+    return qkv_to_pool_reference(qkv, head_norm, eps, cos, sin, layer_rows, write_index, kv_scales)
 
 
 def qkv_to_pool_reference(
@@ -44,6 +48,7 @@ def qkv_to_pool_reference(
     sin: Tensor,
     layer_rows: Tensor,
     write_index: Tensor,
+    kv_scales: Tensor | None = None,
 ) -> Tensor:
     """`qkv_to_pool` by torch operations."""
     kv_heads = write_index.numel() // (2 * qkv.shape[0])
@@ -52,9 +57,8 @@ def qkv_to_pool_reference(
     if head_norm is not None:
         rotated = head_rms_norm(rotated, head_norm, eps)
     rotated = rotate(rotated, cos, sin)
-    kv = torch.cat((rotated[:, heads:], qkv[:, heads + kv_heads :]), dim=1).flatten(0, 1)
-    written = write_index >= 0
-    write_kv(layer_rows, write_index[written], kv[written])
+    kv = torch.cat((rotated[:, heads:], qkv[:, heads + kv_heads :]), dim=1)
+    write_kv(layer_rows, write_index, kv, kv_scales)
     return rotated[:, :heads]
 
 
@@ -66,6 +70,7 @@ def qkv_to_pool_kernel(
     sin: Tensor,
     layer_rows: Tensor,
     write_index: Tensor,
+    kv_scales: Tensor | None = None,
     *,
     block_heads: int = 16,
     num_warps: int = 4,
@@ -80,6 +85,8 @@ def qkv_to_pool_kernel(
         raise ValueError(f"head_dim {head_dim} must be even, and layer_rows dense rows of it")
     if not (cos.is_contiguous() and sin.is_contiguous() and cos.numel() == sin.numel() == tokens * head_dim):
         raise ValueError(f"cos and sin must be dense [tokens, 1, head_dim], are {tuple(cos.shape)}")
+    if (layer_rows.dtype == FP8) != (kv_scales is not None):
+        raise ValueError(f"a pool of {layer_rows.dtype} goes with scales only if it is of fp8")
     queries = torch.empty((tokens, heads, head_dim), dtype=qkv.dtype, device=qkv.device)
     if tokens == 0:
         return queries
@@ -90,6 +97,7 @@ def qkv_to_pool_kernel(
         sin,
         layer_rows,
         write_index,
+        cos if kv_scales is None else kv_scales,
         queries,
         qkv.stride(0),
         eps,
@@ -99,8 +107,10 @@ def qkv_to_pool_kernel(
         BLOCK_HALF=triton.next_power_of_2(head_dim // 2),
         BLOCK_HEADS=block_heads,
         NORM=head_norm is not None,
+        SCALED=kv_scales is not None,
         FINITE_MAX=torch.finfo(layer_rows.dtype).max,
         num_warps=num_warps,
+        **launch_options(qkv),
     )
     return queries
 
@@ -113,6 +123,7 @@ def _qkv_to_pool(
     sin_ptr: tl.tensor,
     rows_ptr: tl.tensor,
     index_ptr: tl.tensor,
+    scales_ptr: tl.tensor,
     queries_ptr: tl.tensor,
     token_stride: tl.tensor,
     eps: tl.tensor,
@@ -122,8 +133,12 @@ def _qkv_to_pool(
     BLOCK_HALF: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     NORM: tl.constexpr,
+    SCALED: tl.constexpr,
     FINITE_MAX: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
+    let_next_start(PDL)
+    await_earlier(PDL)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     column = tl.arange(0, BLOCK_HALF)
@@ -164,6 +179,10 @@ def _qkv_to_pool(
     row = tl.load(index_ptr + token * (2 * KV_HEADS) + kv_head, mask=is_kv, other=-1).to(tl.int64)
     written = (row >= 0)[:, None] & in_half[None, :]
     target = rows_ptr + row[:, None] * (2 * HALF) + column[None, :]
+    if SCALED:
+        kv_scale = tl.load(scales_ptr + kv_head, mask=is_kv, other=1.0)[:, None]
+        first_out = tl.math.div_rn(first_out, kv_scale)
+        second_out = tl.math.div_rn(second_out, kv_scale)
     first_kv = tl.where(first_out == first_out, first_out, 0.0)
     second_kv = tl.where(second_out == second_out, second_out, 0.0)
     first_kv = tl.minimum(tl.maximum(first_kv, -FINITE_MAX), FINITE_MAX)

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from services.engine.ops.dependent_launch import await_earlier, launch_options, let_next_start
+
 TILE_ELEMENTS = 4096
 """Short rows (heads) share a program until it holds this many elements."""
 
@@ -99,6 +101,7 @@ def _launch(
         BLOCK_ROWS=block_rows,
         ADD=residual is not None,
         num_warps=warps,
+        **launch_options(x),
     )
 
 
@@ -119,7 +122,10 @@ def _rms_norm(
     BLOCK: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     ADD: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
+    let_next_start(PDL)
+    await_earlier(PDL)
     token = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.arange(0, BLOCK)

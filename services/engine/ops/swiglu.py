@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from services.engine.ops.dependent_launch import await_earlier, launch_options, let_next_start
+
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """`silu(gate) * up` for `gate_up` `[tokens, 2 * size]`, gate first; returns `[tokens, size]`."""
@@ -25,7 +27,9 @@ def silu_mul_kernel(gate_up: Tensor, block: int = 1024, num_warps: int = 4) -> T
     out = torch.empty((tokens, size), dtype=rows.dtype, device=rows.device)
     if tokens:
         grid = (tokens, triton.cdiv(size, block))
-        _silu_mul[grid](rows, out, rows.stride(0), size, BLOCK=block, num_warps=num_warps)
+        _silu_mul[grid](
+            rows, out, rows.stride(0), size, BLOCK=block, num_warps=num_warps, **launch_options(rows)
+        )
     return out
 
 
@@ -36,7 +40,10 @@ def _silu_mul(
     row_stride: tl.tensor,
     size: tl.tensor,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
+    let_next_start(PDL)
+    await_earlier(PDL)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < size

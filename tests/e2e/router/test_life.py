@@ -209,4 +209,4 @@ def test_a_bad_start_is_one_message(tmp_path: Path) -> None:
     }
     done = subprocess.run([sys.executable, "-c", START, json.dumps(given)], capture_output=True, text=True)
     assert done.returncode != 0
-    assert f"RouterConfigError: {tmp_path}/tokenizer.json does not exist" in done.stderr
+    assert f"RouterConfigError: {tmp_path} has no tokenizer: looked for tokenizer.json" in done.stderr

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from deploy.cli import run
+from services.memory.measure import NotMeasurable
 from services.memory.sizes import parse_bytes
 
 WORKER = ["--role", "unified", "--listen", "ipc:///run/w"]
@@ -34,6 +35,13 @@ def model_dir(tmp_path: Path) -> str:
         (["serve", "MODEL", "--mem-fraction", "half"], "--mem-fraction: 'half' is not a number"),
         (["serve", "MODEL", "--device", "tpu"], "--device: 'tpu' is not one of auto, cpu, cuda"),
         (["serve", "MODEL", "--dtype", "int8"], "--dtype: 'int8' is not one of"),
+        (["serve", "MODEL", "--kv-dtype", "int4"], "--kv-dtype: 'int4' is not one of auto, fp8"),
+        (["serve", "MODEL", "--kv-cache-dtype", "fp4"], "--kv-dtype: 'fp4' is not one of auto, fp8"),
+        (["serve", "MODEL", "--quantization", "awq"], "--quantization: 'awq' is not one of none, fp8"),
+        (
+            ["plan", "MODEL", "--device", "cuda", "--dtype", "float16", "--quantization", "fp8"],
+            "--quantization fp8 on cuda with --dtype float16 is not supported (supported: --dtype bfloat16)",
+        ),
         (["serve", "MODEL", "--load-format", "bin"], "--load-format: 'bin' is not one of auto, dummy"),
         (["serve", "MODEL", "--mover", "pigeon"], "--mover: 'pigeon' is not one of"),
         (["serve", "MODEL", "--port", "70000"], "--port: 70000 is out of range; allowed are 0 to 65535"),
@@ -71,6 +79,15 @@ def model_dir(tmp_path: Path) -> str:
         (["memory", "--url", "ftp://x"], "--url: 'ftp://x' is not an http:// or https:// address"),
         (["memory", "--url", "http://127.0.0.1:1"], "--url: http://127.0.0.1:1/memory cannot be reached"),
         (["keys"], "DIRECTORY is missing"),
+        (["bench", "frobnicate"], "No such command 'frobnicate'"),
+        (["bench", "engine", "--model-config", "gpt-9"], "'gpt-9' is neither a known model (qwen3-8b, "),
+        (["bench", "engine", "--device", "cpu", "--model-config", "MODEL"], "architecture None is not"),
+        (["bench", "engine", "--device", "cpu", "--model-config", "BROKEN"], "config.json: not valid JSON"),
+        (["bench", "engine"], "--device cuda: no NVIDIA driver; use --device cpu"),
+        (["bench", "engine", "--device", "cpu", "--only", "trace"], "--only trace: --trace is missing"),
+        (["bench", "engine", "--only", "all"], "--only: 'all' is not one of ready, decode, prefill"),
+        (["bench", "engine", "--out", "/nowhere/x.json"], "--out: /nowhere is not a directory"),
+        (["bench", "engine", "--shrink", "0"], "--shrink: 0 is out of range"),
     ],
 )
 def test_one_line_and_code_2(
@@ -92,7 +109,12 @@ def test_one_line_and_code_2(
         "LIST": str(tmp_path / "list"),
         "BARE": str(tmp_path / "bare"),
     }
+
+    def no_gpu(device_index: int) -> None:
+        raise NotMeasurable("no NVIDIA driver")
+
     monkeypatch.setattr("deploy.commands.serve.gpu_count", lambda: 0)
+    monkeypatch.setattr("deploy.planning.gpu_facts", no_gpu)
     code = run([places.get(argument, argument) for argument in arguments])
     printed = capsys.readouterr()
     assert code == 2
@@ -126,8 +148,9 @@ def test_nothing_heavy_for_nothing() -> None:
 
 
 def test_help_of_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("serve", "plan", "memory", "router", "worker", "transfer", "keys", "version"):
-        assert run([command, "--help"]) == 0
+    commands = ("serve", "plan", "memory", "router", "worker", "transfer", "keys", "version", "bench engine")
+    for command in commands:
+        assert run([*command.split(), "--help"]) == 0
         text = capsys.readouterr().out
         assert "--config" in text
         assert "--run-dir" not in text

@@ -54,6 +54,8 @@ def test_command_lines_say_what_was_asked_for() -> None:
         device_memory=3 << 30,
         max_model_len=512,
         page_size=32,
+        kv_dtype="fp8",
+        quantization="fp8",
         staging_slots=8,
         staging_slot_bytes=4096,
         checksum=True,
@@ -77,6 +79,7 @@ def test_command_lines_say_what_was_asked_for() -> None:
         assert (worker.staging_slots, worker.staging_slot_bytes) == (8, 4096)
         assert (worker.dtype, worker.mem_fraction, worker.device_memory) == ("bfloat16", 0.4, 3 << 30)
         assert (worker.max_model_len, worker.page_size, worker.prefix_cache) == (512, 32, False)
+        assert (worker.kv_dtype, worker.quantization) == ("fp8", "fp8")
         assert worker.drain_timeout < settings.drain_timeout
         assert worker.run_dir == transfer.run_dir == RUN_DIR
     assert isinstance(router, RouterSettings)

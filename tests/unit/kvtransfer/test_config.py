@@ -78,6 +78,7 @@ def test_the_users_transports_are_left_alone() -> None:
         ("kv_heads", {"geometry": msgspec.structs.replace(GEOMETRY, kv_heads=1)}),
         ("head_dim", {"geometry": msgspec.structs.replace(GEOMETRY, head_dim=9)}),
         ("dtype", {"geometry": msgspec.structs.replace(GEOMETRY, dtype="float16")}),
+        ("dtype", {"geometry": msgspec.structs.replace(GEOMETRY, dtype="float8_e4m3fn")}),
         ("mover", {"mover": "nixl/cuda"}),
         ("slot_bytes", {"slot_bytes": 8192}),
     ],

@@ -37,6 +37,17 @@ def test_a_file_of_its_own_comes_first(tmp_path: Path) -> None:
     assert ChatTemplate(tmp_path).render(MESSAGES, True) == "file"
 
 
+def test_special_tokens_of_an_older_checkpoint(tmp_path: Path) -> None:
+    source = "{{ bos_token }} {{ eos_token }} {{ pad_token }}"
+    older = {"bos_token": {"content": "<s>"}, "eos_token": "</s>", "additional_special_tokens": ["x"]}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(older))
+    assert template(tmp_path, source, pad_token="<p>").render(MESSAGES, True) == "<s> </s> <p>"
+    made = template(tmp_path, source, bos_token="<b>", added_tokens_decoder={})
+    assert made.render(MESSAGES, True) == "<b>  "
+    made = ChatTemplate(tmp_path, {"bos_token": "<converted>"})
+    assert made.render(MESSAGES, True) == "<converted>  "
+
+
 def test_the_default_of_named_templates(tmp_path: Path) -> None:
     named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
@@ -79,7 +90,7 @@ def test_no_template_is_said_when_one_is_needed(tmp_path: Path) -> None:
 def test_broken_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(RouterConfigError, match=r"tokenizer_config\.json.*does not compile"):
         template(tmp_path, "{% if %}")
-    with pytest.raises(RouterConfigError, match=r"tokenizer\.json does not exist"):
+    with pytest.raises(RouterConfigError, match=r"has no tokenizer: looked for tokenizer\.json"):
         TextTokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(RouterConfigError, match=r"tokenizer\.json cannot be read"):

@@ -83,7 +83,9 @@ def test_tokens_beyond_the_tokenizer_have_no_text(tokenizer: TextTokenizer) -> N
     assert tokenizer.token_text(tokenizer.size + 5) == ""
 
 
-def test_a_vocabulary_with_byte_fallback_is_detokenized_by_the_library(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def fallback(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
+    """`<s>`, `▁Hi`, `▁there`, and from 4 on a token for each byte."""
     vocab = {
         "<unk>": 0,
         "<s>": 1,
@@ -97,14 +99,40 @@ def test_a_vocabulary_with_byte_fallback_is_detokenized_by_the_library(tmp_path:
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     bpe.add_special_tokens(["<s>"])
-    bpe.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = TextTokenizer(tmp_path)
-    detokenizer = tokenizer.detokenizer()
-    assert isinstance(detokenizer, StreamDetokenizer)
+    directory = tmp_path_factory.mktemp("fallback")
+    bpe.save(str(directory / "tokenizer.json"))
+    return TextTokenizer(directory)
+
+
+def test_a_vocabulary_with_byte_fallback(fallback: TextTokenizer) -> None:
     tokens = [1, 2, 3, *[4 + byte for byte in "é".encode()]]
-    assert "".join(detokenizer.push([token]) for token in tokens) + detokenizer.flush() == "Hi thereé"
-    assert tokenizer.token_bytes(4 + 0xC3) == b"\xc3"
-    assert tokenizer.token_text(3) == " there"
+    for continues, text in ((False, "Hi thereé"), (True, " Hi thereé")):
+        detokenizer = fallback.detokenizer(continues)
+        assert "".join(detokenizer.push([token]) for token in tokens) + detokenizer.flush() == text
+    assert fallback.decode(tokens, skip_special_tokens=True) == "Hi thereé"
+    assert fallback.token_bytes(4 + 0xC3) == b"\xc3"
+    assert fallback.token_text(3) == " there"
+
+
+@given(tokens=st.lists(st.integers(1, 259), max_size=40), cuts=cuts)
+@settings(max_examples=300, deadline=None)
+def test_bytes_that_are_no_text_take_nothing_back(
+    fallback: TextTokenizer, tokens: list[int], cuts: list[int]
+) -> None:
+    words = {1: b"", 2: b" Hi", 3: b" there"}
+    whole = b"".join(words[token] if token < 4 else bytes([token - 4]) for token in tokens)
+    detokenizer = fallback.detokenizer()
+    text = "".join(detokenizer.push(piece) for piece in cut(tokens, cuts)) + detokenizer.flush()
+    assert text == whole.decode("utf-8", "replace").removeprefix(" ")
+
+
+def test_any_other_vocabulary_is_detokenized_by_the_library(tmp_path: Path) -> None:
+    library = Tokenizer(models.WordPiece(vocab={"[UNK]": 0, "play": 1, "##ing": 2}, unk_token="[UNK]"))
+    library.decoder = decoders.WordPiece()
+    library.save(str(tmp_path / "tokenizer.json"))
+    detokenizer = TextTokenizer(tmp_path).detokenizer()
+    assert isinstance(detokenizer, StreamDetokenizer)
+    assert detokenizer.push([1, 2, 1]) + detokenizer.flush() == "playing play"
 
 
 def naive_stop(text: str, stops: list[str], include: bool) -> tuple[str, bool]:

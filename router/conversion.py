@@ -1,0 +1,76 @@
+"""A tokenizer for a checkpoint without `tokenizer.json`, made by transformers in a process of its own.
+
+Loading it here would import torch into the router for good. So `router/convert_tokenizer.py` runs once at
+start, and what it made comes back through a pipe: no file is written that could be left behind.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+
+from router.checkpoint import read_json
+from router.config import RouterConfigError
+
+SENTENCEPIECE_FILE = "tokenizer.model"
+VOCABULARY_FILE, MERGES_FILE = "vocab.json", "merges.txt"
+TIME_LIMIT_S = 180.0
+"""Most of it is importing torch: seconds, and more where many processes start at once from a slow disk."""
+_LAST_LINES = 2
+
+
+class Converted(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    tokenizer: str
+    """What would stand in `tokenizer.json`."""
+    special_tokens: dict[str, str]
+    """By role: `bos_token`, `eos_token`, ...; some are known to the tokenizer's class only."""
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    message: str
+    """Names the file and what is wrong with it."""
+
+
+_decode_answer = msgspec.json.Decoder(Converted | Refused).decode
+
+
+def convert(model_dir: Path, time_limit_s: float = TIME_LIMIT_S) -> Converted:
+    """Blocks for the seconds that it takes. Raises RouterConfigError."""
+    sources = (SENTENCEPIECE_FILE, VOCABULARY_FILE)
+    if not any((model_dir / name).exists() for name in sources):
+        raise RouterConfigError(
+            f"{model_dir} has no tokenizer: looked for tokenizer.json, {SENTENCEPIECE_FILE}, and "
+            f"{VOCABULARY_FILE} with {MERGES_FILE}"
+        )
+    if (settings := model_dir / "tokenizer_config.json").exists():
+        read_json(settings)
+    command = [sys.executable, "-m", "router.convert_tokenizer", str(model_dir.resolve()), str(os.getpid())]
+    try:
+        done = subprocess.run(
+            command,
+            # Python puts the working directory before all packages: it must not be one with foreign files,
+            # such as the checkpoint itself.
+            cwd=Path(__file__).parents[1],
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=time_limit_s,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise RouterConfigError(
+            f"{model_dir}: making a tokenizer of its files took more than {time_limit_s:g} s"
+        ) from error
+    try:
+        answer: Converted | Refused = _decode_answer(done.stdout)
+    except msgspec.DecodeError as error:
+        words = " ".join(done.stderr.decode(errors="replace").splitlines()[-_LAST_LINES:])
+        raise RouterConfigError(
+            f"{model_dir}: the process that makes a tokenizer of its files ended with code "
+            f"{done.returncode}: {words}"
+        ) from error
+    if isinstance(answer, Refused):
+        raise RouterConfigError(answer.message)
+    return answer

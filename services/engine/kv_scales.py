@@ -1,0 +1,87 @@
+"""The scales of an fp8 KV cache: one for each layer, keys or values, and head, known before any request.
+
+They come from the checkpoint alone, so that a prefill and a decode worker with the same model have the same
+ones without a word, and a request's KV is the same bytes wherever it is computed. Where the checkpoint
+brings calibrated scales, those count. Otherwise a scale is the least power of two with which nothing that
+the weights can produce exceeds 448:
+
+- A normed input `u * g` has `|u| <= sqrt(hidden)`, so row `w` of a projection gives at most
+  `sqrt(hidden) * |w * g| + |bias|` (Cauchy-Schwarz).
+- A key head that is normed once more with weights `w` has, in each pair of numbers that is rotated together,
+  at most `sqrt(head_dim) * max|w|`, whatever came before.
+- A rotation keeps a pair's length, up to the factor of the embedding.
+
+The bound lies some six binades above a typical number, and e4m3 has fifteen in which it is equally precise:
+it costs next to nothing. A power of two, because then the last digits of the bound, which differ between
+devices, do not matter.
+"""
+
+import math
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from services.engine.checkpoint_files import kv_scale_of, read_checkpoint_files
+from services.engine.errors import CheckpointError
+from services.engine.model_config import ModelConfig
+from services.engine.ops.fp8 import FP8_MAX
+from services.engine.parameters import Parameters
+from services.engine.rope import inverse_frequencies
+
+
+def kv_scales(model: ModelConfig, parameters: Parameters, with_stored: bool) -> Tensor:
+    """float32 `[layers, 2, kv_heads]` on the parameters' device, keys first.
+
+    `with_stored`: whether there are weight files to look for scales in. Raises `CheckpointError` for one that
+    cannot be used.
+    """
+    scales = torch.stack([_bounds(model, parameters, layer) for layer in range(model.layers)]).cpu()
+    scales = torch.exp2(torch.ceil(torch.log2((scales / FP8_MAX).clamp(2.0**-60, 2.0**60))))
+    if with_stored:
+        _take_stored(model, scales)
+    return scales.float().to(parameters.device)
+
+
+def _bounds(model: ModelConfig, parameters: Parameters, layer: int) -> Tensor:
+    """What keys and values of one layer cannot exceed, float64 `[2, kv_heads]`."""
+    prefix = f"model.layers.{layer}."
+    factor = inverse_frequencies(model.rope, model.head_dim)[1]
+    values = _rows(model, parameters, prefix, "v_proj").amax(dim=1)
+    if model.qk_norm:
+        largest = parameters.values(prefix + "self_attn.k_norm.weight").abs().max()
+        keys = (math.sqrt(model.head_dim) * largest).expand(model.kv_heads)
+    else:
+        first, second = _rows(model, parameters, prefix, "k_proj").chunk(2, dim=1)
+        keys = torch.hypot(first, second).amax(dim=1)
+    return torch.stack((keys * factor, values))
+
+
+def _rows(model: ModelConfig, parameters: Parameters, prefix: str, part: str) -> Tensor:
+    """Bounds of a projection's numbers before any rotation, float64 `[kv_heads, head_dim]`."""
+    weight = parameters.values(f"{prefix}self_attn.{part}.weight")
+    normed = weight * parameters.values(prefix + "input_layernorm.weight")
+    bound = math.sqrt(model.hidden_size) * torch.linalg.vector_norm(normed, dim=1)
+    if model.qkv_bias:
+        bound += parameters.values(f"{prefix}self_attn.{part}.bias").abs()
+    heads: Tensor = bound.view(model.kv_heads, model.head_dim)
+    return heads
+
+
+def _take_stored(model: ModelConfig, scales: Tensor) -> None:
+    for file in read_checkpoint_files(model.model_dir):
+        named = [tensor.name for tensor in file.tensors if kv_scale_of(tensor.name, model) is not None]
+        if not named:
+            continue
+        with safe_open(file.path, framework="pt", device="cpu") as stored:
+            for name in named:
+                values = stored.get_tensor(name).double().flatten()
+                if values.numel() not in (1, model.kv_heads) or not bool((values > 0).all()):
+                    raise CheckpointError(
+                        f"{file.path}: tensor {name} must hold one positive scale, or one for each of the "
+                        f"{model.kv_heads} KV heads"
+                    )
+                if not bool(values.isfinite().all()):
+                    raise CheckpointError(f"{file.path}: tensor {name} is not finite")
+                layer, kind = kv_scale_of(name, model) or (0, 0)
+                scales[layer, kind] = values
