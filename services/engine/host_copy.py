@@ -38,7 +38,11 @@ def to_device(columns: Mapping[str, Column], device: torch.device) -> dict[str, 
     """The columns as tensors of the device, by one copy; on a CPU they share the columns' memory."""
     if device.type != "cuda":
         return {name: torch.from_numpy(column) for name, column in columns.items()}
-    packed = pinned(list(columns.values())).to(device, non_blocking=True)
+    return unpacked(pinned(list(columns.values())).to(device, non_blocking=True), columns)
+
+
+def unpacked(packed: Tensor, columns: Mapping[str, Column]) -> dict[str, Tensor]:
+    """Views of what `pinned` made of the columns, wherever it was copied to."""
     tensors: dict[str, Tensor] = {}
     first = 0
     for name, column in columns.items():

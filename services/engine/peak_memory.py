@@ -16,8 +16,8 @@ _RESET_PEAK = "5"
 
 def peak_bytes(work: Callable[[], None], device: torch.device) -> int:
     """Run `work`; return its peak. On a GPU what torch's allocator had to reserve, which is what its cap
-    bounds; on a CPU by the kernel's account of the process. Where the kernel does not let the peak be reset, the growth of the all-time peak is returned,
-    which a bigger peak before may hide."""
+    bounds; on a CPU by the kernel's account of the process. Where the kernel does not let the peak be reset,
+    the growth of the all-time peak is returned, which a bigger peak before may hide."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
