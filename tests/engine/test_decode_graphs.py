@@ -4,6 +4,7 @@ A graph is replaced by what it records: the forward over the same input memory.
 """
 
 from collections.abc import Callable
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -49,12 +50,8 @@ def engine(tmp_path: Any, pageable: None, monkeypatch: pytest.MonkeyPatch) -> En
     engine = start_engine(make_checkpoint("qwen3", tmp_path / "tiny", seed=2, eos=False), pages=128)
     graphs = DecodeGraphs(engine.decoder, engine.pool, engine.layout, 8, 200, engine.steps.drawn)
     for batch in ladder(8):
-        inputs, logits = graphs._inputs(batch), torch.zeros(batch, engine.vocab_size)
-
-        def replay(inputs: Any = inputs, logits: torch.Tensor = logits) -> None:
-            logits.copy_(graphs._forward(inputs))
-
-        graphs._graphs[batch] = (Replayed(replay), logits)  # type: ignore[assignment]
+        replay = partial(graphs._forward, graphs._inputs(batch), batch)
+        graphs._graphs[batch] = Replayed(replay)  # type: ignore[assignment]
     engine._graphs = graphs
     return engine
 
