@@ -19,6 +19,8 @@ from router.requests import Flight, Output, Phase, Send, Times
 from services.client import ClientState, WorkerClient, load_keys
 from services.messages import DecodeStarted, Failed, PrefillDone, Report, Request, Sampling, Tokens, Work
 
+_RANDOM = random.SystemRandom()
+
 
 @dataclass(slots=True)
 class Seat:
@@ -47,7 +49,7 @@ class Dispatcher:
         self,
         config: RouterConfig,
         metrics: Metrics,
-        draw_id: Callable[[], int] = lambda: random.SystemRandom().getrandbits(62) or 1,
+        draw_id: Callable[[], int] = lambda: _RANDOM.getrandbits(62) or 1,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config, self._metrics, self._draw_id = config, metrics, draw_id

@@ -2,7 +2,7 @@
 
 import re
 import secrets
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
 from router.errors import ApiError
@@ -10,6 +10,7 @@ from router.errors import ApiError
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Header = tuple[bytes, bytes]
 
 JSON = b"application/json"
 TEXT = b"text/plain; charset=utf-8"
@@ -37,6 +38,11 @@ def label_of(given: bytes | None) -> str:
     return text or f"req-{secrets.token_hex(12)}"
 
 
+def label_header(scope: Scope) -> Header:
+    """What every answer carries; the gate has put the label into the scope."""
+    return (b"x-request-id", scope["baton.label"])
+
+
 async def read_body(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:
     """The request's body. Raises ApiError 413 as soon as it is known to be over the limit, with no more than
     that kept; ClientGone."""
@@ -61,17 +67,29 @@ async def read_body(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:
             return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-async def send_whole(
-    send: Send,
-    status: int,
-    body: bytes,
-    content_type: bytes = JSON,
-    headers: list[tuple[bytes, bytes]] | None = None,
-) -> None:
-    fields = [(b"content-type", content_type), (b"content-length", b"%d" % len(body)), *(headers or ())]
-    await send({"type": "http.response.start", "status": status, "headers": fields})
-    await send({"type": "http.response.body", "body": body})
+class Response:
+    """The answer to one request, with the request's label in its head. `begun`: the status is out."""
 
+    __slots__ = ("_label", "_send", "begun")
 
-async def send_error(send: Send, error: ApiError) -> None:
-    await send_whole(send, error.status, error.body(), headers=error.headers())
+    def __init__(self, scope: Scope, send: Send) -> None:
+        self._label, self._send = label_header(scope), send
+        self.begun = False
+
+    async def begin(self, status: int, headers: Sequence[Header]) -> None:
+        self.begun = True
+        fields = [*headers, self._label]
+        await self._send({"type": "http.response.start", "status": status, "headers": fields})
+
+    async def part(self, body: bytes, last: bool) -> None:
+        await self._send({"type": "http.response.body", "body": body, "more_body": not last})
+
+    async def whole(
+        self, status: int, body: bytes, content_type: bytes = JSON, headers: Sequence[Header] = ()
+    ) -> None:
+        fields = ((b"content-type", content_type), (b"content-length", b"%d" % len(body)), *headers)
+        await self.begin(status, fields)
+        await self.part(body, last=True)
+
+    async def error(self, error: ApiError) -> None:
+        await self.whole(error.status, error.body(), headers=error.headers())

@@ -155,9 +155,10 @@ class Flight:
         self._move(Phase.PREFILLING)
         if self.prefill is None or self.source is None:
             return (Send(self.decode, Generate(self.work)),)
+        # Both leave at once, but one of them first: the one that the first token waits for.
         return (
-            Send(self.decode, Reserve(self.work, self.transfer_id, self.source)),
             Send(self.prefill, Prefill(self.work, self.transfer_id)),
+            Send(self.decode, Reserve(self.work, self.transfer_id, self.source)),
         )
 
     def on_prefill_done(self, worker: str, report: PrefillDone) -> None:

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from router.config import RouterConfigError
 from router.text import ByteDetokenizer, Detokenizer, StreamDetokenizer
+from router.words import WordEncoder
 
 THREAD_CHARACTERS = 8192
 """Longer texts are encoded in a thread: about 2 ms, what other streams may have to wait."""
@@ -47,7 +48,8 @@ class TextTokenizer:
 
     def __init__(self, model_dir: Path) -> None:
         path = model_dir / "tokenizer.json"
-        decoder = read_json(path).get("decoder")
+        values = read_json(path)
+        decoder = values.get("decoder")
         try:
             self._tokenizer: Tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
@@ -67,6 +69,8 @@ class TextTokenizer:
         self._text_bytes = [
             b"" if token in self.special else piece for token, piece in enumerate(self._all_bytes)
         ]
+        stand_ins = {byte: text for text, byte in _bytes_of_byte_level().items()}
+        self._words = WordEncoder.make(self._tokenizer, values, stand_ins)
         self._threads = asyncio.Semaphore(ENCODING_THREADS)
 
     def _token_bytes(self, vocabulary: dict[str, int], added: dict[int, str]) -> list[bytes]:
@@ -88,6 +92,9 @@ class TextTokenizer:
     async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Token ids. A short text is encoded at once, a long one in a thread beside the event loop."""
         if len(text) <= THREAD_CHARACTERS:
+            words = None if self._words is None else self._words.encode(text, add_special_tokens)
+            if words is not None:
+                return words
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
             return ids
         async with self._threads:

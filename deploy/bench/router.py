@@ -1,11 +1,11 @@
 """What the router adds, without any model: `python -m deploy.bench.router`.
 
-Two processes: the router on a core of its own, and this one on another, with the clients and with workers that
-answer at once, all in one thread that never sleeps (`router_client.py`, `router_worker.py`). Two figures:
+Two processes: the router on a core of its own, and this one on another, with the clients and with workers
+that answer at once, all in one thread that never sleeps (`router_client.py`, `router_worker.py`). Measured:
 
-- latency at 200 requests a second (Poisson). `GET /version` shows what HTTP and the machine cost without any of
-  ours; the first token's time is from the client's write to its first frame. In between, the worker stamps when
-  it has `Prefill` and when it begins to answer: what is before and after is the router's own, as far as
+- latency at 200 requests a second (Poisson). `GET /version` shows what HTTP and the machine cost without any
+  of ours; the first token's time is from the client's write to its first frame. In between, the worker stamps
+  when it has `Prefill` and when it begins to answer: what is before and after is the router's own, as far as
   anybody outside can tell, with the kernel's work of moving bytes between the processes in it;
 - the streaming ceiling: many streams fed one token each a step, faster and faster, until the client no longer
   gets them in time. Tokens a second by the clock, and by the router process's CPU time.
@@ -83,6 +83,7 @@ class Arrivals:
             self._seeds += 1
             self._cluster.stamps[self._seeds] = stamps
             raw = completion(self._prompts.draw(), 2, self._seeds)
+        self._idle = [connection for connection in self._idle if not connection.closed]
         connection = self._idle.pop() if self._idle else self._cluster.connect()
         self._open += 1
         connection.ask(raw, stamps, self._ended)

@@ -83,7 +83,7 @@ class Connection:
         self.socket = socket.create_connection(("127.0.0.1", port))
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.frames = 0
-        self.busy = False
+        self.busy = self.closed = False
         self.stamps = Stamps()
         self._tail = b""
         self._on_end: Callable[[Connection], None] = lambda connection: None
@@ -97,13 +97,17 @@ class Connection:
             raise BenchError("a request did not fit the socket's buffer")
 
     def close(self) -> None:
+        self.closed = True
         self._loop.remove(self.socket)
         self.socket.close()
 
     def _on_readable(self) -> None:
         data = self.socket.recv(RECEIVE_BYTES)
+        if not data and self.busy:
+            raise BenchError("the router closed a connection with a request on it")
         if not data:
-            raise BenchError("the router closed a connection")
+            self.close()  # idle for too long
+            return
         frames = data.count(FRAME)
         if not self.stamps.first_ns and (frames or b'{"version"' in data):
             self.stamps.first_ns = time.monotonic_ns()
@@ -128,11 +132,11 @@ def completion(prompt: str, max_tokens: int, seed: int) -> bytes:
 
 
 class Prompts:
-    """Prompts of one length, no two alike: words of this package's own sources in random order."""
+    """Prompts of one length, no two alike: words of the docs in random order."""
 
     def __init__(self, characters: int, seed: int) -> None:
         root = Path(__file__).parents[2]
-        texts = [path.read_text(encoding="utf-8") for path in sorted(root.glob("router/*.py"))]
+        texts = [path.read_text(encoding="utf-8") for path in sorted(root.glob("docs/*.md"))]
         self._words = [word for word in " ".join(texts).split() if word.isascii()]
         self._characters, self._random = characters, random.Random(seed)
 
