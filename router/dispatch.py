@@ -5,21 +5,19 @@ and what it makes necessary to send leaves as one frame for each worker.
 """
 
 import asyncio
-import random
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from router.config import RouterConfig
 from router.errors import ApiError
+from router.ids import draw_number
 from router.metrics import Metrics, Snapshot
 from router.parameters import Limits
 from router.policy import Candidate, place
 from router.requests import Flight, Output, Phase, Send, Times
 from services.client import ClientState, WorkerClient, load_keys
 from services.messages import DecodeStarted, Failed, PrefillDone, Report, Request, Sampling, Tokens, Work
-
-_RANDOM = random.SystemRandom()
 
 
 @dataclass(slots=True)
@@ -43,13 +41,11 @@ class Order:
 
 
 class Dispatcher:
-    """`draw_id` gives random ids of 62 bits: unguessable, and no two routers need to agree on them."""
-
     def __init__(
         self,
         config: RouterConfig,
         metrics: Metrics,
-        draw_id: Callable[[], int] = lambda: _RANDOM.getrandbits(62) or 1,
+        draw_id: Callable[[], int] = draw_number,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config, self._metrics, self._draw_id = config, metrics, draw_id

@@ -9,7 +9,6 @@
 
 import asyncio
 import hashlib
-import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from router.dispatch import Dispatcher, Order
 from router.errors import ApiError, crashed
 from router.formats import frame
 from router.http import EVENT_STREAM, ClientGone, Receive, Response, Scope, Send, read_body
+from router.ids import draw_name, draw_number
 from router.metrics import Metrics
 from router.parameters import (
     Limits,
@@ -67,7 +67,7 @@ class Service:
     dispatcher: Dispatcher
     metrics: Metrics
     bodies: BodyDecoder
-    draw_seed: Callable[[], int] = lambda: secrets.randbits(62)
+    draw_seed: Callable[[], int] = draw_number
 
     def limits(self) -> Limits:
         """Raises ApiError 503 while no worker has said what it can take."""
@@ -155,7 +155,7 @@ class GenerateEndpoint:
         return call, orders
 
     def _sheet(self, options: Options) -> Sheet:
-        answer_id = ("chatcmpl-" if self._chat else "cmpl-") + secrets.token_hex(12)
+        answer_id = ("chatcmpl-" if self._chat else "cmpl-") + draw_name()
         heading = Heading(answer_id, int(time.time()), self._service.config.served_model_name)
         if options.stream:
             return StreamSheet(

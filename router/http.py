@@ -1,11 +1,11 @@
 """ASGI by hand: bodies read up to a limit, answers written whole, everything in OpenAI's shape."""
 
 import re
-import secrets
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
 from router.errors import ApiError
+from router.ids import draw_name
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -34,8 +34,8 @@ def header(scope: Scope, name: bytes) -> bytes | None:
 
 def label_of(given: bytes | None) -> str:
     """What the client calls its request, made harmless: a label, never a key. Made up where there is none."""
-    text = _NOT_IN_A_LABEL.sub("", (given or b"").decode("latin-1"))[:MAX_LABEL_CHARACTERS]
-    return text or f"req-{secrets.token_hex(12)}"
+    text = _NOT_IN_A_LABEL.sub("", given.decode("latin-1"))[:MAX_LABEL_CHARACTERS] if given else ""
+    return text or f"req-{draw_name()}"
 
 
 def label_header(scope: Scope) -> Header:
@@ -43,15 +43,16 @@ def label_header(scope: Scope) -> Header:
     return (b"x-request-id", scope["baton.label"])
 
 
+def _too_large(limit_bytes: int) -> ApiError:
+    return ApiError(413, f"The request body is over the limit of {limit_bytes} bytes.", code="body_too_large")
+
+
 async def read_body(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:
     """The request's body. Raises ApiError 413 as soon as it is known to be over the limit, with no more than
     that kept; ClientGone."""
-    too_large = ApiError(
-        413, f"The request body is over the limit of {limit_bytes} bytes.", code="body_too_large"
-    )
     length = header(scope, b"content-length")
     if length is not None and length.isdigit() and int(length) > limit_bytes:
-        raise too_large
+        raise _too_large(limit_bytes)
     parts: list[bytes] = []
     size_bytes = 0
     while True:
@@ -61,7 +62,7 @@ async def read_body(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:
         part = message.get("body", b"")
         size_bytes += len(part)
         if size_bytes > limit_bytes:
-            raise too_large
+            raise _too_large(limit_bytes)
         parts.append(part)
         if not message.get("more_body", False):
             return parts[0] if len(parts) == 1 else b"".join(parts)

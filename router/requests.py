@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from msgspec import Struct
+
 from router.errors import ApiError
 from services.messages import (
     Cancel,
@@ -70,8 +72,7 @@ class Output(Protocol):
     def on_failed(self, error: ApiError) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Send:
+class Send(Struct, frozen=True):
     worker: str
     message: Request
 
