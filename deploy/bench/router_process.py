@@ -76,11 +76,17 @@ class Cluster:
     workers: list[Worker]
     stamps: dict[int, Stamps]
     _router: psutil.Process
+    _core: int
 
     def cpu_s(self) -> float:
         """The router process's CPU time so far, all its threads."""
         times = self._router.cpu_times()
         return times.user + times.system
+
+    def others_cpu_s(self) -> float:
+        """CPU time so far that anything but the router took from the router's core."""
+        times = psutil.cpu_times(percpu=True)[self._core]
+        return float(sum(times) - times.guest - times.guest_nice - times.idle - times.iowait) - self.cpu_s()
 
     def connect(self) -> Connection:
         return Connection(self.loop, self.port)
@@ -113,9 +119,15 @@ def cluster(kind: str, cores: Cores) -> Iterator[Cluster]:
         router = context.Process(target=_router, args=(config, cores.router), daemon=True)
         router.start()
         try:
-            # The second question comes after the first answer was taken in.
-            loop.run(lambda: all(worker.asked >= 2 for worker in workers), START_TIMEOUT_S)
-            yield Cluster(loop, port, workers, stamps, psutil.Process(router.pid))
+
+            def is_ready() -> bool:
+                if not router.is_alive():
+                    raise BenchError("the router ended at its start")
+                # The second question comes after the first answer was taken in.
+                return all(worker.asked >= 2 for worker in workers)
+
+            loop.run(is_ready, START_TIMEOUT_S)
+            yield Cluster(loop, port, workers, stamps, psutil.Process(router.pid), cores.router)
         finally:
             router.terminate()
             router.join(10)
