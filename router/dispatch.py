@@ -55,6 +55,8 @@ class Dispatcher:
         self._queued: set[int] = set()
         self._seats: dict[str, Seat] = {endpoint: Seat() for endpoint in config.workers}
         self._outbox: dict[str, list[Request]] = {}
+        self._limits: Limits | None = None
+        """Until a worker comes or goes."""
         self._idle = asyncio.Event()
         self._idle.set()
         self.draining = False
@@ -133,6 +135,11 @@ class Dispatcher:
 
     def limits(self) -> Limits | None:
         """What every connected worker can take; None while there is none."""
+        if self._limits is None:
+            self._limits = self._limits_now()
+        return self._limits
+
+    def _limits_now(self) -> Limits | None:
         hellos = [client.hello for client in self.clients.values() if client.hello is not None]
         if not hellos:
             return None
@@ -268,6 +275,7 @@ class Dispatcher:
         self._flush()
 
     def _on_state(self, client: WorkerClient, old: ClientState, new: ClientState) -> None:
+        self._limits = None
         if old is not ClientState.READY:
             return
         now_s = self._clock()

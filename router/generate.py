@@ -148,7 +148,10 @@ class GenerateEndpoint:
         call = Call(options, self._sheet(options), service.tokenizer, service.metrics)
         orders: list[Order] = []
         for tokens, text_or_none in prompts:
-            check_tokens(tokens, limits.vocab_size, param)
+            is_encoded = self._chat or text_or_none is not None
+            check_tokens(
+                tokens, limits.vocab_size, param, service.tokenizer.size if is_encoded else None
+            )
             sampling = sampling_for(options, len(tokens), limits, param)
             output = call.add_prompt(tokens, text_or_none)
             orders.append(Order(tokens, sampling, options.choices, salt, output))
