@@ -86,7 +86,11 @@ def test_tokenizers_of_another_make_are_not_understood() -> None:
 
 def test_a_pattern_that_leaves_something_out_is_not_trusted() -> None:
     # The library makes one piece of what lies between two matches.
-    assert words_of(make(r"\p{L}+")) is None
+    tokenizer = make(r"\p{L}+")
+    assert words_of(tokenizer) is None
+    unproved = WordEncoder(tokenizer, "[A-Za-z]+", {}, STAND_INS)
+    assert unproved.encode("baton", False) == tokenizer.encode("baton", add_special_tokens=False).ids
+    assert unproved.encode("baton 12", False) is None
 
 
 def test_one_disagreement_with_the_library_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
