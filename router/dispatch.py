@@ -5,13 +5,13 @@ and what it makes necessary to send leaves as one frame for each worker.
 """
 
 import asyncio
-import random
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from router.config import RouterConfig
 from router.errors import ApiError
+from router.ids import draw_number
 from router.metrics import Metrics, Snapshot
 from router.parameters import Limits
 from router.policy import Candidate, place
@@ -41,13 +41,11 @@ class Order:
 
 
 class Dispatcher:
-    """`draw_id` gives random ids of 62 bits: unguessable, and no two routers need to agree on them."""
-
     def __init__(
         self,
         config: RouterConfig,
         metrics: Metrics,
-        draw_id: Callable[[], int] = lambda: random.SystemRandom().getrandbits(62) or 1,
+        draw_id: Callable[[], int] = draw_number,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config, self._metrics, self._draw_id = config, metrics, draw_id
@@ -57,6 +55,8 @@ class Dispatcher:
         self._queued: set[int] = set()
         self._seats: dict[str, Seat] = {endpoint: Seat() for endpoint in config.workers}
         self._outbox: dict[str, list[Request]] = {}
+        self._limits: Limits | None = None
+        """Until a worker comes or goes."""
         self._idle = asyncio.Event()
         self._idle.set()
         self.draining = False
@@ -135,6 +135,11 @@ class Dispatcher:
 
     def limits(self) -> Limits | None:
         """What every connected worker can take; None while there is none."""
+        if self._limits is None:
+            self._limits = self._limits_now()
+        return self._limits
+
+    def _limits_now(self) -> Limits | None:
         hellos = [client.hello for client in self.clients.values() if client.hello is not None]
         if not hellos:
             return None
@@ -270,6 +275,7 @@ class Dispatcher:
         self._flush()
 
     def _on_state(self, client: WorkerClient, old: ClientState, new: ClientState) -> None:
+        self._limits = None
         if old is not ClientState.READY:
             return
         now_s = self._clock()

@@ -71,6 +71,11 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
     return ApiError(400, message, param=param, code=code)
 
 
+def crashed() -> ApiError:
+    """For what nobody foresaw; the log says more."""
+    return ApiError(500, "The server failed on this request.", code="internal_error")
+
+
 _AT_PATH = re.compile(r" - at `\$\.?(?P<path>[^`]*)`$")
 _MISSING = re.compile(r"missing required field `(?P<name>\w+)`$")
 

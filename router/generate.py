@@ -1,7 +1,7 @@
 """The two endpoints that generate: from a body to flights, and from their frames to the response.
 
 1. The body is read (bounded), decoded and checked; the prompt is rendered and tokenized.
-2. One flight for each prompt is sent off; a task watches for the client to go away.
+2. One flight for each prompt is sent off; a watch ends them if the client goes away or time is up.
 3. The response begins with the first result, so that a failure before it still has its own status.
 4. Frames are written as they come, all that are ready in one write.
 5. However it ends, flights that still run are cancelled.
@@ -9,8 +9,6 @@
 
 import asyncio
 import hashlib
-import logging
-import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,9 +18,10 @@ from router.bodies import BodyDecoder, ChatBody, CompletionBody, template_messag
 from router.call import Call
 from router.config import RouterConfig
 from router.dispatch import Dispatcher, Order
-from router.errors import ApiError
+from router.errors import ApiError, crashed
 from router.formats import frame
-from router.http import EVENT_STREAM, ClientGone, Receive, Scope, Send, read_body, send_error, send_whole
+from router.http import EVENT_STREAM, ClientGone, Receive, Response, Scope, Send, read_body
+from router.ids import draw_name, draw_number
 from router.metrics import Metrics
 from router.parameters import (
     Limits,
@@ -38,7 +37,13 @@ from router.requests import Flight
 from router.template import ChatTemplate
 from router.tokenizer import TextTokenizer
 
-logger = logging.getLogger(__name__)
+WATCH_AFTER_S = 0.02
+_STREAM_HEADERS = (
+    (b"content-type", EVENT_STREAM),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+    (b"x-should-retry", b"false"),
+)
 
 
 def salt_of(api_key: str | None) -> bytes:
@@ -62,7 +67,7 @@ class Service:
     dispatcher: Dispatcher
     metrics: Metrics
     bodies: BodyDecoder
-    draw_seed: Callable[[], int] = lambda: secrets.randbits(62)
+    draw_seed: Callable[[], int] = draw_number
 
     def limits(self) -> Limits:
         """Raises ApiError 503 while no worker has said what it can take."""
@@ -79,37 +84,37 @@ class GenerateEndpoint:
         self._service, self._chat = service, chat
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # What stays if something unexpected goes through here, to be answered with 500 further out.
         outcome = "failed"
+        response = Response(scope, send)
         try:
             raw = await read_body(scope, receive, self._service.config.max_body_bytes)
-            outcome = await self._answer(raw, salt_of(scope.get("baton.api_key")), receive, send)
+            outcome = await self._answer(raw, salt_of(scope.get("baton.api_key")), receive, response)
         except ApiError as error:
             outcome = outcome_of(error)
-            await send_error(send, error)
+            await response.error(error)
         except ClientGone:
             outcome = "disconnected"
+        except Exception:
+            if not response.begun:
+                await response.error(crashed())
+            raise  # uvicorn logs it and closes the connection
         finally:
             self._service.metrics.count_outcome(outcome)
 
-    async def _answer(self, raw: bytes, salt: bytes, receive: Receive, send: Send) -> str:
+    async def _answer(self, raw: bytes, salt: bytes, receive: Receive, response: Response) -> str:
         """Returns the outcome. Raises ApiError while nothing was sent, ClientGone."""
         call, orders = await self._prepare(raw, salt)
         dispatcher = self._service.dispatcher
         flights: list[Flight] = dispatcher.submit(orders)
-        loop = asyncio.get_running_loop()
-        gone = loop.create_task(_watch(receive, call))
-        timeout_s = self._service.config.request_timeout_s
-        deadline = loop.call_later(timeout_s, _expire, dispatcher, flights, timeout_s)
+        watch = _Watch(dispatcher, flights, self._service.config.request_timeout_s, receive, call)
         try:
             if call.options.stream:
-                await _stream(call, send)
+                await _stream(call, response)
             else:
-                await _whole(call, send)
+                await _whole(call, response)
         finally:
-            deadline.cancel()
+            watch.cancel()
             dispatcher.end(flights)
-            gone.cancel()
         return "completed" if call.error is None else outcome_of(call.error)
 
     async def _prepare(self, raw: bytes, salt: bytes) -> tuple[Call, list[Order]]:
@@ -143,14 +148,17 @@ class GenerateEndpoint:
         call = Call(options, self._sheet(options), service.tokenizer, service.metrics)
         orders: list[Order] = []
         for tokens, text_or_none in prompts:
-            check_tokens(tokens, limits.vocab_size, param)
+            is_encoded = self._chat or text_or_none is not None
+            check_tokens(
+                tokens, limits.vocab_size, param, service.tokenizer.size if is_encoded else None
+            )
             sampling = sampling_for(options, len(tokens), limits, param)
             output = call.add_prompt(tokens, text_or_none)
             orders.append(Order(tokens, sampling, options.choices, salt, output))
         return call, orders
 
     def _sheet(self, options: Options) -> Sheet:
-        answer_id = ("chatcmpl-" if self._chat else "cmpl-") + secrets.token_hex(12)
+        answer_id = ("chatcmpl-" if self._chat else "cmpl-") + draw_name()
         heading = Heading(answer_id, int(time.time()), self._service.config.served_model_name)
         if options.stream:
             return StreamSheet(
@@ -159,46 +167,63 @@ class GenerateEndpoint:
         return WholeSheet(heading, self._service.tokenizer, self._chat, options.logprobs)
 
 
-async def _watch(receive: Receive, call: Call) -> None:
-    """Ends the call when the client goes away; anything else it sends now is of no interest."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    call.leave()
+class _Watch:
+    """Ends a call when its client goes away or its time is up; until `cancel`.
+
+    One timer does for a short call: only after `WATCH_AFTER_S` a task begins to listen for the client's end.
+    """
+
+    def __init__(
+        self, dispatcher: Dispatcher, flights: list[Flight], timeout_s: float, receive: Receive, call: Call
+    ) -> None:
+        self._dispatcher, self._flights, self._timeout_s = dispatcher, flights, timeout_s
+        self._receive, self._call = receive, call
+        self._loop = asyncio.get_running_loop()
+        self._task: asyncio.Task[None] | None = None
+        first_s = min(WATCH_AFTER_S, timeout_s)
+        self._timer = self._loop.call_later(first_s, self._begin, timeout_s - first_s)
+
+    def cancel(self) -> None:
+        self._timer.cancel()
+        if self._task is not None:
+            self._task.cancel()
+
+    def _begin(self, left_s: float) -> None:
+        self._task = self._loop.create_task(self._until_gone())
+        self._timer = self._loop.call_later(left_s, self._expire)
+
+    async def _until_gone(self) -> None:
+        # Anything else that the client sends now is of no interest.
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._call.leave()
+
+    def _expire(self) -> None:
+        error = ApiError(
+            504,
+            f"The request was not done within {self._timeout_s:g} s.",
+            code="deadline_exceeded",
+            committed=any(flight.times.first_token_s is not None for flight in self._flights),
+        )
+        self._dispatcher.end(self._flights, error)
 
 
-def _expire(dispatcher: Dispatcher, flights: list[Flight], timeout_s: float) -> None:
-    committed = any(flight.times.first_token_s is not None for flight in flights)
-    error = ApiError(
-        504,
-        f"The request was not done within {timeout_s:g} s.",
-        code="deadline_exceeded",
-        committed=committed,
-    )
-    dispatcher.end(flights, error)
-
-
-async def _whole(call: Call, send: Send) -> None:
+async def _whole(call: Call, response: Response) -> None:
     await call.wait()
     if call.left:
         raise ClientGone
     if call.error is not None:
         raise call.error
-    await send_whole(send, 200, call.sheet.body(call.usage))
+    await response.whole(200, call.sheet.body(call.usage))
 
 
-async def _stream(call: Call, send: Send) -> None:
+async def _stream(call: Call, response: Response) -> None:
     await call.wait()
     if call.error is not None and not call.sheet.frames:
         raise call.error
-    headers = [
-        (b"content-type", EVENT_STREAM),
-        (b"cache-control", b"no-cache"),
-        (b"x-accel-buffering", b"no"),
-    ]
-    headers.append((b"x-should-retry", b"false"))
     if call.left:
         raise ClientGone
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await response.begin(200, _STREAM_HEADERS)
     while True:
         ended = call.ended
         if call.left:
@@ -207,7 +232,7 @@ async def _stream(call: Call, send: Send) -> None:
         if ended and call.error is not None:
             # No [DONE] follows: the stream did not come to its end.
             body += frame(call.error.body())
-        await send({"type": "http.response.body", "body": body, "more_body": not ended})
+        await response.part(body, last=ended)
         if ended:
             return
         await call.wait()

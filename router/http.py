@@ -1,15 +1,16 @@
 """ASGI by hand: bodies read up to a limit, answers written whole, everything in OpenAI's shape."""
 
 import re
-import secrets
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
 from router.errors import ApiError
+from router.ids import draw_name
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Header = tuple[bytes, bytes]
 
 JSON = b"application/json"
 TEXT = b"text/plain; charset=utf-8"
@@ -33,19 +34,25 @@ def header(scope: Scope, name: bytes) -> bytes | None:
 
 def label_of(given: bytes | None) -> str:
     """What the client calls its request, made harmless: a label, never a key. Made up where there is none."""
-    text = _NOT_IN_A_LABEL.sub("", (given or b"").decode("latin-1"))[:MAX_LABEL_CHARACTERS]
-    return text or f"req-{secrets.token_hex(12)}"
+    text = _NOT_IN_A_LABEL.sub("", given.decode("latin-1"))[:MAX_LABEL_CHARACTERS] if given else ""
+    return text or f"req-{draw_name()}"
+
+
+def label_header(scope: Scope) -> Header:
+    """What every answer carries; the gate has put the label into the scope."""
+    return (b"x-request-id", scope["baton.label"])
+
+
+def _too_large(limit_bytes: int) -> ApiError:
+    return ApiError(413, f"The request body is over the limit of {limit_bytes} bytes.", code="body_too_large")
 
 
 async def read_body(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:
     """The request's body. Raises ApiError 413 as soon as it is known to be over the limit, with no more than
     that kept; ClientGone."""
-    too_large = ApiError(
-        413, f"The request body is over the limit of {limit_bytes} bytes.", code="body_too_large"
-    )
     length = header(scope, b"content-length")
     if length is not None and length.isdigit() and int(length) > limit_bytes:
-        raise too_large
+        raise _too_large(limit_bytes)
     parts: list[bytes] = []
     size_bytes = 0
     while True:
@@ -55,23 +62,35 @@ async def read_body(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:
         part = message.get("body", b"")
         size_bytes += len(part)
         if size_bytes > limit_bytes:
-            raise too_large
+            raise _too_large(limit_bytes)
         parts.append(part)
         if not message.get("more_body", False):
             return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-async def send_whole(
-    send: Send,
-    status: int,
-    body: bytes,
-    content_type: bytes = JSON,
-    headers: list[tuple[bytes, bytes]] | None = None,
-) -> None:
-    fields = [(b"content-type", content_type), (b"content-length", b"%d" % len(body)), *(headers or ())]
-    await send({"type": "http.response.start", "status": status, "headers": fields})
-    await send({"type": "http.response.body", "body": body})
+class Response:
+    """The answer to one request, with the request's label in its head. `begun`: the status is out."""
 
+    __slots__ = ("_label", "_send", "begun")
 
-async def send_error(send: Send, error: ApiError) -> None:
-    await send_whole(send, error.status, error.body(), headers=error.headers())
+    def __init__(self, scope: Scope, send: Send) -> None:
+        self._label, self._send = label_header(scope), send
+        self.begun = False
+
+    async def begin(self, status: int, headers: Sequence[Header]) -> None:
+        self.begun = True
+        fields = [*headers, self._label]
+        await self._send({"type": "http.response.start", "status": status, "headers": fields})
+
+    async def part(self, body: bytes, last: bool) -> None:
+        await self._send({"type": "http.response.body", "body": body, "more_body": not last})
+
+    async def whole(
+        self, status: int, body: bytes, content_type: bytes = JSON, headers: Sequence[Header] = ()
+    ) -> None:
+        fields = ((b"content-type", content_type), (b"content-length", b"%d" % len(body)), *headers)
+        await self.begin(status, fields)
+        await self.part(body, last=True)
+
+    async def error(self, error: ApiError) -> None:
+        await self.whole(error.status, error.body(), headers=error.headers())

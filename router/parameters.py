@@ -187,10 +187,13 @@ def check_total_choices(prompts: int, choices: int, limits: Limits) -> None:
         )
 
 
-def check_tokens(tokens: list[int], vocab_size: int, param: str) -> None:
-    """Raises ApiError 400 for an empty list or an id outside the vocabulary."""
+def check_tokens(tokens: list[int], vocab_size: int, param: str, tokenizer_size: int | None = None) -> None:
+    """Raises ApiError 400 for an empty list or an id outside the vocabulary. `tokenizer_size` is given where
+    the ids are a tokenizer's own: mostly that says enough, and they need not be gone through."""
     if not tokens:
         raise invalid(f"'{param}' must not be empty.", param)
+    if tokenizer_size is not None and tokenizer_size <= vocab_size:
+        return
     if min(tokens) < 0 or max(tokens) >= vocab_size:
         raise invalid(f"'{param}' holds a token id outside the vocabulary of {vocab_size}.", param)
 

@@ -7,13 +7,13 @@ a report is up to a heartbeat old, and a burst in between must not all go to one
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from services.messages import Role, TransferAddress
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(Struct, frozen=True):
     """One worker that can take work now. `queued_tokens` and `live_tokens` are this router's own account:
     prompt tokens sent and not yet prefilled; tokens of the sequences it holds."""
 
@@ -30,8 +30,7 @@ class Candidate:
     live_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
+class Placement(Struct, frozen=True):
     """`prefill` is None where `decode` is a unified worker that does both."""
 
     prefill: Candidate | None

@@ -32,6 +32,8 @@ from services.client import ClientConfigError
 
 logger = logging.getLogger(__name__)
 
+GC_THRESHOLDS = (20_000, 20, 20)
+"""A request makes some hundred objects and hardly a cycle: the default looks at them with every other one."""
 LAST_WRITES_S = 2
 """After the drain: how long responses that have ended may take to leave."""
 
@@ -64,6 +66,7 @@ def run(config: RouterConfig) -> None:
             ws="none",
             lifespan="off",
             access_log=False,
+            proxy_headers=False,  # nobody here asks who the client is
             log_config=None,
             log_level="warning",
             server_header=False,
@@ -122,6 +125,7 @@ async def _serve(config: RouterConfig, service: Service, server: _Server, listen
     # What exists by now stays: the collector need not look at it again while streams run.
     gc.collect()
     gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)
     serving = loop.create_task(server.serve(sockets=[listener]))
     await server.listening.wait()
     host, port = listener.getsockname()[:2]

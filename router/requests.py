@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from msgspec import Struct
+
 from router.errors import ApiError
 from services.messages import (
     Cancel,
@@ -70,8 +72,7 @@ class Output(Protocol):
     def on_failed(self, error: ApiError) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Send:
+class Send(Struct, frozen=True):
     worker: str
     message: Request
 
@@ -155,9 +156,10 @@ class Flight:
         self._move(Phase.PREFILLING)
         if self.prefill is None or self.source is None:
             return (Send(self.decode, Generate(self.work)),)
+        # Both leave at once, but one of them first: the one that the first token waits for.
         return (
-            Send(self.decode, Reserve(self.work, self.transfer_id, self.source)),
             Send(self.prefill, Prefill(self.work, self.transfer_id)),
+            Send(self.decode, Reserve(self.work, self.transfer_id, self.source)),
         )
 
     def on_prefill_done(self, worker: str, report: PrefillDone) -> None:

@@ -16,6 +16,7 @@ from router.checkpoint import read_json
 from router.config import RouterConfigError
 from router.conversion import convert
 from router.text import ByteDetokenizer, Detokenizer, StreamDetokenizer
+from router.words import WordEncoder
 
 THREAD_CHARACTERS = 8192
 """Longer texts are encoded in a thread: about 2 ms, what other streams may have to wait."""
@@ -75,6 +76,8 @@ class TextTokenizer:
         self._text_bytes = [
             b"" if token in self.special else piece for token, piece in enumerate(self._all_bytes)
         ]
+        stand_ins = {byte: text for text, byte in _bytes_of_byte_level().items()}
+        self._words = WordEncoder.make(self._tokenizer, values, stand_ins)
         self._threads = asyncio.Semaphore(ENCODING_THREADS)
 
     def _token_bytes(self, vocabulary: dict[str, int]) -> list[bytes]:
@@ -96,6 +99,9 @@ class TextTokenizer:
     async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Token ids. A short text is encoded at once, a long one in a thread beside the event loop."""
         if len(text) <= THREAD_CHARACTERS:
+            words = None if self._words is None else self._words.encode(text, add_special_tokens)
+            if words is not None:
+                return words
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
             return ids
         async with self._threads:

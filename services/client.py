@@ -173,22 +173,20 @@ class WorkerClient:
             logger.error("worker %s: %s", self.endpoint, error)
             return False
         # ZMQ's descriptor is edge-triggered and sending may swallow the edge of something that arrived.
-        if self._pending(link):
+        if link.pending():
             self._loop.call_soon(self._on_readable)
         return sent
 
     def _on_drop(self, reason: str) -> None:
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
 
-    @staticmethod
-    def _pending(link: "Link[Report, Request]") -> bool:
-        return bool(int(link.socket.getsockopt(zmq.EVENTS)) & READABLE)
-
     def _on_readable(self) -> None:
         link = self._link
-        if link is None or not self._pending(link):
+        if link is None:
             return
         reports = link.receive()
+        if not reports:
+            return
         self._heard_at_s = self._loop.time()
         passed_on: list[Report] = []
         for report in reports:
@@ -206,7 +204,7 @@ class WorkerClient:
         if passed_on:
             self._on_reports(self, passed_on)
         # One batch a turn, so that a flood of frames does not starve the HTTP side.
-        if self._link is link and self._pending(link):
+        if self._link is link and link.pending():
             self._loop.call_soon(self._on_readable)
 
     def _on_own(self, report: WorkerHello | Refusal | Status) -> None:
@@ -243,7 +241,7 @@ class WorkerClient:
             closed = True
         if closed:
             # Frames that came before the end still count: a last `Failed` says more than "lost".
-            while self._link is not None and self._pending(self._link):
+            while self._link is not None and self._link.pending():
                 self._on_readable()
             if self.state not in (ClientState.LOST, ClientState.CLOSED):
                 self._lose("the connection was closed")

@@ -1,6 +1,6 @@
 """A worker without a model: a real ZMQ peer that speaks `services/messages.py` and answers from a script.
 
-For tests of the router and for its benchmark. One thread owns the socket; a test changes the `Script`, looks
+For tests of the router. One thread owns the socket; a test changes the `Script`, looks
 at `received`, and has things done in that thread by `act`.
 """
 

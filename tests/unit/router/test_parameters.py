@@ -294,3 +294,12 @@ def test_text_parts_are_joined() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     body = DECODER.decode(ChatBody, chat(messages=[{"role": "user", "content": parts, "name": "me"}]))
     assert template_messages(body.messages) == [{"role": "user", "content": "a\nb", "name": "me"}]
+
+
+@pytest.mark.parametrize(("tokens", "tokenizer_size"), [([], 5), ([9], None), ([-1], None), ([9], 10)])
+def test_ids_are_checked_unless_their_tokenizer_has_none_to_refuse(
+    tokens: list[int], tokenizer_size: int | None
+) -> None:
+    with pytest.raises(ApiError):
+        check_tokens(tokens, 9, "prompt", tokenizer_size)
+    check_tokens([8], 9, "prompt", tokenizer_size)

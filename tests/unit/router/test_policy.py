@@ -1,6 +1,6 @@
 """Which workers are chosen."""
 
-from dataclasses import replace
+from msgspec.structs import replace
 
 from router.policy import Candidate, place
 from services.messages import Role, TransferAddress

@@ -77,8 +77,8 @@ def decoding(choices: int = 1) -> tuple[Flight, Recorder]:
 def test_a_pair_is_asked_at_once_and_joined_after_the_last_first_token() -> None:
     flight, recorder = make(choices=2)
     assert flight.start() == (
-        Send("d", Reserve(flight.work, 99, SOURCE)),
         Send("p", Prefill(flight.work, 99)),
+        Send("d", Reserve(flight.work, 99, SOURCE)),
     )
     prefilled(flight)
     assert not flight.on_tokens("p", Tokens(7, 1, [11]), 1.0)

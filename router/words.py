@@ -1,0 +1,186 @@
+"""Encoding plain ASCII text word by word, from memory: what a byte-level BPE does with a word never changes.
+
+The library spends its time on Unicode classes, offsets and masks that nobody here asks for. A text of ASCII
+characters needs none of that: added tokens are cut out, the tokenizer's own pattern (with its Unicode classes
+narrowed to ASCII) cuts the rest into words, and each word's tokens are asked of the model once. Other texts,
+and tokenizers of any other make, are the library's. Pure.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from tokenizers import Tokenizer
+
+MAX_WORDS = 1 << 15
+MAX_WORD_CHARACTERS = 32
+"""Longer ones are seldom met twice; without a bound a client could fill the memory with them."""
+
+_GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+"""What `ByteLevel` with `use_regex` stands for."""
+_ASCII_OF_CLASS = {
+    "L": "A-Za-z", "Lu": "A-Z", "Ll": "a-z", "N": "0-9", "Nd": "0-9",
+    "Lt": "", "Lm": "", "Lo": "", "M": "", "Mn": "", "Nl": "", "No": "",
+}  # fmt: skip
+_SAME_ESCAPES = frozenset("rntsSdDwW")
+_GROUPS = re.compile(r"\((?!\?)|\(\?(?:i?:|!|=)")
+_CLASS_NAME = re.compile(r"\\p\{(\w+)\}")
+_NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD")
+"""They leave ASCII as it is."""
+
+
+def ascii_pattern(source: str) -> str | None:
+    """An Oniguruma pattern as one of `re` that matches the same in ASCII text; None where that is unsure."""
+    out: list[str] = []
+    in_class = False
+    at = 0
+    while at < len(source):
+        character, step = source[at], 1
+        if character == "\\":
+            named = _CLASS_NAME.match(source, at)
+            following = source[at + 1 : at + 2]
+            if named is not None and named[1] in _ASCII_OF_CLASS:
+                members = _ASCII_OF_CLASS[named[1]]
+                out.append(members if in_class else f"[{members}]" if members else "(?!)")
+                step = len(named[0])
+            elif following in _SAME_ESCAPES or not following.isalnum():
+                out.append(character + following)
+                step = 2
+            else:
+                return None
+        elif in_class:
+            if character == "[" or source.startswith("&&", at):
+                return None
+            in_class = character != "]"
+            out.append(character)
+        elif character in ".^$" or source.startswith("}+", at):
+            return None
+        else:
+            in_class = character == "["
+            if character == "(" and _GROUPS.match(source, at) is None:
+                return None
+            # findall must give whole matches.
+            out.append("(?:" if character == "(" and source[at + 1 : at + 2] != "?" else character)
+        at += step
+    pattern = "".join(out)
+    return None if "[]" in pattern or "[^]" in pattern else pattern
+
+
+def _pattern_of(values: dict[str, Any]) -> str | None:
+    """The pattern that cuts words, where the pre-tokenizer is one pattern and the bytes' stand-ins."""
+    entry = values.get("pre_tokenizer") or {}
+    steps: list[dict[str, Any]] = entry.get("pretokenizers") or [entry]
+    last = steps[-1]
+    if last.get("type") != "ByteLevel" or last.get("add_prefix_space") is not False:
+        return None
+    if len(steps) == 1:
+        return ascii_pattern(_GPT2_PATTERN) if last.get("use_regex", True) else None
+    if len(steps) != 2 or last.get("use_regex", True) or steps[0].get("type") != "Split":
+        return None
+    if steps[0].get("behavior") != "Isolated" or steps[0].get("invert"):
+        return None
+    source = (steps[0].get("pattern") or {}).get("Regex")
+    return ascii_pattern(source) if isinstance(source, str) else None
+
+
+def _is_understood(values: dict[str, Any]) -> bool:
+    normalizer = (values.get("normalizer") or {}).get("type")
+    added = values.get("added_tokens") or []
+    return (
+        (normalizer is None or normalizer in _NORMALIZERS)
+        and (values.get("model") or {}).get("type") == "BPE"
+        and not values["model"].get("dropout")
+        and not any(entry.get(flag) for entry in added for flag in ("single_word", "lstrip", "rstrip"))
+        # Those of two kinds would be looked for one kind after the other.
+        and len({bool(entry.get("normalized")) for entry in added}) <= 1
+    )
+
+
+def _probes(added: Sequence[str]) -> list[str]:
+    """Texts with every pair of ASCII characters, every triple of those that patterns care about."""
+    characters = [chr(code) for code in range(128)]
+    cared = "aZ7 \n\r\t'._"
+    return [
+        "".join(first + second for first in characters for second in characters),
+        "".join(a + b + c for a in cared for b in cared for c in cared),
+        "It's 12345 o'clock; WE'LL see:\n\n  \t x=1\r\n   end  ",
+        " ".join(added),
+        "a".join(added) + "\n",
+    ]
+
+
+class WordEncoder:
+    """The ids that `tokenizer.encode` gives, for ASCII text. `make` is the way to get one.
+
+    `table` maps each ASCII character to its byte's stand-in in the vocabulary.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, pattern: str, added: dict[str, int], table: dict[int, str]
+    ) -> None:
+        self._model, self._table, self._added = tokenizer.model, table, added
+        self._words = re.compile(pattern, re.ASCII)
+        longest_first = sorted(added, key=len, reverse=True)
+        self._cut = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if added else None
+        plain: list[int] = tokenizer.encode("a", add_special_tokens=False).ids
+        whole: list[int] = tokenizer.encode("a", add_special_tokens=True).ids
+        starts = [at for at in range(len(whole)) if whole[at : at + len(plain)] == plain]
+        self._before = whole[: starts[0]]
+        self._after = whole[starts[0] + len(plain) :]
+        self._known: dict[str, list[int]] = {}
+
+    @classmethod
+    def make(
+        cls, tokenizer: Tokenizer, values: dict[str, Any], stand_ins: dict[int, str]
+    ) -> "WordEncoder | None":
+        """`values` is the content of `tokenizer.json`. None for a tokenizer that this does not understand, or
+        on which it once disagrees with the library."""
+        pattern = _pattern_of(values)
+        if pattern is None or not _is_understood(values):
+            return None
+        added = {token.content: number for number, token in tokenizer.get_added_tokens_decoder().items()}
+        try:
+            encoder = cls(tokenizer, pattern, added, stand_ins)
+        except (re.error, IndexError):
+            return None
+        for probe in _probes(list(added)):
+            for special in (False, True):
+                expected = tokenizer.encode(probe, add_special_tokens=special).ids
+                if probe.isascii() and encoder.encode(probe, special) != expected:
+                    return None
+        encoder._known.clear()
+        return encoder
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int] | None:
+        """None: the library must do it."""
+        if not text.isascii():
+            return None
+        ids = list(self._before) if add_special_tokens else []
+        parts = [text] if self._cut is None else self._cut.split(text)
+        for number, part in enumerate(parts):
+            if number % 2:
+                ids.append(self._added[part])
+            elif part and not self._add_words(part, ids):
+                return None
+        if add_special_tokens:
+            ids += self._after
+        return ids
+
+    def _add_words(self, text: str, ids: list[int]) -> bool:
+        """False: the pattern leaves something out."""
+        words = self._words.findall(text)
+        if len("".join(words)) != len(text):
+            return False
+        known = self._known
+        for word in words:
+            tokens = known.get(word)
+            ids += self._ask(word) if tokens is None else tokens
+        return True
+
+    def _ask(self, word: str) -> list[int]:
+        tokens = [token.id for token in self._model.tokenize(word.translate(self._table))]
+        if len(word) <= MAX_WORD_CHARACTERS:
+            if len(self._known) >= MAX_WORDS:
+                self._known.clear()
+            self._known[word] = tokens
+        return tokens
