@@ -10,7 +10,7 @@ from services.engine.kv_pool import KvPool
 from services.engine.linear import make_linear
 from services.engine.model_config import ModelConfig
 from services.engine.ops.qkv import qkv_to_pool
-from services.engine.ops.rms_norm import rms_norm
+from services.engine.ops.rms_norm import add_rms_norm, rms_norm
 from services.engine.ops.small_products import small_linear
 from services.engine.parameters import Parameters
 from services.engine.rope import inverse_frequencies, rotation
@@ -52,20 +52,19 @@ class Attention:
             self.head_norm = parameters.repeated(copies, self.head_dim)
 
     def forward(
-        self, qkv: Tensor, step: StepInputs, cos: Tensor, sin: Tensor, pool: KvPool, wanted: Tensor | None
+        self, x: Tensor, step: StepInputs, cos: Tensor, sin: Tensor, pool: KvPool, wanted: Tensor | None
     ) -> Tensor:
-        """The product of `self.qkv`, `[tokens, all heads * head_dim]`, to `[tokens, hidden]`; writes the new
-        tokens' keys and values before it attends. With `wanted`, only those tokens' outputs are computed."""
-        tokens = qkv.shape[0]
-        qkv = qkv.view(tokens, -1, self.head_dim)
+        """`x` `[tokens, hidden]` to the same; writes the new tokens' keys and values before it attends.
+        With `wanted`, only those tokens' outputs are computed."""
+        qkv = self.qkv.forward(x).view(x.shape[0], -1, self.head_dim)
         layer_rows, kv_scales = pool.layer_rows[self.layer], pool.layer_scales(self.layer)
         queries = qkv_to_pool(
             qkv, self.head_norm, self.eps, cos, sin, layer_rows, step.write_index, kv_scales
         )
         if wanted is not None and wanted.shape[0] == 0:
-            return self.output.forward(queries.view(tokens, -1)[:0])
+            return x[:0]
         mixed = step.attention.attend(queries, pool, self.layer, self.scale, self.window)
-        mixed = mixed.reshape(tokens, -1)
+        mixed = mixed.reshape(x.shape[0], -1)
         if wanted is not None:
             mixed = mixed.index_select(0, wanted)
         return self.output.forward(mixed)
@@ -80,6 +79,9 @@ class GatedMlp:
         rows_of = {name + "gate_proj": size, name + "up_proj": size}
         self.gate_up = make_linear(parameters, rows_of, model.hidden_size, bias)
         self.down = make_linear(parameters, {name + "down_proj": model.hidden_size}, size, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down.forward(self.gate_up.forward_gated(x))
 
 
 class DecoderLayer:
@@ -107,12 +109,12 @@ class DecoderLayer:
     ) -> tuple[Tensor, Tensor]:
         """Both `[tokens, hidden]`; `residual` may be overwritten. With `wanted`, an int64 index of tokens,
         only those come out; every token's keys and values are written all the same."""
-        qkv, residual = self.attention.qkv.after_norm(x, residual, self.attention_norm, self.eps)
-        x = self.attention.forward(qkv, step, cos, sin, pool, wanted)
+        x, residual = add_rms_norm(x, residual, self.attention_norm, self.eps)
+        x = self.attention.forward(x, step, cos, sin, pool, wanted)
         if wanted is not None:
             residual = residual.index_select(0, wanted)
-        x, residual = self.mlp.gate_up.after_norm(x, residual, self.mlp_norm, self.eps, gated=True)
-        return self.mlp.down.forward(x), residual
+        x, residual = add_rms_norm(x, residual, self.mlp_norm, self.eps)
+        return self.mlp.forward(x), residual
 
 
 class Decoder(ABC):

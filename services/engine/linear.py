@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from services.engine.ops.fp8 import quantise_rows
-from services.engine.ops.rms_norm import add_rms_norm
-from services.engine.ops.small_products import normed_product, small_linear
+from services.engine.ops.small_products import small_gate_up, small_linear
 from services.engine.ops.swiglu import silu_mul
 from services.engine.parameters import Parameters
 
@@ -28,14 +27,9 @@ class Linear(ABC):
     def forward(self, x: Tensor) -> Tensor:
         """`[tokens, columns]` to `[tokens, rows]`, in x's dtype."""
 
-    def after_norm(
-        self, x: Tensor, residual: Tensor, norm_weight: Tensor, eps: float, gated: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """`forward` of the RMS norm of `x + residual`, and that sum; `residual` may be overwritten. `gated`:
-        `silu(gate) * up`, `[tokens, rows / 2]`, of `forward`'s rows, gate first."""
-        x, residual = add_rms_norm(x, residual, norm_weight, eps)
-        product = self.forward(x)
-        return silu_mul(product) if gated else product, residual
+    def forward_gated(self, x: Tensor) -> Tensor:
+        """`silu(gate) * up`, `[tokens, rows / 2]`, of `forward`'s rows, gate first."""
+        return silu_mul(self.forward(x))
 
 
 class DenseLinear(Linear):
@@ -47,10 +41,8 @@ class DenseLinear(Linear):
     def forward(self, x: Tensor) -> Tensor:
         return small_linear(x, self.weight, self.bias)
 
-    def after_norm(
-        self, x: Tensor, residual: Tensor, norm_weight: Tensor, eps: float, gated: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        return normed_product(x, residual, norm_weight, eps, self.weight, self.bias, gated=gated)
+    def forward_gated(self, x: Tensor) -> Tensor:
+        return small_gate_up(x, self.weight, self.bias)
 
 
 class Fp8Linear(Linear):

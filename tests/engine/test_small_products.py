@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from services.engine.ops import tuning
-from services.engine.ops.product_kernels import Norm
 from services.engine.ops.small_products import (
     LIBRARY,
     ProductConfig,
@@ -96,29 +95,6 @@ def check_product(
         assert torch.equal(found, multiply(x, weight, offset, config, gated=gated))
 
 
-def check_normed_product(
-    dtype: torch.dtype,
-    device: torch.device,
-    shape: tuple[int, int],
-    config: ProductConfig,
-    *,
-    gated: bool,
-    bias: bool,
-) -> None:
-    """`shape` is (rows, inner), of one token: the norm of a sum, multiplied, and the sum itself."""
-    rows, inner = shape
-    x, weight, offset = operands(dtype, device, 1, rows, inner, bias)
-    residual, norm_weight = (random(1, inner, dtype=dtype, device=device, seed=seed) for seed in (4, 5))
-    norm = Norm(residual, torch.full_like(residual, torch.nan), norm_weight[0], 1e-5)
-    total = x + residual
-    normed = torch.nn.functional.rms_norm(total.float(), (inner,), norm_weight[0].float(), 1e-5)
-    expected = expected_product(normed, weight, offset, gated)
-    found = multiply(x, weight, offset, config, gated=gated, norm=norm)
-    tolerance = TOLERANCE[dtype] / 2
-    torch.testing.assert_close(found.float(), expected, atol=tolerance, rtol=tolerance)
-    torch.testing.assert_close(norm.total, total, atol=tolerance, rtol=tolerance)
-
-
 def changed(config: RowProduct | TileProduct, **values: int | bool) -> RowProduct | TileProduct:
     names = config.__struct_fields__
     return type(config)(**{**{name: getattr(config, name) for name in names}, **values})
@@ -129,15 +105,6 @@ def changed(config: RowProduct | TileProduct, **values: int | bool) -> RowProduc
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_token(dtype: torch.dtype, gated: bool, bias: bool) -> None:
     check_product(dtype, CPU, (1, 22, 136), ROWS, gated=gated, bias=bias)
-
-
-@interpreted
-@pytest.mark.parametrize(("gated", "bias"), [(False, False), (True, True), (False, True)])
-@pytest.mark.parametrize("programs", [2, 1 << 16])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_one_token_after_its_norm(dtype: torch.dtype, programs: int, gated: bool, bias: bool) -> None:
-    config = changed(ROWS, programs_per_processor=programs)
-    check_normed_product(dtype, CPU, (44, 136), config, gated=gated, bias=bias)
 
 
 @interpreted

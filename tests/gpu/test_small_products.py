@@ -45,14 +45,6 @@ def test_one_token(rows: int, inner: int, programs: int, gated: bool, bias: bool
 
 
 @pytest.mark.parametrize(("gated", "bias"), [(False, False), (True, True), (False, True)])
-@pytest.mark.parametrize(("rows", "inner"), [(24576, 4096), (6146, 4096), (130, 904)])
-@pytest.mark.parametrize("programs", [1, 1 << 16])
-def test_one_token_after_its_norm(rows: int, inner: int, programs: int, gated: bool, bias: bool) -> None:
-    config = products.changed(ROWS, programs_per_processor=programs)
-    products.check_normed_product(BF16, CUDA, (rows, inner), config, gated=gated, bias=bias)
-
-
-@pytest.mark.parametrize(("gated", "bias"), [(False, False), (True, True), (False, True)])
 @pytest.mark.parametrize(("rows", "inner"), [(4096, 12288), (6146, 4096), (130, 904)])
 @pytest.mark.parametrize("tokens", [1, 3, 16, 64, 77, 256])
 @pytest.mark.parametrize(

@@ -12,8 +12,6 @@ into registers, `tile_product` into the second-level cache. So whoever writes we
 device before the first product with them.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -21,18 +19,6 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from services.engine.ops.dependent_launch import await_earlier, launch_options, let_next_start
-
-
-@dataclass(frozen=True, slots=True)
-class Norm:
-    """What `add_rms_norm` does to `x` before a product, done by every program of the product for itself:
-    `x + residual`, both `[1, inner]`, goes to `total`, which must be other memory than `residual`, and its
-    RMS norm with `weight` `[inner]` is what is multiplied."""
-
-    residual: Tensor
-    total: Tensor
-    weight: Tensor
-    eps: float
 
 
 def row_product(
@@ -46,7 +32,6 @@ def row_product(
     num_warps: int,
     programs: int,
     out: Tensor | None = None,
-    norm: Norm | None = None,
 ) -> Tensor:
     """`x` `[1, inner]` times `weight` `[rows, inner]`, in the dtype of x: `[1, rows]`, or if `gated`
     `silu(first half) * second half`, `[1, rows / 2]`.
@@ -63,17 +48,12 @@ def row_product(
         weight,
         weight if bias is None else bias,
         out,
-        x if norm is None else norm.residual,
-        x if norm is None else norm.total,
-        x if norm is None else norm.weight,
         results,
-        0.0 if norm is None else norm.eps,
         INNER=inner,
         BLOCK_ROWS=block_rows,
         BLOCK_INNER=block_inner,
         GATED=gated,
         BIAS=bias is not None,
-        NORM=norm is not None,
         PERSISTENT=blocks > programs,
         num_warps=num_warps,
         **launch_options(x),
@@ -114,17 +94,12 @@ def _row_product(
     weight_ptr: tl.tensor,
     bias_ptr: tl.tensor,
     out_ptr: tl.tensor,
-    residual_ptr: tl.tensor,
-    total_ptr: tl.tensor,
-    norm_ptr: tl.tensor,
     results: tl.tensor,
-    eps: tl.tensor,
     INNER: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
     GATED: tl.constexpr,
     BIAS: tl.constexpr,
-    NORM: tl.constexpr,
     PERSISTENT: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
@@ -141,7 +116,6 @@ def _row_product(
     for at in range(block, last, tl.num_programs(0)):
         total = tl.zeros([BLOCK_ROWS, BLOCK_INNER // 8], dtype=tl.float32)
         gate_total = total
-        square = 0.0
         for inner in tl.static_range(0, INNER, BLOCK_INNER):
             now, second_now = first, second
             if inner + BLOCK_INNER < INNER:
@@ -156,17 +130,7 @@ def _row_product(
                 if GATED:
                     second = _weights(second_ptr, next_block, results, 0, INNER, BLOCK_ROWS, BLOCK_INNER)
             column = inner + tl.arange(0, BLOCK_INNER)
-            x = tl.load(x_ptr + column, mask=column < INNER, other=0.0)
-            if NORM:
-                residual = tl.load(residual_ptr + column, mask=column < INNER, other=0.0)
-                added = (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
-                if block == 0:
-                    tl.store(total_ptr + column, added, mask=column < INNER)
-                x = added.to(tl.float32)  # the norm sees what the residual stream keeps
-                square += tl.sum(x * x, axis=0)
-                x *= tl.load(norm_ptr + column, mask=column < INNER, other=0.0).to(tl.float32)
-            else:
-                x = x.to(tl.float32)
+            x = tl.load(x_ptr + column, mask=column < INNER, other=0.0).to(tl.float32)
             if GATED:
                 gate_total += _products(now, x)
                 total += _products(second_now, x)
@@ -176,16 +140,11 @@ def _row_product(
         row = at * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         mask = row < results
         value = tl.sum(total, axis=1)
-        if NORM:  # the same factor for all columns, so it can come last
-            factor = tl.rsqrt(square / INNER + eps)
-            value *= factor
         if BIAS:
             bias_at = row + results if GATED else row
             value += tl.load(bias_ptr + bias_at, mask=mask, other=0.0).to(tl.float32)
         if GATED:
             gate = tl.sum(gate_total, axis=1)
-            if NORM:
-                gate *= factor
             if BIAS:
                 gate += tl.load(bias_ptr + row, mask=mask, other=0.0).to(tl.float32)
             value = gate / (1.0 + tl.exp(-gate)) * value

@@ -17,8 +17,7 @@ import triton
 from torch import Tensor
 
 from services.engine.ops import tuning
-from services.engine.ops.product_kernels import Norm, row_product, tile_product
-from services.engine.ops.rms_norm import add_rms_norm
+from services.engine.ops.product_kernels import row_product, tile_product
 from services.engine.ops.swiglu import silu_mul
 
 MAX_TOKENS = 256
@@ -68,27 +67,6 @@ def small_gate_up(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     return multiply(x, weight, bias, _chosen("gate_up", x, weight), gated=True)
 
 
-def normed_product(
-    x: Tensor,
-    residual: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    gated: bool,
-) -> tuple[Tensor, Tensor]:
-    """`add_rms_norm(x, residual)` and then `small_linear` or, `gated`, `small_gate_up`: the product and the
-    new residual. `residual` may be overwritten. One launch for one token, whose normed x is then not rounded
-    to the dtype before it is multiplied."""
-    config = _chosen("gate_up" if gated else "linear", x, weight)
-    if isinstance(config, RowProduct) and x.is_contiguous() and residual.is_contiguous():
-        norm = Norm(residual, torch.empty_like(residual), norm_weight, eps)
-        return multiply(x, weight, bias, config, gated=gated, norm=norm), norm.total
-    normed, residual = add_rms_norm(x, residual, norm_weight, eps)
-    return multiply(normed, weight, bias, config, gated=gated), residual
-
-
 def small_linear_reference(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:
@@ -112,7 +90,6 @@ def multiply(
     *,
     gated: bool,
     out: Tensor | None = None,
-    norm: Norm | None = None,
 ) -> Tensor:
     """The product by the kernel that `config` names, on any device that it runs on.
 
@@ -141,7 +118,6 @@ def multiply(
             num_warps=config.num_warps,
             programs=config.programs_per_processor * _processors(x.device),
             out=out,
-            norm=norm,
         )
     return tile_product(
         x,
