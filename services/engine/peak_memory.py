@@ -15,17 +15,19 @@ _RESET_PEAK = "5"
 
 
 def peak_bytes(work: Callable[[], None], device: torch.device) -> int:
-    """Run `work`; return its peak. On a GPU what torch's allocator had to reserve, which is what its cap
-    bounds; on a CPU by the kernel's account of the process. Where the kernel does not let the peak be reset,
-    the growth of the all-time peak is returned, which a bigger peak before may hide."""
+    """Run `work`; return its peak. On a GPU what torch's allocator used or had to reserve, which is what
+    its cap bounds; on a CPU by the kernel's account of the process. Where the kernel does not let the peak
+    be reset, the growth of the all-time peak is returned, which a bigger peak before may hide."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
-        held = torch.cuda.memory_reserved(device)
+        used, held = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
         torch.cuda.reset_peak_memory_stats(device)
         work()
         torch.cuda.synchronize(device)
-        return max(0, torch.cuda.max_memory_reserved(device) - held)
+        # A small peak may fit into what was reserved already.
+        used_more = torch.cuda.max_memory_allocated(device) - used
+        return max(0, used_more, torch.cuda.max_memory_reserved(device) - held)
     _give_back_free_heap()
     try:
         _CLEAR_REFS.write_text(_RESET_PEAK)
