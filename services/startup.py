@@ -92,7 +92,7 @@ def prepare(
         kv_pool_bytes=pooling.held_bytes if on_cpu else pool_bytes,
         activation_bytes=activation_bytes,
         graphs_bytes=None if on_cpu else graphs_bytes,
-        worker_context_bytes=context_bytes,
+        worker_context_bytes=context_bytes if on_cpu else None,
     )
     return Prepared(config, model, engine, transfer, staging, plan, measured)
 
