@@ -4,10 +4,6 @@ As in test_kernels.py, this file runs itself once more in a process that interpr
 serve the tests on a GPU.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,8 +18,8 @@ from services.engine.ops.draw import (
     draw_tokens_kernel,
 )
 from services.engine.ops.draw_threshold import lowest_kept_reference
+from tests.engine.interpreter import INTERPRETED, run_interpreted
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process of test_in_the_interpreter")
 CPU = torch.device("cpu")
 CLOSE = 1e-5
@@ -55,14 +51,7 @@ SETTINGS: tuple[dict[str, float], ...] = (
 
 @pytest.mark.skipif(INTERPRETED, reason="would start itself for ever")
 def test_in_the_interpreter() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        command, env=environment, cwd=root, capture_output=True, text=True, timeout=170, check=False
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    run_interpreted(__file__)
 
 
 def columns(settings: list[dict[str, float]], device: torch.device, seed: int = 0) -> dict[str, Tensor]:

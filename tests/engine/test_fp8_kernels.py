@@ -5,10 +5,6 @@ compiled. The interpreter reads fp8 rightly, but loses the carry when rounding r
 what it is to write is therefore chosen such that nothing is rounded, and rounding is checked compiled.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,10 +16,10 @@ from services.engine.ops import decode_attention as decode
 from services.engine.ops import fp8, kv_segment, qkv
 from services.engine.ops import prefill_attention as prefill
 from services.engine.rope import rotation
+from tests.engine.interpreter import INTERPRETED, run_interpreted
 from tests.engine.test_kernels import (
     CPU,
     EPS,
-    INTERPRETED,
     filled_pool,
     interpreted,
     page_tables,
@@ -37,14 +33,7 @@ LARGEST = 448.0
 
 @pytest.mark.skipif(INTERPRETED, reason="would start itself for ever")
 def test_in_the_interpreter() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        command, env=environment, cwd=root, capture_output=True, text=True, timeout=170, check=False
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    run_interpreted(__file__)
 
 
 def every_number() -> Tensor:

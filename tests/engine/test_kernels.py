@@ -5,10 +5,6 @@ its own; the checks also serve the tests on a GPU (tests/gpu/test_kernels.py), c
 The interpreter cannot multiply matrices of bfloat16, so attention is tried here in float32 and float16.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,8 +16,8 @@ from services.engine.ops import decode_attention as decode
 from services.engine.ops import kv_segment, qkv, rms_norm, swiglu
 from services.engine.ops import prefill_attention as prefill
 from services.engine.rope import rotation
+from tests.engine.interpreter import INTERPRETED, run_interpreted
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process of test_in_the_interpreter")
 TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 """Absolute and relative: two roundings of the dtype. Attention gets a quarter of the absolute one, since
@@ -32,14 +28,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.skipif(INTERPRETED, reason="would start itself for ever")
 def test_in_the_interpreter() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        command, env=environment, cwd=root, capture_output=True, text=True, timeout=170, check=False
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    run_interpreted(__file__)
 
 
 def random(

@@ -4,10 +4,6 @@ As in test_kernels.py the interpreter needs a process of its own, and the checks
 cannot multiply matrices of bfloat16, so tiles are tried in float32 and float16.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import msgspec
 import pytest
@@ -25,7 +21,8 @@ from services.engine.ops.small_products import (
     small_gate_up,
     small_linear,
 )
-from tests.engine.test_kernels import CPU, INTERPRETED, TOLERANCE, interpreted, random
+from tests.engine.interpreter import INTERPRETED, run_interpreted
+from tests.engine.test_kernels import CPU, TOLERANCE, interpreted, random
 
 ROWS = RowProduct(block_rows=8, block_inner=64, num_warps=4, programs_per_processor=1 << 16)
 TILES = TileProduct(
@@ -42,14 +39,7 @@ TILES = TileProduct(
 
 @pytest.mark.skipif(INTERPRETED, reason="would start itself for ever")
 def test_in_the_interpreter() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        command, env=environment, cwd=root, capture_output=True, text=True, timeout=170, check=False
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    run_interpreted(__file__)
 
 
 def operands(
