@@ -194,6 +194,10 @@ class BenchEngineSettings:
     dtype: str = setting(
         "auto", choice("auto", "float32", "bfloat16", "float16"), "auto: bfloat16 on cuda, float32 on cpu."
     )
+    kv_dtype: str = setting(
+        "auto", choice("auto", "fp8"), "What the KV cache is kept in.", "--kv-cache-dtype"
+    )
+    quantization: str = setting("none", choice("none", "fp8"), "fp8: linear layers in e4m3.")
     mem_fraction: float | None = setting(
         None, fraction, "Share of the device for weights and KV pool. (default: 0.85 on cuda, 0.6 on cpu)"
     )

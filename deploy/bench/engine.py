@@ -114,6 +114,7 @@ class _Bench:
             f"read {found.read_bytes_per_s / 1e12:.3f} TB/s, copy {found.copy_bytes_per_s / 1e12:.3f} TB/s "
             f"({found.buffer_bytes >> 20} MiB), {found.matmul_dtype} matmul of {found.matmul_size}^3 "
             f"{found.matmul_flop_per_s / 1e12:.4g} TFLOP/s"
+            + (f", in fp8 {found.fp8_flop_per_s / 1e12:.4g}" if found.fp8_flop_per_s else "")
         )
 
     def _ready(self, name: str) -> Row:
@@ -137,7 +138,9 @@ class _Bench:
             kv_token_bytes,
             self.order.config.dtype,
         )
-        cost = model_cost(model, self.order.config.dtype, inputs.weights_bytes, kv_token_bytes)
+        config = self.order.config
+        fp8_layers = config.quantization == "fp8"
+        cost = model_cost(model, config.dtype, inputs.weights_bytes, kv_token_bytes, fp8_layers)
         self._add(Row(PREPARE_ROW, "s", prepare_s, note="the same in this process, after its imports"))
         loop = Loop(prepared)
         try:
