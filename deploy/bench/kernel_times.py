@@ -5,8 +5,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import msgspec
 import torch
 from torch import Tensor
+
+from services.engine.ops.tuning import Shape, Table
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE = 4096, 36, 32, 8, 128, 12288
 PEAK_BYTES_PER_S = 4.49e12
@@ -32,16 +35,45 @@ class Result:
     share: float
 
 
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What a measurement would be in the table of tuned launches."""
+
+    kernel: str
+    shape: Shape
+    launch: msgspec.Struct
+
+
 class Bench:
-    """Collects results, and starts no measurement after `budget_s`."""
+    """Collects results, and the fastest launches; starts no measurement after `budget_s`."""
 
     def __init__(self, budget_s: float) -> None:
         self.results: list[Result] = []
         self.skipped: list[str] = []
+        self._best: dict[tuple[str, Shape], tuple[float, msgspec.Struct]] = {}
         self.deadline_s = time.monotonic() + budget_s
 
-    def bytes(self, kernel: str, shape: str, settings: str, calls: list[Call], n: float) -> None:
-        self._measure(kernel, shape, settings, calls, n, "B", PEAK_BYTES_PER_S)
+    def bytes(
+        self,
+        kernel: str,
+        shape: str,
+        settings: str,
+        calls: list[Call],
+        n: float,
+        entry: Entry | None = None,
+    ) -> None:
+        time_s = self._measure(kernel, shape, settings, calls, n, "B", PEAK_BYTES_PER_S)
+        if entry is not None and time_s is not None:
+            known = self._best.get((entry.kernel, entry.shape))
+            if known is None or time_s < known[0]:
+                self._best[entry.kernel, entry.shape] = (time_s, entry.launch)
+
+    def table(self) -> Table:
+        """The fastest launch of each kernel and shape that had an `Entry`."""
+        table: Table = {}
+        for (kernel, shape), (_, launch) in self._best.items():
+            table.setdefault(kernel, {})[shape] = msgspec.to_builtins(launch)
+        return table
 
     def flops(self, kernel: str, shape: str, settings: str, calls: list[Call], n: float) -> None:
         self._measure(kernel, shape, settings, calls, n, "FLOP", PEAK_FLOPS_PER_S)
@@ -55,20 +87,21 @@ class Bench:
         amount: float,
         unit: str,
         peak: float,
-    ) -> None:
+    ) -> float | None:
         name = f"{kernel} | {shape} | {settings}"
         if time.monotonic() > self.deadline_s:
             self.skipped.append(f"{name}: no time left")
-            return
+            return None
         try:
             time_s = graph_time_s(calls)
         except Exception as error:  # a setting this GPU cannot take is a finding, and the others still count
             self.skipped.append(f"{name}: {type(error).__name__}: {str(error).splitlines()[0][:120]}")
-            return
+            return None
         rate = amount / time_s
         self.results.append(Result(kernel, shape, settings, time_s, amount, unit, rate / peak))
         text = f"{rate / 1e12:7.1f} TFLOP/s" if unit == "FLOP" else f"{rate / 1e9:7.0f} GB/s"
         print(f"{name:<86} {time_s * 1e6:9.1f} us {text} {100 * rate / peak:5.1f} %", flush=True)
+        return time_s
 
 
 def graph_time_s(calls: list[Call]) -> float:

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import torch
 import triton
 from torch import Tensor
@@ -33,25 +34,43 @@ from deploy.bench.kernel_times import (
     TOKEN_LAYER_BYTES,
     Bench,
     Call,
+    Entry,
     integers,
     pool_of,
     rows,
     tables_of,
 )
-from services.engine.ops.decode_attention import decode_attention_kernel, decode_splits
+from services.engine.ops import tuning
+from services.engine.ops.decode_attention import (
+    UNTUNED,
+    DecodeLaunch,
+    decode_attention_kernel,
+    decode_splits,
+)
 from services.engine.ops.kv_segment import pack_segment_kernel, unpack_segment_kernel
 from services.engine.ops.prefill_attention import prefill_attention, prefill_attention_kernel
-from services.engine.ops.qkv import qkv_to_pool_kernel
-from services.engine.ops.rms_norm import add_rms_norm_kernel
-from services.engine.ops.swiglu import silu_mul_kernel
+from services.engine.ops.qkv import QkvLaunch, qkv_to_pool_kernel
+from services.engine.ops.rms_norm import NormLaunch, add_rms_norm_kernel
+from services.engine.ops.swiglu import SwigluLaunch, silu_mul_kernel
 
 EPS = 1e-6
-DECODE_SHAPES = ((1, 1024), (64, 1024), (256, 1024), (1, 16384))
+DECODE_SHAPES = ((1, 1024), (8, 1024), (64, 1024), (256, 1024), (1, 16384))
 SPLITS = (1, 2, 4, 8, 16, 32)
-DECODE_TUNINGS = (  # block_keys, num_warps, num_stages; the first is the default
-    (64, 4, 3), (64, 4, 2), (64, 4, 4), (64, 2, 3), (64, 8, 3),
-    (32, 4, 3), (32, 2, 4), (128, 4, 2), (128, 8, 3)
+DECODE_LAUNCHES = (
+    UNTUNED, DecodeLaunch(64, 4, 2), DecodeLaunch(64, 4, 4), DecodeLaunch(64, 2, 3), DecodeLaunch(64, 2, 4),
+    DecodeLaunch(64, 8, 3), DecodeLaunch(64, 8, 4), DecodeLaunch(32, 2, 4), DecodeLaunch(128, 4, 2),
+    DecodeLaunch(128, 8, 2), DecodeLaunch(128, 8, 3),
 )  # fmt: skip
+NORM_LAUNCHES = (NormLaunch(8), NormLaunch(4), NormLaunch(16))
+SWIGLU_LAUNCHES = (
+    SwigluLaunch(), SwigluLaunch(2048, 4), SwigluLaunch(2048, 8), SwigluLaunch(512, 4), SwigluLaunch(4096, 8)
+)  # fmt: skip
+QKV_LAUNCHES = (
+    QkvLaunch(), QkvLaunch(8, 4), QkvLaunch(8, 2), QkvLaunch(16, 8), QkvLaunch(32, 8), QkvLaunch(64, 8)
+)  # fmt: skip
+TUNED_TOKENS = (1, 8, 64, 128, 256, 2048, 8192)
+PAGE_SIZE = 64
+"""As a worker on a GPU has them."""
 PREFILL_TUNINGS = ((128, 128, 8, 2), (128, 64, 8, 3))
 """block_rows, block_keys, num_warps, num_stages of the kernel for every GPU; the first is the default."""
 
@@ -63,18 +82,21 @@ def bench_small(bench: Bench, memory: Tensor) -> None:
     pool_rows = pool.view(-1, HEAD_DIM)
     layer_rows = [pool_rows[layer * 2 * KV_HEADS * 16 :] for layer in range(LAYERS)]
     all_heads = HEADS + 2 * KV_HEADS
-    for tokens in (1, 64, 256, 8192):
+    for tokens in TUNED_TOKENS:
         shape, column_bytes = f"tokens {tokens}", 2 * tokens
         x, residual = rows(tokens, HIDDEN), torch.zeros((tokens, HIDDEN), dtype=DTYPE, device=CUDA)
-        for warps in (4, 8, 16):
-            norm = partial(add_rms_norm_kernel, x, residual, weight, EPS, warps)
-            bench.bytes("add_rms_norm", shape, f"warps {warps}", [norm] * LAYERS, 4 * HIDDEN * column_bytes)
+        for norm_launch in NORM_LAUNCHES:
+            norm = partial(add_rms_norm_kernel, x, residual, weight, EPS, norm_launch)
+            moved = 4 * HIDDEN * column_bytes
+            entry = Entry("rms_norm", (tokens, 1, HIDDEN), norm_launch)
+            bench.bytes("add_rms_norm", shape, describe(norm_launch), [norm] * LAYERS, moved, entry)
 
         gate_up = rows(tokens, 2 * INTERMEDIATE)
-        for block, warps in ((1024, 4), (2048, 4), (512, 4)):
-            mul = partial(silu_mul_kernel, gate_up, block, warps)
+        for swiglu_launch in SWIGLU_LAUNCHES:
+            mul = partial(silu_mul_kernel, gate_up, swiglu_launch)
             moved = 3 * INTERMEDIATE * column_bytes
-            bench.bytes("silu_mul", shape, f"block {block} warps {warps}", [mul] * LAYERS, moved)
+            entry = Entry("silu_mul", (tokens, INTERMEDIATE), swiglu_launch)
+            bench.bytes("silu_mul", shape, describe(swiglu_launch), [mul] * LAYERS, moved, entry)
 
         qkv = rows(tokens, all_heads, HEAD_DIM)
         cos, sin = (torch.ones((tokens, 1, HEAD_DIM), device=CUDA) for _ in range(2))
@@ -82,17 +104,21 @@ def bench_small(bench: Bench, memory: Tensor) -> None:
         first = (place // 16) * (LAYERS * 2 * KV_HEADS * 16) + place % 16
         index = (first[:, None] + torch.arange(2 * KV_HEADS, device=CUDA) * 16).reshape(-1)
         moved = 2 * all_heads * HEAD_DIM * column_bytes + 2 * tokens * HEAD_DIM * 4
-        for heads, warps in ((16, 4), (8, 4), (16, 8), (64, 8)):
+        for qkv_launch in QKV_LAUNCHES:
             calls: list[Call] = [
                 partial(
                     qkv_to_pool_kernel,
                     *(qkv, head_norm, EPS, cos, sin, layer, index),
-                    block_heads=heads,
-                    num_warps=warps,
+                    launch=qkv_launch,
                 )
                 for layer in layer_rows
             ]
-            bench.bytes("qkv_to_pool", shape, f"heads {heads} warps {warps}", calls, moved)
+            entry = Entry("qkv_to_pool", (tokens, all_heads, HEAD_DIM), qkv_launch)
+            bench.bytes("qkv_to_pool", shape, describe(qkv_launch), calls, moved, entry)
+
+
+def describe(launch: msgspec.Struct) -> str:
+    return " ".join(f"{name} {value}" for name, value in msgspec.to_builtins(launch).items())
 
 
 def bench_decode(bench: Bench, memory: Tensor) -> None:
@@ -102,13 +128,11 @@ def bench_decode(bench: Bench, memory: Tensor) -> None:
             bench.skipped.append(f"decode_attention batch {batch} context {context}: too little memory")
             continue
         chosen = decode_splits(batch, KV_HEADS, context, processors)
-        runs = [(size, splits, DECODE_TUNINGS[0]) for size in PAGE_SIZES for splits in SPLITS]
-        runs += [(16, chosen, tuning) for tuning in DECODE_TUNINGS[1:]]
+        runs = [(PAGE_SIZE, chosen, launch) for launch in DECODE_LAUNCHES]
+        runs += [(size, splits, UNTUNED) for size in PAGE_SIZES for splits in SPLITS if splits <= 4 * chosen]
         lengths = integers(*[context] * batch)
         queries = rows(batch, HEADS, HEAD_DIM)
-        for size, splits, (keys, warps, stages) in runs:
-            if splits > 4 * chosen:
-                continue
+        for size, splits, launch in runs:
             pool = pool_of(memory, size)
             tables = tables_of(pool, batch, context)
             calls: list[Call] = [
@@ -116,16 +140,17 @@ def bench_decode(bench: Bench, memory: Tensor) -> None:
                     decode_attention_kernel,
                     *(queries, pool, layer, tables, lengths, HEAD_DIM**-0.5),
                     splits=splits,
-                    block_keys=keys,
-                    num_warps=warps,
-                    num_stages=stages,
+                    launch=launch,
                 )
                 for layer in range(LAYERS)
             ]
-            settings = f"page {size} splits {splits}{'*' if splits == chosen else ''} "
-            settings += f"keys {keys} warps {warps} stages {stages}"
+            settings = f"page {size} splits {splits}{'*' if splits == chosen else ''} {describe(launch)}"
             moved = batch * context * TOKEN_LAYER_BYTES + 2 * queries.numel() * 2
-            bench.bytes("decode_attention", f"batch {batch} context {context}", settings, calls, moved)
+            shape = (batch, splits, KV_HEADS, HEADS // KV_HEADS, HEAD_DIM, size)
+            served = splits == chosen and size == PAGE_SIZE
+            entry = Entry("decode_attention", shape, launch) if served else None
+            where = f"batch {batch} context {context}"
+            bench.bytes("decode_attention", where, settings, calls, moved, entry)
 
 
 def bench_prefill(bench: Bench, memory: Tensor) -> None:
@@ -195,8 +220,8 @@ MEASURES = {
 }
 
 
-def run(out: Path | None, budget_s: float, only: list[str]) -> int:
-    """1. Fill memory with numbers; 2. measure each kernel; 3. write the results."""
+def run(out: Path | None, budget_s: float, only: list[str], save: Path | None) -> int:
+    """1. Fill memory with numbers; 2. measure each kernel; 3. write the results, and the fastest launches."""
     if not torch.cuda.is_available():
         print("the kernels' benchmark needs an NVIDIA GPU", file=sys.stderr)
         return 1
@@ -214,6 +239,8 @@ def run(out: Path | None, budget_s: float, only: list[str]) -> int:
             MEASURES[name](bench, memory)
     for line in bench.skipped:
         print(f"skipped {line}")
+    if save is not None:
+        print(f"saved {tuning.save(bench.table(), torch.cuda.get_device_name(), save)}")
     if out is not None:
         report = {
             "device": torch.cuda.get_device_name(),
@@ -231,8 +258,15 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="file for all results as JSON")
     parser.add_argument("--budget-s", type=float, default=200.0, help="start no measurement after this")
     parser.add_argument("--only", nargs="+", choices=list(MEASURES), default=[], help="default: all of them")
+    parser.add_argument(
+        "--save",
+        type=Path,
+        nargs="?",
+        const=tuning.user_directory(),
+        help="put the fastest into this GPU's table, in the user's cache directory or in the one given",
+    )
     options = parser.parse_args()
-    return run(options.out, options.budget_s, options.only)
+    return run(options.out, options.budget_s, options.only, options.save)
 
 
 if __name__ == "__main__":
