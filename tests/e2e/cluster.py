@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -14,6 +13,8 @@ from typing import Any, Self
 
 import httpx
 import psutil
+
+from tests.ports import free_port
 
 READY_DEADLINE_S = 90.0
 REST_DEADLINE_S = 30.0
@@ -28,13 +29,6 @@ def wait_until(what: str, holds: Callable[[], bool], deadline_s: float = REST_DE
         if time.monotonic() > end_s:
             raise AssertionError(f"not within {deadline_s:g} s: {what}")
         pause.wait(0.05)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 class Cluster:

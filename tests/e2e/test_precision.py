@@ -8,9 +8,10 @@ import httpx
 import pytest
 
 import deploy.demo
-from tests.e2e.cluster import Cluster, free_port, wait_until
+from tests.e2e.cluster import Cluster, wait_until
 from tests.e2e.test_alone import running
 from tests.e2e.test_tokens import ask, prompt_of, tokens_of
+from tests.ports import free_port
 
 DEMO = Path(deploy.demo.__file__).parent / "model"
 PROMPTS = [prompt_of(length, 9) for length in (1, 15, 16, 33, 200)]
