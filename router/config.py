@@ -36,6 +36,12 @@ class RouterConfig:
     max_running: int = 4096
     """Prompts in flight; more are refused as overloaded."""
     retry_after_s: int = 1
+    ttft_slo_s: float | None = None
+    """Prompts whose first token is predicted to take longer are refused as overloaded."""
+    max_kv_load: float | None = None
+    """Prompt tokens in flight on a decode worker, in multiples of its KV pool; more are refused."""
+    stall_timeout_s: float = 60.0
+    """How long a client may read nothing of what is waiting for it before its connection is closed."""
 
     def __post_init__(self) -> None:
         if not self.workers:
@@ -56,5 +62,11 @@ class RouterConfig:
         for name in ("request_timeout_s", "heartbeat_s", "worker_timeout_s"):
             if not 0 < getattr(self, name) <= 86400:
                 raise RouterConfigError(f"{name}: {getattr(self, name)} must be above 0, at most 86400")
+        for name in ("ttft_slo_s", "max_kv_load"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise RouterConfigError(f"{name}: {value} must be above 0")
+        if not 0.001 <= self.stall_timeout_s <= 86400:
+            raise RouterConfigError(f"stall_timeout_s: {self.stall_timeout_s} must be 0.001 to 86400")
         if self.drain_timeout_s < 0:
             raise RouterConfigError(f"drain_timeout_s: {self.drain_timeout_s} must not be negative")

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from router.admission import Admission
 from router.config import RouterConfig
 from router.errors import ApiError
 from router.ids import draw_number
@@ -24,6 +25,7 @@ from services.messages import DecodeStarted, Failed, PrefillDone, Report, Reques
 class Seat:
     """This router's own account of what it has on one worker."""
 
+    queued_prompts: int = 0
     queued_tokens: int = 0
     live_tokens: int = 0
     live_requests: int = 0
@@ -55,6 +57,7 @@ class Dispatcher:
         self._queued: set[int] = set()
         self._seats: dict[str, Seat] = {endpoint: Seat() for endpoint in config.workers}
         self._outbox: dict[str, list[Request]] = {}
+        self._admission = Admission(config.ttft_slo_s, config.max_kv_load, config.retry_after_s)
         self._limits: Limits | None = None
         """Until a worker comes or goes."""
         self._idle = asyncio.Event()
@@ -184,9 +187,10 @@ class Dispatcher:
             )
 
     def submit(self, orders: Sequence[Order]) -> list[Flight]:
-        """Sends the prompts of one request off. Raises ApiError as `check_open`, or 503 without workers;
-        then nothing was sent."""
+        """Sends the prompts of one request off. Raises ApiError as `check_open`, 429 where they would wait
+        too long, or 503 without workers; then nothing was sent."""
         self.check_open(len(orders))
+        self._admit([len(order.prompt) for order in orders])
         now_s = self._clock()
         flights = [self._place(order, now_s) for order in orders]
         for flight in flights:
@@ -195,6 +199,14 @@ class Dispatcher:
             self._queue(flight.start())
         self._flush()
         return flights
+
+    def _admit(self, prompts: list[int]) -> None:
+        if self._config.ttft_slo_s is None and self._config.max_kv_load is None:
+            return
+        placement = place(self._candidates(), sum(prompts))
+        if placement is not None:
+            first = placement.prefill or placement.decode
+            self._admission.check(placement, prompts, self._seats[first.name].queued_prompts)
 
     def _place(self, order: Order, now_s: float) -> Flight:
         placement = place(self._candidates(), len(order.prompt))
@@ -223,6 +235,7 @@ class Dispatcher:
 
     def _seat_taken(self, flight: Flight) -> None:
         tokens = len(flight.work.prompt)
+        self._seats[flight.prefill or flight.decode].queued_prompts += 1
         self._seats[flight.prefill or flight.decode].queued_tokens += tokens
         self._seats[flight.decode].live_tokens += tokens
         self._seats[flight.decode].live_requests += 1
@@ -231,6 +244,7 @@ class Dispatcher:
     def _no_longer_queued(self, flight: Flight) -> None:
         if flight.work.request_id in self._queued:
             self._queued.discard(flight.work.request_id)
+            self._seats[flight.prefill or flight.decode].queued_prompts -= 1
             self._seats[flight.prefill or flight.decode].queued_tokens -= len(flight.work.prompt)
 
     def end(self, flights: Iterable[Flight], error: ApiError | None = None) -> None:
@@ -264,6 +278,7 @@ class Dispatcher:
             elif isinstance(report, PrefillDone):
                 flight.on_prefill_done(worker, report)
                 self._no_longer_queued(flight)
+                self._admission.observe(worker, len(flight.work.prompt), flight.times.submitted_s, now_s)
             elif isinstance(report, DecodeStarted):
                 flight.on_decode_started(worker, report, now_s)
             elif isinstance(report, Failed):
@@ -278,6 +293,7 @@ class Dispatcher:
         self._limits = None
         if old is not ClientState.READY:
             return
+        self._admission.forget(client.endpoint)
         now_s = self._clock()
         for flight in [flight for flight in self._flights.values() if client.endpoint in flight.workers]:
             self._queue(flight.on_worker_lost(client.endpoint, now_s))

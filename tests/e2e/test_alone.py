@@ -10,8 +10,9 @@ from pathlib import Path
 import httpx
 
 from tests.checkpoints import make_checkpoint
-from tests.e2e.cluster import free_port, wait_until
+from tests.e2e.cluster import wait_until
 from tests.e2e.test_tokens import prompt_of, reference
+from tests.ports import free_port
 
 PROMPTS = [prompt_of(length, 4) for length in (1, 7, 16, 33, 150)]
 

@@ -20,6 +20,7 @@ from kvtransfer.movers.nixl import prepare_environment
 from kvtransfer.movers.select import select_mover
 from kvtransfer.peer_messages import PeerHello
 from kvtransfer.probe import LifeProbe
+from tests.ports import free_port
 
 CONFIG = TransferConfig(
     name="t", listen="ipc:///d/w", peer_listen="ipc:///d/p", staging_socket=Path("/d/s")
@@ -119,12 +120,6 @@ def test_silence_is_no_death_a_refused_connection_is() -> None:
         assert asked(probe), probe_endpoint
         assert not asked(LifeProbe("tcp://some.name:7000"))  # Looking a name up could block.
         probe.close()
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 def test_the_pure_modules_need_neither_sockets_nor_tensors() -> None:
