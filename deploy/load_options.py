@@ -1,5 +1,6 @@
 """The settings of the commands that put a load on a running system, or on one that they launch."""
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ def parse_rates(given: str) -> tuple[float, ...]:
     """`2,4,8`: different, and in rising order. Raises ValueError."""
     one = number(0.001, 1e6)
     rates = tuple(one(part.strip()) for part in given.split(","))
-    if any(after <= before for before, after in zip(rates, rates[1:], strict=False)):
+    if any(after <= before for before, after in itertools.pairwise(rates)):
         raise ValueError(f"{given!r}: rates must rise, like 2,4,8")
     if len(rates) > _MOST_RATES:
         raise ValueError(f"{len(rates)} rates; at most {_MOST_RATES} are allowed")
@@ -84,7 +85,7 @@ class BenchServeSettings(LoadSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class BenchPdSettings(LoadSettings, StagingSettings, MoverSettings, EngineSettings):
-    """Compare prefill and decode workers with as many unified ones, under the same load: which is better here?"""
+    """Compare prefill and decode workers with as many unified ones, under the same load: which to take?"""
 
     prefill: int = setting(1, integer(1, 32), "Prefill workers.")
     decode: int = setting(1, integer(1, 32), "Decode workers.")

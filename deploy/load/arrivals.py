@@ -1,7 +1,7 @@
-"""When requests arrive, decided before any is sent: an open loop, in which no arrival waits for an answer. Pure.
+"""When requests arrive, decided before any is sent: no arrival waits for an answer (an open loop). Pure.
 
-With the same seed and kind the gaps of two rates are the same ones, stretched: what differs between two rates of
-one run is the rate.
+With the same seed and kind the gaps of two rates are the same ones, stretched: what differs between two
+rates of one run is the rate.
 """
 
 from typing import Literal
@@ -16,8 +16,8 @@ Seconds = NDArray[np.float64]
 def arrival_times(kind: Kind, rate: float, count: int, burstiness: float, seed: int) -> Seconds:
     """`count` times in seconds, the first at 0, with `rate` arrivals a second in the mean.
 
-    `burstiness` is the shape of the gamma distribution that gaps are drawn from: their variance is 1 / burstiness
-    of the squared mean, so 1 is Poisson, and less is burstier. Poisson ignores it.
+    `burstiness` is the shape of the gamma distribution that gaps are drawn from: their variance is
+    1 / burstiness of the squared mean, so 1 is Poisson, and less is burstier. Poisson ignores it.
     """
     shape = burstiness if kind == "gamma" else 1.0
     gaps_s = np.random.default_rng(seed).gamma(shape, 1.0 / (shape * rate), count)

@@ -1,8 +1,8 @@
 """The client: requests over HTTP/1.1, each on a connection that is idle or new, and when their answers come.
 
-Written on the event loop's protocols and httptools' parser, with one typed decoding of each chunk: what stands between
-a server and the clock must cost little beside what it measures. Times are `time.perf_counter`'s: the event loop's own
-may be cached and in whole milliseconds.
+Written on the event loop's protocols and httptools' parser, with one typed decoding of each chunk: what
+stands between a server and the clock must cost little beside what it measures. Times are
+`time.perf_counter`'s: the event loop's own may be cached and in whole milliseconds.
 """
 
 import asyncio

@@ -54,7 +54,7 @@ Lengths = Fixed | Uniform | LogNormal
 
 
 def parse_lengths(text: str) -> Lengths:
-    """`512`, `uniform:LOW:HIGH` or `lognormal:MEDIAN:SIGMA:MOST`. Raises ValueError saying what is allowed."""
+    """`512`, `uniform:LOW:HIGH` or `lognormal:MEDIAN:SIGMA:MOST`. Raises ValueError with what is allowed."""
     match text.split(":"):
         case [tokens]:
             return Fixed(_whole(tokens, text))

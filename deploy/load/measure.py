@@ -15,7 +15,7 @@ Show = Callable[[RateFigures], None]
 async def measure(
     target: Target, model: ServedModel, rates: Rates, gpus: int, show: Show
 ) -> list[RateFigures]:
-    """Figures of every rate, each given to `show` when it is known. Raises UserError where a load cannot be made."""
+    """Figures of every rate, each given to `show` when it is known. Raises UserError if a load cannot be."""
     settings = rates.settings
     ask, limits = Ask(model.name, settings.temperature), limits_of(settings)
     found: list[RateFigures] = []

@@ -7,8 +7,9 @@ from deploy.load.plan import Planned
 
 @dataclass(slots=True)
 class Outcome:
-    """Times are seconds of one clock. One arrival is one read of the socket that brought text: `arrived_s[i]` is when,
-    `chunks[i]` how many chunks it brought. `failure` is its kind, None for a request that got all its tokens."""
+    """Times are seconds of one clock. One arrival is one read of the socket that brought text: `arrived_s[i]`
+    is when, `chunks[i]` how many chunks it brought. `failure` is its kind, None for a request that got all
+    its tokens."""
 
     planned: Planned
     scheduled_s: float

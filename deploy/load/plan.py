@@ -1,7 +1,7 @@
 """The whole load of one rate, made before its first request is sent: times, prompts, lengths, bodies. Pure.
 
-`warm_up` requests come first, at the same rate, and do not count: the measured ones meet a system that is already at
-work.
+`warm_up` requests come first, at the same rate, and do not count: the measured ones meet a system that is
+already at work.
 """
 
 from collections.abc import Sequence

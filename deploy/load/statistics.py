@@ -11,7 +11,7 @@ from deploy.load.plan import Load
 
 
 class Limits(Struct, frozen=True):
-    """What a request must keep to be a good one; None: no limit. The gap limit holds for 99 of 100 of its gaps."""
+    """What a request must keep to be a good one; None: no limit. `itl_ms` is for 99 of 100 of its gaps."""
 
     ttft_ms: float | None = None
     tpot_ms: float | None = None

@@ -36,8 +36,8 @@ MOST_LINE_BYTES = 1 << 22
 class EventStream:
     """Server-sent events, one `data:` line each, in whatever pieces they come.
 
-    A chunk brings a token if it has text, or none but does not end a choice either (a token whose characters are not
-    whole yet, as some servers send it). The chunk that only gives a finish reason brings none.
+    A chunk brings a token if it has text, or none but does not end a choice either (a token whose characters
+    are not whole yet, as some servers send it). The chunk that only gives a finish reason brings none.
     """
 
     __slots__ = ("_rest", "completion_tokens", "failure", "finished")
@@ -76,7 +76,7 @@ class EventStream:
 
 
 def failure_of(status: int, body: bytes) -> str:
-    """A kind of failure for an answer that is no stream: the status, and the error's code where it has one."""
+    """The failure of an answer that is no stream: its status, and the error's code where it has one."""
     try:
         error = _ERRORS.decode(body).error
     except msgspec.MsgspecError:

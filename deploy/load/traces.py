@@ -3,12 +3,13 @@
 Two formats, told apart by their first line, each also gzipped:
 
 - Azure (2023): CSV with `TIMESTAMP,ContextTokens,GeneratedTokens`, times like `2023-11-16 18:15:46.6805900`;
-- Mooncake: one JSON object a line with `timestamp` in ms, `input_length`, `output_length` and `hash_ids`, one for
-  each started block of 512 prompt tokens. Two prompts with the same id have the same block there and the same
-  tokens before it.
+- Mooncake: one JSON object a line with `timestamp` in ms, `input_length`, `output_length` and `hash_ids`, one
+  for each started block of 512 prompt tokens. Two prompts with the same id have the same block there and the
+  same tokens before it.
 """
 
 import gzip
+import itertools
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -49,8 +50,7 @@ def read_trace(path: Path, most: int) -> list[TraceRequest]:
     try:
         with path.open("rb") as raw:
             zipped = raw.read(2) == _GZIP
-        opened = gzip.open(path, "rb") if zipped else path.open("rb")
-        with opened as stream:
+        with gzip.open(path, "rb") if zipped else path.open("rb") as stream:
             return list(_requests(path, _lines(stream, path), most))
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise TraceError(f"{path} is not a whole gzip file: {error}") from None
@@ -77,25 +77,22 @@ def _requests(path: Path, lines: Iterator[tuple[int, str]], most: int) -> Iterat
         )
     found = 0
     last_s = float("-inf")
-    for number, line in lines if azure else _chained((number, first), lines):
+    if not azure:
+        lines = itertools.chain([(number, first)], lines)
+    for at, line in lines:
         if found == most:
             return
         try:
             request = _azure(line) if azure else _mooncake(line)
         except ValueError as error:
-            raise TraceError(f"{path}, line {number}: {error}") from None
+            raise TraceError(f"{path}, line {at}: {error}") from None
         if request.at_s < last_s:
-            raise TraceError(f"{path}, line {number}: earlier than the request before it")
+            raise TraceError(f"{path}, line {at}: earlier than the request before it")
         last_s = request.at_s
         found += 1
         yield request
     if not found:
         raise TraceError(f"{path} holds no request")
-
-
-def _chained(first: tuple[int, str], rest: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
-    yield first
-    yield from rest
 
 
 def _azure(line: str) -> TraceRequest:
