@@ -91,4 +91,5 @@ class BenchPdSettings(LoadSettings, StagingSettings, MoverSettings, EngineSettin
     decode: int = setting(1, integer(1, 32), "Decode workers.")
     prefix_cache: bool = setting(True, flag, "Reuse the KV of common prefixes.", switch=True)
     margin: float = setting(0.05, number(0, 1), "Differences up to this share count as none.")
+    log: Path | None = setting(None, path, "File for what both systems print.")
     start_timeout: float = setting(600.0, _deadline, "Seconds that a system may take to be ready.")

@@ -16,7 +16,7 @@ def run(settings: BenchServeSettings) -> None:
     from deploy.load.rates import limits_of, rates_of
     from deploy.load.target import served_model, target_of
 
-    report.check_writable(settings)
+    report.check_writable(out=settings.out, chart=settings.chart)
     if settings.chart is not None:
         check_matplotlib()
     rates, limits = rates_of(settings), limits_of(settings)

@@ -14,15 +14,16 @@ Seconds = NDArray[np.float64]
 
 
 def arrival_times(kind: Kind, rate: float, count: int, burstiness: float, seed: int) -> Seconds:
-    """`count` times in seconds, the first at 0, with `rate` arrivals a second in the mean.
+    """`count` times in seconds, the first at 0 and the mean gap 1 / `rate` exactly, so that few requests make
+    the rate that was asked for.
 
     `burstiness` is the shape of the gamma distribution that gaps are drawn from: their variance is
     1 / burstiness of the squared mean, so 1 is Poisson, and less is burstier. Poisson ignores it.
     """
     shape = burstiness if kind == "gamma" else 1.0
-    gaps_s = np.random.default_rng(seed).gamma(shape, 1.0 / (shape * rate), count)
-    gaps_s[:1] = 0.0
-    return np.cumsum(gaps_s)
+    gaps = np.random.default_rng(seed).gamma(shape, 1.0 / shape, count - 1)
+    times = np.concatenate(([0.0], np.cumsum(gaps)))
+    return times if count < 2 else times * ((count - 1) / times[-1] / rate)
 
 
 def stretched(times_s: Seconds, rate: float) -> Seconds:

@@ -9,6 +9,7 @@ import asyncio
 import ssl
 import time
 from collections.abc import Callable
+from typing import cast
 
 import httptools
 
@@ -90,7 +91,7 @@ class _Connection(asyncio.Protocol):
     ) -> None:
         self._loop, self._head, self._timeout_s = loop, head, timeout_s
         self._on_end, self._everyone = on_end, everyone
-        self._transport: asyncio.Transport | None = None
+        self._transport: asyncio.WriteTransport | None = None
         self._outcome: Outcome | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._keep_alive = True
@@ -123,9 +124,9 @@ class _Connection(asyncio.Protocol):
     # ------------------------------------------------------------ the event loop's calls
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        if not isinstance(transport, asyncio.Transport):
-            raise TypeError("a connection that cannot be written to")
-        self._transport = transport
+        self._transport = cast(
+            asyncio.WriteTransport, transport
+        )  # uvloop's derives from no class of asyncio's
         self._everyone.add(self)
 
     def data_received(self, data: bytes) -> None:

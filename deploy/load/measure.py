@@ -22,6 +22,6 @@ async def measure(
     for index in range(len(rates.rates)):
         load = await asyncio.to_thread(rates.load, index, ask, model.max_model_len)
         driven = await drive(target, load, settings.timeout)
-        found.append(figures_of(driven.outcomes, load, limits, gpus, driven.cpu_share))
+        found.append(figures_of(driven.outcomes, load, rates.rates[index], limits, gpus, driven.cpu_share))
         show(found[-1])
     return found

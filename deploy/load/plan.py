@@ -41,7 +41,8 @@ class Planned:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """`span_s` is how long measured requests keep arriving; `left_out` those too long for the model."""
+    """`rate` is the measured requests' own, over the `span_s` in which they arrive; `left_out` are those too
+    long for the model."""
 
     planned: list[Planned]
     rate: float

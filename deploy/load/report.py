@@ -10,21 +10,14 @@ from msgspec import Struct
 
 from deploy.bench.report import cpu_name, versions
 from deploy.errors import UserError
-from deploy.load.statistics import Limits, RateFigures, Spread
+from deploy.load.statistics import Limits, RateFigures, Spread, System
+from deploy.load.verdict import Verdict
 from deploy.load_options import LoadSettings
 from deploy.settings import settings_of
 
 LATENCIES = ("ttft_ms", "second_token_ms", "itl_ms", "tpot_ms", "e2e_ms")
-LAG_SHARE = 0.1
+LAG_MS, LAG_SHARE = 5.0, 0.1
 BUSY_SHARE = 0.7
-
-
-class System(Struct, frozen=True):
-    """One system under one load: what it is called, its GPUs (or workers, on a CPU), one entry a rate."""
-
-    name: str
-    gpus: int
-    rates: list[RateFigures]
 
 
 class Machine(Struct, frozen=True):
@@ -42,7 +35,7 @@ class LoadResult(Struct, frozen=True):
     model: str
     limits: Limits
     systems: list[System]
-    verdict: "Any" = None
+    verdict: Verdict | None = None
 
 
 def machine() -> Machine:
@@ -58,19 +51,21 @@ def settings_values(settings: LoadSettings) -> dict[str, Any]:
     }
 
 
-def result(settings: LoadSettings, model: str, limits: Limits, systems: list[System]) -> LoadResult:
-    return LoadResult(machine(), versions(), settings_values(settings), model, limits, systems)
+def result(
+    settings: LoadSettings, model: str, limits: Limits, systems: list[System], verdict: Verdict | None = None
+) -> LoadResult:
+    return LoadResult(machine(), versions(), settings_values(settings), model, limits, systems, verdict)
 
 
 def write_json(path: Path, found: LoadResult) -> None:
     path.write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=2) + b"\n")
 
 
-def check_writable(settings: LoadSettings) -> None:
-    """Raises UserError before anything is measured, not after."""
-    for flag, file in (("--out", settings.out), ("--chart", settings.chart)):
+def check_writable(**files: Path | None) -> None:
+    """Raises UserError, naming the flag, before anything is measured and not after."""
+    for name, file in files.items():
         if file is not None and not (file.parent.is_dir() and os.access(file.parent, os.W_OK)):
-            raise UserError(f"{flag}: {file.parent} is not a directory that can be written to")
+            raise UserError(f"--{name}: {file.parent} is not a directory that can be written to")
 
 
 def head_lines() -> str:
@@ -105,10 +100,12 @@ def warnings(one: RateFigures) -> list[str]:
             "tokens that came together are one gap"
         )
     lag, ttft = one.client.lag_ms, one.ttft_ms
-    if lag is not None and ttft is not None and lag.p99 > max(2.0, LAG_SHARE * ttft.p50):
-        found.append(f"this client was late itself: p50 {lag.p50:.1f}, p99 {lag.p99:.1f} ms; do not trust it")
+    if lag is not None and ttft is not None and lag.p99 > max(LAG_MS, LAG_SHARE * ttft.p50):
+        found.append(
+            f"this client was late by {lag.p50:.1f} ms at p50 and {lag.p99:.1f} at p99, which is in all latencies"
+        )
     if one.client.cpu_share > BUSY_SHARE:
-        found.append(f"this client used {one.client.cpu_share:.0%} of a core; do not trust it")
+        found.append(f"this client used {one.client.cpu_share:.0%} of a core, and may be what is slow")
     return found
 
 

@@ -45,10 +45,14 @@ class Client(Struct, frozen=True):
 
 
 class RateFigures(Struct, frozen=True):
-    """One rate. Latencies are of the requests that got all their tokens, in ms; rates are per second, of what
-    arrived or was finished of the requests that arrived in `span_s`."""
+    """One rate, as asked for, and as `offered_rate` of the requests that were measured.
+
+    Latencies are of requests that got all their tokens, in ms. Tokens a second are those that arrived within
+    `span_s`, in which the measured requests arrived; `goodput` is good requests for each second of it.
+    """
 
     rate: float
+    offered_rate: float
     requests: int
     completed: int
     failures: dict[str, int]
@@ -94,7 +98,12 @@ def is_good(outcome: Outcome, limits: Limits) -> bool:
 
 
 def figures_of(
-    outcomes: Sequence[Outcome], load: Load, limits: Limits, gpus: int, cpu_share: float
+    outcomes: Sequence[Outcome],
+    load: Load,
+    rate: float | None,
+    limits: Limits,
+    gpus: int,
+    cpu_share: float,
 ) -> RateFigures:
     """Of the measured requests; only the output rate counts every token that arrived in the window."""
     measured = [one for one in outcomes if one.planned.measured]
@@ -106,7 +115,8 @@ def figures_of(
     chunks = sum(sum(one.chunks) for one in done)
     arrivals = sum(len(one.chunks) for one in done)
     return RateFigures(
-        rate=load.rate,
+        rate=load.rate if rate is None else rate,
+        offered_rate=load.rate,
         requests=len(measured),
         completed=len(done),
         failures=dict(Counter(one.failure for one in measured if one.failure is not None).most_common()),
