@@ -12,6 +12,7 @@ import typer
 
 from deploy.commands import (
     bench_engine,
+    bench_pd,
     bench_serve,
     keys,
     memory,
@@ -23,7 +24,7 @@ from deploy.commands import (
     worker,
 )
 from deploy.errors import UserError
-from deploy.load_options import BenchServeSettings
+from deploy.load_options import BenchPdSettings, BenchServeSettings
 from deploy.options import (
     BenchEngineSettings,
     KeysSettings,
@@ -59,6 +60,7 @@ register(app, "version", VersionSettings, version.run)
 bench = typer.Typer(help="Measure this machine, and what is served.", no_args_is_help=True)
 register(bench, "engine", BenchEngineSettings, bench_engine.run)
 register(bench, "serve", BenchServeSettings, bench_serve.run)
+register(bench, "pd", BenchPdSettings, bench_pd.run)
 app.add_typer(bench, name="bench")
 
 _USAGE_EXCEPTION = typer.BadParameter.__mro__[2]

@@ -1,4 +1,4 @@
-"""`baton bench pd MODEL_DIR`: prefill and decode workers against as many unified ones, under the same load."""
+"""`baton bench pd MODEL_DIR`: prefill and decode workers against as many unified ones, same load."""
 
 import os
 from pathlib import Path

@@ -14,6 +14,7 @@ def run(settings: BenchServeSettings) -> None:
     from deploy.load.errors import LoadError
     from deploy.load.measure import measure
     from deploy.load.rates import limits_of, rates_of
+    from deploy.load.statistics import System
     from deploy.load.target import served_model, target_of
 
     report.check_writable(out=settings.out, chart=settings.chart)
@@ -38,7 +39,7 @@ def run(settings: BenchServeSettings) -> None:
             target, model, rates, settings.gpus, lambda one: print(report.row_lines(one, limits), flush=True)
         )
     )
-    system = report.System(settings.url, settings.gpus, found)
+    system = System(settings.url, settings.gpus, found)
     if settings.out is not None:
         report.write_json(settings.out, report.result(settings, model.name, limits, [system]))
     if settings.chart is not None:

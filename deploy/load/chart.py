@@ -4,8 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deploy.errors import UserError
-from deploy.load.report import System
-from deploy.load.statistics import Limits, RateFigures
+from deploy.load.statistics import Limits, RateFigures, System
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

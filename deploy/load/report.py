@@ -102,7 +102,7 @@ def warnings(one: RateFigures) -> list[str]:
     lag, ttft = one.client.lag_ms, one.ttft_ms
     if lag is not None and ttft is not None and lag.p99 > max(LAG_MS, LAG_SHARE * ttft.p50):
         found.append(
-            f"this client was late by {lag.p50:.1f} ms at p50 and {lag.p99:.1f} at p99, which is in all latencies"
+            f"this client was late (p50 {lag.p50:.1f} ms, p99 {lag.p99:.1f}), which is in all latencies"
         )
     if one.client.cpu_share > BUSY_SHARE:
         found.append(f"this client used {one.client.cpu_share:.0%} of a core, and may be what is slow")

@@ -73,6 +73,14 @@ class RateFigures(Struct, frozen=True):
     client: Client
 
 
+class System(Struct, frozen=True):
+    """One system under one load: what it is called, its GPUs (or workers, on a CPU), one entry a rate."""
+
+    name: str
+    gpus: int
+    rates: list[RateFigures]
+
+
 def spread(values: Sequence[float]) -> Spread | None:
     """None of nothing."""
     if not values:

@@ -1,7 +1,7 @@
 """Whether prefill and decode on separate workers are worth it, from the figures of both systems. Pure.
 
-With limits the question is how many good requests a GPU can serve: at the rate that suits each system best. Without
-limits every latency and the output rate are compared at every rate, and both answers can be right.
+With limits the question is how many good requests a GPU can serve, at the rate that suits each system best.
+Without limits every latency and the output rate are compared at every rate, and both answers can be right.
 """
 
 import math
@@ -33,7 +33,7 @@ class Verdict(Struct, frozen=True):
 
 
 def verdict(split: System, unified: System, limits: Limits, margin: float) -> Verdict:
-    """Differences up to `margin`, a share, count as none; and where there is none, the simpler system is better."""
+    """Differences up to `margin`, a share, count as none, and then the simpler system is better."""
     return _by_goodput(split, unified, margin) if limits.given else _by_latency(split, unified, margin)
 
 
@@ -41,7 +41,7 @@ def _by_goodput(split: System, unified: System, margin: float) -> Verdict:
     mine, other = _best(split), _best(unified)
     ours, theirs = mine.goodput_per_gpu, other.goodput_per_gpu
     reasons = [
-        f"{system.name}: at best {one.goodput_per_gpu:.3g} good requests/s per GPU, at {one.rate:g} requests/s "
+        f"{system.name}: at best {one.goodput_per_gpu:.3g} good requests/s per GPU, at {one.rate:g} req/s "
         f"({one.good} of {one.requests} good)"
         for system, one in ((split, mine), (unified, other))
     ]
@@ -51,7 +51,7 @@ def _by_goodput(split: System, unified: System, margin: float) -> Verdict:
     least = max(margin * max(ours, theirs), noise)
     if abs(ours - theirs) <= least:
         reasons.append(
-            f"the difference is within {least:.2g} (margin or noise): the simpler system is enough"
+            f"within {least:.2g} of each other, which is margin or noise: the simpler system is enough"
         )
         return Verdict("do not disaggregate", reasons)
     ratio = f"{ours / theirs:.2f} times" if theirs else "where that has none:"
@@ -64,8 +64,8 @@ def _best(system: System) -> RateFigures:
 
 
 def _error(one: RateFigures) -> float:
-    """The standard error of `goodput_per_gpu`, from the share of good requests (never 0: one request more or less
-    is always possible)."""
+    """The standard error of `goodput_per_gpu`, from the share of good requests (never 0: one request
+    more or less is always possible)."""
     share = (one.good + 1) / (one.requests + 2)
     per_share = one.goodput_per_gpu * one.requests / one.good if one.good else 0.0
     return per_share * math.sqrt(share * (1 - share) / one.requests)
@@ -84,7 +84,7 @@ def _by_latency(split: System, unified: System, margin: float) -> Verdict:
         ours, theirs = mine.output_tokens_per_s, other.output_tokens_per_s
         text = f"output {at}: {ours:.0f} tok/s against {theirs:.0f}"
         _sort(ours - theirs, margin * max(ours, theirs), text, better, worse)
-        text = f"completed {at}: {mine.completed} of {mine.requests} against {other.completed} of {other.requests}"
+        text = f"completed {at}: {mine.completed} against {other.completed} of {mine.requests}"
         _sort(mine.completed - other.completed, 0.0, text, better, worse)
     reasons = [*_listed(f"{split.name} is better", better), *_listed(f"{split.name} is worse", worse)]
     if better and worse:
