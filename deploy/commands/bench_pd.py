@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from deploy.load.statistics import RateFigures, System
 
 INTERRUPTED = 130
-DRAIN_TIMEOUT_S = 5.0
+DRAIN_TIMEOUT_S = 20.0
 
 
 def run(settings: BenchPdSettings) -> None:
@@ -115,5 +115,5 @@ async def _measure_all(
             found = await with_launched(candidate, log, settings.start_timeout, work)
         except LoadError as error:
             raise UserError(f"{candidate.name}: {error}") from None
-        systems.append(System(candidate.name, candidate.gpus, found))
+        systems.append(System(candidate.name, candidate.gpus, found, unit))
     return systems

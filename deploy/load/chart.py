@@ -65,7 +65,8 @@ def _goodput(axes: "Axes", systems: list[System], limits: Limits) -> None:
         values = [value(one, system.gpus) for one in system.rates]
         axes.plot(rates, values, color=colour, marker="o", markersize=4, label=system.name)
     axes.set_ylim(bottom=0)
-    _finish(axes, "good requests/s per GPU" if limits.given else "output tokens/s per GPU")
+    what = "good requests" if limits.given else "output tokens"
+    _finish(axes, f"{what}/s per {systems[0].unit}")
 
 
 def _finish(axes: "Axes", text: str) -> None:

@@ -1,4 +1,4 @@
-"""One system, launched for a measurement and stopped after it by `baton serve`'s launcher, in this process."""
+"""One system, launched for a measurement and stopped after it by the launcher of `baton serve`."""
 
 import asyncio
 import json

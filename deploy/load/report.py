@@ -72,7 +72,7 @@ def head_lines() -> str:
     first = f"{'':>8} {'':>6} {'TTFT ms':^22} {'2nd tok':>7} {'ITL ms':^22} {'TPOT ms':^14} {'e2e s':>6}"
     second = f"{'req/s':>8} {'done':>6} " + " ".join(f"{name:>6}" for name in ("p50", "p90", "p99"))
     second += f"  {'p50':>7} " + " ".join(f"{name:>6}" for name in ("p50", "p90", "p99"))
-    second += f"  {'p50':>6} {'p99':>6}  {'p50':>6} {'tok/s':>7} {'good':>5} {'good/s/GPU':>10}"
+    second += f"  {'p50':>6} {'p99':>6}  {'p50':>6} {'tok/s':>7} {'good':>5} {'good/s each':>11}"
     return f"{first}\n{second}"
 
 
@@ -83,7 +83,7 @@ def row_lines(one: RateFigures, limits: Limits) -> str:
     line += f" {_cells(gap)}  {_cell(one.tpot_ms, 'p50'):>6} {_cell(one.tpot_ms, 'p99'):>6}"
     e2e_s = "-" if one.e2e_ms is None else f"{one.e2e_ms.p50 / 1e3:.2f}"
     line += f"  {e2e_s:>6} {one.output_tokens_per_s:>7.0f}"
-    line += f" {one.good / one.requests:>5.0%} {one.goodput_per_gpu:>10.3g}" if limits.given else ""
+    line += f" {one.good / one.requests:>5.0%} {one.goodput_per_gpu:>11.3g}" if limits.given else ""
     return "\n    ".join([line, *warnings(one)])
 
 

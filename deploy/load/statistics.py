@@ -74,11 +74,12 @@ class RateFigures(Struct, frozen=True):
 
 
 class System(Struct, frozen=True):
-    """One system under one load: what it is called, its GPUs (or workers, on a CPU), one entry a rate."""
+    """One system under one load, one entry a rate. Its `gpus` count in `unit`: without GPUs, workers."""
 
     name: str
     gpus: int
     rates: list[RateFigures]
+    unit: str = "GPU"
 
 
 def spread(values: Sequence[float]) -> Spread | None:

@@ -41,8 +41,8 @@ def _by_goodput(split: System, unified: System, margin: float) -> Verdict:
     mine, other = _best(split), _best(unified)
     ours, theirs = mine.goodput_per_gpu, other.goodput_per_gpu
     reasons = [
-        f"{system.name}: at best {one.goodput_per_gpu:.3g} good requests/s per GPU, at {one.rate:g} req/s "
-        f"({one.good} of {one.requests} good)"
+        f"{system.name}: at best {one.goodput_per_gpu:.3g} good requests/s per {system.unit}, "
+        f"at {one.rate:g} req/s ({one.good} of {one.requests} good)"
         for system, one in ((split, mine), (unified, other))
     ]
     if max(ours, theirs) == 0:
@@ -54,8 +54,10 @@ def _by_goodput(split: System, unified: System, margin: float) -> Verdict:
             f"within {least:.2g} of each other, which is margin or noise: the simpler system is enough"
         )
         return Verdict("do not disaggregate", reasons)
-    ratio = f"{ours / theirs:.2f} times" if theirs else "where that has none:"
-    reasons.append(f"{split.name} serves {ratio} the good requests of {unified.name}")
+    if theirs:
+        reasons.append(f"{split.name} serves {ours / theirs:.2f} times the good requests of {unified.name}")
+    else:
+        reasons.append(f"{unified.name} serves none")
     return Verdict("disaggregate" if ours > theirs else "do not disaggregate", reasons)
 
 
@@ -75,7 +77,7 @@ def _by_latency(split: System, unified: System, margin: float) -> Verdict:
     better: list[str] = []
     worse: list[str] = []
     for mine, other in zip(split.rates, unified.rates, strict=True):
-        at = f"at {mine.rate:g} requests/s"
+        at = f"at {mine.rate:g} req/s"
         for name, field, quantile in COMPARED:
             ours, theirs = _value(mine, field, quantile), _value(other, field, quantile)
             if ours is not None and theirs is not None:
