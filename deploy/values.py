@@ -87,6 +87,16 @@ def seconds(low: float, high: float) -> Callable[[str], float]:
     return parse
 
 
+def number(low: float, high: float) -> Callable[[str], float]:
+    def parse(value: str) -> float:
+        given = _number(value)
+        if not low <= given <= high:
+            raise ValueError(f"{value} is out of range; allowed are {low:g} to {high:g}")
+        return given
+
+    return parse
+
+
 def slot_bytes(value: str) -> int:
     size_bytes = parse_bytes(value)
     if size_bytes % 256 or size_bytes >= 1 << 40:
