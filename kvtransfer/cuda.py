@@ -1,7 +1,7 @@
 """The GPU of this process, by the CUDA driver API alone: memory, streams, copies, events.
 
-No kernel is launched. One thread. `CudaDevice` makes the device's primary context current for good; every call
-returns at once, but for allocation and the mapping of memory.
+No kernel is launched. One thread. `CudaDevice` makes the device's primary context current for good; every
+call returns at once, but for allocation and the mapping of memory.
 """
 
 from dataclasses import dataclass

@@ -84,7 +84,7 @@ class TransferProcess:
         self.epoch = secrets.randbelow(2**63 - 1) + 1
         keys = ChannelKeys.load(config.key_dir) if config.key_dir is not None else None
         size_bytes = config.slots * config.slot_bytes
-        device = CudaDevice(config.device_index) if config.device == "cuda" else None
+        self._device = device = CudaDevice(config.device_index) if config.device == "cuda" else None
         self._staging: HostStaging | DeviceStaging
         self._staging = HostStaging(size_bytes) if device is None else DeviceStaging(size_bytes, device)
         agent_name = f"{config.name}-{self.epoch:x}"
@@ -278,7 +278,7 @@ class TransferProcess:
 
     def stats(self, now_s: float) -> Stats:
         machine, writes = self._machine, self._writes
-        device = self.config.device == "cuda"
+        device = self._device
         return Stats(
             epoch=self.epoch,
             pid=os.getpid(),
@@ -293,7 +293,7 @@ class TransferProcess:
             dropped=dict(machine.outbox.drops),
             resident_bytes=self._self.memory_info().rss,
             staging_resident_bytes=self._staging.resident_bytes(),
-            device_bytes=device_bytes_of_this_process(self.config.device_index) if device else None,
+            device_bytes=None if device is None else device_bytes_of_this_process(device.uuid),
         )
 
     def _limits(self, worker: AttachWorker | None) -> Limits:

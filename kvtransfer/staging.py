@@ -17,6 +17,7 @@ import socket
 import struct
 from pathlib import Path
 from typing import Protocol
+from uuid import UUID
 
 from kvtransfer.cuda import CudaDevice, CudaError
 from kvtransfer.errors import TransferConfigError
@@ -122,13 +123,13 @@ class DeviceStaging:
         self._device.close()
 
 
-def device_bytes_of_this_process(device_index: int) -> int | None:
+def device_bytes_of_this_process(uuid: str) -> int | None:
     """What the driver says we hold on the device, context included; None where it does not tell."""
     import pynvml
 
     try:
         pynvml.nvmlInit()
-        device = pynvml.nvmlDeviceGetHandleByIndex(device_index)
+        device = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{UUID(uuid)}")
         processes = pynvml.nvmlDeviceGetComputeRunningProcesses(device)
     except pynvml.NVMLError as error:
         log.debug("NVML: %s", error)

@@ -86,6 +86,7 @@ def test_a_killed_child_comes_back_and_serves(role: str, which: str, model_dir: 
                 texts.append(answer.json()["choices"][0]["text"])
             return bool(texts)
 
+        assert cluster.worker(role)["status"]["mover"] == "nixl"
         wait_until("a request is answered again", serves, 20)
         assert texts == [before]
         cluster.assert_at_rest()
