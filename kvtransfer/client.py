@@ -303,7 +303,7 @@ class TransferClient:
             self._view = memoryview(self._map)
         self._attached = event
         self.refusal = ""
-        log.info("attached to transfer process, epoch %d", event.address.epoch)
+        log.info("attached to transfer process, epoch %d, mover %s", event.address.epoch, event.mover)
 
     def _lose(self) -> list[WorkerEvent]:
         if self._attached is None:

@@ -7,7 +7,7 @@ from typing import Literal
 from kvtransfer.errors import TransferConfigError
 
 Device = Literal["cpu", "cuda"]
-MoverName = Literal["auto", "nixl"]
+MoverName = Literal["auto", "nixl", "cuda_ipc", "nccl"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,8 +22,9 @@ import zmq
 from kvtransfer.channel import ChannelKeys, Server
 from kvtransfer.codecs import PEER_MESSAGES, WORKER_COMMANDS, WORKER_EVENTS
 from kvtransfer.config import TransferConfig
+from kvtransfer.cuda import CudaDevice
 from kvtransfer.destinations import Destinations
-from kvtransfer.errors import TransferConfigError
+from kvtransfer.errors import MoverBroken, TransferConfigError
 from kvtransfer.handshake import PEER_VERSION
 from kvtransfer.limits import Limits
 from kvtransfer.machine import TransferMachine
@@ -54,13 +55,23 @@ log = logging.getLogger(__name__)
 STATS_S = 1.0
 LONGEST_SLEEP_S = 30.0
 FAREWELL_S = 1.0
+SPIN_S = 0.0005
+"""A quick mover's write is looked after without sleeping for so long: many times what a slot takes."""
+BROKEN_EXIT_CODE = 1
 
 
 def run(config: TransferConfig) -> None:
-    """Serves until SIGTERM. Raises TransferConfigError / MoverUnavailable if it cannot start."""
+    """Serves until SIGTERM. Raises TransferConfigError / MoverUnavailable if it cannot start.
+
+    Where the device has failed it does not return: the process ends at once, since another call to the driver
+    might wait for ever. Only that end surely stops what is in flight.
+    """
     process = TransferProcess(config)
     try:
         process.serve()
+    except MoverBroken as error:
+        log.critical("%s ends: %s", config.name, error)
+        os._exit(BROKEN_EXIT_CODE)
     finally:
         process.close()
 
@@ -73,12 +84,11 @@ class TransferProcess:
         self.epoch = secrets.randbelow(2**63 - 1) + 1
         keys = ChannelKeys.load(config.key_dir) if config.key_dir is not None else None
         size_bytes = config.slots * config.slot_bytes
+        self._device = device = CudaDevice(config.device_index) if config.device == "cuda" else None
         self._staging: HostStaging | DeviceStaging
-        if config.device == "cuda":
-            self._staging = DeviceStaging(size_bytes, config.device_index)
-        else:
-            self._staging = HostStaging(size_bytes)
-        self._mover = select_mover(config, f"{config.name}-{self.epoch:x}")
+        self._staging = HostStaging(size_bytes) if device is None else DeviceStaging(size_bytes, device)
+        agent_name = f"{config.name}-{self.epoch:x}"
+        self._mover = select_mover(config, agent_name, device, self._staging.cuda_ipc_handle)
         self._mover.register(self._staging.region)
         self._metadata = self._mover.metadata()
         self._machine = TransferMachine(self._limits(None))
@@ -205,7 +215,7 @@ class TransferProcess:
             # Fine steps at first (ZMQ's are a millisecond at least), coarse ones for a write that hangs.
             waited_s = now_s - self._writes.last_progress_s
             if waited_s < 0.02:
-                if not self._poller.poll(0):
+                if not self._poller.poll(0) and not (self._mover.quick and waited_s < SPIN_S):
                     time.sleep(0.0001)
             else:
                 self._poller.poll(1 if waited_s < 1.0 else 20)
@@ -268,7 +278,7 @@ class TransferProcess:
 
     def stats(self, now_s: float) -> Stats:
         machine, writes = self._machine, self._writes
-        device = self.config.device == "cuda"
+        device = self._device
         return Stats(
             epoch=self.epoch,
             pid=os.getpid(),
@@ -283,7 +293,7 @@ class TransferProcess:
             dropped=dict(machine.outbox.drops),
             resident_bytes=self._self.memory_info().rss,
             staging_resident_bytes=self._staging.resident_bytes(),
-            device_bytes=device_bytes_of_this_process(self.config.device_index) if device else None,
+            device_bytes=None if device is None else device_bytes_of_this_process(device.uuid),
         )
 
     def _limits(self, worker: AttachWorker | None) -> Limits:

@@ -282,6 +282,8 @@ class Status(Struct, frozen=True, array_like=True, tag="status"):
     output_tokens_per_s: float
     counters: dict[str, float]
     ledger: Ledger
+    mover: str | None = None
+    """What moves KV to and from this worker; None while no transfer process is attached."""
 
 
 Report = WorkerHello | Refusal | Tokens | PrefillDone | DecodeStarted | Failed | Status

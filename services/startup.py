@@ -51,7 +51,7 @@ def device_size(config: WorkerConfig) -> tuple[str, int]:
 def prepare(
     config: WorkerConfig, worker_epoch: int, progress: Callable[[int, int], None]
 ) -> Prepared:
-    """Raises CheckpointError, DoesNotFit or a transfer error, each with a message for the operator."""
+    """Raises CheckpointError, DoesNotFit, StagingError or a transfer error, each with a message for users."""
     context_bytes = resident_bytes()
     model = read_model_config(config.model_dir)
     device_name, device_bytes = device_size(config)
@@ -70,6 +70,7 @@ def prepare(
             timeout_s=ATTACH_TIMEOUT_S,
         )
         staging = Staging(transfer, config.device_index)
+        staging.open()
 
     started_s = time.monotonic()
     with host_phase() as loading:

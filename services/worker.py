@@ -20,7 +20,7 @@ from types import FrameType
 import zmq
 
 from kvtransfer.channel import ChannelKeys, Codec, Server
-from kvtransfer.client import TransferClient
+from kvtransfer.client import TransferClient, TransferLost
 from kvtransfer.messages import TransferAddress
 from services.config import WorkerConfig
 from services.kv_pull import KvPull
@@ -147,6 +147,8 @@ class Worker:
             self.transfer.tick(now_s)
             for event in self.transfer.receive(now_s):
                 self.role.on_transfer(event)
+                if isinstance(event, TransferLost) and self.prepared.staging is not None:
+                    self.prepared.staging.close()  # Mapped, it would stay taken after its owner's death.
             self._tell_address()
         for router, requests in self.server.receive():
             if router not in self._routers and not self._greet(router, requests):
@@ -278,6 +280,7 @@ class Worker:
             output_tokens_per_s=self._output_rate.per_second(),
             counters=counters,
             ledger=self.prepared.plan.ledger(measure_now(self.prepared)),
+            mover=transfer.attached.mover if transfer is not None and transfer.ready else None,
         )
 
 

@@ -349,4 +349,5 @@ class FakeWorker:
                     LedgerEntry("transfer", "staging", False, 64 << 20, 64 << 20),
                 ],
             ),
+            mover="nixl",
         )

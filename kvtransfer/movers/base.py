@@ -2,7 +2,8 @@
 register → describe → prepare → post → check → release.
 
 A mover is called by one thread. Every call returns within a short, bounded time; waiting is the caller's,
-who polls handles until its own deadline. Nothing a peer does may raise anything but MoverError.
+who polls handles until its own deadline. Nothing a peer does may raise anything but MoverError; MoverBroken
+says that the device itself has failed.
 """
 
 from dataclasses import dataclass
@@ -38,9 +39,13 @@ class Progress(Enum):
 
 
 class Mover(Protocol):
-    """See the module. `name` is what two peers compare; `agent_name` is unique in every incarnation."""
+    """See the module. `name` is what two peers compare; `agent_name` is unique in every incarnation.
+
+    `quick`: a slot is written in far less time than a sleep takes, so its end is worth waiting for awake.
+    """
 
     name: str
+    quick: bool
     agent_name: str
 
     def register(self, region: Region) -> None:
