@@ -234,7 +234,8 @@ def test_a_prompt_goes_on_while_its_decode_worker_is_replaced() -> None:
     assert not flight.on_worker_lost("e", 1.0)
     assert not flight.on_tokens("p", Tokens(7, 1, [11]), 1.0)
     assert flight.phase is Phase.HELD
-    assert list(flight.pair("f", 9, 101, SOURCE))[-1] == Send("f", Join(9, [FirstToken(0, 10), FirstToken(1, 11)]))
+    firsts = [FirstToken(0, 10), FirstToken(1, 11)]
+    assert list(flight.pair("f", 9, 101, SOURCE))[-1] == Send("f", Join(9, firsts))
     assert list(flight.on_worker_lost("p", 2.0)) == [Send("f", Cancel(9))]
     assert flight.phase is Phase.FAILED and recorder.prefilled == 1
 
