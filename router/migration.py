@@ -25,7 +25,7 @@ from router.policy import Pairing
 from router.requests import WITHOUT_DECODE, Flight, Output, Phase, Send, Times
 from services.messages import PrefillDone, Tokens, Work
 
-FIRST_BACKOFF_S = 0.25
+FIRST_BACKOFF_S = 0.5
 
 
 @dataclass(slots=True)

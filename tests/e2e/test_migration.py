@@ -120,9 +120,10 @@ def test_a_decode_worker_is_killed_in_mid_stream(served: Served) -> None:
     texts: list[str] = []
     logprobs: list[float] = []
     usage: dict[str, int] = {}
-    killed = False
+    killed = done = False
     with served.cluster.http.stream("POST", "/v1/completions", json=body) as answer:
         for line in answer.iter_lines():
+            done |= line == "data: [DONE]"
             if not line.startswith("data: {"):
                 continue
             event = json.loads(line[6:])
@@ -135,7 +136,7 @@ def test_a_decode_worker_is_killed_in_mid_stream(served: Served) -> None:
             if len(logprobs) >= 20 and not killed:
                 killed = True
                 psutil.Process(served.status(running_on(served, "decode"))["pid"]).kill()
-    assert killed and line == "data: [DONE]"
+    assert killed and done
     assert "".join(texts) == undisturbed["text"]
     assert logprobs == pytest.approx(undisturbed["logprobs"]["token_logprobs"], abs=1e-4)
     assert (usage["prompt_tokens"], usage["completion_tokens"]) == (len(PROMPT), COUNT)
