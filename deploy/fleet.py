@@ -90,6 +90,8 @@ def child_specs(
     router += ["--drain-timeout", _number(drain_of(Kind.ROUTER, settings.drain_timeout))]
     router += ["--request-timeout", _number(settings.request_timeout)]
     router += ["--max-body-bytes", str(settings.max_body_bytes)]
+    router += ["--worker-timeout", _number(settings.worker_timeout)]
+    router += ["--max-retries", str(settings.max_retries)]
     router += ["--max-choices", str(settings.max_choices), "--max-running", str(settings.max_running)]
     if settings.served_model_name is not None:
         router += ["--served-model-name", settings.served_model_name]
@@ -107,6 +109,8 @@ def _transfer(
     arguments += ["--staging-socket", str(run_dir / f"{slot.name}-staging")]
     arguments += ["--device", device, "--device-index", str(slot.device_index), "--mover", settings.mover]
     arguments += [*_staging(settings, device), _switch("checksum", settings.checksum)]
+    arguments += ["--transfer-timeout", _number(settings.transfer_timeout)]
+    arguments += ["--peer-timeout", _number(settings.peer_timeout)]
     return ChildSpec(name, Kind.TRANSFER, tuple(arguments))
 
 

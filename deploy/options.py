@@ -80,6 +80,12 @@ class StagingSettings:
 class MoverSettings:
     mover: str = setting("auto", choice(*get_args(MoverName)), "What moves KV between processes.")
     checksum: bool = setting(False, flag, "Checksum every segment of moved KV.", switch=True)
+    transfer_timeout: float = setting(
+        60.0, seconds(1, 86400), "Seconds that an offered transfer, or one write of it, may take."
+    )
+    peer_timeout: float = setting(
+        5.0, seconds(1, 3600), "Seconds of silence after which another transfer process is lost."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +110,12 @@ class HttpSettings:
     max_body_bytes: int = setting(8 << 20, parse_bytes, "Largest request body, like 8MiB.")
     max_choices: int = setting(16, integer(1, 128), "Most choices (`n`) of one prompt.")
     max_running: int = setting(4096, integer(1, 1 << 20), "Prompts in flight; more are refused with 429.")
+    worker_timeout: float = setting(
+        5.0, seconds(0.1, 3600), "Seconds of silence that lose a worker; what it ran goes on elsewhere."
+    )
+    max_retries: int = setting(
+        3, integer(0, 100), "How often one prompt may lose its workers and be run again; 0: never."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ import zmq
 from kvtransfer.channel import ChannelKeys, Link
 from kvtransfer.client_book import OpenTransfers, TransferEvent
 from kvtransfer.codecs import WORKER_COMMANDS, WORKER_EVENTS
+from kvtransfer.connection_watch import ConnectionWatch
 from kvtransfer.errors import AttachError, TransferConfigError
 from kvtransfer.layout import tokens_per_slot
 from kvtransfer.messages import (
@@ -97,6 +98,7 @@ class TransferClient:
         self._link: Link[Event, Command] = Link(
             endpoint, WORKER_EVENTS, WORKER_COMMANDS, keys=keys, on_drop=self._on_drop
         )
+        self._watch = ConnectionWatch(self._link.socket)
         self._attached: Attached | None = None
         self._map: mmap.mmap | None = None
         self._view: memoryview | None = None
@@ -244,6 +246,9 @@ class TransferClient:
 
     def tick(self, now_s: float) -> None:
         """Pings a quiet transfer process, and asks again to be attached. Cheap: call it every step."""
+        if self._watch.was_cut() and self._attached is not None:
+            log.warning("the connection to the transfer process was cut")
+            self._lost.extend(self._lose())
         if self._attached is None:
             if now_s - self._asked_at_s >= ATTACH_RETRY_S:
                 self._ask(now_s)
@@ -264,6 +269,7 @@ class TransferClient:
         """Leaves; the transfer process cancels what is open when it notices. Idempotent."""
         self._attached = None
         self._unmap()
+        self._watch.close()
         self._link.close()
 
     # ------------------------------------------------------------ inner moves

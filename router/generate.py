@@ -23,6 +23,7 @@ from router.formats import frame
 from router.http import EVENT_STREAM, ClientGone, Receive, Response, Scope, Send, read_body
 from router.ids import draw_name, draw_number
 from router.metrics import Metrics
+from router.migration import Journey
 from router.parameters import (
     Limits,
     Options,
@@ -33,7 +34,6 @@ from router.parameters import (
     prompts_of,
     sampling_for,
 )
-from router.requests import Flight
 from router.template import ChatTemplate
 from router.tokenizer import TextTokenizer
 
@@ -105,8 +105,8 @@ class GenerateEndpoint:
         """Returns the outcome. Raises ApiError while nothing was sent, ClientGone."""
         call, orders = await self._prepare(raw, salt)
         dispatcher = self._service.dispatcher
-        flights: list[Flight] = dispatcher.submit(orders)
-        watch = _Watch(dispatcher, flights, self._service.config.request_timeout_s, receive, call)
+        journeys: list[Journey] = dispatcher.submit(orders)
+        watch = _Watch(dispatcher, journeys, self._service.config.request_timeout_s, receive, call)
         try:
             if call.options.stream:
                 await _stream(call, response)
@@ -114,7 +114,7 @@ class GenerateEndpoint:
                 await _whole(call, response)
         finally:
             watch.cancel()
-            dispatcher.end(flights)
+            dispatcher.end(journeys)
         return "completed" if call.error is None else outcome_of(call.error)
 
     async def _prepare(self, raw: bytes, salt: bytes) -> tuple[Call, list[Order]]:
@@ -174,9 +174,9 @@ class _Watch:
     """
 
     def __init__(
-        self, dispatcher: Dispatcher, flights: list[Flight], timeout_s: float, receive: Receive, call: Call
+        self, dispatcher: Dispatcher, journeys: list[Journey], timeout_s: float, receive: Receive, call: Call
     ) -> None:
-        self._dispatcher, self._flights, self._timeout_s = dispatcher, flights, timeout_s
+        self._dispatcher, self._journeys, self._timeout_s = dispatcher, journeys, timeout_s
         self._receive, self._call = receive, call
         self._loop = asyncio.get_running_loop()
         self._task: asyncio.Task[None] | None = None
@@ -203,9 +203,9 @@ class _Watch:
             504,
             f"The request was not done within {self._timeout_s:g} s.",
             code="deadline_exceeded",
-            committed=any(flight.times.first_token_s is not None for flight in self._flights),
+            committed=any(journey.times.first_token_s is not None for journey in self._journeys),
         )
-        self._dispatcher.end(self._flights, error)
+        self._dispatcher.end(self._journeys, error)
 
 
 async def _whole(call: Call, response: Response) -> None:

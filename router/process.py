@@ -26,6 +26,7 @@ from router.dispatch import Dispatcher
 from router.errors import ApiError
 from router.generate import Service
 from router.metrics import Metrics
+from router.migration import RetryBudget
 from router.template import ChatTemplate
 from router.tokenizer import TextTokenizer
 from services.client import ClientConfigError
@@ -83,7 +84,7 @@ def build_service(config: RouterConfig) -> Service:
     """Steps 1 and, without its sockets, 2. Raises RouterConfigError."""
     tokenizer = TextTokenizer(config.model_dir)
     template = ChatTemplate(config.model_dir, tokenizer.special_tokens)
-    metrics = Metrics()
+    metrics = Metrics(retries=RetryBudget(config.max_retries, config.retry_share, config.retry_burst))
     try:
         dispatcher = Dispatcher(config, metrics)
     except ClientConfigError as error:

@@ -31,6 +31,7 @@ from services.messages import (
     Generate,
     Pages,
     Prefill,
+    PushAgain,
     Refusal,
     Report,
     Request,
@@ -39,6 +40,7 @@ from services.messages import (
     Slots,
     Status,
     StatusRequest,
+    Undelivered,
     WorkerHello,
 )
 from services.outbox import Outbox
@@ -191,6 +193,9 @@ class Worker:
                 self.parts.outbox.add(
                     router, Failed(work.request_id, "transfer", "the transfer process is not attached", True)
                 )
+            case PushAgain(request_id=request_id, transfer_id=transfer_id) if self._address() is None:
+                message = "the transfer process is not attached"
+                self.parts.outbox.add(router, Undelivered(request_id, transfer_id, message))
             case _:
                 self.role.accept(router, request)
 

@@ -25,6 +25,8 @@ def run(settings: RouterSettings) -> None:
             max_body_bytes=settings.max_body_bytes,
             max_choices=settings.max_choices,
             max_running=settings.max_running,
+            worker_timeout_s=settings.worker_timeout,
+            max_retries=settings.max_retries,
             drain_timeout_s=settings.drain_timeout,
         )
         log_to_stderr()

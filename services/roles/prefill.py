@@ -6,13 +6,16 @@
 4. The prompt's end draws the first token of every choice; the router has them at once.
 5. The KV is held until the decode side has committed it. A request whose choices all ended with their
    first token is released immediately.
+6. KV that cannot be delivered (the decode worker or a transfer process is gone) is held as well, until the
+   router names another transfer by `PushAgain`, or cancels: nothing is computed a second time.
 """
 
 from kvtransfer.client import TransferLost
 from kvtransfer.messages import WITHDRAWN, Aborted, Event, SendCommitted, SendConfirmed, SendSlots
 from services.engine.batch import RowResult
 from services.kv_push import KvPush
-from services.messages import Cancel, Prefill, Request
+from services.messages import Cancel, Failed, Prefill, PushAgain, Request, Undelivered
+from services.requests import Live
 from services.roles.role import Occupancy, Parts, Role
 from services.rows import wants_prompt_logprobs
 from services.scheduler.prefill import PrefillScheduler
@@ -32,6 +35,8 @@ class PrefillRole(Role):
                 if live is not None:
                     sequence = self.scheduler.add(work)
                     self.push.open(sequence, transfer_id, work.deadline_s)
+            case PushAgain(request_id=request_id, transfer_id=transfer_id):
+                self._push_again(router, request_id, transfer_id)
             case Cancel():
                 self.cancel(request)
             case _:
@@ -58,11 +63,12 @@ class PrefillRole(Role):
                 if live is not None and reason == WITHDRAWN:
                     self.end(live.work.request_id, reason)
                 elif live is not None:
-                    self.fail(live.work.request_id, "transfer", f"KV was not delivered: {reason}", True)
+                    self._undelivered(live, reason)
             case TransferLost():
                 self.push.clear()
                 for live in self.parts.requests.all():
-                    self.fail(live.work.request_id, "transfer", "the transfer process was restarted", True)
+                    if live.transfer_id is not None:
+                        self._undelivered(live, "the transfer process was restarted")
 
     def step(self) -> bool:
         packed = self.push.pack()
@@ -107,7 +113,34 @@ class PrefillRole(Role):
         self.report_prefill(live, sequence)
         ended = 0
         for choice, drawn in zip(chunk.draws, result.drawn, strict=True):
-            ended += self.report_token(live, choice, 1, drawn)
+            ended += self.report_token(live, choice, live.work.output_tokens + 1, drawn)
         if ended == len(chunk.draws):
             self.end(live.work.request_id, WITHDRAWN)
         sequence.choices = []
+
+    def _undelivered(self, live: Live, reason: str) -> None:
+        """The transfer has ended without a commit; the request has not."""
+        request_id, transfer_id = live.work.request_id, live.transfer_id
+        if transfer_id is None:
+            return
+        self.parts.counters["transfers_undelivered"] += 1
+        self.parts.requests.rename_transfer(live, None)
+        self.scheduler.unconfirm(request_id)
+        report = Undelivered(request_id, transfer_id, f"KV was not delivered: {reason}")
+        self.parts.outbox.add(live.router, report)
+
+    def _push_again(self, router: bytes, request_id: int, transfer_id: int) -> None:
+        live, sequence = self.parts.requests.get(request_id), self.scheduler.get(request_id)
+        if live is None or sequence is None:
+            message = "its KV is not held here any more"
+            self.parts.outbox.add(router, Failed(request_id, "transfer", message, True))
+            return
+        if self.parts.requests.has_transfer(transfer_id):
+            self.parts.counters["dropped_duplicate_request"] += 1
+            return
+        if live.transfer_id is not None:
+            self.push.close(live.transfer_id, abort_reason=WITHDRAWN)
+        self.parts.counters["pushes_again"] += 1
+        self.scheduler.unconfirm(request_id)
+        self.parts.requests.rename_transfer(live, transfer_id)
+        self.push.open(sequence, transfer_id, max(live.deadline_at_s - self.parts.clock(), 0.001))

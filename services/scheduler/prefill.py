@@ -34,6 +34,11 @@ class PrefillScheduler:
         if request_id in self._sequences:
             self._confirmed.add(request_id)
 
+    def unconfirm(self, request_id: int) -> None:
+        """The decode worker is lost: what is computed stays as long as nobody who is confirmed needs its
+        pages."""
+        self._confirmed.discard(request_id)
+
     def get(self, request_id: int) -> Sequence | None:
         return self._sequences.get(request_id)
 

@@ -99,7 +99,7 @@ def test_a_killed_child_comes_back_and_serves(role: str, which: str, shared: Clu
             texts.append(answer.json()["choices"][0]["text"])
         return bool(texts)
 
-    assert cluster.worker(role)["status"]["mover"] == "nixl"
+    assert shared.worker(role)["status"]["mover"] == "nixl"
     wait_until("a request is answered again", serves, 20)
     assert texts == [before]
     shared.assert_at_rest()

@@ -1,0 +1,397 @@
+"""Journeys: whatever is lost on the way, the client gets every token once, and one end.
+
+Workers are played here by hand: `World` answers what journeys send, as real workers would, in an order that
+Hypothesis chooses, and loses any of them at any time. The reference is a function of prompt, choice and
+position, so a token that is drawn at a wrong place, twice, or not at all shows.
+"""
+
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from router.errors import ApiError
+from router.migration import FIRST_BACKOFF_S, Journey, Leg, RetryBudget
+from router.policy import Pairing
+from router.requests import WITHOUT_DECODE, Phase, Send, Times
+from router.waiting import WaitingRoom
+from services.messages import (
+    Cancel,
+    DecodeStarted,
+    Failed,
+    FinishReason,
+    Generate,
+    Join,
+    Prefill,
+    PrefillDone,
+    PushAgain,
+    Reserve,
+    Sampling,
+    Tokens,
+    TransferAddress,
+    Undelivered,
+    Work,
+)
+
+PROMPT = [1, 2, 3]
+SOURCE = TransferAddress("ipc:///p", 3)
+
+
+def token_at(choice: int, position: int) -> int:
+    return 100 * choice + position
+
+
+def expected(choice: int, count: int) -> list[int]:
+    return [token_at(choice, len(PROMPT) + index) for index in range(count)]
+
+
+@dataclass
+class Client:
+    """The output of a journey; `stops` are (choice, number of tokens) at which a stop string is complete."""
+
+    stops: dict[int, int] = field(default_factory=dict)
+    tokens: dict[int, list[int]] = field(default_factory=dict)
+    finishes: dict[int, str] = field(default_factory=dict)
+    errors: list[ApiError] = field(default_factory=list)
+    prefilled: int = 0
+
+    def on_prefilled(self, report: PrefillDone) -> None:
+        self.prefilled += 1
+
+    def on_tokens(self, report: Tokens, now_s: float) -> bool:
+        assert report.choice not in self.finishes, "tokens after the end"
+        assert not self.errors, "tokens after an error"
+        got = self.tokens.setdefault(report.choice, [])
+        got += report.tokens
+        stopped = self.stops.get(report.choice) == len(got)
+        if report.finish is not None or stopped:
+            self.finishes[report.choice] = report.finish or "stop"
+            return False
+        return True
+
+    def on_failed(self, error: ApiError) -> None:
+        self.errors.append(error)
+
+
+@dataclass
+class Job:
+    """One request on one worker. `positions` is how many tokens each of its choices has behind it."""
+
+    work: Work
+    positions: dict[int, int]
+    joined: bool = False
+    prefilled: bool = False
+    transfer_id: int = 0
+
+
+class World:
+    """Prefill workers p0, p1, decode workers d0, d1 (or one unified u0, u1) and the dispatcher between."""
+
+    def __init__(self, choices: int, max_tokens: int, unified: bool, client: Client, retries: int) -> None:
+        self.client = client
+        self.unified = unified
+        self.budget = RetryBudget(retries, 0.0, 1000)
+        sampling = Sampling(max_tokens=max_tokens, seed=1, prompt_logprobs=1)
+        work = Work(self.new_id(), PROMPT, sampling, choices)
+        self.journey = Journey(work, client, Times(0.0), 1, self.budget)
+        self.jobs: dict[tuple[str, int], Job] = {}
+        self.lost: set[str] = set()
+        self.now_s = 0.0
+        self.route = 0
+        self.place(work.request_id)
+
+    ids = 0
+
+    def new_id(self) -> int:
+        self.ids += 1
+        return self.ids
+
+    # ------------------------------------------------------------ the dispatcher's part
+
+    def place(self, first_id: int = 0) -> None:
+        for leg in list(self.journey.legs):
+            if leg.waiting and not leg.over:
+                self.route += 1
+                suffix = str(self.route % 2)
+                if self.unified:
+                    pairing = Pairing(None, "u" + suffix, None)
+                elif leg.flight is not None:
+                    pairing = Pairing(leg.flight.prefill, "d" + suffix, SOURCE)
+                else:
+                    pairing = Pairing("p" + suffix, "d" + suffix, SOURCE)
+                request_id = first_id or self.new_id()
+                self.deliver(self.journey.depart(leg, pairing, request_id, self.new_id(), self.now_s))
+
+    def deliver(self, sends: "list[Send] | tuple[Send, ...] | object") -> None:
+        for send in sends:  # type: ignore[attr-defined]
+            worker, message = send.worker, send.message
+            match message:
+                case Generate(work=work) | Prefill(work=work):
+                    job = Job(work, dict.fromkeys(work.choice_numbers, len(work.prompt)))
+                    job.transfer_id = getattr(message, "transfer_id", 0)
+                    self.jobs[worker, work.request_id] = job
+                case Reserve(work=work):
+                    self.jobs[worker, work.request_id] = Job(work, {})
+                case PushAgain(request_id=request_id, transfer_id=transfer_id):
+                    if (worker, request_id) in self.jobs:
+                        self.jobs[worker, request_id].transfer_id = transfer_id
+                    else:
+                        self.report(worker, Failed(request_id, "transfer", "not here", True))
+                case Join(request_id=request_id, first_tokens=firsts):
+                    job = self.jobs[worker, request_id]
+                    job.joined = True
+                    job.positions = {one.choice: len(job.work.prompt) + 1 for one in firsts}
+                    for one in firsts:
+                        assert one.token == token_at(one.choice, len(job.work.prompt)), "joined wrongly"
+                case Cancel(request_id=request_id, choice=choice):
+                    if choice is None:
+                        self.jobs.pop((worker, request_id), None)
+                    elif (worker, request_id) in self.jobs:
+                        self.jobs[worker, request_id].positions.pop(choice, None)
+
+    def report(self, worker: str, report: object) -> None:
+        """To every flight: those it does not belong to must ignore it."""
+        for leg in list(self.journey.legs):
+            flight = leg.flight
+            if flight is None or flight.ended:
+                continue
+            if getattr(report, "request_id", None) not in (flight.work.request_id, flight.decode_id):
+                continue
+            match report:
+                case Tokens():
+                    self.deliver(flight.on_tokens(worker, report, self.now_s))
+                case PrefillDone():
+                    flight.on_prefill_done(worker, report)
+                case DecodeStarted():
+                    flight.on_decode_started(worker, report, self.now_s)
+                case Failed():
+                    self.deliver(flight.on_failed(worker, report, self.now_s))
+                case Undelivered():
+                    self.deliver(flight.on_undelivered(worker, report))
+            self.settle(leg)
+
+    def settle(self, leg: Leg) -> None:
+        flight = leg.flight
+        if flight is not None and (flight.ended or flight.phase in WITHOUT_DECODE):
+            self.deliver(self.journey.settle(leg, self.now_s))
+            if not flight.ended:
+                self.jobs.pop((flight.decode, flight.decode_id), None)
+
+    # ------------------------------------------------------------ the workers' part
+
+    def step(self, number: int) -> bool:
+        """One job of one worker goes on. False: nobody has anything to do."""
+        able = [key for key, job in sorted(self.jobs.items()) if self._can_go(key[0], job)]
+        if not able:
+            return False
+        worker, request_id = able[number % len(able)]
+        job = self.jobs[worker, request_id]
+        if not worker.startswith("d") and not job.prefilled:
+            job.prefilled = True
+            self.report(worker, PrefillDone(request_id, 0.1, 0.1, 0))
+            self._draw(worker, request_id, job)
+            for choice in list(job.positions) if worker.startswith("p") else []:
+                job.positions.pop(choice)
+        elif worker.startswith("d") and not job.prefilled:
+            job.prefilled = True
+            self._forget_kv(request_id)
+            self.report(worker, DecodeStarted(request_id, 0.1, 0.1, 3, 0))
+        else:
+            self._draw(worker, request_id, job)
+        return True
+
+    def _can_go(self, worker: str, job: Job) -> bool:
+        return job.joined if worker.startswith("d") else not job.prefilled or worker.startswith("u")
+
+    def _forget_kv(self, decode_id: int) -> None:
+        """A commit: the prefill worker lets the request go."""
+        for leg in self.journey.legs:
+            flight = leg.flight
+            if flight is not None and flight.decode_id == decode_id and flight.prefill is not None:
+                self.jobs.pop((flight.prefill, flight.work.request_id), None)
+
+    def _draw(self, worker: str, request_id: int, job: Job) -> None:
+        for choice in list(job.positions):
+            if choice not in job.positions:  # ended by the router meanwhile
+                continue
+            position = job.positions[choice]
+            job.positions[choice] += 1
+            begun = len(job.work.prompt) - job.work.output_tokens
+            finish: FinishReason | None = None
+            if position + 1 - begun >= job.work.sampling.max_tokens:
+                finish = "length"
+                del job.positions[choice]
+            self.report(worker, Tokens(request_id, choice, [token_at(choice, position)], None, finish))
+        if not job.positions:
+            self.jobs.pop((worker, request_id), None)
+
+    # ------------------------------------------------------------ what goes wrong
+
+    def lose(self, worker: str) -> None:
+        """It dies; another life begins at once, with nothing."""
+        for key in [key for key in self.jobs if key[0] == worker]:
+            del self.jobs[key]
+        for leg in list(self.journey.legs):
+            if leg.flight is not None and worker in leg.flight.workers:
+                self.deliver(leg.flight.on_worker_lost(worker, self.now_s))
+                self.settle(leg)
+
+    def fail_transfers(self, worker: str) -> None:
+        """Its transfer process dies: what a decode worker waits for, or a prefill worker holds."""
+        for (name, request_id), job in list(self.jobs.items()):
+            if name != worker:
+                continue
+            if worker.startswith("p"):
+                self.report(worker, Undelivered(request_id, job.transfer_id, "lost"))
+            elif not job.prefilled:
+                del self.jobs[name, request_id]
+                self.report(worker, Failed(request_id, "transfer", "lost", True))
+
+
+EVENTS = st.one_of(
+    st.tuples(st.just("step"), st.integers(0, 9)),
+    st.tuples(st.just("step"), st.integers(0, 9)),
+    st.tuples(st.just("lose"), st.integers(0, 3)),
+    st.tuples(st.just("transfer"), st.integers(0, 3)),
+    st.tuples(st.just("place"), st.just(0)),
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.lists(EVENTS, max_size=40),
+    st.integers(1, 3),
+    st.integers(1, 6),
+    st.booleans(),
+    st.integers(0, 20),
+    st.dictionaries(st.integers(0, 2), st.integers(1, 4), max_size=2),
+)
+def test_no_token_is_lost_or_repeated_and_there_is_one_end(
+    events: list[tuple[str, int]],
+    choices: int,
+    max_tokens: int,
+    unified: bool,
+    retries: int,
+    stops: dict[int, int],
+) -> None:
+    client = Client(stops)
+    world = World(choices, max_tokens, unified, client, retries)
+    workers = ["u0", "u1"] if unified else ["p0", "p1", "d0", "d1"]
+    for kind, number in events:
+        if kind == "step":
+            world.step(number)
+        elif kind == "lose":
+            world.lose(workers[number % len(workers)])
+        elif kind == "transfer":
+            world.fail_transfers(workers[number % len(workers)])
+        else:
+            world.place()
+    for _ in range(500):
+        world.place()
+        if not world.step(0):
+            break
+    journey = world.journey
+    assert journey.ended and not world.jobs, (journey.legs, world.jobs)
+    for choice, tokens in client.tokens.items():
+        assert tokens == expected(choice, len(tokens))
+        assert tokens == journey.tokens[choice]
+    assert client.prefilled <= 1
+    assert all(leg.flight is None or leg.flight.ended for leg in journey.legs)
+    if journey.phase is Phase.FINISHED:
+        assert not client.errors
+        for choice in range(choices):
+            count = min(max_tokens, stops.get(choice, max_tokens))
+            assert client.tokens[choice] == expected(choice, count)
+        assert set(client.finishes) == set(range(choices))
+    else:
+        assert journey.phase is Phase.FAILED and client.errors == [journey.error]
+        assert sum(world.budget.denied.values()) == 1, "it fails only where a budget says so"
+        assert client.errors[0].status == 503 and client.errors[0].retry_after_s is not None
+
+
+def decoding_journey(budget: RetryBudget, choices: int = 1) -> tuple[World, Client]:
+    client = Client()
+    world = World(choices, 9, False, client, budget.max_retries)
+    world.journey.budget = world.budget = budget
+    for _ in range(3):
+        world.step(0)
+    assert [leg.flight.phase for leg in world.journey.legs if leg.flight] == [Phase.DECODING]
+    return world, client
+
+
+def test_choices_go_on_by_themselves_with_what_the_client_has() -> None:
+    world, client = decoding_journey(RetryBudget(3, 0.0, 9), choices=2)
+    world.lose("d1")
+    assert [leg.choices for leg in world.journey.legs] == [[0], [1]]
+    assert all(leg.waiting and leg.avoid == "d1" and leg.retries == 1 for leg in world.journey.legs)
+    world.place()
+    works = [leg.flight.work for leg in world.journey.legs if leg.flight is not None]
+    for choice, work in enumerate(works):
+        assert work.prompt == PROMPT + client.tokens[choice] and len(client.tokens[choice]) == 2
+        assert (work.first_choice, work.choices, work.output_tokens) == (choice, 1, 2)
+        assert work.sampling.prompt_logprobs is None and work.sampling.max_tokens == 9
+    assert works[0].request_id != works[1].request_id
+    assert world.budget.counts == {"decode_lost": 1}, "one loss is one retry, whatever it splits into"
+
+
+def test_what_kills_every_worker_ends_at_its_own_count() -> None:
+    world, client = decoding_journey(RetryBudget(2, 0.0, 99))
+    delays: list[float] = []
+    while not world.journey.ended:
+        flight = world.journey.legs[0].flight
+        assert flight is not None
+        world.lose(flight.decode)
+        if not world.journey.ended:
+            delays.append(world.journey.legs[0].not_before_s)
+            world.place()
+            for _ in range(3):
+                world.step(0)
+    assert delays == [0.0, FIRST_BACKOFF_S]
+    assert world.budget.counts == {"decode_lost": 2} and world.budget.denied == {"count": 1}
+    assert client.errors[0].code == "worker_lost" and client.errors[0].committed
+
+
+def test_all_prompts_together_have_a_share() -> None:
+    budget = RetryBudget(max_retries=3, share=0.5, burst=1)
+    assert budget.take(0, "x") and not budget.take(0, "x")
+    budget.on_prompt()
+    assert not budget.take(0, "x")
+    budget.on_prompt()
+    assert budget.take(2, "x") and not budget.take(0, "x")
+    for _ in range(9):
+        budget.on_prompt()
+    assert budget.level == 1, "what is saved is bounded"
+    assert not budget.take(3, "x"), "its own count comes first"
+    assert budget.denied == {"share": 3, "count": 1} and budget.counts == {"x": 2}
+
+
+def test_a_denied_pairing_fails_with_its_own_error_and_frees_the_prefill_worker() -> None:
+    client = Client()
+    world = World(1, 9, False, client, 0)
+    world.lose("d1")
+    assert world.journey.phase is Phase.FAILED and not world.jobs
+    assert (client.errors[0].code, client.errors[0].committed) == ("worker_lost", False)
+
+
+@pytest.mark.parametrize("code", ["invalid", "too_long", "deadline"])
+def test_what_another_attempt_cannot_mend_is_not_tried_again(code: str) -> None:
+    client = Client()
+    world = World(1, 9, False, client, 3)
+    del world.jobs["p1", 1]
+    world.report("p1", Failed(1, code, "no", True))  # type: ignore[arg-type]
+    assert world.journey.phase is Phase.FAILED and not world.jobs and not world.budget.counts
+
+
+def test_the_waiting_room_is_bounded_and_forgets_who_has_left() -> None:
+    room = WaitingRoom(2)
+    legs = [World(1, 1, True, Client(), 1).journey.legs[0] for _ in range(3)]
+    for leg in legs:
+        leg.waiting = True
+        leg.flight = None
+    legs[1].not_before_s = 5.0
+    assert room.add(legs[0]) and room.add(legs[1]) and not room.add(legs[2])
+    assert room.take_due(1.0) == [legs[0]] and len(room) == 1
+    legs[1].journey.end(1.0)
+    assert room.add(legs[2]) and room.add(legs[0])
+    assert room.take_due(9.0) == [legs[2], legs[0]]
