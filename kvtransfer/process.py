@@ -36,6 +36,7 @@ from kvtransfer.messages import (
     Stats,
     TransferAddress,
 )
+from kvtransfer.movers.base import two_sided
 from kvtransfer.movers.select import select_mover
 from kvtransfer.outbox import Destination
 from kvtransfer.peer_messages import PeerHello, PeerMessage
@@ -89,6 +90,7 @@ class TransferProcess:
         self._staging = HostStaging(size_bytes) if device is None else DeviceStaging(size_bytes, device)
         agent_name = f"{config.name}-{self.epoch:x}"
         self._mover = select_mover(config, agent_name, device, self._staging.cuda_ipc_handle)
+        self._two_sided = two_sided(self._mover)
         self._mover.register(self._staging.region)
         self._metadata = self._mover.metadata()
         self._machine = TransferMachine(self._limits(None))
@@ -124,6 +126,7 @@ class TransferProcess:
             config.heartbeat_s,
             self._watch,
             self._unwatch,
+            self._two_sided,
         )
         self._writes = Writes(
             self._mover,
@@ -171,6 +174,8 @@ class TransferProcess:
             self._on_command(command, now_s)
         self._destinations.receive(now_s)
         self._sources.receive(now_s)
+        if self._two_sided is not None:
+            self._two_sided.step()
         self._writes.poll(now_s)
         self._destinations.tick(now_s)
         self._sources.tick(now_s)
@@ -182,6 +187,7 @@ class TransferProcess:
 
     def _carry_out(self, now_s: float) -> None:
         """Empties the outbox; what that leads to at once (a write already done) is carried out too."""
+        self._destinations.send_notes(now_s)
         out = self._machine.outbox
         while not out.empty:
             connects, out.connects = out.connects, []
@@ -191,6 +197,7 @@ class TransferProcess:
             for write in writes:
                 self._writes.post(write, self._destinations.agent(write.destination), now_s)
             if writes:
+                self._destinations.send_notes(now_s)
                 self._writes.poll(time.monotonic())
                 self._machine.settle(now_s)
             to_sources, out.to_sources = out.to_sources, []
@@ -219,6 +226,9 @@ class TransferProcess:
                     time.sleep(0.0001)
             else:
                 self._poller.poll(1 if waited_s < 1.0 else 20)
+            return
+        if self._two_sided is not None and self._two_sided.busy:
+            self._poller.poll(1)
             return
         deadlines = [
             self._machine.next_deadline_s(),
@@ -337,6 +347,8 @@ class TransferProcess:
         while len(self._writes) and now_s < until_s:
             time.sleep(0.001)
             now_s = time.monotonic()
+            if self._two_sided is not None:
+                self._two_sided.step()
             self._writes.poll(now_s)
             self._carry_out(now_s)
 

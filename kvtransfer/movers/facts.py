@@ -6,6 +6,7 @@ from pathlib import Path
 from kvtransfer.config import TransferConfig
 from kvtransfer.cuda import CudaDevice
 from kvtransfer.movers.choice import HostFacts
+from kvtransfer.movers.nccl_library import find_nccl
 
 RDMA_CARDS = Path("/sys/class/infiniband")
 
@@ -20,7 +21,7 @@ def host_facts(config: TransferConfig, device: CudaDevice | None) -> HostFacts:
         device=config.device,
         same_host=on_this_host(config.advertise or config.peer_listen),
         no_nixl=_no_nixl(),
-        no_nccl="this version does not have it",
+        no_nccl=None if find_nccl() else "libnccl.so.2 is not found (package nvidia-nccl-cu13)",
         unreachable_gpus=unreachable,
         rdma_cards=rdma_cards(),
     )

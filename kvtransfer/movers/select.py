@@ -9,6 +9,8 @@ from kvtransfer.movers.base import Mover
 from kvtransfer.movers.choice import choose_mover
 from kvtransfer.movers.cuda_ipc import CudaIpcMover
 from kvtransfer.movers.facts import host_facts
+from kvtransfer.movers.nccl import NcclMover
+from kvtransfer.movers.nccl_library import NcclError, NcclLibrary
 from kvtransfer.movers.nixl import NixlMover
 
 log = logging.getLogger(__name__)
@@ -32,4 +34,9 @@ def select_mover(
         return NixlMover(agent_name, same_host=facts.same_host and device is None)
     if choice.mover == "cuda_ipc" and device is not None and ipc_handle is not None:
         return CudaIpcMover(agent_name, device, ipc_handle)
+    if choice.mover == "nccl" and device is not None:
+        try:
+            return NcclMover(agent_name, NcclLibrary(same_host=facts.same_host), device)
+        except NcclError as error:
+            raise MoverUnavailable(f"--mover nccl: {error}") from error
     raise MoverUnavailable(f"--mover {choice.mover}: needs device memory")
