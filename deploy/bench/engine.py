@@ -23,19 +23,18 @@ from deploy.bench import ceilings, ready
 from deploy.bench.errors import LeftOut
 from deploy.bench.limits import FORMULA, ModelCost, model_cost
 from deploy.bench.loop import Loop
+from deploy.bench.machine import cpu_name, versions
 from deploy.bench.memory import DeviceMarks, memory_report
 from deploy.bench.report import (
     Machine,
     Model,
     Result,
     Row,
-    cpu_name,
     head_line,
     memory_lines,
     rate_row,
     row_line,
     time_row,
-    versions,
 )
 from deploy.bench.timeline import table
 from deploy.bench.trace import Traced, trace_decode, trace_prefill

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from deploy.bench.report import cpu_name, versions
+from deploy.bench.machine import cpu_name, versions
 from deploy.errors import UserError
 from deploy.load.statistics import Limits, RateFigures, Spread, System
 from deploy.load.verdict import Verdict

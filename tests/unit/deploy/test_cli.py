@@ -174,6 +174,7 @@ def test_a_port_in_use(model_dir: str, capsys: pytest.CaptureFixture[str]) -> No
 def test_nothing_heavy_for_nothing() -> None:
     code = (
         "import sys; from deploy.cli import run; assert run(['version']) == 0; assert run(['--help']) == 0;"
+        "import deploy.load.measure, deploy.load.report;"
         "heavy = {'torch', 'transformers', 'fastapi', 'zmq', 'triton', 'uvicorn'} & set(sys.modules);"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
