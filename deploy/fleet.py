@@ -93,6 +93,14 @@ def child_specs(
     router += ["--worker-timeout", _number(settings.worker_timeout)]
     router += ["--max-retries", str(settings.max_retries)]
     router += ["--max-choices", str(settings.max_choices), "--max-running", str(settings.max_running)]
+    router += ["--max-prompts", str(settings.max_prompts)]
+    router += ["--max-total-choices", str(settings.max_total_choices)]
+    router += ["--stall-timeout", _number(settings.stall_timeout)]
+    for flag, limit in (("--ttft-slo", settings.ttft_slo), ("--max-kv-load", settings.max_kv_load)):
+        if limit is not None:
+            router += [flag, _number(limit)]
+    if settings.api_key_file is not None:
+        router += ["--api-key-file", str(settings.api_key_file)]
     if settings.served_model_name is not None:
         router += ["--served-model-name", settings.served_model_name]
     secrets = (("BATON_API_KEY", ",".join(settings.api_key)),) if settings.api_key else ()

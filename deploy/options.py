@@ -7,6 +7,7 @@ from typing import get_args
 
 from deploy.settings import required, setting
 from deploy.values import (
+    above_zero,
     choice,
     endpoint,
     flag,
@@ -106,15 +107,27 @@ class HttpSettings:
     api_key: tuple[str, ...] = setting(
         (), parse_api_key, "Bearer key that clients must send; repeatable.", many=True
     )
+    api_key_file: Path | None = setting(None, path, "File with more such keys, one a line.")
     request_timeout: float = setting(600.0, seconds(1, 86400), "Seconds that one request may take.")
     max_body_bytes: int = setting(8 << 20, parse_bytes, "Largest request body, like 8MiB.")
     max_choices: int = setting(16, integer(1, 128), "Most choices (`n`) of one prompt.")
+    max_prompts: int = setting(64, integer(1, 1 << 16), "Most prompts in one completions request.")
+    max_total_choices: int = setting(128, integer(1, 1 << 16), "Most prompts times `n` in one request.")
     max_running: int = setting(4096, integer(1, 1 << 20), "Prompts in flight; more are refused with 429.")
     worker_timeout: float = setting(
         5.0, seconds(0.1, 3600), "Seconds of silence that lose a worker; what it ran goes on elsewhere."
     )
     max_retries: int = setting(
         3, integer(0, 100), "How often one prompt may lose its workers and be run again; 0: never."
+    )
+    ttft_slo: float | None = setting(
+        None, seconds(0.001, 86400), "Predicted seconds to a first token above which prompts get 429."
+    )
+    max_kv_load: float | None = setting(
+        None, above_zero, "Prompt tokens in flight per token of a decode worker's KV pool; more get 429."
+    )
+    stall_timeout: float = setting(
+        60.0, seconds(1, 86400), "Seconds that a client may read nothing before it is cut off."
     )
 
 

@@ -128,6 +128,13 @@ def endpoint(value: str) -> str:
     return value
 
 
+def above_zero(value: str) -> float:
+    number = _number(value)
+    if number <= 0:
+        raise ValueError(f"{value} must be above 0")
+    return number
+
+
 def _number(value: str) -> float:
     try:
         number = float(value)

@@ -25,6 +25,7 @@ from kvtransfer.errors import AttachError, TransferConfigError
 from kvtransfer.layout import tokens_per_slot
 from kvtransfer.messages import (
     MAX_SEGMENTS_PER_MESSAGE,
+    VERSION,
     Abort,
     Attached,
     AttachWorker,
@@ -281,6 +282,7 @@ class TransferClient:
         until_s = time.monotonic() + timeout_s
         while self._attached is None:
             now_s = time.monotonic()
+            self.refusal = self._link.mismatch or self.refusal
             if now_s >= until_s:
                 why = f": {self.refusal}" if self.refusal else ""
                 raise AttachError(f"no transfer process at {self._link.endpoint} in {timeout_s} s{why}")
@@ -290,7 +292,7 @@ class TransferClient:
 
     def _ask(self, now_s: float) -> None:
         self._asked_at_s = now_s
-        self._link.send([AttachWorker(self._worker_epoch, self._geometry)])
+        self._link.send([AttachWorker(self._worker_epoch, self._geometry, VERSION)])
 
     def _on_attached(self, event: Attached) -> None:
         if self._attached is not None:

@@ -10,10 +10,13 @@ all layers, that fits one slot; a *slot* is one region of the staging buffer; a 
 of one slot; an *epoch* is one life of one process.
 """
 
+from importlib.metadata import version
 from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
+VERSION = version("baton")
+"""A worker and a transfer process of different versions do not attach: there is one wire format at a time."""
 MAX_SEGMENTS_PER_MESSAGE = 4096
 WITHDRAWN = "withdrawn"
 """The reason of an abort that is no failure: the request needs no KV any more, and its router says so to
@@ -97,6 +100,8 @@ class AttachWorker(Struct, frozen=True, tag="attach", forbid_unknown_fields=True
 
     worker_epoch: Epoch
     geometry: KvGeometry
+    version: Annotated[str, Meta(max_length=64)] = "unknown"
+    """Of the worker. A transfer process of another one refuses it."""
 
 
 class OpenReceive(Struct, frozen=True, tag="open_receive", forbid_unknown_fields=True):

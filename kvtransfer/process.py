@@ -29,10 +29,12 @@ from kvtransfer.handshake import PEER_VERSION
 from kvtransfer.limits import Limits
 from kvtransfer.machine import TransferMachine
 from kvtransfer.messages import (
+    VERSION,
     Attached,
     AttachWorker,
     Command,
     Ping,
+    Refused,
     Stats,
     TransferAddress,
 )
@@ -99,7 +101,9 @@ class TransferProcess:
         def on_drop(reason: str) -> None:
             drops[reason] += 1
 
-        server = Server(config.listen, WORKER_COMMANDS, WORKER_EVENTS, keys=keys, on_drop=on_drop)
+        server = Server(
+            config.listen, WORKER_COMMANDS, WORKER_EVENTS, keys=keys, on_drop=on_drop, refusal=Refused
+        )
         self._peer_server = Server(
             config.peer_listen, PEER_MESSAGES, PEER_MESSAGES, keys=keys, on_drop=on_drop
         )
@@ -253,6 +257,9 @@ class TransferProcess:
     def _attach(self, command: AttachWorker, now_s: float) -> None:
         former = self._worker.attached
         self._machine.worker_gone("the worker has started anew", now_s)
+        if command.version != VERSION:
+            self._worker.refuse(f"this transfer process is version {VERSION}, the worker {command.version}")
+            return
         try:
             limits = self._limits(command)
         except TransferConfigError as error:

@@ -185,6 +185,9 @@ class WorkerClient:
         if link is None:
             return
         reports = link.receive()
+        if link.mismatch and self.state is ClientState.CONNECTING:
+            self._move(ClientState.REFUSED, f"the worker speaks {link.mismatch}")
+            return
         if not reports:
             return
         self._heard_at_s = self._loop.time()

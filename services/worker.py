@@ -83,7 +83,12 @@ class Worker:
         pool = PagePool(prepared.plan.pages, config.page_size_tokens, config.prefix_cache)
         keys = None if config.key_dir is None else ChannelKeys.load(config.key_dir)
         self.server: Server[Request, Report] = Server(
-            config.listen, Codec(Request), Codec(Report), keys=keys, on_drop=self._count_drop
+            config.listen,
+            Codec(Request),
+            Codec(Report),
+            keys=keys,
+            on_drop=self._count_drop,
+            refusal=Refusal,
         )
         limits = Limits(
             vocab_size=engine.vocab_size,

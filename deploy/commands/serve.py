@@ -5,6 +5,7 @@ import asyncio
 import typer
 
 from deploy import run_directory
+from deploy.api_keys import api_keys
 from deploy.errors import UserError
 from deploy.fleet import WorkerSlot, child_specs, worker_configs, worker_slots
 from deploy.launcher import Launcher
@@ -25,6 +26,7 @@ from services.memory.measure import gpu_count
 def checked_slots(settings: ServeSettings) -> tuple[Device, list[WorkerSlot]]:
     """Who there will be and on what. Raises UserError for whatever can be known before anything starts."""
     check_model_dir(settings.model_dir)
+    keys = api_keys(settings.api_key, settings.api_key_file)
     check_checkpoint(settings.model_dir, settings.load_format)
     device = resolve_device(settings.device)
     gpus = gpu_count() if device == "cuda" else 0
@@ -42,7 +44,7 @@ def run(settings: ServeSettings) -> None:
     device, slots = checked_slots(settings)
     port = claim_port(settings.host, settings.port)
     model_name = settings.served_model_name or settings.model_dir.resolve().name
-    welcome = Welcome(settings.host, port, model_name, settings.api_key[0] if settings.api_key else None)
+    welcome = Welcome(settings.host, port, model_name, keys[0] if keys else None)
     screen = Screen()
     for directory in run_directory.sweep():
         screen.say(f"removed {directory.name}, left by a launcher that is gone")
