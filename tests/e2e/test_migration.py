@@ -174,7 +174,7 @@ def test_decode_workers_are_killed_in_mid_stream(served: Served, asking: ThreadP
     again = answer.result()
     assert [one["token_ids"] for one in again["choices"]] == [one["token_ids"] for one in sampled["choices"]]
     assert again["usage"] == sampled["usage"]
-    assert served.metric('baton_migrations_total{reason="decode_lost"}') == 2
+    assert served.metric('baton_migrations_total{reason="decode_lost"}') >= 2
 
 
 def test_held_kv_is_pushed_again_and_not_computed_again(served: Served, asking: ThreadPoolExecutor) -> None:
