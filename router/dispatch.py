@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from router.admission import Admission
+from router.candidates import candidates
 from router.config import RouterConfig
 from router.errors import ApiError
 from router.ids import draw_number
@@ -121,29 +122,7 @@ class Dispatcher:
         return self._seats.of[endpoint]
 
     def _candidates(self) -> list[Candidate]:
-        found: list[Candidate] = []
-        for endpoint, client in self.clients.items():
-            hello, status, seat = client.hello, client.status, self._seats.of[endpoint]
-            if client.state is not ClientState.READY or hello is None or status is None:
-                continue
-            if status.state != "ready":
-                continue
-            found.append(
-                Candidate(
-                    name=endpoint,
-                    role=status.role,
-                    model_digest=hello.model_digest,
-                    transfer=hello.transfer,
-                    page_size_tokens=hello.page_size_tokens,
-                    pages=hello.pages,
-                    reported_queued=status.queued,
-                    reported_running=status.running,
-                    reported_used_pages=status.pages.used,
-                    queued_tokens=seat.queued_tokens,
-                    live_tokens=seat.live_tokens,
-                )
-            )
-        return found
+        return candidates(self.clients, self._seats)
 
     @property
     def can_take_work(self) -> bool:

@@ -1,7 +1,5 @@
 """Legs that wait for workers: for one to come back, or for their back-off. Pure."""
 
-from collections import deque
-
 from router.migration import Leg
 
 SWEEP_S = 0.05
@@ -13,24 +11,24 @@ class WaitingRoom:
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._legs: deque[Leg] = deque()
+        self._legs: dict[int, Leg] = {}
 
     def __len__(self) -> int:
         """Legs that still wait; some may have ended unseen."""
         return len(self._legs)
 
     def add(self, leg: Leg) -> bool:
-        """False: the room is full."""
+        """False: the room is full. Who is in already keeps its place."""
         if len(self._legs) >= self._most:
-            self._legs = deque(one for one in self._legs if not one.over)
-        if len(self._legs) >= self._most:
+            self._legs = {key: one for key, one in self._legs.items() if not one.over}
+        if len(self._legs) >= self._most and id(leg) not in self._legs:
             return False
-        self._legs.append(leg)
+        self._legs[id(leg)] = leg
         return True
 
     def take_due(self, now_s: float) -> list[Leg]:
         """Takes out all that may be tried now, in the order of coming; forgets what is over."""
-        due = [leg for leg in self._legs if not leg.over and leg.not_before_s <= now_s]
-        taken = set(map(id, due))
-        self._legs = deque(leg for leg in self._legs if not leg.over and id(leg) not in taken)
+        waiting = {key: leg for key, leg in self._legs.items() if not leg.over}
+        due = [leg for leg in waiting.values() if leg.not_before_s <= now_s]
+        self._legs = {key: leg for key, leg in waiting.items() if leg.not_before_s > now_s}
         return due

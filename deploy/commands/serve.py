@@ -26,7 +26,6 @@ from services.memory.measure import gpu_count
 def checked_slots(settings: ServeSettings) -> tuple[Device, list[WorkerSlot]]:
     """Who there will be and on what. Raises UserError for whatever can be known before anything starts."""
     check_model_dir(settings.model_dir)
-    keys = api_keys(settings.api_key, settings.api_key_file)
     check_checkpoint(settings.model_dir, settings.load_format)
     device = resolve_device(settings.device)
     gpus = gpu_count() if device == "cuda" else 0
@@ -42,6 +41,7 @@ def checked_slots(settings: ServeSettings) -> tuple[Device, list[WorkerSlot]]:
 
 def run(settings: ServeSettings) -> None:
     device, slots = checked_slots(settings)
+    keys = api_keys(settings.api_key, settings.api_key_file)
     port = claim_port(settings.host, settings.port)
     model_name = settings.served_model_name or settings.model_dir.resolve().name
     welcome = Welcome(settings.host, port, model_name, keys[0] if keys else None)

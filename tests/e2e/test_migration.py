@@ -5,7 +5,8 @@ decode workers serves all tests; every test leaves it complete and at rest.
 """
 
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -46,6 +47,21 @@ class Served:
             if line.startswith(name):
                 return float(line.split()[-1])
         return 0.0
+
+    def prefilled(self, counter: str) -> float:
+        """A counter of both prefill workers, by accounts that are made after this call."""
+        asked_s = time.monotonic()
+        total: list[float] = []
+
+        def fresh() -> bool:
+            workers = [self.workers()[f"prefill-{number}"] for number in (0, 1)]
+            if any(one["status_age_s"] > time.monotonic() - asked_s for one in workers):
+                return False
+            total.append(sum(one["status"]["counters"].get(counter, 0) for one in workers))
+            return True
+
+        wait_until("fresh counters", fresh)
+        return total[-1]
 
     def wait_complete(self) -> None:
         def complete() -> bool:
@@ -112,15 +128,11 @@ def running_on(served: Served, role: str) -> str:
     return found[0]
 
 
-def test_a_decode_worker_is_killed_in_mid_stream(served: Served) -> None:
-    before = served.metric('baton_migrations_total{reason="decode_lost"}')
+def stream(served: Served, on_token: Callable[[int], None]) -> tuple[str, list[float], dict[str, int]]:
+    """Text, log probabilities and usage of a streamed answer; `on_token` gets how many tokens there are."""
     body = {"model": "tiny", "prompt": PROMPT, "max_tokens": COUNT, "temperature": 0, "ignore_eos": True}
     body |= {"stream": True, "logprobs": 0, "stream_options": {"include_usage": True}}
-    undisturbed = served.whole(logprobs=0)["choices"][0]
-    texts: list[str] = []
-    logprobs: list[float] = []
-    usage: dict[str, int] = {}
-    killed = done = False
+    text, logprobs, usage, done = "", [], {}, False
     with served.cluster.http.stream("POST", "/v1/completions", json=body) as answer:
         for line in answer.iter_lines():
             done |= line == "data: [DONE]"
@@ -130,35 +142,45 @@ def test_a_decode_worker_is_killed_in_mid_stream(served: Served) -> None:
             assert "error" not in event, event
             usage = event["usage"] or usage
             for choice in event["choices"]:
-                texts.append(choice["text"])
+                text += choice["text"]
                 if choice["logprobs"]:
                     logprobs += choice["logprobs"]["token_logprobs"]
-            if len(logprobs) >= 20 and not killed:
-                killed = True
-                psutil.Process(served.status(running_on(served, "decode"))["pid"]).kill()
-    assert killed and done
-    assert "".join(texts) == undisturbed["text"]
-    assert logprobs == pytest.approx(undisturbed["logprobs"]["token_logprobs"], abs=1e-4)
-    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (len(PROMPT), COUNT)
-    assert served.metric('baton_migrations_total{reason="decode_lost"}') == before + 1
+            on_token(len(logprobs))
+    assert done
+    return text, logprobs, usage
 
 
-def test_every_choice_of_a_sampled_request_goes_on(served: Served, asking: ThreadPoolExecutor) -> None:
+def test_decode_workers_are_killed_in_mid_stream(served: Served, asking: ThreadPoolExecutor) -> None:
+    """A greedy stream, and both choices of a sampled request with penalties. Both workers die, so that the
+    requests wait for the launcher to start another."""
     options = {"n": 2, "temperature": 1.0, "seed": 5, "presence_penalty": 0.5, "frequency_penalty": 0.2}
-    undisturbed = served.whole(**options)
+    greedy, sampled = served.whole(logprobs=0)["choices"][0], served.whole(**options)
+    assert greedy["token_ids"] == served.wanted
+    pids = [served.status(name)["pid"] for name in ("decode-0", "decode-1")]
     answer = asking.submit(served.whole, **options)
-    psutil.Process(served.status(running_on(served, "decode"))["pid"]).kill()
-    assert [one["token_ids"] for one in answer.result()["choices"]] == [
-        one["token_ids"] for one in undisturbed["choices"]
-    ]
-    assert answer.result()["usage"] == undisturbed["usage"]
+    killed: list[int] = []
+
+    def kill(count: int) -> None:
+        if count >= 20 and not killed:
+            wait_until("both decode", lambda: served.cluster.cluster()["router"]["phases"]["decoding"] == 2)
+            killed.extend(pids)
+            for pid in pids:
+                psutil.Process(pid).kill()
+
+    text, logprobs, usage = stream(served, kill)
+    assert killed and text == greedy["text"]
+    assert logprobs == pytest.approx(greedy["logprobs"]["token_logprobs"], abs=1e-4)
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (len(PROMPT), COUNT)
+    again = answer.result()
+    assert [one["token_ids"] for one in again["choices"]] == [one["token_ids"] for one in sampled["choices"]]
+    assert again["usage"] == sampled["usage"]
+    assert served.metric('baton_migrations_total{reason="decode_lost"}') >= 2
 
 
 def test_held_kv_is_pushed_again_and_not_computed_again(served: Served, asking: ThreadPoolExecutor) -> None:
     """Every decode worker is stopped, so that the KV cannot be committed, and then killed."""
     decodes = [served.status(name)["pid"] for name in ("decode-0", "decode-1")]
-    computed = sum(served.status(f"prefill-{number}")["counters"]["prompt_tokens"] for number in (0, 1))
-    pushed = sum(served.status(f"prefill-{n}")["counters"].get("pushes_again", 0) for n in (0, 1))
+    computed, pushed = served.prefilled("prompt_tokens"), served.prefilled("pushes_again")
     for pid in decodes:
         psutil.Process(pid).suspend()
     answer = asking.submit(served.whole)
@@ -166,10 +188,8 @@ def test_held_kv_is_pushed_again_and_not_computed_again(served: Served, asking: 
     for pid in decodes:
         psutil.Process(pid).kill()
     served.check(answer.result())
-    served.wait_complete()
-    prefills = [served.status(f"prefill-{number}")["counters"] for number in (0, 1)]
-    assert sum(one["prompt_tokens"] for one in prefills) - computed == len(PROMPT)
-    assert sum(one.get("pushes_again", 0) for one in prefills) > pushed
+    assert served.prefilled("prompt_tokens") - computed == len(PROMPT)
+    assert served.prefilled("pushes_again") > pushed
 
 
 def test_a_prefill_worker_is_killed(served: Served, asking: ThreadPoolExecutor) -> None:
@@ -190,6 +210,7 @@ def test_a_prefill_worker_is_killed(served: Served, asking: ThreadPoolExecutor) 
 def test_a_transfer_process_is_killed(served: Served, role: str, asking: ThreadPoolExecutor) -> None:
     """Stopped decode workers cannot commit; when they go on, the former transfer is lost to both sides."""
     decodes = [served.status(name)["pid"] for name in ("decode-0", "decode-1")]
+    computed = served.prefilled("prompt_tokens")
     transfers = [served.status(f"{role}-{number}")["transfer_pid"] for number in (0, 1)]
     for pid in decodes:
         psutil.Process(pid).suspend()
@@ -200,6 +221,7 @@ def test_a_transfer_process_is_killed(served: Served, role: str, asking: ThreadP
     for pid in decodes:
         psutil.Process(pid).resume()
     served.check(answer.result())
+    assert served.prefilled("prompt_tokens") - computed == len(PROMPT), "the KV outlives the transfer process"
 
 
 def test_a_stopped_worker_is_left_and_its_late_work_dropped(

@@ -96,7 +96,7 @@ class World:
         work = Work(self.new_id(), PROMPT, sampling, choices)
         self.journey = Journey(work, client, Times(0.0), 1, self.budget)
         self.jobs: dict[tuple[str, int], Job] = {}
-        self.lost: set[str] = set()
+        self.late: list[tuple[str, object]] = []
         self.now_s = 0.0
         self.route = 0
         self.place(work.request_id)
@@ -229,13 +229,27 @@ class World:
     # ------------------------------------------------------------ what goes wrong
 
     def lose(self, worker: str) -> None:
-        """It dies; another life begins at once, with nothing."""
+        """It dies; another life begins at once, with nothing. What it had to say may still come."""
         for key in [key for key in self.jobs if key[0] == worker]:
-            del self.jobs[key]
+            job = self.jobs.pop(key)
+            self.late.append((worker, Failed(key[1], "transfer", "late", True)))
+            self.late.append((worker, DecodeStarted(key[1], 0.1, 0.1, 3, 0)))
+            self.late += [
+                (worker, Tokens(key[1], choice, [token_at(choice, position)]))
+                for choice, position in job.positions.items()
+            ]
         for leg in list(self.journey.legs):
             if leg.flight is not None and worker in leg.flight.workers:
                 self.deliver(leg.flight.on_worker_lost(worker, self.now_s))
                 self.settle(leg)
+
+    def say_late(self) -> None:
+        """From decode workers, of flights that still know the id: those of a dead prefill or unified worker
+        are in no table."""
+        late, self.late = self.late, []
+        for worker, report in late:
+            if worker.startswith("d"):
+                self.report(worker, report)
 
     def fail_transfers(self, worker: str) -> None:
         """Its transfer process dies: what a decode worker waits for, or a prefill worker holds."""
@@ -255,6 +269,7 @@ EVENTS = st.one_of(
     st.tuples(st.just("lose"), st.integers(0, 3)),
     st.tuples(st.just("transfer"), st.integers(0, 3)),
     st.tuples(st.just("place"), st.just(0)),
+    st.tuples(st.just("late"), st.just(0)),
 )
 
 
@@ -285,6 +300,8 @@ def test_no_token_is_lost_or_repeated_and_there_is_one_end(
             world.lose(workers[number % len(workers)])
         elif kind == "transfer":
             world.fail_transfers(workers[number % len(workers)])
+        elif kind == "late":
+            world.say_late()
         else:
             world.place()
     for _ in range(500):
@@ -391,6 +408,7 @@ def test_the_waiting_room_is_bounded_and_forgets_who_has_left() -> None:
         leg.flight = None
     legs[1].not_before_s = 5.0
     assert room.add(legs[0]) and room.add(legs[1]) and not room.add(legs[2])
+    assert room.add(legs[0]) and len(room) == 2, "nobody waits twice"
     assert room.take_due(1.0) == [legs[0]] and len(room) == 1
     legs[1].journey.end(1.0)
     assert room.add(legs[2]) and room.add(legs[0])
