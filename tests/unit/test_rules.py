@@ -40,6 +40,7 @@ PURE_MODULES = (
     "kvtransfer/slots.py",
     "kvtransfer/limits.py",
     "kvtransfer/layout.py",
+    "router/admission.py",
     "router/policy.py",
     "router/config.py",
     "deploy/bench/limits.py",

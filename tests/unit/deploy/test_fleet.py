@@ -61,6 +61,12 @@ def test_command_lines_say_what_was_asked_for() -> None:
         checksum=True,
         prefix_cache=False,
         api_key=("a", "b"),
+        api_key_file=Path("/keys"),
+        max_prompts=4,
+        max_total_choices=5,
+        ttft_slo=2.5,
+        max_kv_load=1.5,
+        stall_timeout=7.0,
         served_model_name="tales",
         drain_timeout=20.0,
     )
@@ -87,6 +93,9 @@ def test_command_lines_say_what_was_asked_for() -> None:
     assert (router.port, router.host, router.served_model_name) == (4321, "127.0.0.1", "tales")
     assert (router.request_timeout, router.max_body_bytes) == (77.5, 1 << 16)
     assert (router.max_choices, router.max_running) == (3, 9)
+    assert (router.max_prompts, router.max_total_choices) == (4, 5)
+    assert (router.ttft_slo, router.max_kv_load, router.stall_timeout) == (2.5, 1.5, 7.0)
+    assert router.api_key_file == Path("/keys")
     assert not {"a", "b"} & set(specs[6].arguments), "keys are not for everybody to see"
     assert specs[6].secrets == (("BATON_API_KEY", "a,b"),)
     endpoints = [getattr(t, name) for t in transfers for name in ("listen", "peer_listen", "staging_socket")]
