@@ -69,6 +69,7 @@ def test_a_trace_at_its_own_speed_and_at_another(tmp_path: Path) -> None:
     one, two, three = (asked["prompt"] for asked in bodies(small))
     assert one[:16] == three
     assert two == one[:8]
+    assert one[8:16] == Prompts(0, 0, 256, 1023).of_blocks((8,), 8, 8).tolist()
 
 
 def test_a_trace_with_other_arrivals(tmp_path: Path) -> None:
