@@ -69,6 +69,7 @@ def test_a_trace_at_its_own_speed_and_at_another(tmp_path: Path) -> None:
     one, two, three = (asked["prompt"] for asked in bodies(small))
     assert one[:16] == three
     assert two == one[:8]
+    assert one[8:16] == Prompts(0, 0, 256, 1023).of_blocks((8,), 8, 8).tolist()
 
 
 def test_a_trace_with_other_arrivals(tmp_path: Path) -> None:
@@ -80,12 +81,12 @@ def test_a_trace_with_other_arrivals(tmp_path: Path) -> None:
 
 
 def test_what_is_too_long_is_left_out_and_counted() -> None:
-    sizes = [Sizes(10, 5), Sizes(10, 7), Sizes(10, 6), Sizes(100, 1)]
-    load = make_load(np.arange(4.0), sizes, Prompts(0, 0, 1, 9), ASK, warm_up=1, max_model_len=16)
+    sizes = [Sizes(99, 5), Sizes(10, 5), Sizes(10, 7), Sizes(10, 6), Sizes(100, 1)]
+    load = make_load(np.arange(5.0), sizes, Prompts(0, 0, 1, 9), ASK, warm_up=2, max_model_len=16)
     assert [one.output_tokens for one in load.planned] == [5, 6]
-    assert load.left_out == 2
+    assert load.left_out == 2, "the one that would only warm up does not count"
     with pytest.raises(LoadError, match="longer than the model's 5 tokens"):
-        make_load(np.arange(4.0), sizes, Prompts(0, 0, 1, 9), ASK, warm_up=1, max_model_len=5)
+        make_load(np.arange(5.0), sizes, Prompts(0, 0, 1, 9), ASK, warm_up=2, max_model_len=5)
 
 
 @pytest.mark.parametrize(
