@@ -47,9 +47,7 @@ class Faults:
     def stop(self) -> None:
         """No more of them, and all that they did is undone."""
         self._on = False
-        self.seams.network.partitions.clear()
-        for connection in self.seams.network.connections.values():
-            connection.slow_until_s = 0.0
+        self.seams.network.heal()
         for process in self._processes:
             process.crash_in = -1
             process.hung_until_s = 0.0

@@ -75,11 +75,9 @@ def check_slots(name: str, machine: TransferMachine) -> None:
         holders.update(incoming.granted.values())
     holders.update(pool.uses(Direction.RECEIVE, SlotState.FILLED))
     present = [use for direction in Direction for state in SlotState for use in pool.uses(direction, state)]
-    taken = [use for use in present if pool.holder(use.slot) is not None]
-    _require(
-        all(count == 1 for count in holders.values()) and holders.keys() == set(taken),
-        f"{name}: slots {sorted(taken)} are taken, {sorted(holders.elements())} are accounted for",
-    )
+    taken = {use for use in present if pool.holder(use.slot) is not None}
+    if holders.keys() != taken or any(count != 1 for count in holders.values()):
+        raise Violation(f"{name}: {taken} are taken, {list(holders.elements())} are accounted for")
     limit = sender.limits.max_transfers
     _require(len(sender._transfers) <= limit >= len(receiver._transfers), f"{name}: too many transfers")
 

@@ -8,6 +8,7 @@ back. Frames are encoded and decoded by the shipped codecs, so damage is damage 
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import zmq
@@ -253,6 +254,18 @@ class Network:
     def part(self, one: str, other: str, seconds: float) -> None:
         self.partitions[frozenset((one, other))] = self.world.now_s + seconds
 
+    def heal(self) -> None:
+        """Everybody reaches everybody, and what was held back arrives."""
+        self.partitions.clear()
+        for connection in self.connections.values():
+            connection.slow_until_s = 0.0
+            for upward, queue in ((True, connection.up), (False, connection.down)):
+                connection.clear_s[upward] = 0.0
+                for _ in queue:
+                    self.world.after(0.0, partial(self._arrive, connection, upward))
+        for link in self.links:
+            self._try_soon(link)
+
     def disconnect(self, connection: Connection, delivered: bool = False) -> None:
         """The connection breaks: what is on the way is lost, but for some that has arrived unseen."""
         if not connection.open:
@@ -294,7 +307,8 @@ class Network:
             return
         server = self.servers.get(link.endpoint)
         if server is None:
-            self._waiting.append(link)
+            if link not in self._waiting:
+                self._waiting.append(link)
             return
         until_s = self.parted_until_s(link.owner, server.owner)
         if until_s > self.world.now_s:

@@ -22,6 +22,8 @@ from tests.sim.seams import Seams
 CHAOS_S = 5.0
 REST_WITHIN_S = 60.0
 START_WITHIN_S = 20.0
+NOTICED_S = 3.0
+"""After so long everybody has noticed what happened to the others: pings are a second apart at most."""
 SYSTEM_PROMPT = [(7 * at + 3) % 996 + 1 for at in range(12)]
 
 
@@ -117,6 +119,8 @@ class Scenario:
         world.run_until(busy_until_s)
         self.faults.stop()
         self._until(self._at_rest, REST_WITHIN_S, "all is at rest", self._what_is_left)
+        if self.faults.any:
+            world.run_until(world.now_s + NOTICED_S)
         self._until(self._serving, START_WITHIN_S, "the cluster serves again", self._who_does_not_serve)
         before = len(self.clients)
         for router in self.routers:
