@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from kvtransfer.movers.base import Progress
 from tests.sim.kernel import Process, World
 from tests.sim.network import Connection
-from tests.sim.processes import RouterHost, TransferHost, WorkerHost
+from tests.sim.processes import TransferHost, WorkerHost
 from tests.sim.seams import Seams
 
 KEPT_FRAMES = 64

@@ -1,20 +1,14 @@
 """What must hold after every turn of a process, and what is left at rest."""
 
-from collections import Counter
-
 from kvtransfer.machine import TransferMachine
 from kvtransfer.messages import SlotUse
+from kvtransfer.sender import REMEMBERED_ENDS
 from kvtransfer.slots import Direction, SlotState
 from services.roles.decode import DecodeRole
 from services.roles.prefill import PrefillRole
 from services.scheduler.sequence import Sequence, State
 from services.worker import Worker
 from tests.sim.kernel import Violation
-
-
-def _require(holds: bool, what: str) -> None:
-    if not holds:
-        raise Violation(what)
 
 
 def sequences_of(worker: Worker) -> list[Sequence]:
@@ -32,54 +26,50 @@ def check_pages(name: str, worker: Worker) -> None:
     """Every page is free, cached or used, exactly one of them, and used by those who hold it."""
     pool = worker.parts.pool
     sequences = sequences_of(worker)
-    held = Counter(page for one in sequences for page in one.pages)
-    free, idle = pool._free, pool._idle
-    used = [page for page, holders in enumerate(pool._holders) if holders]
-    _require(len(set(free)) == len(free), f"{name}: a page is free twice")
-    _require(
-        len(free) + len(idle) + len(used) == pool.total and not (idle.keys() & set(used)),
-        f"{name}: {len(free)} pages free, {len(idle)} cached, {len(used)} used of {pool.total}",
-    )
-    _require(
-        all(pool._holders[page] == held[page] for page in range(pool.total)),
-        f"{name}: pages are held {dict(held)}, the pool counts {pool._holders}",
-    )
+    held = [0] * pool.total
     for one in sequences:
-        _require(one.state is not State.ENDED, f"{name}: request {one.work.request_id} has ended and is kept")
-        _require(
-            one.computed_tokens <= one.capacity_tokens,
-            f"{name}: request {one.work.request_id} has computed {one.computed_tokens} tokens in "
-            f"{one.capacity_tokens}",
-        )
+        for page in one.pages:
+            held[page] += 1
+    if pool._holders != held:
+        raise Violation(f"{name}: pages are held {held}, the pool counts {pool._holders}")
+    idle = {*pool._free, *pool._idle}
+    if len(idle) != len(pool._free) + len(pool._idle) or any(held[page] for page in idle):
+        raise Violation(f"{name}: free {pool._free}, cached {[*pool._idle]}, held {held}")
+    if len(idle) + sum(map(bool, held)) != pool.total:
+        raise Violation(f"{name}: a page is lost: {len(idle)} free or cached, held {held}")
+    for one in sequences:
+        if one.state is State.ENDED or one.computed_tokens > one.capacity_tokens:
+            raise Violation(f"{name}: {one}")
     known = {one.work.request_id for one in sequences}
-    _require(
-        known == {live.work.request_id for live in worker.parts.requests.all()},
-        f"{name}: requests {sorted(live.work.request_id for live in worker.parts.requests.all())}, "
-        f"scheduled {sorted(known)}",
-    )
+    if known != worker.parts.requests._live.keys():
+        raise Violation(f"{name}: requests {worker.parts.requests.all()}, scheduled {sorted(known)}")
 
 
 def check_slots(name: str, machine: TransferMachine) -> None:
     """Every slot is free, or in the hands of exactly one transfer in the state that belongs there."""
     pool, sender, receiver = machine.pool, machine.sender, machine.receiver
     counts = pool.counts()
-    total = counts.free + counts.granted + counts.filled + counts.quarantined
-    _require(total == len(pool), f"{name}: {counts} of {len(pool)} slots")
-    holders: Counter[SlotUse] = Counter()
+    if counts.free + counts.granted + counts.filled + counts.quarantined != len(pool):
+        raise Violation(f"{name}: {counts} of {len(pool)} slots")
+    holders: list[SlotUse] = [*sender._returning.values()]
     for outgoing in sender._transfers.values():
-        holders.update(outgoing.lent.values())
-    holders.update(sender._returning.values())
+        holders += outgoing.lent.values()
     for write in sender._writes.values():
-        holders.update(write.local)
+        holders += write.local
     for incoming in receiver._transfers.values():
-        holders.update(incoming.granted.values())
-    holders.update(pool.uses(Direction.RECEIVE, SlotState.FILLED))
-    present = [use for direction in Direction for state in SlotState for use in pool.uses(direction, state)]
-    taken = {use for use in present if pool.holder(use.slot) is not None}
-    if holders.keys() != taken or any(count != 1 for count in holders.values()):
-        raise Violation(f"{name}: {taken} are taken, {list(holders.elements())} are accounted for")
-    limit = sender.limits.max_transfers
-    _require(len(sender._transfers) <= limit >= len(receiver._transfers), f"{name}: too many transfers")
+        holders += incoming.granted.values()
+    taken = set()
+    for slot, entry in enumerate(pool._slots):
+        if entry.state is SlotState.FREE:
+            continue
+        taken.add((slot, entry.generation))
+        if entry.state is SlotState.FILLED and entry.direction is Direction.RECEIVE:
+            holders.append(SlotUse(slot, entry.generation))
+    if len(holders) != len(taken) or {(one.slot, one.generation) for one in holders} != taken:
+        raise Violation(f"{name}: slots {taken} are taken, {holders} are accounted for")
+    most = sender.limits.max_transfers
+    if max(len(sender._transfers), len(receiver._transfers)) > most or len(sender._ended) > REMEMBERED_ENDS:
+        raise Violation(f"{name}: {len(sender._transfers)} and {len(receiver._transfers)} transfers are kept")
 
 
 def transfer_rest(machine: TransferMachine) -> str | None:

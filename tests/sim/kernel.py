@@ -1,14 +1,15 @@
 """The virtual machine room: one clock, one queue of events, processes that take turns on it.
 
-Everything random comes from the world's generator, so a seed is a run. A process runs in *turns*, as the real
-loops do: it is woken by a frame, a timer or a deadline, does what is there, and says when to come back. A hung
-process takes no turn for a while; a crashed one loses everything and comes back, or not, as a new *life*.
+Everything random comes from the world's generator, so a seed is a run. A process runs in *turns*, as the
+real loops do: it is woken by a frame, a timer or a deadline, does what is there, and says when to come back.
+A hung process takes no turn for a while; a crashed one loses everything and comes back as a new *life*.
 """
 
 import heapq
 from collections.abc import Callable
 from random import Random
 
+START_S = 1000.0
 LogEntry = tuple[float, str, str, object]
 
 
@@ -25,7 +26,7 @@ class World:
 
     def __init__(self, seed: int) -> None:
         self.seed, self.rng = seed, Random(seed)
-        self.now_s = 1000.0
+        self.now_s = START_S
         self.events = 0
         self.log: list[LogEntry] = []
         self.processes: dict[str, Process] = {}

@@ -23,7 +23,7 @@ MONITOR_FRAMES = [int(zmq.EVENT_DISCONNECTED).to_bytes(2, "little") + bytes(4), 
 
 
 class Socket:
-    """What is asked of a link's ZMQ socket beside frames: its descriptor, and the monitor of its connection."""
+    """What is asked of a ZMQ socket beside frames: its descriptor, and a monitor of its connection."""
 
     def __init__(self, descriptor: int, readable: Callable[[], bool]) -> None:
         self.number, self._readable = descriptor, readable

@@ -95,7 +95,13 @@ class WorkerHost(Process):
     """`step_s` draws how long a step takes."""
 
     def __init__(
-        self, seams: Seams, name: str, role: Role, pages: int, transfer: str | None, step_s: Callable[[], float]
+        self,
+        seams: Seams,
+        name: str,
+        role: Role,
+        pages: int,
+        transfer: str | None,
+        step_s: Callable[[], float],
     ) -> None:
         super().__init__(seams.world, name)
         self.seams, self.pages, self.step_s = seams, pages, step_s

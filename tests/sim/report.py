@@ -3,7 +3,7 @@
 import msgspec
 
 from services.messages import Status, StatusRequest
-from tests.sim.kernel import LogEntry
+from tests.sim.kernel import START_S, LogEntry
 from tests.sim.scenario import Outcome
 
 QUIET = (StatusRequest, Status)
@@ -14,12 +14,12 @@ def line_of(entry: LogEntry) -> str | None:
     """None for heartbeats."""
     time_s, who, what, detail = entry
     if not isinstance(detail, list):
-        return f"{time_s - 1000.0:10.6f} {who}: {what} {detail}"
+        return f"{time_s - START_S:10.6f} {who}: {what} {detail}"
     said = [one for one in detail if not isinstance(one, QUIET)]
     if not said:
         return None
     texts = ", ".join(repr(one) if isinstance(one, msgspec.Struct) else str(one) for one in said)
-    return f"{time_s - 1000.0:10.6f} {who} -> {what}: {texts[:LONG]}"
+    return f"{time_s - START_S:10.6f} {who} -> {what}: {texts[:LONG]}"
 
 
 def text_of(outcome: Outcome) -> str:

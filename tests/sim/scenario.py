@@ -12,10 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 
+from services.messages import Role
 from tests.sim.clients import Client, Wish
 from tests.sim.engine import PAGE_TOKENS
 from tests.sim.faults import Faults
-from tests.sim.kernel import LogEntry, Process, Violation, World
+from tests.sim.kernel import START_S, LogEntry, Process, Violation, World
 from tests.sim.processes import RouterHost, TransferHost, WorkerHost
 from tests.sim.seams import Seams
 
@@ -62,7 +63,8 @@ class Scenario:
                 self._worker(f"unified{index}", "unified", None)
         else:
             most = rng.choice((1, 2, 2, 3))
-            for role, count in (("prefill", rng.randint(1, most)), ("decode", rng.randint(1, most))):
+            counts: dict[Role, int] = {"prefill": rng.randint(1, most), "decode": rng.randint(1, most)}
+            for role, count in counts.items():
                 for index in range(count):
                     name = f"{role}{index}"
                     slots = rng.choice((2, 3, 4, 8))
@@ -75,12 +77,13 @@ class Scenario:
             for index in range(rng.choice((1, 1, 2, 3)))
         ]
 
-    def _worker(self, name: str, role: str, transfer: str | None) -> None:
+    def _worker(self, name: str, role: Role, transfer: str | None) -> None:
         scale_s = self.rng.choice((0.002, 0.02))
-        host = WorkerHost(
-            self.seams, name, role, self.pages, transfer, lambda: self.rng.uniform(0.5, 2.0) * scale_s
-        )  # type: ignore[arg-type]
-        self.workers.append(host)
+
+        def step_s() -> float:
+            return self.rng.uniform(0.5, 2.0) * scale_s
+
+        self.workers.append(WorkerHost(self.seams, name, role, self.pages, transfer, step_s))
 
     @property
     def processes(self) -> list[Process]:
@@ -178,7 +181,7 @@ class Scenario:
             violation,
             self.world.log,
             self.world.events,
-            self.world.now_s,
+            self.world.now_s - START_S,
             Counter(str(client.end) for client in self.clients),
             self.faults.happened,
             drops,

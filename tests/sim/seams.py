@@ -1,5 +1,5 @@
-"""Where shipped code meets the outside: for the time of a simulation its sockets, memory, movers and clock are
-the world's. Nothing else of it is replaced."""
+"""Where shipped code meets the outside: for the time of a simulation its sockets, memory, movers and clock
+are the world's. Nothing else of it is replaced."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -104,12 +104,14 @@ class Seams:
             (kvtransfer.process, "psutil", SimpleNamespace(Process=lambda: process_info)),
             (kvtransfer.process, "secrets", SimpleNamespace(randbelow=self.world.rng.randrange)),
             (kvtransfer.process, "time", clock),
+            (kvtransfer.process, "os", SimpleNamespace(getpid=lambda: 1)),
             (kvtransfer.sources, "Link", self._link),
             (kvtransfer.sources, "LifeProbe", partial(SimProbe, self.network)),
             (kvtransfer.client, "Link", self._link),
             (kvtransfer.client, "receive_staging", self._receive_staging),
             (services.worker, "Server", self._server),
             (services.worker, "time", clock),
+            (services.worker, "os", SimpleNamespace(getpid=lambda: 1)),
             (services.client, "Link", self._link),
         ]
         with ExitStack() as stack:
