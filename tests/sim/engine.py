@@ -81,7 +81,8 @@ class SimEngine:
     def copy_pages(self, pairs: list[tuple[int, int]]) -> None:
         size = PAGE_TOKENS
         for source, target in pairs:
-            self._cells[target * size : (target + 1) * size] = self._cells[source * size : (source + 1) * size]
+            page = self._cells[source * size : (source + 1) * size]
+            self._cells[target * size : (target + 1) * size] = page
 
     def pack(
         self, pages: list[int], start_token: int, token_count: int, slot: memoryview, with_checksum: bool

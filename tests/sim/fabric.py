@@ -44,7 +44,12 @@ class Fabric:
 
     def stop(self, mover: "SimMover", peer: str | None = None, within_s: float | None = None) -> None:
         """The connection is cut, or the process dead: its data stops, at once or in a moment."""
-        for handle in [h for h, one in self._landings.items() if one.mover is mover and peer in (None, one.peer)]:
+        concerned = [
+            handle
+            for handle, landing in self._landings.items()
+            if landing.mover is mover and peer in (None, landing.peer)
+        ]
+        for handle in concerned:
             if within_s is None or self.world.rng.random() < 0.5:
                 del self._landings[handle]
             else:

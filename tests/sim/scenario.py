@@ -22,6 +22,8 @@ from tests.sim.seams import Seams
 
 CHAOS_S = 5.0
 REST_WITHIN_S = 60.0
+CLEARED_WITHIN_S = 2.0
+"""Without faults nothing waits for a deadline."""
 START_WITHIN_S = 20.0
 NOTICED_S = 3.0
 """After so long everybody has noticed what happened to the others: pings are a second apart at most."""
@@ -129,7 +131,8 @@ class Scenario:
         for router in self.routers:
             for _ in range(2):
                 self._client(router, rng.uniform(0.0, 0.1), patient=True)
-        self._until(self._at_rest, REST_WITHIN_S, "all is at rest again", self._what_is_left)
+        self._until(self._all_ended, REST_WITHIN_S, "every client has its end", self._what_is_left)
+        self._until(self._at_rest, CLEARED_WITHIN_S, "all is at rest again", self._what_is_left)
         for client in self.clients if not self.faults.any else self.clients[before:]:
             if client.end not in ("done", "left"):
                 raise Violation(f"{client.name} {client.end} without a fault: {client.error}")
@@ -162,9 +165,10 @@ class Scenario:
         )
 
     def _at_rest(self) -> bool:
-        return all(client.end is not None for client in self.clients) and all(
-            process.rest() is None for process in self.processes
-        )
+        return self._all_ended() and all(process.rest() is None for process in self.processes)
+
+    def _all_ended(self) -> bool:
+        return all(client.end is not None for client in self.clients)
 
     def _what_is_left(self) -> str:
         left = [f"{client.name} waits" for client in self.clients if client.end is None]
