@@ -25,10 +25,11 @@ def main() -> int:
         print(text_of(run_seed(total.broken[0][0])))
         for seed, violation in total.broken:
             print(f"violated: seed {seed}: {violation}")
-    counted = ", ".join(f"{name} {count}" for name, count in sorted(total.counts.items()))
+    print(", ".join(f"{name}: {count}" for name, count in sorted(total.counts.items())))
+    print(f"digest of seeds from {chosen.first}: {total.digests[chosen.first]}")
     print(
-        f"{total.seeds} seeds, {total.events} events, {total.virtual_s:.0f} virtual seconds, "
-        f"digest {total.digest}, {len(total.broken)} violated\n{counted}"
+        f"{total.seeds} seeds, {total.events} events, {total.virtual_s:.0f} virtual seconds: "
+        f"{len(total.broken)} violations"
     )
     return 1 if total.broken else 0
 

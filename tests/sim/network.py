@@ -100,6 +100,7 @@ class Server:
         connection = self.connections.get(peer)
         if connection is None:
             return False
+        self.owner.about_to_send()
         return self.network.send(connection, False, self._sends.encode(messages), messages)
 
     def close(self) -> None:
@@ -135,6 +136,7 @@ class Link:
 
     def send(self, messages: list[Any]) -> bool:
         frame = self._sends.encode(messages)
+        self.owner.about_to_send()
         if self.connection is not None:
             return self.network.send(self.connection, True, frame, messages)
         self.unsent.append((frame, messages))
@@ -209,7 +211,6 @@ class Network:
 
     def send(self, connection: Connection, upward: bool, frame: bytes, messages: list[Any]) -> bool:
         sender = connection.link.owner if upward else connection.server.owner
-        sender.about_to_send()
         queue = connection.up if upward else connection.down
         if len(queue) >= HIGH_WATER_FRAMES:
             return False

@@ -15,7 +15,7 @@ CHUNK = 25
 
 @dataclass
 class Tally:
-    """What some seeds came to. `digests`, by the first seed of each chunk, depend on all that happened in it."""
+    """What some seeds came to. The digests, by a chunk's first seed, depend on all that happened in it."""
 
     seeds: int = 0
     events: int = 0
@@ -31,10 +31,6 @@ class Tally:
         self.counts += other.counts
         self.broken += other.broken
         self.digests |= other.digests
-
-    @property
-    def digest(self) -> str:
-        return sha256(repr(sorted(self.digests.items())).encode()).hexdigest()[:16]
 
 
 def run_some(first: int, count: int) -> Tally:
