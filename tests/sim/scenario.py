@@ -27,6 +27,8 @@ CLEARED_WITHIN_S = 2.0
 START_WITHIN_S = 20.0
 NOTICED_S = 3.0
 """After so long everybody has noticed what happened to the others: pings are a second apart at most."""
+ROOMY_PAGES = 96
+"""More than all prompts of a seed take together."""
 SYSTEM_PROMPT = [(7 * at + 3) % 996 + 1 for at in range(12)]
 
 
@@ -43,8 +45,12 @@ class Outcome:
 
 
 class Scenario:
-    def __init__(self, seed: int) -> None:
+    """`tight`: prefill pools are as small as the others. Then prompts wait there for pages, and requests can
+    wait for each other in a ring until their deadlines (docs/simulation.md)."""
+
+    def __init__(self, seed: int, tight: bool = False) -> None:
         self.world = World(seed)
+        self._tight = tight
         self.rng: Random = self.world.rng
         self.seams = Seams(self.world)
         self.clients: list[Client] = []
@@ -85,7 +91,8 @@ class Scenario:
         def step_s() -> float:
             return self.rng.uniform(0.5, 2.0) * scale_s
 
-        self.workers.append(WorkerHost(self.seams, name, role, self.pages, transfer, step_s))
+        pages = ROOMY_PAGES if role == "prefill" and not self._tight else self.pages
+        self.workers.append(WorkerHost(self.seams, name, role, pages, transfer, step_s))
 
     @property
     def processes(self) -> list[Process]:
@@ -192,10 +199,10 @@ class Scenario:
         )
 
 
-def run_seed(seed: int) -> Outcome:
-    """The whole of one seed, and nothing but the seed decides what happens."""
+def run_seed(seed: int, tight: bool = False) -> Outcome:
+    """The whole of one seed, and nothing but the seed decides what happens. See `Scenario` for `tight`."""
     logging.disable(logging.CRITICAL)
-    scenario = Scenario(seed)
+    scenario = Scenario(seed, tight)
     try:
         with scenario.seams.installed():
             scenario.run()
