@@ -234,15 +234,19 @@ class TransferProcess:
         if self._two_sided is not None and self._two_sided.busy:
             self._poller.poll(1)
             return
+        until_s = self.next_deadline_s(now_s)
+        sleep_s = min(max(until_s - now_s, 0.0), LONGEST_SLEEP_S)
+        self._poller.poll(int(sleep_s * 1000) + 1)
+
+    def next_deadline_s(self, now_s: float) -> float:
+        """When `step` has something to do at the latest, if no message comes and no write is in flight."""
         deadlines = [
             self._machine.next_deadline_s(),
             self._destinations.next_deadline_s(),
             self._sources.next_deadline_s(),
             self._stats_at_s if self._worker.attached is not None else None,
         ]
-        until_s = min((d for d in deadlines if d is not None), default=now_s + LONGEST_SLEEP_S)
-        sleep_s = min(max(until_s - now_s, 0.0), LONGEST_SLEEP_S)
-        self._poller.poll(int(sleep_s * 1000) + 1)
+        return min((d for d in deadlines if d is not None), default=now_s + LONGEST_SLEEP_S)
 
     # ------------------------------------------------------------ 3., 5. the worker
 

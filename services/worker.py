@@ -122,12 +122,17 @@ class Worker:
     def serve(self) -> None:
         log.info("%s worker %s listens at %s", self.config.role, self.config.name, self.server.endpoint)
         busy = False
-        while not self._finished():
+        while not self.finished():
             self._poller.poll(0 if busy else IDLE_WAIT_MS)
-            self._take_in()
-            busy = self.role.step()
-            self._once_a_second()
-            self._send_out()
+            busy = self.turn()
+
+    def turn(self) -> bool:
+        """Takes in whatever is there, does one step, sends what came of it. False: there was no step."""
+        self._take_in()
+        busy = self.role.step()
+        self._once_a_second()
+        self._send_out()
+        return busy
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         """First: drain. Second: leave at once."""
@@ -140,7 +145,8 @@ class Worker:
             self.transfer.close()
         log.info("worker %s has ended", self.config.name)
 
-    def _finished(self) -> bool:
+    def finished(self) -> bool:
+        """Whether a signal has come and nothing is left to wait for."""
         if self._draining_until_s is None:
             return False
         at_rest = not self.parts.requests and not self.role.in_flight
