@@ -63,8 +63,8 @@ class Leg:
     """Some choices of a prompt that run together, and the `Output` of the flight that runs them.
 
     It is `waiting` while it needs workers: all it needs, or, if it has a `flight`, another decode worker.
-    Then `not_before_s` and `avoid` say when to look, and which worker not to take if there is another;
-    `strict`: rather none than that one. `error` is what it comes to if none is found.
+    Then `not_before_s` and `avoid` say when to look, and which workers not to take if there are others;
+    `strict`: rather none than those. `error` is what it comes to if none is found.
     """
 
     journey: "Journey"
@@ -73,7 +73,7 @@ class Leg:
     flight: Flight | None = None
     waiting: bool = True
     not_before_s: float = 0.0
-    avoid: str | None = None
+    avoid: frozenset[str] = frozenset()
     strict: bool = False
     error: ApiError | None = None
 
@@ -182,7 +182,7 @@ class Journey:
         sends: Sequence[Send] = ()
         if flight.phase in WITHOUT_DECODE and not leg.waiting and flight.error is not None:
             if self._may_retry(leg, flight.error):
-                self._wait(leg, flight.error, flight.decode, leg.retries + 1, now_s)
+                self._wait(leg, flight.error, leg.avoid | {flight.decode}, leg.retries + 1, now_s)
                 return ()
             sends = flight.fail(self._given_up(leg, flight.error), now_s)
         if not flight.ended:
@@ -197,10 +197,11 @@ class Journey:
                 return [*sends, *self.end(now_s, flight.error)]
             if not self._may_retry(leg, flight.error):
                 return [*sends, *self.end(now_s, self._given_up(leg, flight.error))]
+            avoid = leg.avoid if flight.failed_on is None else leg.avoid | {flight.failed_on}
             for choices in self._parts(flight.open_choices):
                 again = Leg(self, choices)
                 self.legs.append(again)
-                self._wait(again, flight.error, flight.failed_on, leg.retries + 1, now_s)
+                self._wait(again, flight.error, avoid, leg.retries + 1, now_s)
         return sends
 
     def end(self, now_s: float, error: ApiError | None = None) -> Sequence[Send]:
@@ -224,7 +225,9 @@ class Journey:
     def _given_up(self, leg: Leg, error: ApiError) -> ApiError:
         return given_up(error, last=0 < self.budget.max_retries <= leg.retries)
 
-    def _wait(self, leg: Leg, error: ApiError, avoid: str | None, retries: int, now_s: float) -> None:
+    def _wait(
+        self, leg: Leg, error: ApiError, avoid: frozenset[str], retries: int, now_s: float
+    ) -> None:
         leg.waiting, leg.error, leg.avoid, leg.retries = True, error, avoid, retries
         leg.strict = error.retry_reason == "overloaded"
         # The first retry leaves at once; what fails again and again may only need a moment.

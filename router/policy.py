@@ -72,14 +72,19 @@ def _by_both(worker: Candidate, incoming_tokens: int) -> tuple[bool, int, float,
     return (share > 1, worker.queued_tokens, share, worker.name)
 
 
-def spare(workers: Sequence[Candidate], avoid: str | None, strict: bool = False) -> Sequence[Candidate]:
-    """The workers without the one to `avoid`; it stays if its role has no other, unless `strict`."""
-    avoided = next((worker for worker in workers if worker.name == avoid), None)
-    if avoided is None:
+def spare(
+    workers: Sequence[Candidate], avoid: frozenset[str], strict: bool = False
+) -> Sequence[Candidate]:
+    """The workers without those to `avoid`. Unless `strict`, who is of a role that has no other stays."""
+    if not avoid:
         return workers
-    if not strict and all(worker.role != avoided.role or worker is avoided for worker in workers):
-        return workers
-    return [worker for worker in workers if worker is not avoided]
+    usable = [worker for worker in workers if worker.role == "unified" or worker.transfer is not None]
+    others = {worker.role for worker in usable if worker.name not in avoid}
+    return [
+        worker
+        for worker in workers
+        if worker.name not in avoid or (not strict and worker.role not in others)
+    ]
 
 
 def place_decode(workers: Sequence[Candidate], model_digest: str, prompt_tokens: int) -> Candidate | None:

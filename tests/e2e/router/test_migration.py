@@ -95,7 +95,7 @@ def test_nobody_is_asked_again_who_is_overloaded(served: tuple[Fakes, Router]) -
     fakes.use(Script(hold_prefill=True), failing("overloaded"), failing("overloaded"))
     answer = Asking(router).answer()
     assert (answer.status_code, "retry-after" in answer.headers) == (429, True)
-    assert sorted(number for number, _ in fakes.of(Reserve)) in ([0, 1], [0, 0, 1], [0, 1, 1], [0, 0, 1, 1])
+    assert sorted(number for number, _ in fakes.of(Reserve)) == [0, 1]
     fakes.prefill.wait_for(Cancel)
 
 
