@@ -77,8 +77,8 @@ class TransferClient:
     """Attaches in the constructor. Raises AttachError if that fails within `timeout_s`,
     TransferConfigError for a bad endpoint.
 
-    `packs_idle` says whether no pack into a send slot is running on the device. Slots that were lent for a
-    transfer that has ended go back, by `flush`, only when it says so; on a CPU packs end as they return.
+    `packs_idle`, which the worker sets, says whether no pack is running whose transfer has ended. Slots that
+    were lent for such a transfer go back, by `flush`, only when it says so; on a CPU packs end as they return.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class TransferClient:
         packs_idle: Callable[[], bool] = _always,
     ) -> None:
         self._worker_epoch, self._geometry = worker_epoch, geometry
-        self._packs_idle = packs_idle
+        self.packs_idle = packs_idle
         self._dropped: dict[str, int] = {}
         self._link: Link[Event, Command] = Link(
             endpoint, WORKER_EVENTS, WORKER_COMMANDS, keys=keys, on_drop=self._on_drop
@@ -207,7 +207,7 @@ class TransferClient:
             return
         # Freed receive slots go first: what follows in the frame may be given them. Lent slots go last:
         # they can be returned only after the abort that ended their transfer.
-        returning = self._book.returning if self._packs_idle() else []
+        returning = self._book.returning if self.packs_idle() else []
         frame: list[Command] = [*_freed(self._book.freed), *self._commands, *_freed(returning)]
         if frame and not self._link.send(frame):
             log.warning("the transfer process takes no commands: queue full")
