@@ -78,7 +78,7 @@ class TransferClient:
     TransferConfigError for a bad endpoint.
 
     `packs_idle`, which the worker sets, says whether no pack is running whose transfer has ended. Slots that
-    were lent for such a transfer go back, by `flush`, only when it says so; on a CPU packs end as they return.
+    were lent for such a transfer go back, by `flush`, only when it says so.
     """
 
     def __init__(

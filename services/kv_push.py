@@ -108,7 +108,7 @@ class KvPush:
                 outgoing.launched(chunk.start + chunk.count, mark)
 
     def pack(self) -> int:
-        """Queue packs for whatever is computed, or being computed, and has a slot; returns how many tokens."""
+        """Queue packs for whatever is computed, or being so, and has a slot; returns how many tokens."""
         return sum(self._pack_one(one) for one in self._outgoing.values() if one.slots)
 
     def deliver(self) -> int:

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from services.engine.attention_plan import KvLayout
 from services.engine.errors import ChecksumMismatch, SegmentError
 from services.engine.kv_pool import KvPool
-from services.engine.ops.checksum import BLOCK_WORDS, checksum
 from services.engine.moves import Moves
+from services.engine.ops.checksum import BLOCK_WORDS, checksum
 from services.engine.segments import Slot, pack, unpack
 from services.engine.staging_view import StagingError, host_view
 
