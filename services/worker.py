@@ -98,6 +98,7 @@ class Worker:
             outbox=Outbox(self.server.send),
             clock=time.monotonic,
             overlap=config.device == "cuda",
+            tail_chunk_tokens=config.tail_chunk_tokens,
         )
         self.role = _build_role(self.parts, prepared)
         self._routers: dict[bytes, float] = {}

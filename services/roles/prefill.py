@@ -28,7 +28,9 @@ MAX_FLIGHTS = 2
 class PrefillRole(Role):
     def __init__(self, parts: Parts, push: KvPush) -> None:
         super().__init__(parts)
-        self.scheduler = PrefillScheduler(parts.pool, parts.limits.max_batch, parts.max_chunk_tokens)
+        self.scheduler = PrefillScheduler(
+            parts.pool, parts.limits.max_batch, parts.max_chunk_tokens, parts.tail_chunk_tokens
+        )
         self.push = push
         self._flights: deque[Flight] = deque()
         self._committed: set[int] = set()

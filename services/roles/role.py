@@ -22,6 +22,7 @@ from services.outbox import Outbox
 from services.requests import Live, Requests
 from services.rows import rows_of, wants_prompt_logprobs
 from services.rules import Limits, finish_reason, refuse
+from services.scheduler.chunks import DEFAULT_TAIL_TOKENS
 from services.scheduler.pages import PagePool
 from services.scheduler.sequence import Chunk, Sequence, State, StepPlan
 
@@ -43,6 +44,7 @@ class Parts:
     clock: Callable[[], float]
     overlap: bool
     """Whether the engine's steps run on while the host plans the next one."""
+    tail_chunk_tokens: int = DEFAULT_TAIL_TOKENS
     requests: Requests = field(default_factory=Requests)
     counters: Counter[str] = field(default_factory=Counter)
 
