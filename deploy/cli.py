@@ -10,7 +10,18 @@ from collections.abc import Sequence
 
 import typer
 
-from deploy.commands import bench_engine, keys, memory, plan, router, serve, transfer, version, worker
+from deploy.commands import (
+    bench_engine,
+    keys,
+    memory,
+    plan,
+    router,
+    serve,
+    trace,
+    transfer,
+    version,
+    worker,
+)
 from deploy.errors import UserError
 from deploy.options import (
     BenchEngineSettings,
@@ -19,6 +30,7 @@ from deploy.options import (
     PlanSettings,
     RouterSettings,
     ServeSettings,
+    TraceSettings,
     TransferSettings,
     VersionSettings,
     WorkerSettings,
@@ -38,6 +50,7 @@ app = typer.Typer(
 register(app, "serve", ServeSettings, serve.run)
 register(app, "plan", PlanSettings, plan.run)
 register(app, "memory", MemorySettings, memory.run)
+register(app, "trace", TraceSettings, trace.run)
 register(app, "router", RouterSettings, router.run)
 register(app, "worker", WorkerSettings, worker.run)
 register(app, "transfer", TransferSettings, transfer.run)

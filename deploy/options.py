@@ -179,6 +179,16 @@ class MemorySettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TraceSettings:
+    """Print when a request's KV was computed, packed, sent and unpacked."""
+
+    request_id: str = required(text, "The request's x-request-id.", positional=True)
+    url: str = setting("http://127.0.0.1:8000", text, "Where the router listens.")
+    api_key: tuple[str, ...] = setting((), parse_api_key, "Bearer key that the request came with.", many=True)
+    out: Path | None = setting(None, path, "Also write a Chrome trace, for ui.perfetto.dev, to this file.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class KeysSettings:
     """Make a directory of CURVE keys for workers on several hosts."""
 

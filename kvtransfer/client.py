@@ -25,6 +25,7 @@ from kvtransfer.layout import tokens_per_slot
 from kvtransfer.messages import (
     MAX_SEGMENTS_PER_MESSAGE,
     Abort,
+    AskSpans,
     Attached,
     AttachWorker,
     Command,
@@ -42,6 +43,7 @@ from kvtransfer.messages import (
     SlotUse,
     Stats,
     TransferAddress,
+    TransferSpans,
 )
 from kvtransfer.staging import receive_staging
 
@@ -61,7 +63,7 @@ class TransferLost:
     old_epoch: int
 
 
-WorkerEvent = TransferEvent | TransferLost
+WorkerEvent = TransferEvent | TransferLost | TransferSpans
 
 
 def _always() -> bool:
@@ -200,6 +202,10 @@ class TransferClient:
         self._queue(Abort(transfer_id, reason[:1024]))
         self._book.end(transfer_id)
 
+    def ask_spans(self, transfer_id: int) -> None:
+        """What does the transfer process remember of a transfer? `TransferSpans` answers."""
+        self._queue(AskSpans(transfer_id))
+
     def flush(self) -> None:
         """Sends what is queued, as one frame. While not `ready`, drops it."""
         if self._attached is None:
@@ -238,7 +244,7 @@ class TransferClient:
                 self._on_drop("event_before_attached")
             elif isinstance(event, Stats):
                 self.last_stats, self.last_stats_at_s = event, now_s
-            elif self._book.follow(event):
+            elif isinstance(event, TransferSpans) or self._book.follow(event):
                 events.append(event)
         return events
 

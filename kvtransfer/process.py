@@ -28,12 +28,14 @@ from kvtransfer.handshake import PEER_VERSION
 from kvtransfer.limits import Limits
 from kvtransfer.machine import TransferMachine
 from kvtransfer.messages import (
+    AskSpans,
     Attached,
     AttachWorker,
     Command,
     Ping,
     Stats,
     TransferAddress,
+    TransferSpans,
 )
 from kvtransfer.movers.select import select_mover
 from kvtransfer.outbox import Destination
@@ -227,6 +229,9 @@ class TransferProcess:
             self._attach(command, now_s)
         elif isinstance(command, Ping):
             self._send_stats(now_s)
+        elif isinstance(command, AskSpans):
+            out = self._machine.outbox
+            out.to_worker.append(TransferSpans(command.transfer_id, out.spans.of(command.transfer_id)))
         else:
             self._machine.on_command(command, now_s)
 

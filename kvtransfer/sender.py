@@ -104,7 +104,7 @@ class Sender:
             write_id = self._next_write_id
             self._next_write_id += 1
             transfer.writes.add(write_id)
-            self._writes[write_id] = InFlight(transfer.transfer_id, tuple(local), tuple(remote))
+            self._writes[write_id] = InFlight(transfer.transfer_id, tuple(local), tuple(remote), now_s)
             write = Write(write_id, transfer.destination, transfer.transfer_id, tuple(pieces))
             self._out.writes.append(write)
 
@@ -203,6 +203,10 @@ class Sender:
 
     def write_done(self, write_id: int, now_s: float) -> None:
         flight, transfer = self._landed(write_id, now_s)
+        for one in flight.remote:
+            self._out.spans.note(
+                flight.transfer_id, "send", one.start_token, one.token_count, flight.filled_s, now_s
+            )
         if transfer.state is SendState.CONFIRMED:
             self._say(transfer.destination, Written(flight.transfer_id, list(flight.remote)))
         elif not transfer.writes:

@@ -16,8 +16,19 @@ from router.metrics import Metrics, Snapshot
 from router.parameters import Limits
 from router.policy import Candidate, place
 from router.requests import Flight, Output, Phase, Send, Times
+from router.traces import Traces
 from services.client import ClientState, WorkerClient, load_keys
-from services.messages import DecodeStarted, Failed, PrefillDone, Report, Request, Sampling, Tokens, Work
+from services.messages import (
+    DecodeStarted,
+    Failed,
+    PrefillDone,
+    Report,
+    Request,
+    Sampling,
+    Tokens,
+    TraceReply,
+    Work,
+)
 
 
 @dataclass(slots=True)
@@ -60,6 +71,7 @@ class Dispatcher:
         self._idle = asyncio.Event()
         self._idle.set()
         self.draining = False
+        self.traces = Traces(lambda worker, messages: self.clients[worker].send(messages), clock)
         keys = load_keys(config.key_dir)
         epoch = draw_id()
         self.clients: dict[str, WorkerClient] = {
@@ -100,6 +112,11 @@ class Dispatcher:
         for flight in self._flights.values():
             counts[flight.phase] = counts.get(flight.phase, 0) + 1
         return counts
+
+    def name_of(self, endpoint: str) -> str:
+        """What the worker calls itself; its endpoint where it has not said so."""
+        hello = self.clients[endpoint].hello
+        return endpoint if hello is None else hello.name
 
     def seat(self, endpoint: str) -> Seat:
         return self._seats[endpoint]
@@ -254,7 +271,10 @@ class Dispatcher:
         for report in reports:
             flight = flights.get(report.request_id)  # type: ignore[union-attr]
             if flight is None:
-                self._metrics.ignored_reports += 1
+                if isinstance(report, TraceReply):
+                    self.traces.on_reply(report)
+                else:
+                    self._metrics.ignored_reports += 1
                 continue
             if isinstance(report, Tokens):
                 tokens += len(report.tokens)
@@ -268,6 +288,8 @@ class Dispatcher:
                 flight.on_decode_started(worker, report, now_s)
             elif isinstance(report, Failed):
                 self._queue(flight.on_failed(worker, report, now_s))
+            elif isinstance(report, TraceReply):
+                self.traces.on_reply(report)
             if flight.ended:
                 self._ended(flight)
         if tokens:

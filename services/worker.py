@@ -21,7 +21,7 @@ import zmq
 
 from kvtransfer.channel import ChannelKeys, Codec, Server
 from kvtransfer.client import TransferClient
-from kvtransfer.messages import TransferAddress
+from kvtransfer.messages import TransferAddress, TransferSpans
 from services.config import WorkerConfig
 from services.kv_pull import KvPull
 from services.kv_push import KvPush
@@ -39,6 +39,7 @@ from services.messages import (
     Slots,
     Status,
     StatusRequest,
+    TraceRequest,
     WorkerHello,
 )
 from services.outbox import Outbox
@@ -50,6 +51,7 @@ from services.roles.unified import UnifiedRole
 from services.rules import Limits
 from services.scheduler.pages import PagePool
 from services.startup import Prepared, measure_now, prepare
+from services.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +103,9 @@ class Worker:
             tail_chunk_tokens=config.tail_chunk_tokens,
         )
         self.role = _build_role(self.parts, prepared)
+        self.tracing = Tracing(
+            config.name, self.parts.spans, self.transfer, self.parts.outbox, self.parts.clock
+        )
         self._routers: dict[bytes, float] = {}
         self._told_address = self._address()
         self._prompt_rate, self._output_rate = Rate(), Rate()
@@ -147,7 +152,10 @@ class Worker:
         if self.transfer is not None:
             self.transfer.tick(now_s)
             for event in self.transfer.receive(now_s):
-                self.role.on_transfer(event)
+                if isinstance(event, TransferSpans):
+                    self.tracing.answer(event)
+                else:
+                    self.role.on_transfer(event)
             self._tell_address()
         for router, requests in self.server.receive():
             if router not in self._routers and not self._greet(router, requests):
@@ -182,6 +190,8 @@ class Worker:
                 self.server.send(router, [self._hello(), self._status(None)])
             case StatusRequest(ask_id=ask_id):
                 self.server.send(router, [self._status(ask_id)])
+            case TraceRequest():
+                self.tracing.ask(router, request)
             case Generate(work=work) | Prefill(work=work) | Reserve(work=work) if self._draining_until_s:
                 self.parts.outbox.add(
                     router, Failed(work.request_id, "draining", "this worker is shutting down", True)
@@ -289,5 +299,5 @@ def _build_role(parts: Parts, prepared: Prepared) -> Role:
     if transfer is None or staging is None:
         raise ValueError(f"--transfer: a {role} worker needs the address of its transfer process")
     if role == "prefill":
-        return PrefillRole(parts, KvPush(parts.engine, transfer, staging))
-    return DecodeRole(parts, KvPull(parts.engine, transfer, staging, parts.clock))
+        return PrefillRole(parts, KvPush(parts.engine, transfer, staging, parts.clock, parts.spans))
+    return DecodeRole(parts, KvPull(parts.engine, transfer, staging, parts.clock, parts.spans))

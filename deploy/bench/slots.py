@@ -1,8 +1,8 @@
 """How slots of one size serve many short prompts, and one long one: `python -m deploy.bench.slots`.
 
 Two transfer machines as they run in the transfer processes, with messages that take `HOP_S`, a link that
-moves `LINK_BYTES_PER_S`, and workers that pack and unpack as soon as they hear of a slot. Simulated: no device
-and no network take part, and no clock take part, so the figures are those of the protocol alone.
+moves `LINK_BYTES_PER_S`, and workers that pack and unpack as soon as they hear of a slot. Simulated: no
+device and no network take part, so the figures are those of the protocol alone.
 """
 
 import heapq

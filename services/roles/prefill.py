@@ -33,6 +33,8 @@ class PrefillRole(Role):
         )
         self.push = push
         self._flights: deque[Flight] = deque()
+        self._done_s = 0.0
+        """When the last step was seen to be done; the next one runs from then on, if it was queued."""
         self._committed: set[int] = set()
         """Requests whose KV has arrived, or was not needed, before their first tokens were known."""
 
@@ -127,6 +129,9 @@ class PrefillRole(Role):
         collected = False
         while self._flights and self._flights[0].launched.is_done:
             flight = self._flights.popleft()
+            now_s = self.parts.clock()
+            self.push.computed(flight.plan.chunks, max(flight.launched_s, self._done_s), now_s)
+            self._done_s = now_s
             result = self.collect(flight, after=self._flights[0] if self._flights else None)
             for chunk, row in result.chunks if result is not None else []:
                 self._report(chunk, row)

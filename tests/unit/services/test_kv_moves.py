@@ -15,6 +15,7 @@ from kvtransfer.messages import (
     SlotUse,
     TransferAddress,
 )
+from kvtransfer.spans import Spans
 from services.engine.errors import ChecksumMismatch
 from services.kv_pull import KvPull
 from services.kv_push import KvPush
@@ -104,7 +105,7 @@ def running(tokens: int, computed: int = 0, request_id: int = 1) -> Sequence:
 
 def pushing(sequence: Sequence, slots: int) -> tuple[KvPush, FakeMoves, FakeClient]:
     engine, client = FakeMoves(), FakeClient()
-    push = KvPush(engine, client, FakeStaging())  # type: ignore[arg-type]
+    push = KvPush(engine, client, FakeStaging(), lambda: 0.0, Spans())  # type: ignore[arg-type]
     push.open(sequence, 7, 1.0)
     assert push.confirmed(SendConfirmed(7, 0, sequence.prompt_tokens))
     push.lend(SendSlots(7, [SlotUse(slot, 1) for slot in range(slots)]))
@@ -187,7 +188,7 @@ def test_a_transfer_that_ends_under_its_packs_keeps_pages_and_slots_until_they_a
 
 def pulling(sequence: Sequence) -> tuple[KvPull, FakeMoves, FakeClient]:
     engine, client = FakeMoves(), FakeClient()
-    pull = KvPull(engine, client, FakeStaging(), lambda: 0.0)  # type: ignore[arg-type]
+    pull = KvPull(engine, client, FakeStaging(), lambda: 0.0, Spans())  # type: ignore[arg-type]
     pull.open(sequence, 7, SOURCE, 1.0)
     client.said.clear()
     return pull, engine, client
@@ -263,7 +264,7 @@ class Prefilling:
             clock=lambda: 0.0,
             overlap=True,
         )
-        push = KvPush(self.engine, self.client, FakeStaging())  # type: ignore[arg-type]
+        push = KvPush(self.engine, self.client, FakeStaging(), self.parts.clock, self.parts.spans)  # type: ignore[arg-type]
         self.role = PrefillRole(self.parts, push)
 
     def _reported(self, router: bytes, reports: list[Any]) -> bool:
