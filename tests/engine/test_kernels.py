@@ -12,8 +12,8 @@ from torch import Tensor
 
 from services.engine.attention_plan import KvLayout
 from services.engine.kv_pool import KvPool
-from services.engine.ops import decode_attention as decode
 from services.engine.ops import checksum, kv_segment, qkv, rms_norm, swiglu
+from services.engine.ops import decode_attention as decode
 from services.engine.ops import prefill_attention as prefill
 from services.engine.rope import rotation
 from tests.engine.interpreter import INTERPRETED, run_interpreted
