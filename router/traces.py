@@ -147,13 +147,13 @@ class Traces:
         question = _Question(self._clock(), set(waits))
         self._questions[ask_id] = question
         request = TraceRequest(ask_id, known.request_id, known.transfer_id)
+        waiter = asyncio.ensure_future(question.answered.wait())
         try:
             reached = [self._send(endpoint, [request]) for endpoint in known.workers]
             if any(reached):
-                await asyncio.wait_for(question.answered.wait(), ANSWER_S)
-        except TimeoutError:
-            pass  # what has not answered is named as missing
+                await asyncio.wait([waiter], timeout=ANSWER_S)  # what has not answered is named as missing
         finally:
+            waiter.cancel()
             del self._questions[ask_id]
         zero_s = known.times.submitted_s
         found = [process_trace(question.sent_s, at_s, reply, zero_s) for at_s, reply in question.replies]
