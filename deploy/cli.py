@@ -19,6 +19,7 @@ from deploy.commands import (
     plan,
     router,
     serve,
+    trace,
     transfer,
     version,
     worker,
@@ -32,6 +33,7 @@ from deploy.options import (
     PlanSettings,
     RouterSettings,
     ServeSettings,
+    TraceSettings,
     TransferSettings,
     VersionSettings,
     WorkerSettings,
@@ -51,6 +53,7 @@ app = typer.Typer(
 register(app, "serve", ServeSettings, serve.run)
 register(app, "plan", PlanSettings, plan.run)
 register(app, "memory", MemorySettings, memory.run)
+register(app, "trace", TraceSettings, trace.run)
 register(app, "router", RouterSettings, router.run)
 register(app, "worker", WorkerSettings, worker.run)
 register(app, "transfer", TransferSettings, transfer.run)

@@ -137,7 +137,8 @@ def _worker(
         arguments += ["--device-memory", str(settings.device_memory)]
     arguments += ["--max-model-len", str(settings.max_model_len), "--page-size", str(settings.page_size)]
     arguments += ["--max-batch", str(settings.max_batch), "--tp", str(settings.tp)]
-    arguments += ["--max-chunk-tokens", str(settings.max_chunk_tokens), *_staging(settings, device)]
+    arguments += ["--max-chunk-tokens", str(settings.max_chunk_tokens)]
+    arguments += ["--tail-chunk-tokens", str(settings.tail_chunk_tokens), *_staging(settings, device)]
     arguments += [_switch("prefix-cache", settings.prefix_cache)]
     arguments += ["--drain-timeout", _number(drain_of(Kind.WORKER, settings.drain_timeout))]
     return ChildSpec(slot.name, Kind.WORKER, tuple(arguments))

@@ -62,6 +62,9 @@ class EngineSettings:
     page_size: int = setting(16, power_of_two(1, 1024), "Tokens in one KV page.")
     max_batch: int = setting(64, integer(1, 4096), "Sequences in one decode step.")
     max_chunk_tokens: int = setting(512, integer(16, 1 << 17), "Tokens in one forward pass.")
+    tail_chunk_tokens: int = setting(
+        512, integer(0, 1 << 17), "A long prompt's last chunk on a prefill worker; 0 leaves it as it comes."
+    )
     tp: int = setting(
         1, tensor_parallel, "Ranks of one worker; only 1 is supported.", "--tensor-parallel-size"
     )
@@ -71,9 +74,9 @@ class EngineSettings:
 class StagingSettings:
     """The staging buffer, which lies outside the memory fraction."""
 
-    staging_slots: int = setting(16, integer(2, 4096), "Slots of the staging buffer.")
+    staging_slots: int = setting(32, integer(2, 4096), "Slots of the staging buffer.")
     staging_slot_bytes: int | None = setting(
-        None, slot_bytes, "Size of one slot, a multiple of 256. (default: 16MiB on cuda, 1MiB on cpu)"
+        None, slot_bytes, "Size of one slot, a multiple of 256. (default: 8MiB on cuda, 1MiB on cpu)"
     )
 
 
@@ -198,6 +201,16 @@ class MemorySettings:
 
     url: str = setting("http://127.0.0.1:8000", text, "Where the router listens.")
     api_key: tuple[str, ...] = setting((), parse_api_key, "Bearer key, if the router wants one.", many=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraceSettings:
+    """Print when a request's KV was computed, packed, sent and unpacked."""
+
+    request_id: str = required(text, "The request's x-request-id.", positional=True)
+    url: str = setting("http://127.0.0.1:8000", text, "Where the router listens.")
+    api_key: tuple[str, ...] = setting((), parse_api_key, "Bearer key that the request came with.", many=True)
+    out: Path | None = setting(None, path, "Also write a Chrome trace, for ui.perfetto.dev, to this file.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,7 @@ from kvtransfer.messages import (
     MAX_SEGMENTS_PER_MESSAGE,
     VERSION,
     Abort,
+    AskSpans,
     Attached,
     AttachWorker,
     Command,
@@ -44,6 +45,7 @@ from kvtransfer.messages import (
     SlotUse,
     Stats,
     TransferAddress,
+    TransferSpans,
 )
 from kvtransfer.staging import receive_staging
 
@@ -63,7 +65,7 @@ class TransferLost:
     old_epoch: int
 
 
-WorkerEvent = TransferEvent | TransferLost
+WorkerEvent = TransferEvent | TransferLost | TransferSpans
 
 
 def _always() -> bool:
@@ -79,8 +81,8 @@ class TransferClient:
     """Attaches in the constructor. Raises AttachError if that fails within `timeout_s`,
     TransferConfigError for a bad endpoint.
 
-    `packs_idle` says whether no pack into a send slot is running on the device. Slots that were lent for a
-    transfer that has ended go back, by `flush`, only when it says so; on a CPU packs end as they return.
+    `packs_idle`, which the worker sets, says whether no pack is running whose transfer has ended. Slots that
+    were lent for such a transfer go back, by `flush`, only when it says so.
     """
 
     def __init__(
@@ -94,7 +96,7 @@ class TransferClient:
         packs_idle: Callable[[], bool] = _always,
     ) -> None:
         self._worker_epoch, self._geometry = worker_epoch, geometry
-        self._packs_idle = packs_idle
+        self.packs_idle = packs_idle
         self._dropped: dict[str, int] = {}
         self._link: Link[Event, Command] = Link(
             endpoint, WORKER_EVENTS, WORKER_COMMANDS, keys=keys, on_drop=self._on_drop
@@ -203,6 +205,10 @@ class TransferClient:
         self._queue(Abort(transfer_id, reason[:1024]))
         self._book.end(transfer_id)
 
+    def ask_spans(self, transfer_id: int) -> None:
+        """What does the transfer process remember of a transfer? `TransferSpans` answers."""
+        self._queue(AskSpans(transfer_id))
+
     def flush(self) -> None:
         """Sends what is queued, as one frame. While not `ready`, drops it."""
         if self._attached is None:
@@ -210,7 +216,7 @@ class TransferClient:
             return
         # Freed receive slots go first: what follows in the frame may be given them. Lent slots go last:
         # they can be returned only after the abort that ended their transfer.
-        returning = self._book.returning if self._packs_idle() else []
+        returning = self._book.returning if self.packs_idle() else []
         frame: list[Command] = [*_freed(self._book.freed), *self._commands, *_freed(returning)]
         if frame and not self._link.send(frame):
             log.warning("the transfer process takes no commands: queue full")
@@ -241,7 +247,7 @@ class TransferClient:
                 self._on_drop("event_before_attached")
             elif isinstance(event, Stats):
                 self.last_stats, self.last_stats_at_s = event, now_s
-            elif self._book.follow(event):
+            elif isinstance(event, TransferSpans) or self._book.follow(event):
                 events.append(event)
         return events
 

@@ -26,8 +26,8 @@ class TransferConfig:
     """The endpoint peers are told instead of `peer_listen`: needed where that binds every interface."""
     device: Device = "cpu"
     device_index: int = 0
-    slots: int = 16
-    slot_bytes: int = 16 << 20
+    slots: int = 32
+    slot_bytes: int = 8 << 20
     mover: MoverName = "auto"
     checksum: bool = False
     key_dir: Path | None = None

@@ -30,6 +30,7 @@ from kvtransfer.limits import Limits
 from kvtransfer.machine import TransferMachine
 from kvtransfer.messages import (
     VERSION,
+    AskSpans,
     Attached,
     AttachWorker,
     Command,
@@ -37,6 +38,7 @@ from kvtransfer.messages import (
     Refused,
     Stats,
     TransferAddress,
+    TransferSpans,
 )
 from kvtransfer.movers.base import two_sided
 from kvtransfer.movers.select import select_mover
@@ -255,6 +257,9 @@ class TransferProcess:
             self._attach(command, now_s)
         elif isinstance(command, Ping):
             self._send_stats(now_s)
+        elif isinstance(command, AskSpans):
+            out = self._machine.outbox
+            out.to_worker.append(TransferSpans(command.transfer_id, out.spans.of(command.transfer_id)))
         else:
             self._machine.on_command(command, now_s)
 

@@ -106,7 +106,7 @@ class Sender:
         if transfer is not None:
             for at in range(0, len(pieces), PIECES_A_WRITE):
                 part = slice(at, at + PIECES_A_WRITE)
-                self._post(transfer, pieces[part], local[part], remote[part])
+                self._post(transfer, pieces[part], local[part], remote[part], now_s)
 
     def returned(self, use: SlotUse, now_s: float) -> None:
         """The worker gives back a lent slot unfilled, as a rule because its transfer has ended."""
@@ -203,6 +203,10 @@ class Sender:
 
     def write_done(self, write_id: int, now_s: float) -> None:
         flight, transfer = self._landed(write_id, now_s)
+        for one in flight.remote:
+            self._out.spans.note(
+                flight.transfer_id, "send", one.start_token, one.token_count, flight.filled_s, now_s
+            )
         if transfer.state is SendState.CONFIRMED:
             self._say(transfer.destination, Written(flight.transfer_id, list(flight.remote)))
         elif not transfer.writes:
@@ -338,11 +342,16 @@ class Sender:
         return flight, transfer
 
     def _post(
-        self, transfer: Send, pieces: list[Piece], local: list[SlotUse], remote: list[Segment]
+        self,
+        transfer: Send,
+        pieces: list[Piece],
+        local: list[SlotUse],
+        remote: list[Segment],
+        now_s: float,
     ) -> None:
         write_id, self._next_write_id = self._next_write_id, self._next_write_id + 1
         transfer.writes.add(write_id)
-        self._writes[write_id] = InFlight(transfer.transfer_id, tuple(local), tuple(remote))
+        self._writes[write_id] = InFlight(transfer.transfer_id, tuple(local), tuple(remote), now_s)
         self._out.writes.append(Write(write_id, transfer.destination, transfer.transfer_id, tuple(pieces)))
 
     def _abandon(self, local: list[SlotUse], now_s: float) -> None:

@@ -257,6 +257,11 @@ class Pages:
         values = cluster_values(service.config, service.dispatcher, service.metrics, now_s)
         return Reply(encode_json(values), headers=[(b"cache-control", b"no-store")])
 
+    async def trace(self, scope: Scope, raw: bytes) -> Reply:
+        label = label_of(scope["path_params"]["label"].encode("latin-1", "ignore"))
+        found = await self._service.dispatcher.traces.trace(scope.get("baton.api_key"), label)
+        return Reply(encode_json(found), headers=[(b"cache-control", b"no-store")])
+
     async def version(self, scope: Scope, raw: bytes) -> Reply:
         return Reply(encode_json({"version": VERSION}))
 
@@ -284,6 +289,7 @@ def build_app(service: Service) -> Gate:
         ("GET", "/metrics", pages.metrics),
         ("GET", "/memory", pages.memory),
         ("GET", "/cluster", pages.cluster),
+        ("GET", "/trace/{label:path}", pages.trace),
         ("GET", "/version", pages.version),
         ("GET", "/", pages.index),
         ("GET", "/favicon.ico", pages.favicon),

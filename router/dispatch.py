@@ -21,6 +21,7 @@ from router.parameters import Limits
 from router.policy import Candidate, Pairing, place, place_decode, spare
 from router.requests import WITHOUT_DECODE, Flight, Output, Phase, Send, Times
 from router.seats import Seat, Seats
+from router.traces import Traces
 from router.waiting import SWEEP_S, WaitingRoom
 from services.client import ClientState, WorkerClient, load_keys
 from services.messages import (
@@ -31,6 +32,7 @@ from services.messages import (
     Request,
     Sampling,
     Tokens,
+    TraceReply,
     Undelivered,
     Work,
 )
@@ -73,6 +75,7 @@ class Dispatcher:
         self._idle = asyncio.Event()
         self._idle.set()
         self.draining = False
+        self.traces = Traces(lambda worker, messages: self.clients[worker].send(messages), clock)
         keys = load_keys(config.key_dir)
         epoch = draw_id()
         self.clients: dict[str, WorkerClient] = {
@@ -117,6 +120,11 @@ class Dispatcher:
                 phase = Phase.QUEUED if leg.flight is None else leg.flight.phase
                 counts[phase] = counts.get(phase, 0) + 1
         return counts
+
+    def name_of(self, endpoint: str) -> str:
+        """What the worker calls itself; its endpoint where it has not said so."""
+        hello = self.clients[endpoint].hello
+        return endpoint if hello is None else hello.name
 
     def seat(self, endpoint: str) -> Seat:
         return self._seats.of[endpoint]
@@ -333,7 +341,10 @@ class Dispatcher:
         for report in reports:
             flight = flights.get(report.request_id)  # type: ignore[union-attr]
             if flight is None:
-                self._metrics.ignored_reports += 1
+                if isinstance(report, TraceReply):
+                    self.traces.on_reply(report)
+                else:
+                    self._metrics.ignored_reports += 1
                 continue
             if isinstance(report, Tokens):
                 tokens += len(report.tokens)
@@ -350,6 +361,8 @@ class Dispatcher:
                 self._queue(flight.on_failed(worker, report, now_s))
             elif isinstance(report, Undelivered):
                 self._queue(flight.on_undelivered(worker, report))
+            elif isinstance(report, TraceReply):
+                self.traces.on_reply(report)
             if flight.ended or flight.phase in WITHOUT_DECODE:
                 self._settle(flight, now_s)
         if tokens:

@@ -88,7 +88,7 @@ class GenerateEndpoint:
         response = Response(scope, send)
         try:
             raw = await read_body(scope, receive, self._service.config.max_body_bytes)
-            outcome = await self._answer(raw, salt_of(scope.get("baton.api_key")), receive, response)
+            outcome = await self._answer(raw, scope, receive, response)
         except ApiError as error:
             outcome = outcome_of(error)
             await response.error(error)
@@ -101,11 +101,16 @@ class GenerateEndpoint:
         finally:
             self._service.metrics.count_outcome(outcome)
 
-    async def _answer(self, raw: bytes, salt: bytes, receive: Receive, response: Response) -> str:
+    async def _answer(self, raw: bytes, scope: Scope, receive: Receive, response: Response) -> str:
         """Returns the outcome. Raises ApiError while nothing was sent, ClientGone."""
-        call, orders = await self._prepare(raw, salt)
+        key: str | None = scope.get("baton.api_key")
+        call, orders = await self._prepare(raw, salt_of(key))
         dispatcher = self._service.dispatcher
         journeys: list[Journey] = dispatcher.submit(orders)
+        label: bytes = scope["baton.label"]
+        flights = [journey.legs[0].flight for journey in journeys]
+        departed = [flight for flight in flights if flight is not None]
+        dispatcher.traces.remember(key, label.decode(), departed, dispatcher.name_of)
         watch = _Watch(dispatcher, journeys, self._service.config.request_timeout_s, receive, call)
         try:
             if call.options.stream:

@@ -13,6 +13,8 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
+from kvtransfer.messages import Span as Span
+from kvtransfer.messages import SpanList
 from kvtransfer.messages import TransferAddress as TransferAddress
 
 VERSION = version("baton")
@@ -142,7 +144,16 @@ class StatusRequest(Struct, frozen=True, tag="status_request", forbid_unknown_fi
     ask_id: Annotated[int, Meta(ge=0, le=2**63 - 1)]
 
 
-Request = RouterHello | Generate | Prefill | PushAgain | Reserve | Join | Cancel | StatusRequest
+class TraceRequest(Struct, frozen=True, tag="trace_request", forbid_unknown_fields=True):
+    """What is remembered of a transfer? Answered with one `TraceReply` of the worker at once, and with one of
+    its transfer process when that has answered."""
+
+    ask_id: Annotated[int, Meta(ge=0, le=2**63 - 1)]
+    request_id: RequestId
+    transfer_id: RequestId
+
+
+Request = RouterHello | Generate | Prefill | PushAgain | Reserve | Join | Cancel | StatusRequest | TraceRequest
 
 
 # ---------------------------------------------------------------- worker -> router
@@ -312,4 +323,15 @@ class Status(Struct, frozen=True, array_like=True, tag="status"):
     """What moves KV to and from this worker; None while no transfer process is attached."""
 
 
-Report = WorkerHello | Refusal | Tokens | PrefillDone | DecodeStarted | Undelivered | Failed | Status
+class TraceReply(Struct, frozen=True, array_like=True, tag="trace"):
+    """What `process` did for a request's transfer. `clock_s` is the worker's clock when it answered; its
+    transfer process has the same one."""
+
+    request_id: int
+    ask_id: int
+    process: str
+    clock_s: float
+    spans: SpanList
+
+
+Report = WorkerHello | Refusal | Tokens | PrefillDone | DecodeStarted | Undelivered | Failed | Status | TraceReply

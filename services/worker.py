@@ -21,7 +21,7 @@ import zmq
 
 from kvtransfer.channel import ChannelKeys, Codec, Server
 from kvtransfer.client import TransferClient, TransferLost
-from kvtransfer.messages import TransferAddress
+from kvtransfer.messages import TransferAddress, TransferSpans
 from services.config import WorkerConfig
 from services.kv_pull import KvPull
 from services.kv_push import KvPush
@@ -40,6 +40,7 @@ from services.messages import (
     Slots,
     Status,
     StatusRequest,
+    TraceRequest,
     Undelivered,
     WorkerHello,
 )
@@ -52,6 +53,7 @@ from services.roles.unified import UnifiedRole
 from services.rules import Limits
 from services.scheduler.pages import PagePool
 from services.startup import Prepared, measure_now, prepare
+from services.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -105,8 +107,12 @@ class Worker:
             outbox=Outbox(self.server.send),
             clock=time.monotonic,
             overlap=config.device == "cuda",
+            tail_chunk_tokens=config.tail_chunk_tokens,
         )
         self.role = _build_role(self.parts, prepared)
+        self.tracing = Tracing(
+            config.name, self.parts.spans, self.transfer, self.parts.outbox, self.parts.clock
+        )
         self._routers: dict[bytes, float] = {}
         self._told_address = self._address()
         self._prompt_rate, self._output_rate = Rate(), Rate()
@@ -159,6 +165,9 @@ class Worker:
         if self.transfer is not None:
             self.transfer.tick(now_s)
             for event in self.transfer.receive(now_s):
+                if isinstance(event, TransferSpans):
+                    self.tracing.answer(event)
+                    continue
                 self.role.on_transfer(event)
                 if isinstance(event, TransferLost) and self.prepared.staging is not None:
                     self.prepared.staging.close()  # Mapped, it would stay taken after its owner's death.
@@ -196,6 +205,8 @@ class Worker:
                 self.server.send(router, [self._hello(), self._status(None)])
             case StatusRequest(ask_id=ask_id):
                 self.server.send(router, [self._status(ask_id)])
+            case TraceRequest():
+                self.tracing.ask(router, request)
             case Generate(work=work) | Prefill(work=work) | Reserve(work=work) if self._draining_until_s:
                 self.parts.outbox.add(
                     router, Failed(work.request_id, "draining", "this worker is shutting down", True)
@@ -307,5 +318,5 @@ def _build_role(parts: Parts, prepared: Prepared) -> Role:
     if transfer is None or staging is None:
         raise ValueError(f"--transfer: a {role} worker needs the address of its transfer process")
     if role == "prefill":
-        return PrefillRole(parts, KvPush(parts.engine, transfer, staging))
-    return DecodeRole(parts, KvPull(parts.engine, transfer, staging, parts.clock))
+        return PrefillRole(parts, KvPush(parts.engine, transfer, staging, parts.clock, parts.spans))
+    return DecodeRole(parts, KvPull(parts.engine, transfer, staging, parts.clock, parts.spans))

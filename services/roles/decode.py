@@ -2,14 +2,13 @@
 
 1. `Reserve` comes in: the request waits until there are pages for its prompt.
 2. Pages are taken (less what the prefix cache has) and the KV is asked of the source.
-3. Arrived segments are unpacked between steps; after the last the transfer is committed.
+3. Arrived segments are unpacked beside the steps; when the last is done the transfer is committed.
 4. `Join` names the choices that go on and their first tokens; with both, they enter the batch.
 5. Each step draws one token a choice, until it ends here, or the router ends it.
 """
 
 from kvtransfer.client import TransferLost
 from kvtransfer.messages import WITHDRAWN, Aborted, Arrived, Event, TransferAddress
-from services.engine.errors import ChecksumMismatch
 from services.kv_pull import KvPull
 from services.messages import Cancel, DecodeStarted, Join, Request, Reserve
 from services.roles.decoding import DecodingRole
@@ -49,15 +48,8 @@ class DecodeRole(DecodingRole[DecodeScheduler]):
 
     def on_transfer(self, event: Event | TransferLost) -> None:
         match event:
-            case Arrived(transfer_id=transfer_id):
-                try:
-                    complete = self.pull.unpack(event)
-                except ChecksumMismatch as mismatch:
-                    self.parts.counters["checksum_mismatches"] += 1
-                    self._fail_transfer(transfer_id, str(mismatch))
-                    return
-                if complete is not None:
-                    self._arrived(complete.sequence.work.request_id, complete.transfer_s)
+            case Arrived():
+                self.pull.unpack(event)
             case Aborted(transfer_id=transfer_id, reason=reason):
                 was_open = self.pull.close(transfer_id)
                 if was_open and reason != WITHDRAWN:  # else the router's Cancel is on its way
@@ -68,10 +60,15 @@ class DecodeRole(DecodingRole[DecodeScheduler]):
                 for transfer_id in lost:
                     self._fail_transfer(transfer_id, "the transfer process was restarted")
 
+    @property
+    def in_flight(self) -> bool:
+        return super().in_flight or self.pull.in_flight
+
     def step(self) -> bool:
+        self._settle_transfers()
         self._reserve()
         self.parts.engine.copy_pages(self.scheduler.start())
-        return super().step()
+        return super().step() or self.pull.in_flight
 
     def occupancy(self) -> Occupancy:
         scheduler = self.scheduler
@@ -106,6 +103,14 @@ class DecodeRole(DecodingRole[DecodeScheduler]):
             incoming = self.pull.open(sequence, live.transfer_id, source, left_s)
             if incoming.missing_tokens == 0:
                 self._arrived(request_id, 0.0)
+
+    def _settle_transfers(self) -> None:
+        settled = self.pull.settle()
+        for transfer_id, reason in settled.broken:
+            self.parts.counters["checksum_mismatches"] += 1
+            self._fail_transfer(transfer_id, reason)
+        for incoming in settled.whole:
+            self._arrived(incoming.sequence.work.request_id, incoming.transfer_s)
 
     def _arrived(self, request_id: int, transfer_s: float) -> None:
         self._transfer_s[request_id] = transfer_s

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from services.engine.attention_plan import KvLayout
 from services.engine.kv_pool import KvPool
+from services.engine.ops import checksum, kv_segment, qkv, rms_norm, swiglu
 from services.engine.ops import decode_attention as decode
-from services.engine.ops import kv_segment, qkv, rms_norm, swiglu
 from services.engine.ops import prefill_attention as prefill
 from services.engine.rope import rotation
 from tests.engine.interpreter import INTERPRETED, run_interpreted
@@ -241,6 +241,21 @@ def check_segments(
     kv_segment.unpack_segment_reference(pool, pages, first_offset, incoming)
     kv_segment.unpack_segment_kernel(other, pages, first_offset, incoming)
     assert torch.equal(other, pool)
+
+
+def check_checksum(device: torch.device, words: int) -> None:
+    """Sums of blocks, the last of which may be short, with bits in every place."""
+    data = torch.randint(-(2**63), 2**63 - 1, (words,), generator=torch.Generator().manual_seed(words))
+    found = checksum.block_sums_kernel(data.to(device)).cpu().sum(dim=1, keepdim=True)
+    whole = words - words % checksum.BLOCK_WORDS
+    expected = [checksum.block_sums_reference(part) for part in (data[:whole], data[whole:]) if len(part)]
+    assert torch.equal(found, torch.cat(expected))
+
+
+@interpreted
+@pytest.mark.parametrize("words", [1, checksum.PART_WORDS, 5000, checksum.BLOCK_WORDS + 3])
+def test_checksums(words: int) -> None:
+    check_checksum(CPU, words)
 
 
 @interpreted

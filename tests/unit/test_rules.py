@@ -23,6 +23,8 @@ PURE_MODULES = (
     "services/messages.py",
     "services/config.py",
     "services/engine/batch.py",
+    "kvtransfer/spans.py",
+    "deploy/trace_view.py",
     "services/scheduler/*.py",
     "services/rules.py",
     "services/precision.py",

@@ -79,10 +79,6 @@ def without_nan(segment: Tensor) -> Tensor:
     return stored.masked_fill((stored & FP8_NAN) == FP8_NAN, 0)
 
 
-def index_of(pages: list[int], device: torch.device) -> Tensor:
-    return torch.tensor(pages, dtype=torch.int64, device=device)
-
-
 def pack_segment_kernel(pool: Tensor, pages: Tensor, first_offset: int, segment: Tensor) -> None:
     """`pack_segment` in one launch."""
     _launch(pool, pages, first_offset, segment, False)

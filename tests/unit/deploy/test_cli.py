@@ -223,7 +223,7 @@ def test_plan_shows_the_ledger(checkpoint: Path, capsys: pytest.CaptureFixture[s
     weights = next(line.split() for line in text.splitlines() if "weights" in line)
     assert parse_bytes("".join(weights[2:4])) == pytest.approx(stored, rel=0.01)
     assert "| mem_fraction" in text
-    assert "16 slots of 1MiB" in text
+    assert "32 slots of 1MiB" in text
     assert "fits: " in text
 
 
@@ -244,7 +244,7 @@ def test_plan_for_a_gpu_that_is_not_here(checkpoint: Path, capsys: pytest.Captur
     assert run(arguments) == 0
     text = capsys.readouterr().out
     assert "cuda graphs" in text
-    assert "16 slots of 16MiB" in text
+    assert "32 slots of 8MiB" in text
 
 
 def test_plan_names_a_context_beyond_the_models(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
