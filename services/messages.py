@@ -153,7 +153,9 @@ class TraceRequest(Struct, frozen=True, tag="trace_request", forbid_unknown_fiel
     transfer_id: RequestId
 
 
-Request = RouterHello | Generate | Prefill | PushAgain | Reserve | Join | Cancel | StatusRequest | TraceRequest
+Request = (
+    RouterHello | Generate | Prefill | PushAgain | Reserve | Join | Cancel | StatusRequest | TraceRequest
+)
 
 
 # ---------------------------------------------------------------- worker -> router
@@ -334,4 +336,14 @@ class TraceReply(Struct, frozen=True, array_like=True, tag="trace"):
     spans: SpanList
 
 
-Report = WorkerHello | Refusal | Tokens | PrefillDone | DecodeStarted | Undelivered | Failed | Status | TraceReply
+Report = (
+    WorkerHello
+    | Refusal
+    | Tokens
+    | PrefillDone
+    | DecodeStarted
+    | Undelivered
+    | Failed
+    | Status
+    | TraceReply
+)
