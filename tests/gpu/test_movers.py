@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 
 from kvtransfer.cuda import CudaDevice
+from kvtransfer.movers.nccl_library import find_nccl
 from kvtransfer.staging import device_bytes_of_this_process
 from tests.e2e.transfer_pair import GEOMETRY, SLOT_BYTES, TransferPair, Worker, content_of, drive
 
 TOKENS = 700
 """Several times what the slots hold."""
-MOVERS = ("cuda_ipc", "nixl")
+MOVERS = ("cuda_ipc", "nixl", "nccl")
 GPU_PAIRS = ((0, 0), (0, 1), (1, 0))
 
 
@@ -68,6 +69,10 @@ def require(device: CudaDevice, mover: str, gpus: tuple[int, int]) -> None:
         pytest.skip(f"needs two GPUs, there is {count}")
     if gpus[0] != gpus[1] and mover == "cuda_ipc" and not device.can_access(1):
         pytest.skip("no peer access between GPU 0 and 1")
+    if mover == "nccl" and gpus[0] == gpus[1]:
+        pytest.skip("NCCL takes no two processes on one GPU")
+    if mover == "nccl" and find_nccl() is None:
+        pytest.skip("libnccl.so.2 is not here")
     if mover == "nixl" and importlib.util.find_spec("nixl_cu13") is None:
         pytest.skip("nixl-cu13 is not installed")
 
@@ -219,3 +224,17 @@ def test_two_movers_refuse_each_other_by_name(device: CudaDevice) -> None:
             decode.close()
         finally:
             pair.close()
+
+
+def test_nccl_on_one_gpu_is_refused_with_the_way_out(device: CudaDevice) -> None:
+    if find_nccl() is None:
+        pytest.skip("libnccl.so.2 is not here")
+    with tempfile.TemporaryDirectory(prefix="baton-") as directory:
+        sides = Both(Path(directory), device, "nccl", (0, 0))
+        try:
+            sides.decode.receive(1, sides.prefill, 4)
+            sides.prefill.send(1, content_of(4, 1))
+            drive([sides.prefill, sides.decode], lambda: 1 in sides.decode.aborted, "refused")
+            assert "--mover cuda_ipc" in sides.decode.aborted[1]
+        finally:
+            sides.close()
