@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TextIO, get_args
+from typing import IO, get_args
 
 from rich.console import Console
 from rich.table import Table
@@ -123,7 +123,7 @@ def receive(side: Side) -> None:
 class Sender:
     """The writing side: posts, and passes on what its mover has to say."""
 
-    def __init__(self, mover: Mover, peer: str, pipe: TextIO) -> None:
+    def __init__(self, mover: Mover, peer: str, pipe: IO[str]) -> None:
         self._mover, self._peer, self._pipe = mover, peer, pipe
         self._taking_part = two_sided(mover)
 
@@ -155,7 +155,12 @@ class Sender:
 def moved_bytes_per_s(
     sender: Sender, buffer_bytes: int, slot_bytes: int, in_flight: int, seconds: float
 ) -> float:
-    """Bytes a second with `in_flight` writes of `slot_bytes` each. Raises TimeoutError on a stall."""
+    """Bytes a second with `in_flight` writes of `slot_bytes` each, after one that opens the connection.
+    Raises TimeoutError on a stall."""
+    first, until_s = sender.post(0, slot_bytes), time.perf_counter() + DEADLINE_S
+    while not sender.done(first):
+        if time.perf_counter() > until_s:
+            raise TimeoutError(f"the first write did not end in {DEADLINE_S} s")
     places = buffer_bytes // slot_bytes
     started_s = time.perf_counter()
     posted = moved_bytes = 0
@@ -179,27 +184,26 @@ def plain_copy_per_s(side: Side, ipc_handle: bytes | None) -> float:
     """Bytes a second of one copy of the whole buffer: within this process on a host, to the other process'
     buffer on a GPU. The best of some."""
     size_bytes = side.staging.region.byte_count
-    copy: Callable[[], None]
     if isinstance(side.staging, HostStaging):
-        view, target = side.staging.view, bytearray(size_bytes)
+        view, target = side.staging.view, memoryview(bytearray(size_bytes))
 
-        def copy() -> None:
+        def host_copy() -> None:
             target[:] = view
 
-        return size_bytes / min(_timed(copy) for _ in range(PLAIN_COPIES))
+        return size_bytes / min(_timed(host_copy) for _ in range(PLAIN_COPIES))
     gpu = side.gpu
     if gpu is None or ipc_handle is None:
         raise ValueError("a GPU's buffer has a handle")
     mapped, stream, event = gpu.import_memory(ipc_handle), gpu.new_stream(), gpu.new_event()
 
-    def copy() -> None:
+    def device_copy() -> None:
         gpu.copy(mapped, side.staging.region.address, size_bytes, stream)
         gpu.record(event, stream)
         while not gpu.reached(event):
             pass
 
     try:
-        return size_bytes / min(_timed(copy) for _ in range(PLAIN_COPIES))
+        return size_bytes / min(_timed(device_copy) for _ in range(PLAIN_COPIES))
     finally:
         gpu.drop_event(event)
         gpu.drop_stream(stream)
@@ -239,7 +243,7 @@ def measure(options: argparse.Namespace, slots: list[int], in_flight: list[int])
         receiver.communicate("", timeout=DEADLINE_S)
 
 
-def _pipe(pipe: TextIO | None) -> TextIO:
+def _pipe(pipe: IO[str] | None) -> IO[str]:
     if pipe is None:
         raise RuntimeError("the receiver has no pipe")
     return pipe
