@@ -207,7 +207,7 @@ def test_killed_destinations_leave_no_memory_behind(device: CudaDevice) -> None:
                 drive([sides.prefill], lambda: _peers(sides.prefill) == 0, "the survivor forgets its peer")
                 used_bytes.append(gpu_facts(0).used_bytes)
                 sides.start("decode")
-                both = [sides.prefill, sides.decode]
+                both: list[Worker] = [sides.prefill, sides.decode]
                 drive(both, lambda: bool(sides.decode.lost) and sides.decode.client.ready, "the next life")
                 sides.decode.map_staging()
         finally:
