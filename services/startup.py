@@ -16,7 +16,7 @@ from kvtransfer.client import TransferClient
 from services.config import WorkerConfig
 from services.engine.engine import Engine
 from services.engine.model_config import ModelConfig, read_model_config
-from services.memory.estimate import plan_input_for
+from services.memory.estimate import plan_input_for, transfer_context_bytes
 from services.memory.measure import NotMeasurable, gpu_facts, gpu_process_bytes, host_phase, resident_bytes
 from services.memory.plan import Measured, MemoryPlan, plan_memory
 from services.staging import Staging
@@ -80,7 +80,12 @@ def prepare(
 
     inputs = replace(plan.inputs, weights_bytes=weights_bytes, activation_bytes=activation_bytes)
     if transfer is not None:
-        inputs = replace(inputs, staging_slots=transfer.slots, staging_slot_bytes=transfer.slot_bytes)
+        inputs = replace(
+            inputs,
+            staging_slots=transfer.slots,
+            staging_slot_bytes=transfer.slot_bytes,
+            transfer_context_bytes=transfer_context_bytes(config.device, transfer.attached.mover),
+        )
     plan = plan_memory(inputs)
     engine.cap_allocator(plan.worker_cap_bytes)
     with host_phase() as pooling:

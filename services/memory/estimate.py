@@ -15,6 +15,8 @@ _MIB = 1 << 20
 _CPU_ATTENTION_COPIES = 2
 """Scores and their softmax, which the torch reference holds whole and in float32."""
 
+NCCL_CONTEXT_BYTES = 1024 * _MIB
+
 
 @dataclass(frozen=True, slots=True)
 class Contexts:
@@ -32,6 +34,12 @@ def contexts(device: Device) -> Contexts:
     if device == "cuda":
         return Contexts(worker_bytes=896 * _MIB, transfer_bytes=544 * _MIB, graphs_bytes=512 * _MIB)
     return Contexts(worker_bytes=320 * _MIB, transfer_bytes=96 * _MIB, graphs_bytes=0)
+
+
+def transfer_context_bytes(device: Device, mover: str) -> int:
+    """What the transfer process takes besides its buffer. NCCL loads kernels and keeps buffers for each
+    communicator: about 1000 MiB were measured on H200 with one, context included."""
+    return NCCL_CONTEXT_BYTES if mover == "nccl" else contexts(device).transfer_bytes
 
 
 def estimate_activation_bytes(
