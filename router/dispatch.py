@@ -359,11 +359,13 @@ class Dispatcher:
                 flight.on_decode_started(worker, report, now_s)
             elif isinstance(report, Failed):
                 self._queue(flight.on_failed(worker, report, now_s))
+                self._settle(flight, now_s)
             elif isinstance(report, Undelivered):
                 self._queue(flight.on_undelivered(worker, report))
+                self._settle(flight, now_s)
             elif isinstance(report, TraceReply):
                 self.traces.on_reply(report)
-            if flight.ended or flight.phase in WITHOUT_DECODE:
+            if flight.ended:
                 self._settle(flight, now_s)
         if tokens:
             self._metrics.rate.add(tokens, now_s)
