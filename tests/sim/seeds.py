@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import sha256
+from itertools import islice
 from multiprocessing import get_context
 
 from tests.sim.scenario import run_seed
@@ -57,14 +58,14 @@ def run_all(first: int, seeds: int, jobs: int, tight: bool = False) -> Tally:
     total, started_s = Tally(), time.monotonic()
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         waiting = chunks(first, seeds)
-        running = [pool.submit(run_some, *chunk, tight) for _, chunk in zip(range(2 * jobs), waiting, strict=False)]
+        running = [pool.submit(run_some, *chunk, tight) for chunk in islice(waiting, 2 * jobs)]
         while running:
             total.add(running.pop(0).result())
             if total.broken:
                 for future in running:
                     future.cancel()
                 break
-            running += [pool.submit(run_some, *chunk, tight) for _, chunk in zip(range(1), waiting, strict=False)]
+            running += [pool.submit(run_some, *chunk, tight) for chunk in islice(waiting, 1)]
             if total.seeds % (40 * CHUNK) == 0:
                 print(f"{total.seeds} seeds in {time.monotonic() - started_s:.0f} s", flush=True)
     return total
