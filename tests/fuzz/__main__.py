@@ -1,5 +1,4 @@
 """`python -m tests.fuzz --seconds 3600`: every decoder, as long as one likes. Ends with the first failure."""
-"""
 
 import argparse
 import time
