@@ -30,6 +30,10 @@ class WorkerConfig:
     quantization: Quantization = "none"
     """fp8: the decoder's linear layers multiply e4m3 weights with e4m3 activations."""
     load_format: Literal["auto", "dummy"] = "auto"
+    tp: int = 1
+    """Ranks: processes that divide every layer among them, each on a device of its own."""
+    rank: int = 0
+    """Which of them this process is; rank 0 leads."""
     mem_fraction: float = 0.85
     device_memory_bytes: int | None = None
     """The size of the device where it is not read from a driver (CPU)."""

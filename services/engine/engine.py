@@ -35,7 +35,9 @@ from services.engine.models.registry import make_decoder
 from services.engine.ops.fp8 import FP8
 from services.engine.parameters import Parameters
 from services.engine.peak_memory import peak_bytes
+from services.engine.rank_group import RankGroup
 from services.engine.segments import Slot, pack, unpack
+from services.engine.sharding import rank_shape
 from services.engine.steps import PROMPT_LOGPROB_ROWS, Steps
 from services.engine.weights import fill_dummy, load_safetensors
 from services.engine.worst_case import worst_case_rows
@@ -60,15 +62,18 @@ MOVES: dict[EngineState, EngineState | None] = {
 class Engine:
     """See the module's docstring for the order of calls; another order raises `EngineStateError`."""
 
-    def __init__(self, config: WorkerConfig, model: ModelConfig) -> None:
+    def __init__(self, config: WorkerConfig, model: ModelConfig, group: RankGroup | None = None) -> None:
+        """`group`: the ranks that divide the model, each with an engine that is called alike."""
         self.config = config
         self.model = model
+        self.group = group or RankGroup()
         self.device = (
             torch.device("cuda", config.device_index) if config.device == "cuda" else torch.device("cpu")
         )
         self.dtype = DTYPES[config.dtype]
         self.kv_dtype = FP8 if config.kv_dtype == "fp8" else self.dtype
-        self.layout = KvLayout(model.layers, model.kv_heads, config.page_size_tokens, model.head_dim)
+        shape = rank_shape(model, self.group.size)
+        self.layout = KvLayout(shape.layers, shape.kv_heads, config.page_size_tokens, shape.head_dim)
         self.limits = CUDA_LIMITS if config.device == "cuda" else CPU_LIMITS
         self.state = EngineState.NEW
         self._steps: Steps | None = None
@@ -80,7 +85,7 @@ class Engine:
             check_capability(config, torch.cuda.get_device_capability(self.device))
             torch.cuda.set_device(self.device)
         else:
-            torch.set_num_threads(cpu_threads())
+            torch.set_num_threads(max(1, cpu_threads() // self.group.size))
 
     # ------------------------------------------------------------ what a worker asks about the model
 
@@ -123,15 +128,16 @@ class Engine:
         """Allocate and fill the weights; returns their bytes. `progress(done_bytes, total_bytes)` is called
         as they come. Raises `CheckpointError`."""
         self._move(EngineState.LOADED)
-        parameters = Parameters(self.dtype, self.device, self.config.quantization)
-        decoder = make_decoder(self.model, parameters)
+        parameters = Parameters(self.dtype, self.device, self.config.quantization, self.group)
+        shape = rank_shape(self.model, self.group.size)
+        decoder = make_decoder(shape, parameters)
         if self.config.load_format == "dummy":
-            fill_dummy(parameters, progress)
+            fill_dummy(self.model, parameters, progress)
         else:
             load_safetensors(self.model, parameters, progress)
         if self.config.kv_dtype == "fp8":
             with_stored = self.config.load_format != "dummy"
-            self._kv_scales = kv_scales(self.model, parameters, with_stored)
+            self._kv_scales = kv_scales(shape, parameters, with_stored)
         # Products read weights before they wait for the kernels queued ahead of them (dependent_launch.py).
         self.synchronize()
         self._steps = Steps(decoder, self.layout, self.limits, self.config.max_batch)
