@@ -8,6 +8,8 @@ from bisect import bisect_left
 from kvtransfer.errors import TransferConfigError
 from kvtransfer.messages import KvGeometry
 
+SLOT_ALIGNMENT_BYTES = 256
+
 
 def tokens_per_slot(geometry: KvGeometry, slot_bytes: int) -> int:
     """How many tokens' KV, over all layers, fit one slot. Raises TransferConfigError if not even one."""
@@ -17,6 +19,11 @@ def tokens_per_slot(geometry: KvGeometry, slot_bytes: int) -> int:
             f"slot_bytes: {slot_bytes} bytes cannot hold one token's KV of {geometry.token_bytes} bytes"
         )
     return tokens
+
+
+def rank_slot_bytes(slot_bytes: int, tp: int) -> int:
+    """A worker's slot divided among its ranks, in whole 256 bytes: a rank has its heads of as many tokens."""
+    return max(SLOT_ALIGNMENT_BYTES, slot_bytes // tp // SLOT_ALIGNMENT_BYTES * SLOT_ALIGNMENT_BYTES)
 
 
 def segment_bytes(geometry: KvGeometry, tokens: int) -> int:

@@ -20,8 +20,8 @@ class WorkerConfig:
     role: Role
     model_dir: Path
     listen: str
-    transfer: str | None = None
-    """The transfer process's worker endpoint; None for a unified worker without one."""
+    transfers: tuple[str, ...] = ()
+    """The worker endpoint of each rank's transfer process; empty for a unified worker without any."""
     device: Device = "cpu"
     device_index: int = 0
     dtype: Dtype = "float32"
@@ -50,6 +50,7 @@ class WorkerConfig:
     staging_slots: int = 16
     """What the ledger plans for; the transfer process owns the buffer and says what it really is."""
     staging_slot_bytes: int = 16 << 20
+    """Of the worker's ranks together: each has a slot of `layout.rank_slot_bytes`."""
     drain_timeout_s: float = 30.0
     key_dir: Path | None = None
     """CURVE keys and the allow-list for `tcp://` addresses."""

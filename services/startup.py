@@ -16,6 +16,7 @@ from kvtransfer.client import TransferClient
 from services.config import WorkerConfig
 from services.engine.engine import Engine
 from services.engine.model_config import ModelConfig, read_model_config
+from services.leading_engine import LeadingEngine
 from services.memory.estimate import plan_input_for
 from services.memory.measure import NotMeasurable, gpu_facts, gpu_process_bytes, host_phase, resident_bytes
 from services.memory.plan import Measured, MemoryPlan, plan_memory
@@ -58,12 +59,12 @@ def prepare(
     plan = plan_memory(plan_input_for(config, model, device_name=device_name, device_bytes=device_bytes))
 
     config = replace(config, max_model_len=plan.inputs.max_model_len)
-    engine = Engine(config, model)
+    engine = Engine(config, model) if config.tp == 1 else LeadingEngine(config, model)
     transfer = None
     staging = None
-    if config.transfer is not None:
+    if config.transfers:
         transfer = TransferClient(
-            config.transfer,
+            config.transfers[0],
             worker_epoch=worker_epoch,
             geometry=engine.geometry,
             keys=None if config.key_dir is None else ChannelKeys.load(config.key_dir),

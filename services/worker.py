@@ -131,6 +131,7 @@ class Worker:
         self.server.close()
         if self.transfer is not None:
             self.transfer.close()
+        self.parts.engine.close()
         log.info("worker %s has ended", self.config.name)
 
     def _finished(self) -> bool:

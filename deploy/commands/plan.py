@@ -17,7 +17,7 @@ def run(settings: PlanSettings) -> None:
         name=role,
         role=role,
         listen="ipc:///plan",
-        transfer=None if role == "unified" else "ipc:///plan-transfer",
+        transfers=() if role == "unified" else ("ipc:///plan-transfer",) * settings.tp,
         staging_slots=settings.staging_slots,
         staging_slot_bytes=settings.staging_slot_bytes,
     )

@@ -250,6 +250,10 @@ class Engine:
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
 
+    def close(self) -> None:
+        """Leave the group. Nothing may be launched any more. Idempotent."""
+        self.group.close()
+
     # ------------------------------------------------------------ state
 
     @property

@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import FileStore
 
+from services.config import WorkerConfig
 from services.engine.errors import EngineError
 
 COLLECTIVE_TIMEOUT_S = 120.0
@@ -42,23 +44,27 @@ class RankGroup:
         """Rank 0's `x` on every rank."""
 
     def close(self) -> None:
-        """No collective may follow."""
+        """No collective may follow. Idempotent."""
 
 
 class DistributedGroup(RankGroup):
     """One of several. Every rank calls the same methods in the same order with the same shapes; a rank that
-    dies makes the others' calls raise on a CPU, and on a GPU leaves them waiting until the process is ended."""
+    dies makes the others' calls raise on a CPU, and on a GPU leaves them waiting until they are ended."""
 
-    def __init__(self, rank: int, size: int, store: Path, device: torch.device) -> None:
+    def __init__(self, config: WorkerConfig, store: Path) -> None:
         """Waits for all. `store` is a file in a private directory that did not exist before the first life.
         Raises `RankGroupError`."""
-        self.rank, self.size = rank, size
+        self.rank, self.size = rank, size = config.rank, config.tp
+        device = torch.device("cpu")
+        if config.device == "cuda":
+            device = torch.device("cuda", config.device_index)
+            torch.cuda.set_device(device)
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(name, "lo")  # ranks share a host: nobody outside it may connect
         try:
             dist.init_process_group(
                 backend="nccl" if device.type == "cuda" else "gloo",
-                store=dist.FileStore(str(store), size),
+                store=FileStore(str(store), size),
                 rank=rank,
                 world_size=size,
                 timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
@@ -75,7 +81,7 @@ class DistributedGroup(RankGroup):
     def columns(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         count, width = x.shape
         gathered = x.new_empty((self.size, count, width))
-        dist.all_gather_into_tensor(gathered.view(-1, width), x.contiguous())
+        dist.all_gather(list(gathered.unbind()), x.contiguous())
         if out is None:
             out = x.new_empty((count, self.size * width))
         out.view(count, self.size, width).copy_(gathered.transpose(0, 1))
@@ -85,4 +91,5 @@ class DistributedGroup(RankGroup):
         dist.broadcast(x, src=0)
 
     def close(self) -> None:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,9 +1,9 @@
-"""Which part of a model a rank of a worker holds: tensor parallelism as in Megatron-LM (Shoeybi et al., 2019).
+"""Which part of a model a worker's rank holds: tensor parallelism as in Megatron-LM (Shoeybi et al., 2019).
 
 Query, key, value, gate and up projections are divided by rows, so that each rank has whole heads and whole
-feed-forward units of its own; output and down projections by columns, so that what the ranks compute has only
-to be summed. Embedding and output matrix are divided by rows of the vocabulary: with both copied to every rank,
-a small model's ranks would hold little else. Norms are small and lie on every rank.
+feed-forward units of its own; output and down projections by columns, so that what the ranks compute has
+only to be summed. Embedding and output matrix are divided by rows of the vocabulary: copied to every rank,
+they would be the larger part of what a small model's ranks hold. Norms are small and lie on every rank.
 """
 
 from dataclasses import replace
@@ -40,7 +40,7 @@ def check_tp(model: ModelConfig, tp: int) -> None:
 
 
 def rank_shape(model: ModelConfig, tp: int) -> ModelConfig:
-    """The decoder that one of `tp` ranks runs. Its vocabulary is the whole one: token ids are what they were."""
+    """The decoder that one of `tp` ranks runs, with the whole vocabulary: token ids stay what they are."""
     return replace(
         model,
         heads=model.heads // tp,

@@ -23,8 +23,8 @@ Progress = Callable[[int, int], None]
 def load_safetensors(model: ModelConfig, parameters: Parameters, progress: Progress) -> None:
     """Fill every parameter from the checkpoint, converting the dtype or quantising on the way.
 
-    Files are mapped, so that beyond the parameters themselves only one tensor is in memory at a time, and of it
-    only the part that this rank holds.
+    Files are mapped, so that beyond the parameters themselves only one tensor is in memory at a time, and
+    only the part of it that this rank holds.
     `progress(done_bytes, total_bytes)` counts the files' bytes. Raises `CheckpointError`.
     """
     files = read_checkpoint_files(model.model_dir)

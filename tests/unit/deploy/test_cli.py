@@ -28,7 +28,7 @@ def model_dir(tmp_path: Path) -> str:
     [
         (["serve"], "MODEL_DIR is missing"),
         (["serve", "/nowhere"], "MODEL_DIR: /nowhere is not a directory"),
-        (["serve", "MODEL", "--tp", "2"], "--tp: 2 is not supported; only 1 is supported"),
+        (["serve", "MODEL", "--tp", "two"], "--tp: 'two' is not a whole number"),
         (["serve", "MODEL", "--tensor-parallel-size", "0"], "--tp: 0 is out of range"),
         (["serve", "MODEL", "--mem-fraction", "0"], "--mem-fraction: 0 must lie between 0 and 1"),
         (["serve", "MODEL", "--mem-fraction", "nan"], "--mem-fraction: 'nan' is not a finite number"),

@@ -90,7 +90,7 @@ def test_processes_find_each_other(overlay: str | None) -> None:
         worker = parse(services[role]["command"])
         transfer = parse(services[f"{role}-transfer"]["command"])
         assert worker.listen in router.worker
-        assert worker.transfer == transfer.listen
+        assert worker.transfer == (transfer.listen,)
         assert worker.device == transfer.device
         if overlay is None:
             assert worker.device_index == transfer.device_index == gpu

@@ -1,0 +1,120 @@
+"""A rank of a worker beside its first: one engine, no scheduler, no role.
+
+1. Started by the leading rank (ranks.py) with one end of a socket pair; the first message configures it.
+2. Meet the other ranks; build the engine.
+3. Do what the leader orders, in its order. Steps meet in their sums, which is all the waiting there is.
+4. Leave when told, or when the leader is gone: the kernel kills this process with it.
+
+It ignores SIGTERM and SIGINT: a signal to the whole group must not take the ranks from a leader that drains.
+"""
+
+import ctypes
+import logging
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+from services.config import WorkerConfig
+from services.engine.engine import Engine
+from services.engine.model_config import read_model_config
+from services.engine.rank_group import DistributedGroup
+from services.rank_config import decode_config
+from services.rank_link import RankLink, RankLost
+from services.rank_messages import (
+    AllocatePool,
+    Answer,
+    CaptureGraphs,
+    CopyPages,
+    Done,
+    Load,
+    MeasureActivations,
+    Order,
+    RankFailed,
+    StartRank,
+    Step,
+    StopRank,
+)
+from services.scheduler.page_tables import PageTables
+
+log = logging.getLogger(__name__)
+
+START_TIMEOUT_S = 60.0
+_PR_SET_PDEATHSIG = 1
+
+
+def run(end: socket.socket) -> int:
+    """The exit code: 0 when told to leave, 1 when the leader is gone or something failed."""
+    link: RankLink[Order, Answer] = RankLink(end, Order, Answer)
+    try:
+        start = link.receive(START_TIMEOUT_S)
+        if not isinstance(start, StartRank):
+            raise RankLost(f"the first order is {start!r}")
+        config = decode_config(start.config)
+        Rank(config, Path(start.store), link).serve()
+    except RankLost as error:
+        log.info("leaving: the leading rank is gone: %s", error)
+        return 1
+    except Exception as error:  # whatever it is, the leader has to say it, and ends
+        log.exception("rank failed")
+        link.send(RankFailed(f"{type(error).__name__}: {error}"))
+        return 1
+    finally:
+        link.close()
+    return 0
+
+
+class Rank:
+    def __init__(self, config: WorkerConfig, store: Path, link: RankLink[Order, Answer]) -> None:
+        self._link = link
+        self._group = DistributedGroup(config, store)
+        self._engine = Engine(config, read_model_config(config.model_dir), self._group)
+        self._tables = PageTables()
+        self._config = config
+
+    def serve(self) -> None:
+        while not isinstance(order := self._link.receive(None), StopRank):
+            self._obey(order)
+        self._group.close()
+
+    def _obey(self, order: Order) -> None:
+        engine = self._engine
+        match order:
+            case Step():
+                engine.launch(self._tables.rows(order))
+            case CopyPages(pairs=pairs):
+                engine.copy_pages(pairs)
+            case Load():
+                self._link.send(Done(engine.load(lambda done_bytes, total_bytes: None)))
+            case MeasureActivations():
+                self._link.send(Done(engine.measure_activations()))
+            case AllocatePool(pages=pages, limit_bytes=limit_bytes):
+                engine.cap_allocator(limit_bytes)
+                self._link.send(Done(engine.allocate_pool(pages)))
+            case CaptureGraphs():
+                self._link.send(Done(engine.capture_graphs()))
+            case _:
+                raise RankLost(f"order {order!r} comes at no such time")
+
+
+def _end_with_leader(leader_pid: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    if os.getppid() != leader_pid:  # it ended before prctl, so no signal will come
+        raise SystemExit(1)
+
+
+def main() -> None:
+    """`python -m services.rank FD LEADER_PID`."""
+    descriptor, leader_pid = int(sys.argv[1]), int(sys.argv[2])
+    _end_with_leader(leader_pid)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    with socket.socket(fileno=descriptor) as end:
+        raise SystemExit(run(end))
+
+
+if __name__ == "__main__":
+    main()
