@@ -59,6 +59,8 @@ class TransferLost:
     Slots named before must not be touched, nor `freed`."""
 
     old_epoch: int
+    rank: int = 0
+    """The rank whose process it was."""
 
 
 WorkerEvent = TransferEvent | TransferLost
@@ -77,8 +79,9 @@ class TransferClient:
     """Attaches in the constructor. Raises AttachError if that fails within `timeout_s`,
     TransferConfigError for a bad endpoint.
 
-    `packs_idle` says whether no pack into a send slot is running on the device. Slots that were lent for a
-    transfer that has ended go back, by `flush`, only when it says so; on a CPU packs end as they return.
+    `packs_idle`, which the worker sets, says whether no pack is running whose transfer has ended. Slots that
+    were lent for such a transfer go back, by `flush`, only when it says so; on a CPU packs end at once.
+    Of a worker of several ranks, it serves rank `rank` of `tp`; without `maps`, the rank maps the buffer.
     """
 
     def __init__(
@@ -89,10 +92,14 @@ class TransferClient:
         *,
         keys: ChannelKeys | None = None,
         timeout_s: float = 30.0,
+        rank: int = 0,
+        tp: int = 1,
+        maps: bool = True,
         packs_idle: Callable[[], bool] = _always,
     ) -> None:
         self._worker_epoch, self._geometry = worker_epoch, geometry
-        self._packs_idle = packs_idle
+        self._rank, self._tp, self._maps = rank, tp, maps
+        self.packs_idle = packs_idle
         self._dropped: dict[str, int] = {}
         self._link: Link[Event, Command] = Link(
             endpoint, WORKER_EVENTS, WORKER_COMMANDS, keys=keys, on_drop=self._on_drop
@@ -153,7 +160,7 @@ class TransferClient:
 
     @property
     def tokens_per_slot(self) -> int:
-        return tokens_per_slot(self._geometry, self.attached.slot_bytes)
+        return tokens_per_slot(self._geometry, self.attached.slot_bytes, self._tp)
 
     @property
     def staging(self) -> memoryview | None:
@@ -171,10 +178,16 @@ class TransferClient:
     # ------------------------------------------------------------ commands
 
     def open_receive(
-        self, transfer_id: int, source: TransferAddress, start_token: int, end_token: int, deadline_s: float
+        self,
+        transfer_id: int,
+        source: TransferAddress,
+        start_token: int,
+        end_token: int,
+        deadline_s: float,
+        kv_heads: int = 0,
     ) -> None:
         self._book.open_receive(transfer_id)
-        self._queue(OpenReceive(transfer_id, source, start_token, end_token, deadline_s))
+        self._queue(OpenReceive(transfer_id, source, start_token, end_token, deadline_s, kv_heads))
 
     def open_send(self, transfer_id: int, deadline_s: float) -> None:
         self._book.open_send(transfer_id)
@@ -207,7 +220,7 @@ class TransferClient:
             return
         # Freed receive slots go first: what follows in the frame may be given them. Lent slots go last:
         # they can be returned only after the abort that ended their transfer.
-        returning = self._book.returning if self._packs_idle() else []
+        returning = self._book.returning if self.packs_idle() else []
         frame: list[Command] = [*_freed(self._book.freed), *self._commands, *_freed(returning)]
         if frame and not self._link.send(frame):
             log.warning("the transfer process takes no commands: queue full")
@@ -284,14 +297,14 @@ class TransferClient:
 
     def _ask(self, now_s: float) -> None:
         self._asked_at_s = now_s
-        self._link.send([AttachWorker(self._worker_epoch, self._geometry)])
+        self._link.send([AttachWorker(self._worker_epoch, self._geometry, self._rank, self._tp)])
 
     def _on_attached(self, event: Attached) -> None:
         if self._attached is not None:
             self._on_drop("attached_twice")
             return
         self._unmap()
-        if event.staging_socket is not None:
+        if event.staging_socket is not None and self._maps:
             try:
                 size_bytes = event.slots * event.slot_bytes
                 self._map = receive_staging(Path(event.staging_socket), size_bytes, timeout_s=2.0)
@@ -308,7 +321,7 @@ class TransferClient:
     def _lose(self) -> list[WorkerEvent]:
         if self._attached is None:
             return []
-        lost = TransferLost(self._attached.address.epoch)
+        lost = TransferLost(self._attached.address.epoch, self._rank)
         self._attached = None
         self.last_stats = None
         self._book.clear()

@@ -1,6 +1,7 @@
 """The engine of a worker's rank 0: whatever it is called to do, the other ranks are told first."""
 
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -120,10 +121,19 @@ def _meeting_place(listen: str) -> Path:
 
 
 class _Watched:
-    """An event whose wait the watcher sees."""
+    """A step's event whose wait the watcher sees, and which does not stay away for ever."""
 
     def __init__(self, event: torch.cuda.Event, ranks: Ranks) -> None:
         self._event, self._ranks = event, ranks
+        self._launched_s = time.monotonic()
+
+    def query(self) -> bool:
+        """Raises `RankError` when the time is up."""
+        if self._event.query():  # type: ignore[no-untyped-call]
+            return True
+        if time.monotonic() > self._launched_s + STEP_TIMEOUT_S:
+            raise RankError(f"a step is not done after {STEP_TIMEOUT_S:g} s: a rank hangs")
+        return False
 
     def synchronize(self) -> None:
         with self._ranks.within(STEP_TIMEOUT_S, "a step"):

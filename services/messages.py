@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from kvtransfer.messages import TransferAddress as TransferAddress
+from kvtransfer.messages import TransferAddress as RankAddress
 
 VERSION = version("baton")
 """Routers and workers of different versions refuse each other: there is one wire format at a time."""
@@ -28,6 +28,16 @@ ChoiceIndex = Annotated[int, Meta(ge=0, lt=MAX_CHOICES)]
 Role = Literal["prefill", "decode", "unified"]
 FinishReason = Literal["stop", "length"]
 Probability = Annotated[float, Meta(ge=0, le=1)]
+
+
+class TransferAddress(RankAddress, frozen=True, forbid_unknown_fields=True):
+    """Where a worker's transfer processes are reached: that of rank 0, then those of its other ranks."""
+
+    others: Annotated[tuple[RankAddress, ...], Meta(max_length=1023)] = ()
+
+    @property
+    def ranks(self) -> list[RankAddress]:
+        return [RankAddress(self.endpoint, self.epoch), *self.others]
 
 
 class Sampling(Struct, frozen=True, forbid_unknown_fields=True):

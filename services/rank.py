@@ -14,11 +14,13 @@ import os
 import signal
 import socket
 import sys
+from collections import deque
 from pathlib import Path
 
 from services.config import WorkerConfig
 from services.engine.engine import Engine
 from services.engine.model_config import read_model_config
+from services.engine.moves import Move
 from services.engine.rank_group import DistributedGroup
 from services.rank_config import decode_config
 from services.rank_link import RankLink, RankLost
@@ -28,8 +30,12 @@ from services.rank_messages import (
     CaptureGraphs,
     CopyPages,
     Done,
+    HoldSteps,
     Load,
+    MapStaging,
     MeasureActivations,
+    Moved,
+    MoveKv,
     Order,
     RankFailed,
     StartRank,
@@ -37,10 +43,13 @@ from services.rank_messages import (
     StopRank,
 )
 from services.scheduler.page_tables import PageTables
+from services.staging import RankStaging
 
 log = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 60.0
+MOVE_POLL_S = 0.0002
+"""How often a move on the device is looked at."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -71,12 +80,25 @@ class Rank:
         self._group = DistributedGroup(config, store)
         self._engine = Engine(config, read_model_config(config.model_dir), self._group)
         self._tables = PageTables()
-        self._config = config
+        self._staging = RankStaging(config.device_index)
+        self._moves: deque[Move] = deque()
+        self._last_move: Move | None = None
 
     def serve(self) -> None:
-        while not isinstance(order := self._link.receive(None), StopRank):
+        while not isinstance(order := self._next_order(), StopRank):
             self._obey(order)
+        self._engine.synchronize()
+        self._staging.close()
         self._group.close()
+
+    def _next_order(self) -> Order:
+        """Moves are reported as they are done, while orders come."""
+        while self._moves:
+            while self._moves and self._moves[0].is_done:
+                self._link.send(Moved(self._moves.popleft().checksum()))
+            if (order := self._link.poll(MOVE_POLL_S if self._moves else 0.0)) is not None:
+                return order
+        return self._link.receive(None)
 
     def _obey(self, order: Order) -> None:
         engine = self._engine
@@ -85,6 +107,15 @@ class Rank:
                 engine.launch(self._tables.rows(order))
             case CopyPages(pairs=pairs):
                 engine.copy_pages(pairs)
+            case MoveKv():
+                self._last_move = self._move(order)
+                self._moves.append(self._last_move)
+            case HoldSteps():
+                if self._last_move is not None:
+                    engine.hold_steps(self._last_move)
+            case MapStaging():
+                engine.synchronize()
+                self._staging.map(order)
             case Load():
                 self._link.send(Done(engine.load(lambda done_bytes, total_bytes: None)))
             case MeasureActivations():
@@ -96,6 +127,19 @@ class Rank:
                 self._link.send(Done(engine.capture_graphs()))
             case _:
                 raise RankLost(f"order {order!r} comes at no such time")
+
+
+    def _move(self, order: MoveKv) -> Move:
+        move = self._engine.pack if order.is_pack else self._engine.unpack
+        return move(
+            order.pages,
+            order.first_offset,
+            order.token_count,
+            self._staging.slot(order.slot),
+            order.with_checksum,
+            None,
+            range(order.first_head, order.end_head),
+        )
 
 
 def _end_with_leader(leader_pid: int) -> None:

@@ -65,11 +65,54 @@ class CopyPages(Struct, frozen=True, tag="copy", forbid_unknown_fields=True):
     pairs: list[tuple[int, int]]
 
 
+class MapStaging(Struct, frozen=True, tag="map", forbid_unknown_fields=True):
+    """The staging buffer of the rank's transfer process, in its present life: as a UNIX socket that hands it
+    out, or as a CUDA IPC handle. A former one is let go."""
+
+    slots: Annotated[int, Meta(ge=1, lt=2**20)]
+    slot_bytes: Annotated[int, Meta(ge=1, lt=2**40)]
+    staging_socket: str | None
+    cuda_ipc_handle: bytes | None
+
+
+class MoveKv(Struct, frozen=True, tag="move", forbid_unknown_fields=True):
+    """Pack tokens into a slot, or unpack them; answered with `Moved` once it is done, in the order of orders.
+
+    `pages` cover the tokens exactly; `first_offset` is the first one's place in them. The heads are counted
+    within the rank.
+    """
+
+    is_pack: bool
+    pages: list[int]
+    first_offset: int
+    token_count: int
+    slot: int
+    with_checksum: bool
+    first_head: int
+    end_head: int
+
+
+class HoldSteps(Struct, frozen=True, tag="hold", forbid_unknown_fields=True):
+    """Steps ordered from now on wait for the moves so far: their pages are given away."""
+
+
 class StopRank(Struct, frozen=True, tag="stop", forbid_unknown_fields=True):
     """The rank leaves its loop."""
 
 
-Order = StartRank | Load | MeasureActivations | AllocatePool | CaptureGraphs | Step | CopyPages | StopRank
+Order = (
+    StartRank
+    | Load
+    | MeasureActivations
+    | AllocatePool
+    | CaptureGraphs
+    | Step
+    | CopyPages
+    | MapStaging
+    | MoveKv
+    | HoldSteps
+    | StopRank
+)
 
 
 class Done(Struct, frozen=True, tag="done", forbid_unknown_fields=True):
@@ -78,10 +121,16 @@ class Done(Struct, frozen=True, tag="done", forbid_unknown_fields=True):
     byte_count: int
 
 
+class Moved(Struct, frozen=True, tag="moved", forbid_unknown_fields=True):
+    """A move is done; with the checksum of the slot's bytes if it was asked for."""
+
+    checksum: int | None
+
+
 class RankFailed(Struct, frozen=True, tag="failed", forbid_unknown_fields=True):
     """The rank ends, with this message."""
 
     message: str
 
 
-Answer = Done | RankFailed
+Answer = Done | Moved | RankFailed

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,7 +24,7 @@ from pathlib import Path
 from services.config import WorkerConfig
 from services.rank_config import encode_config
 from services.rank_link import RankLink, RankLost
-from services.rank_messages import Answer, Order, RankFailed, StartRank, StopRank
+from services.rank_messages import Answer, Moved, MoveKv, Order, RankFailed, StartRank, StopRank
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,32 @@ class RankError(Exception):
     """A rank failed, and with it the worker."""
 
 
+class MoveAnswer:
+    """A move of another rank, asked like an event of a device, and like a checksum that is on its way."""
+
+    def __init__(self, ranks: "Ranks", rank: int) -> None:
+        self._ranks, self._rank = ranks, rank
+        self.ordered_s = time.monotonic()
+        self._is_done = False
+        self._checksum: int | None = None
+
+    def done(self, checksum: int | None) -> None:
+        self._is_done, self._checksum = True, checksum
+
+    def query(self) -> bool:
+        """Raises `RankError` if the rank cannot answer any more."""
+        if not self._is_done:
+            self._ranks.take_moves(self._rank)
+        return self._is_done
+
+    def synchronize(self) -> None:
+        while not self._is_done:
+            self._ranks.take_moves(self._rank, STEP_TIMEOUT_S)
+
+    def value(self) -> int | None:
+        return self._checksum
+
+
 class Ranks:
     """Ranks 1 ... `config.tp` - 1, each a process with a link of its own."""
 
@@ -50,6 +77,7 @@ class Ranks:
         self._name = config.name
         self._processes: list[subprocess.Popen[bytes]] = []
         self._links: list[RankLink[Answer, Order]] = []
+        self._moves: list[deque[MoveAnswer]] = [deque() for _ in range(1, config.tp)]
         self._wait: tuple[float, str] | None = None
         self._left = threading.Event()
         self._stopping = self._closed = False
@@ -103,6 +131,27 @@ class Ranks:
         if isinstance(answer, RankFailed):
             raise RankError(f"rank {rank} of {self._name} failed: {answer.message}")
         return answer
+
+    def move(self, rank: int, order: MoveKv) -> "MoveAnswer":
+        """Order a move of rank `rank`, at least 1. Raises `RankError`."""
+        self.tell_one(rank, order)
+        answer = MoveAnswer(self, rank)
+        self._moves[rank - 1].append(answer)
+        return answer
+
+    def take_moves(self, rank: int, timeout_s: float = 0.0) -> None:
+        """Note which moves of a rank are done; waits for the first for `timeout_s`. Raises `RankError`."""
+        link, waiting = self._links[rank - 1], self._moves[rank - 1]
+        try:
+            while waiting and (answer := link.poll(timeout_s)) is not None:
+                if not isinstance(answer, Moved):
+                    raise self._fault(rank, f"it answers a move with {answer!r}")
+                waiting.popleft().done(answer.checksum)
+                timeout_s = 0.0
+        except RankLost as error:
+            raise self._fault(rank, str(error)) from error
+        if waiting and time.monotonic() > waiting[0].ordered_s + STEP_TIMEOUT_S:
+            raise self._fault(rank, f"a move is not done after {STEP_TIMEOUT_S:g} s")
 
     # ------------------------------------------------------------ watch
 

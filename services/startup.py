@@ -16,11 +16,13 @@ from kvtransfer.client import TransferClient
 from services.config import WorkerConfig
 from services.engine.engine import Engine
 from services.engine.model_config import ModelConfig, read_model_config
+from services.kv_moves import KvMoves, OwnMoves, RankMoves
 from services.leading_engine import LeadingEngine
 from services.memory.estimate import plan_input_for
 from services.memory.measure import NotMeasurable, gpu_facts, gpu_process_bytes, host_phase, resident_bytes
 from services.memory.plan import Measured, MemoryPlan, plan_memory
 from services.staging import Staging
+from services.transfer_ranks import TransferRanks
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +37,9 @@ class Prepared:
     config: WorkerConfig
     model: ModelConfig
     engine: Engine
-    transfer: TransferClient | None
-    staging: Staging | None
+    transfer: TransferRanks | None
+    moves: list[KvMoves]
+    """Packs and unpacks of each rank; none without transfer processes."""
     plan: MemoryPlan
     measured: Measured
 
@@ -60,17 +63,10 @@ def prepare(
 
     config = replace(config, max_model_len=plan.inputs.max_model_len)
     engine = Engine(config, model) if config.tp == 1 else LeadingEngine(config, model)
-    transfer = None
-    staging = None
+    transfer, moves = None, []
     if config.transfers:
-        transfer = TransferClient(
-            config.transfers[0],
-            worker_epoch=worker_epoch,
-            geometry=engine.geometry,
-            keys=None if config.key_dir is None else ChannelKeys.load(config.key_dir),
-            timeout_s=ATTACH_TIMEOUT_S,
-        )
-        staging = Staging(transfer, config.device_index)
+        transfer = _attach(config, engine, worker_epoch)
+        moves = _moves(config, engine, transfer)
 
     started_s = time.monotonic()
     with host_phase() as loading:
@@ -80,7 +76,8 @@ def prepare(
 
     inputs = replace(plan.inputs, weights_bytes=weights_bytes, activation_bytes=activation_bytes)
     if transfer is not None:
-        inputs = replace(inputs, staging_slots=transfer.slots, staging_slot_bytes=transfer.slot_bytes)
+        own = transfer.clients[0]
+        inputs = replace(inputs, staging_slots=own.slots, staging_slot_bytes=own.slot_bytes)
     plan = plan_memory(inputs)
     engine.cap_allocator(plan.worker_cap_bytes)
     with host_phase() as pooling:
@@ -95,7 +92,37 @@ def prepare(
         graphs_bytes=None if on_cpu else graphs_bytes,
         worker_context_bytes=context_bytes if on_cpu else None,
     )
-    return Prepared(config, model, engine, transfer, staging, plan, measured)
+    return Prepared(config, model, engine, transfer, moves, plan, measured)
+
+
+def _attach(config: WorkerConfig, engine: Engine, worker_epoch: int) -> TransferRanks:
+    keys = None if config.key_dir is None else ChannelKeys.load(config.key_dir)
+    return TransferRanks(
+        [
+            TransferClient(
+                endpoint,
+                worker_epoch=worker_epoch,
+                geometry=engine.geometry,
+                keys=keys,
+                timeout_s=ATTACH_TIMEOUT_S,
+                rank=rank,
+                tp=config.tp,
+                maps=rank == 0,
+            )
+            for rank, endpoint in enumerate(config.transfers)
+        ]
+    )
+
+
+def _moves(config: WorkerConfig, engine: Engine, transfer: TransferRanks) -> list[KvMoves]:
+    first, *others = transfer.clients
+    moves: list[KvMoves] = [OwnMoves(engine, Staging(first, config.device_index))]
+    if isinstance(engine, LeadingEngine):
+        moves += [
+            RankMoves(engine.ranks, rank, client, engine.geometry, config.page_size_tokens)
+            for rank, client in enumerate(others, 1)
+        ]
+    return moves
 
 
 def measure_now(prepared: Prepared) -> Measured:
@@ -108,7 +135,7 @@ def measure_now(prepared: Prepared) -> Measured:
             measured = replace(measured, worker_context_bytes=max(0, process_bytes - held_bytes))
         except NotMeasurable as error:
             log.debug("context not measured: %s", error)
-    stats = None if transfer is None else transfer.last_stats
+    stats = None if transfer is None else transfer.clients[0].last_stats
     if stats is not None:
         if stats.device_bytes is not None:
             staging_bytes, total_bytes = prepared.plan.inputs.staging_bytes, stats.device_bytes

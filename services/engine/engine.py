@@ -8,8 +8,9 @@ Life cycle, in this order, each step once:
 4. `allocate_pool(pages)`       the pool
 5. `launch`, `copy_pages`, `pack`, `unpack`   for as long as the worker lives
 
-Everything runs on the caller's thread and, on a GPU, is queued on one stream: a step is done when its
-`Launched` is collected, a pack or an unpack after `synchronize`, which comes before a slot is handed over.
+Everything runs on the caller's thread, which waits for the device only where it collects a step. On a GPU
+steps are queued on one stream and moves between pages and slots on another (moves.py): a step is done when
+its `Launched` says so, a pack or an unpack when its `Move` does, which comes before a slot is handed over.
 """
 
 import os
@@ -32,11 +33,12 @@ from services.engine.launched import Launched
 from services.engine.layers import Decoder
 from services.engine.model_config import ModelConfig
 from services.engine.models.registry import make_decoder
+from services.engine.moves import Mark, Move, Moves
 from services.engine.ops.fp8 import FP8
 from services.engine.parameters import Parameters
 from services.engine.peak_memory import peak_bytes
 from services.engine.rank_group import RankGroup
-from services.engine.segments import Slot, pack, unpack
+from services.engine.segments import Slot
 from services.engine.sharding import rank_shape
 from services.engine.steps import PROMPT_LOGPROB_ROWS, Steps
 from services.engine.weights import fill_dummy, load_safetensors
@@ -79,6 +81,7 @@ class Engine:
         self._steps: Steps | None = None
         self._kv_scales: Tensor | None = None
         self._pool: KvPool | None = None
+        self._moves: Moves | None = None
         self._graphs: DecodeGraphs | None = None
         self._geometry: KvGeometry | None = None
         if self.device.type == "cuda":
@@ -169,6 +172,7 @@ class Engine:
         """Allocate the KV pool, zeroed; returns its bytes."""
         self._move(EngineState.SERVING)
         self._pool = KvPool(self.layout, pages, self.kv_dtype, self.device, self._kv_scales)
+        self._moves = Moves(self._pool)
         return self._pool.byte_count
 
     @torch.inference_mode()
@@ -228,27 +232,51 @@ class Engine:
         """Copy whole pages, `(source, destination)` each. Raises `SegmentError`."""
         self.pool.copy_pages(pairs)
 
+    def mark(self) -> Mark | None:
+        """A place in the stream of the steps: passes when all that is queued so far is done."""
+        return self.moves.mark()
+
     @torch.inference_mode()
     def pack(
-        self, pages: list[int], start_token: int, token_count: int, slot: Slot, with_checksum: bool
-    ) -> tuple[int, int | None]:
-        """Gather a run of a sequence's tokens into a slot (uint8, host memory or a tensor of the device).
+        self,
+        pages: list[int],
+        start_token: int,
+        token_count: int,
+        slot: Slot,
+        with_checksum: bool,
+        after: Mark | None = None,
+        heads: range | None = None,
+    ) -> Move:
+        """Queue the gathering of a run of a sequence's tokens into a slot (uint8, host memory or a tensor of
+        the device), after the steps up to `after`, or all that are queued.
 
-        `pages` is the sequence's page table from its first token. Returns `(byte_count, checksum)`.
+        `pages` is the sequence's page table from its first token, `heads` those of this rank's heads that are
+        meant; None: all. Raises `SegmentError`.
         """
-        return pack(self.pool, pages, start_token, token_count, slot, with_checksum)
+        return self.moves.pack(pages, start_token, token_count, slot, with_checksum, after, heads)
 
     @torch.inference_mode()
     def unpack(
-        self, pages: list[int], start_token: int, token_count: int, slot: Slot, checksum: int | None
-    ) -> None:
-        """Scatter a slot into a sequence's pages. Raises `SegmentError`, `ChecksumMismatch`."""
-        unpack(self.pool, pages, start_token, token_count, slot, checksum)
+        self,
+        pages: list[int],
+        start_token: int,
+        token_count: int,
+        slot: Slot,
+        with_checksum: bool,
+        after: Mark | None = None,
+        heads: range | None = None,
+    ) -> Move:
+        """Queue the scattering of a slot into a sequence's pages. Raises `SegmentError`."""
+        return self.moves.unpack(pages, start_token, token_count, slot, with_checksum, after, heads)
+
+    def hold_steps(self, move: Move) -> None:
+        """Steps and copies queued from now on wait for a move, on the device: its pages are given away."""
+        self.moves.hold_steps(move)
 
     def synchronize(self) -> None:
-        """Wait until the packs and unpacks so far are done. On a CPU they already are."""
+        """Wait for all that is queued. On a CPU nothing is."""
         if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
+            torch.cuda.synchronize(self.device)
 
     def close(self) -> None:
         """Leave the group. Nothing may be launched any more. Idempotent."""
@@ -271,6 +299,12 @@ class Engine:
         if self._pool is None:
             raise EngineStateError("allocate the pool first")
         return self._pool
+
+    @property
+    def moves(self) -> Moves:
+        if self._moves is None:
+            raise EngineStateError("allocate the pool first")
+        return self._moves
 
     def _move(self, target: EngineState) -> None:
         if MOVES[self.state] is not target:

@@ -60,8 +60,8 @@ class Parameters:
 
     def fill(self, name: str, values: Tensor) -> None:
         """Put (the rank's part of) a tensor of the checkpoint in its place: converted to the place's dtype,
-        and moved to the device as it is stored. A quantised matrix goes in blocks of rows, so that it is never
-        there twice."""
+        and moved to the device as it is stored. A quantised matrix goes in blocks of rows, so that it is
+        never there twice."""
         view = self.views[name]
         if name not in self.scales:
             view.copy_(values)

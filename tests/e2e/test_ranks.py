@@ -1,8 +1,10 @@
 """Workers of two ranks, as `baton serve` starts them: the tokens of one rank, and one end for all."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests.checkpoints import make_checkpoint
 from tests.e2e.cluster import Cluster, wait_until
@@ -13,8 +15,7 @@ NEW_TOKENS = 8
 
 
 def test_a_unified_worker_of_two_ranks(tmp_path: Path) -> None:
-    """Its tokens are those of transformers. When a rank dies the worker ends with one message, the launcher starts
-    it again, and it serves as before."""
+    """When a rank dies the worker ends with one message, is started again, and serves as before."""
     model_dir = make_checkpoint("qwen3", tmp_path / "model", seed=3, eos=False)
     prompts = [prompt_of(length, 1) for length in (1, 40, 150)]
     wanted = reference(model_dir, prompts, NEW_TOKENS)
@@ -28,4 +29,25 @@ def test_a_unified_worker_of_two_ranks(tmp_path: Path) -> None:
         cluster.wait_ready()
         assert tokens_of(ask(cluster, prompts[1], NEW_TOKENS)) == wanted[1]
         cluster.assert_at_rest()
-        assert "rank 1 of unified-0 ended by signal SIGKILL: the worker ends with it" in cluster.log_path.read_text()
+        said = "rank 1 of unified-0 ended by signal SIGKILL: the worker ends with it"
+        assert cluster.log_path.read_text().count(said) == 1
+
+
+@pytest.mark.parametrize(("prefill_tp", "decode_tp"), [(2, 1), (1, 2)])
+def test_kv_goes_between_different_numbers_of_ranks(prefill_tp: int, decode_tp: int, tmp_path: Path) -> None:
+    """Slots are small: most prompts need several segments of every part, all with checksums."""
+    model_dir = make_checkpoint("qwen3", tmp_path / "model", seed=3, eos=False, kv_heads=4)
+    prompts = [prompt_of(length, 1) for length in (1, 15, 16, 64, 199, 300)]
+    wanted = reference(model_dir, prompts, NEW_TOKENS)
+    ranks = ("--prefill-tp", str(prefill_tp), "--decode-tp", str(decode_tp))
+    staging = ("--staging-slots", "4", "--staging-slot-bytes", "65536")
+    with Cluster(model_dir, tmp_path, *FLAGS, *ranks, *staging) as cluster:
+        assert [tokens_of(ask(cluster, prompt, NEW_TOKENS)) for prompt in prompts] == wanted
+        with ThreadPoolExecutor(6) as pool:  # together; and most of each prompt is in both prefix caches now
+            together = list(pool.map(lambda prompt: ask(cluster, prompt, NEW_TOKENS), prompts))
+        assert [tokens_of(body) for body in together] == wanted
+        cluster.assert_at_rest()
+        counters = cluster.worker("prefill")["status"]["counters"]
+        token_bytes = 4 * 2 * 2 * 16 * 4
+        assert counters["transfer_bytes"] >= sum(len(prompt) for prompt in prompts) * token_bytes
+        assert not any(counters.get(f"transfer_dropped_{reason}") for reason in ("filled_wrong_length",))

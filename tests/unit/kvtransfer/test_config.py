@@ -80,7 +80,6 @@ def test_the_users_transports_are_left_alone() -> None:
         ("dtype", {"geometry": msgspec.structs.replace(GEOMETRY, dtype="float16")}),
         ("dtype", {"geometry": msgspec.structs.replace(GEOMETRY, dtype="float8_e4m3fn")}),
         ("mover", {"mover": "nixl/cuda"}),
-        ("slot_bytes", {"slot_bytes": 8192}),
     ],
 )
 def test_what_does_not_fit_is_named(field: str, theirs: dict[str, Any]) -> None:
