@@ -21,6 +21,8 @@ from services.rank_messages import (
     Load,
     MeasureActivations,
     Order,
+    RankMemory,
+    ReportMemory,
 )
 from services.ranks import START_TIMEOUT_S, STEP_TIMEOUT_S, RankError, Ranks
 from services.scheduler.page_tables import PageTableBook
@@ -69,6 +71,12 @@ class LeadingEngine(Engine):
     def cap_allocator(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         super().cap_allocator(limit_bytes)
+
+    def rank_memory(self) -> list[RankMemory]:
+        """What the other ranks measured, once the graphs are captured."""
+        self.ranks.tell(ReportMemory())
+        found = self.ranks.answers(STEP_TIMEOUT_S)
+        return [answer for answer in found if isinstance(answer, RankMemory)]
 
     # ------------------------------------------------------------ steps
 

@@ -266,7 +266,8 @@ class Ledger(Struct, frozen=True, forbid_unknown_fields=True):
 class Status(Struct, frozen=True, array_like=True, tag="status"):
     """A worker's account of itself, about once a second and in answer to `StatusRequest`.
 
-    Slots and open transfers are the transfer process's own account, `slots_age_s` old.
+    Slots and open transfers are the transfer process's own account, `slots_age_s` old; with several ranks,
+    those of all together. `ledger` is that of rank 0's device, `rank_ledgers` are those of the others.
 
     `counters` only grow (tokens, requests by outcome, prefix-cache queries and hits, transfer bytes,
     dropped messages by reason ...).
@@ -292,6 +293,7 @@ class Status(Struct, frozen=True, array_like=True, tag="status"):
     output_tokens_per_s: float
     counters: dict[str, float]
     ledger: Ledger
+    rank_ledgers: list[Ledger] = []
 
 
 Report = WorkerHello | Refusal | Tokens | PrefillDone | DecodeStarted | Failed | Status

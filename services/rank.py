@@ -22,6 +22,7 @@ from services.engine.engine import Engine
 from services.engine.model_config import read_model_config
 from services.engine.moves import Move
 from services.engine.rank_group import DistributedGroup
+from services.memory.measure import NotMeasurable, gpu_process_bytes, host_phase, resident_bytes
 from services.rank_config import decode_config
 from services.rank_link import RankLink, RankLost
 from services.rank_messages import (
@@ -38,6 +39,8 @@ from services.rank_messages import (
     MoveKv,
     Order,
     RankFailed,
+    RankMemory,
+    ReportMemory,
     StartRank,
     Step,
     StopRank,
@@ -77,9 +80,12 @@ def run(end: socket.socket) -> int:
 class Rank:
     def __init__(self, config: WorkerConfig, store: Path, link: RankLink[Order, Answer]) -> None:
         self._link = link
+        self._context_bytes = resident_bytes()
         self._group = DistributedGroup(config, store)
         self._engine = Engine(config, read_model_config(config.model_dir), self._group)
         self._tables = PageTables()
+        self._sizes: dict[str, int] = {}
+        self._held: dict[str, int] = {}
         self._staging = RankStaging(config.device_index)
         self._moves: deque[Move] = deque()
         self._last_move: Move | None = None
@@ -117,17 +123,46 @@ class Rank:
                 engine.synchronize()
                 self._staging.map(order)
             case Load():
-                self._link.send(Done(engine.load(lambda done_bytes, total_bytes: None)))
+                with host_phase() as phase:
+                    self._done("weights", engine.load(lambda done_bytes, total_bytes: None))
+                self._held["weights"] = phase.held_bytes
             case MeasureActivations():
-                self._link.send(Done(engine.measure_activations()))
+                self._done("activations", engine.measure_activations())
             case AllocatePool(pages=pages, limit_bytes=limit_bytes):
                 engine.cap_allocator(limit_bytes)
-                self._link.send(Done(engine.allocate_pool(pages)))
+                with host_phase() as phase:
+                    self._done("pool", engine.allocate_pool(pages))
+                self._held["pool"] = phase.held_bytes
             case CaptureGraphs():
-                self._link.send(Done(engine.capture_graphs()))
+                self._done("graphs", engine.capture_graphs())
+            case ReportMemory():
+                self._link.send(self._memory())
             case _:
                 raise RankLost(f"order {order!r} comes at no such time")
 
+
+    def _done(self, what: str, byte_count: int) -> None:
+        self._sizes[what] = byte_count
+        self._link.send(Done(byte_count))
+
+    def _memory(self) -> RankMemory:
+        """As startup.py measures rank 0: on a CPU what became resident, on a GPU what was allocated."""
+        on_cpu, sizes = self._engine.device.type == "cpu", self._sizes
+        context_bytes: int | None = self._context_bytes
+        if not on_cpu:
+            try:
+                held_bytes = self._engine.allocator_bytes()
+                context_bytes = max(0, gpu_process_bytes(self._engine.config.device_index) - held_bytes)
+            except NotMeasurable as error:
+                log.debug("context not measured: %s", error)
+                context_bytes = None
+        return RankMemory(
+            weights_bytes=self._held["weights"] if on_cpu else sizes["weights"],
+            kv_pool_bytes=self._held["pool"] if on_cpu else sizes["pool"],
+            activation_bytes=sizes["activations"],
+            graphs_bytes=None if on_cpu else sizes["graphs"],
+            context_bytes=context_bytes,
+        )
 
     def _move(self, order: MoveKv) -> Move:
         move = self._engine.pack if order.is_pack else self._engine.unpack

@@ -96,6 +96,10 @@ class HoldSteps(Struct, frozen=True, tag="hold", forbid_unknown_fields=True):
     """Steps ordered from now on wait for the moves so far: their pages are given away."""
 
 
+class ReportMemory(Struct, frozen=True, tag="report", forbid_unknown_fields=True):
+    """Answered with `RankMemory`."""
+
+
 class StopRank(Struct, frozen=True, tag="stop", forbid_unknown_fields=True):
     """The rank leaves its loop."""
 
@@ -111,6 +115,7 @@ Order = (
     | MapStaging
     | MoveKv
     | HoldSteps
+    | ReportMemory
     | StopRank
 )
 
@@ -127,10 +132,20 @@ class Moved(Struct, frozen=True, tag="moved", forbid_unknown_fields=True):
     checksum: int | None
 
 
+class RankMemory(Struct, frozen=True, tag="memory", forbid_unknown_fields=True):
+    """What the rank measured of its own lines of the ledger; None where nobody tells."""
+
+    weights_bytes: int
+    kv_pool_bytes: int
+    activation_bytes: int
+    graphs_bytes: int | None
+    context_bytes: int | None
+
+
 class RankFailed(Struct, frozen=True, tag="failed", forbid_unknown_fields=True):
     """The rank ends, with this message."""
 
     message: str
 
 
-Answer = Done | Moved | RankFailed
+Answer = Done | Moved | RankMemory | RankFailed

@@ -21,6 +21,7 @@ from services.leading_engine import LeadingEngine
 from services.memory.estimate import plan_input_for
 from services.memory.measure import NotMeasurable, gpu_facts, gpu_process_bytes, host_phase, resident_bytes
 from services.memory.plan import Measured, MemoryPlan, plan_memory
+from services.rank_messages import RankMemory
 from services.staging import Staging
 from services.transfer_ranks import TransferRanks
 
@@ -32,7 +33,7 @@ ATTACH_TIMEOUT_S = 30.0
 
 @dataclass(slots=True)
 class Prepared:
-    """What `prepare` built. `measured` is what this process knows of its own lines."""
+    """What `prepare` built. `measured` is what each rank knows of its own lines, rank 0 first."""
 
     config: WorkerConfig
     model: ModelConfig
@@ -41,7 +42,7 @@ class Prepared:
     moves: list[KvMoves]
     """Packs and unpacks of each rank; none without transfer processes."""
     plan: MemoryPlan
-    measured: Measured
+    measured: list[Measured]
 
 
 def device_size(config: WorkerConfig) -> tuple[str, int]:
@@ -92,7 +93,20 @@ def prepare(
         graphs_bytes=None if on_cpu else graphs_bytes,
         worker_context_bytes=context_bytes if on_cpu else None,
     )
-    return Prepared(config, model, engine, transfer, moves, plan, measured)
+    others = engine.rank_memory() if isinstance(engine, LeadingEngine) else []
+    return Prepared(
+        config, model, engine, transfer, moves, plan, [measured, *(_measured_by(rank) for rank in others)]
+    )
+
+
+def _measured_by(rank: RankMemory) -> Measured:
+    return Measured(
+        weights_bytes=rank.weights_bytes,
+        kv_pool_bytes=rank.kv_pool_bytes,
+        activation_bytes=rank.activation_bytes,
+        graphs_bytes=rank.graphs_bytes,
+        worker_context_bytes=rank.context_bytes,
+    )
 
 
 def _attach(config: WorkerConfig, engine: Engine, worker_epoch: int) -> TransferRanks:
@@ -125,23 +139,32 @@ def _moves(config: WorkerConfig, engine: Engine, transfer: TransferRanks) -> lis
     return moves
 
 
-def measure_now(prepared: Prepared) -> Measured:
-    """The measured column as of now: the worker's own lines, and what its transfer process reports."""
-    measured, transfer = prepared.measured, prepared.transfer
+def measure_now(prepared: Prepared) -> list[Measured]:
+    """The measured column of each rank as of now: what it knows of its own lines, and what its transfer
+    process reports. Only rank 0's context is looked at again; those of the others are from their start."""
+    first, *others = prepared.measured
     if prepared.config.device == "cuda":
         held_bytes = prepared.engine.allocator_bytes()
         try:
             process_bytes = gpu_process_bytes(prepared.config.device_index)
-            measured = replace(measured, worker_context_bytes=max(0, process_bytes - held_bytes))
+            first = replace(first, worker_context_bytes=max(0, process_bytes - held_bytes))
         except NotMeasurable as error:
             log.debug("context not measured: %s", error)
-    stats = None if transfer is None else transfer.clients[0].last_stats
-    if stats is not None:
-        if stats.device_bytes is not None:
-            staging_bytes, total_bytes = prepared.plan.inputs.staging_bytes, stats.device_bytes
-        else:
-            staging_bytes, total_bytes = stats.staging_resident_bytes, stats.resident_bytes
-        measured = replace(
-            measured, staging_bytes=staging_bytes, transfer_context_bytes=max(0, total_bytes - staging_bytes)
-        )
-    return measured
+    ranks = [first, *others]
+    if prepared.transfer is None:
+        return ranks
+    clients = prepared.transfer.clients
+    return [_with_transfer(rank, client, prepared.plan) for rank, client in zip(ranks, clients, strict=True)]
+
+
+def _with_transfer(measured: Measured, client: TransferClient, plan: MemoryPlan) -> Measured:
+    stats = client.last_stats
+    if stats is None:
+        return measured
+    if stats.device_bytes is not None:
+        staging_bytes, total_bytes = plan.inputs.staging_bytes, stats.device_bytes
+    else:
+        staging_bytes, total_bytes = stats.staging_resident_bytes, stats.resident_bytes
+    return replace(
+        measured, staging_bytes=staging_bytes, transfer_context_bytes=max(0, total_bytes - staging_bytes)
+    )

@@ -262,6 +262,7 @@ class Worker:
             for one in stats:
                 dropped.update(one.dropped)
             counters |= {f"transfer_dropped_{reason}": count for reason, count in dropped.items()}
+        ledger, *others = map(self.prepared.plan.ledger, measure_now(self.prepared))
         state = "draining" if self._draining_until_s else "ready"
         if transfer is not None and not transfer.ready:
             state = "no_transfer"
@@ -285,7 +286,8 @@ class Worker:
             prompt_tokens_per_s=self._prompt_rate.per_second(),
             output_tokens_per_s=self._output_rate.per_second(),
             counters=counters,
-            ledger=self.prepared.plan.ledger(measure_now(self.prepared)),
+            ledger=ledger,
+            rank_ledgers=others,
         )
 
 

@@ -23,6 +23,8 @@ def run(settings: PlanSettings) -> None:
     )
     plan = checked_plan(config, settings.device_memory)
     ledger = plan.ledger()
+    if config.tp > 1:
+        print(f"each of {config.tp} ranks, on a device of its own:")
     width = min(shutil.get_terminal_size((80, 24)).columns, 120)
     print(table(ledger))
     print()

@@ -11,6 +11,7 @@ from tests.e2e.cluster import Cluster, wait_until
 from tests.e2e.test_tokens import ask, prompt_of, reference, tokens_of
 
 FLAGS = ("--page-size", "16", "--max-chunk-tokens", "64", "--max-batch", "8", "--served-model-name", "tiny")
+FLAGS += ("--device-memory", "1GiB", "--mem-fraction", "0.2")
 NEW_TOKENS = 8
 
 

@@ -87,6 +87,22 @@ def test_what_does_not_fit_is_named(field: str, theirs: dict[str, Any]) -> None:
     assert reason is not None and reason.startswith(f"{field} differs")
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs", "says"),
+    [
+        ((0, 1), (1, 2), None),
+        ((1, 2), (0, 1), None),
+        ((1, 2), (1, 2), None),
+        ((0, 2), (1, 2), "rank: 0 of 2 here and 1 of 2 there share no head"),
+        ((0, 1), (0, 4), "tp: 1 here and 4 there do not both divide 2 KV heads"),
+    ],
+)
+def test_ranks_that_share_heads_fit(ours: tuple[int, int], theirs: tuple[int, int], says: str | None) -> None:
+    here = msgspec.structs.replace(HELLO, rank=ours[0], tp=ours[1])
+    there = msgspec.structs.replace(HELLO, epoch=2, rank=theirs[0], tp=theirs[1], slot_bytes=2048)
+    assert mismatch(here, there) == says
+
+
 def test_fitting_peers_and_oneself() -> None:
     assert mismatch(HELLO, msgspec.structs.replace(HELLO, epoch=2, slots=3)) is None
     assert mismatch(HELLO, HELLO) is not None
