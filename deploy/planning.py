@@ -210,7 +210,7 @@ def check_shared_gpus(configs: list[WorkerConfig], device_memory: int | None) ->
 
 
 def _outside_bytes(config: WorkerConfig) -> int:
-    outside = contexts(config.device)
+    outside = contexts(config.device, config.tp)
     worker_bytes = outside.worker_bytes + outside.graphs_bytes
     if not config.transfers:
         return worker_bytes

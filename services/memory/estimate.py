@@ -27,12 +27,14 @@ class Contexts:
     graphs_bytes: int
 
 
-def contexts(device: Device) -> Contexts:
+def contexts(device: Device, tp: int = 1) -> Contexts:
     """CPU: the resident size of an interpreter with torch and transformers, and of one with NIXL. CUDA: a
     context after the first torch kernel with cuBLAS workspaces and compiled kernels, a bare driver context
-    (527 and 639 MiB were measured on H200), and the shared graph pool."""
+    (527 and 639 MiB were measured on H200), and the shared graph pool. NCCL of a rank adds its buffers
+    (about 1000 MiB in all were measured)."""
     if device == "cuda":
-        return Contexts(worker_bytes=896 * _MIB, transfer_bytes=544 * _MIB, graphs_bytes=512 * _MIB)
+        nccl_bytes = 384 * _MIB if tp > 1 else 0
+        return Contexts(worker_bytes=896 * _MIB + nccl_bytes, transfer_bytes=544 * _MIB, graphs_bytes=512 * _MIB)
     return Contexts(worker_bytes=320 * _MIB, transfer_bytes=96 * _MIB, graphs_bytes=0)
 
 
@@ -76,7 +78,7 @@ def plan_input_for(
             f"--max-model-len: {config.max_model_len} exceeds the model's own limit of "
             f"{model.max_model_len} tokens"
         )
-    outside = contexts(config.device)
+    outside = contexts(config.device, config.tp)
     staged = bool(config.transfers)
     return PlanInput(
         device=device_name,
