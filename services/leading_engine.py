@@ -1,5 +1,6 @@
 """The engine of a worker's rank 0: whatever it is called to do, the other ranks are told first."""
 
+import contextlib
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from services.rank_messages import (
 from services.ranks import START_TIMEOUT_S, STEP_TIMEOUT_S, RankError, Ranks
 from services.scheduler.page_tables import PageTableBook
 
+_IPC = "ipc://"
 TABLES_PER_SEQUENCE = 4
 """Of the sequences a batch holds: those that wait, or were preempted, come back."""
 
@@ -106,6 +108,9 @@ class LeadingEngine(Engine):
             super().close()
             self.ranks.close()
         self._store.unlink(missing_ok=True)
+        if not self.config.listen.startswith(_IPC):
+            with contextlib.suppress(FileNotFoundError):
+                self._store.parent.rmdir()
 
     def _together(self, order: Order, own: Callable[[], int]) -> int:
         self.ranks.tell(order)
@@ -123,8 +128,8 @@ class LeadingEngine(Engine):
 
 def _meeting_place(listen: str) -> Path:
     """In the private directory of an `ipc://` endpoint; for others in a new one."""
-    if listen.startswith("ipc://"):
-        return Path(listen.removeprefix("ipc://") + ".ranks")
+    if listen.startswith(_IPC):
+        return Path(listen.removeprefix(_IPC) + ".ranks")
     return Path(tempfile.mkdtemp(prefix="baton-ranks.")) / "store"
 
 

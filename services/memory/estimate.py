@@ -33,8 +33,8 @@ def contexts(device: Device, tp: int = 1) -> Contexts:
     (527 and 639 MiB were measured on H200), and the shared graph pool. NCCL of a rank adds its buffers
     (about 1000 MiB in all were measured)."""
     if device == "cuda":
-        nccl_bytes = 384 * _MIB if tp > 1 else 0
-        return Contexts(worker_bytes=896 * _MIB + nccl_bytes, transfer_bytes=544 * _MIB, graphs_bytes=512 * _MIB)
+        worker_bytes = (896 if tp == 1 else 896 + 384) * _MIB
+        return Contexts(worker_bytes, transfer_bytes=544 * _MIB, graphs_bytes=512 * _MIB)
     return Contexts(worker_bytes=320 * _MIB, transfer_bytes=96 * _MIB, graphs_bytes=0)
 
 

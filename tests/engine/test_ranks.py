@@ -16,7 +16,7 @@ from services.engine.rank_group import RankGroup
 from services.leading_engine import LeadingEngine
 from services.messages import Sampling
 from tests.checkpoints import make_checkpoint
-from tests.engine.harness import Sequence, prompt_of, run_together, scattered_pages, start_engine
+from tests.engine.harness import Sequence, prompt_of, run_ahead, run_together, scattered_pages, start_engine
 
 PAGES = 64
 SAMPLED = Sampling(max_tokens=1, seed=11, temperature=0.9, top_p=0.95)
@@ -62,6 +62,7 @@ def test_two_ranks_give_the_tokens_of_one(family: Any, tmp_path: Path) -> None:
             ours, theirs = sequences_of(sampling), sequences_of(sampling)
             assert run_together(two, ours, 8) == run_together(one, theirs, 8)
         assert_same_half(two, one)
+        assert run_ahead(two, sequences_of(SAMPLED), 8) == run_together(one, sequences_of(SAMPLED), 8)
         two.copy_pages([(0, 63)])
         assert torch.equal(two.pool.data[63], two.pool.data[0])
         (alike,), (wanted,) = two.execute([row]), one.execute([row])
