@@ -118,7 +118,17 @@ def child_specs(
     router += ["--drain-timeout", _number(drain_of(Kind.ROUTER, settings.drain_timeout))]
     router += ["--request-timeout", _number(settings.request_timeout)]
     router += ["--max-body-bytes", str(settings.max_body_bytes)]
+    router += ["--worker-timeout", _number(settings.worker_timeout)]
+    router += ["--max-retries", str(settings.max_retries)]
     router += ["--max-choices", str(settings.max_choices), "--max-running", str(settings.max_running)]
+    router += ["--max-prompts", str(settings.max_prompts)]
+    router += ["--max-total-choices", str(settings.max_total_choices)]
+    router += ["--stall-timeout", _number(settings.stall_timeout)]
+    for flag, limit in (("--ttft-slo", settings.ttft_slo), ("--max-kv-load", settings.max_kv_load)):
+        if limit is not None:
+            router += [flag, _number(limit)]
+    if settings.api_key_file is not None:
+        router += ["--api-key-file", str(settings.api_key_file)]
     if settings.served_model_name is not None:
         router += ["--served-model-name", settings.served_model_name]
     secrets = (("BATON_API_KEY", ",".join(settings.api_key)),) if settings.api_key else ()
@@ -142,6 +152,8 @@ def _transfer(
     arguments += ["--device", device, "--device-index", str(slot.device_indices[rank])]
     arguments += ["--mover", settings.mover]
     arguments += [*_staging(settings, device, slot.tp), _switch("checksum", settings.checksum)]
+    arguments += ["--transfer-timeout", _number(settings.transfer_timeout)]
+    arguments += ["--peer-timeout", _number(settings.peer_timeout)]
     return ChildSpec(name, Kind.TRANSFER, tuple(arguments))
 
 
@@ -160,7 +172,8 @@ def _worker(
         arguments += ["--device-memory", str(settings.device_memory)]
     arguments += ["--max-model-len", str(settings.max_model_len), "--page-size", str(settings.page_size)]
     arguments += ["--max-batch", str(settings.max_batch), "--tp", str(slot.tp)]
-    arguments += ["--max-chunk-tokens", str(settings.max_chunk_tokens), *_staging(settings, device)]
+    arguments += ["--max-chunk-tokens", str(settings.max_chunk_tokens)]
+    arguments += ["--tail-chunk-tokens", str(settings.tail_chunk_tokens), *_staging(settings, device)]
     arguments += [_switch("prefix-cache", settings.prefix_cache)]
     arguments += ["--drain-timeout", _number(drain_of(Kind.WORKER, settings.drain_timeout))]
     return ChildSpec(slot.name, Kind.WORKER, tuple(arguments))

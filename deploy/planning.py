@@ -23,7 +23,7 @@ CPU_MEM_FRACTION = 0.6
 """An interpreter with torch is a large part of a small device; on a GPU the rest is small change."""
 CUDA_MEM_FRACTION = 0.85
 CPU_SLOT_BYTES = 1 << 20
-CUDA_SLOT_BYTES = 16 << 20
+CUDA_SLOT_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +150,7 @@ def worker_config(
         page_size_tokens=settings.page_size,
         max_batch=settings.max_batch,
         max_chunk_tokens=settings.max_chunk_tokens,
+        tail_chunk_tokens=settings.tail_chunk_tokens,
         max_queue=max_queue,
         prefix_cache=prefix_cache,
         staging_slots=staging_slots,

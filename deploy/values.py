@@ -87,6 +87,16 @@ def seconds(low: float, high: float) -> Callable[[str], float]:
     return parse
 
 
+def number(low: float, high: float) -> Callable[[str], float]:
+    def parse(value: str) -> float:
+        given = _number(value)
+        if not low <= given <= high:
+            raise ValueError(f"{value} is out of range; allowed are {low:g} to {high:g}")
+        return given
+
+    return parse
+
+
 def slot_bytes(value: str) -> int:
     size_bytes = parse_bytes(value)
     if size_bytes % 256 or size_bytes >= 1 << 40:
@@ -109,6 +119,13 @@ def endpoint(value: str) -> str:
         if not port.isdigit() or not 0 < int(port) < 65536:
             raise ValueError(f"{value!r}: a tcp:// endpoint ends with a port from 1 to 65535")
     return value
+
+
+def above_zero(value: str) -> float:
+    number = _number(value)
+    if number <= 0:
+        raise ValueError(f"{value} must be above 0")
+    return number
 
 
 def _number(value: str) -> float:

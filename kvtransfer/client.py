@@ -20,11 +20,14 @@ import zmq
 from kvtransfer.channel import ChannelKeys, Link
 from kvtransfer.client_book import OpenTransfers, TransferEvent
 from kvtransfer.codecs import WORKER_COMMANDS, WORKER_EVENTS
+from kvtransfer.connection_watch import ConnectionWatch
 from kvtransfer.errors import AttachError, TransferConfigError
 from kvtransfer.layout import tokens_per_slot
 from kvtransfer.messages import (
     MAX_SEGMENTS_PER_MESSAGE,
+    VERSION,
     Abort,
+    AskSpans,
     Attached,
     AttachWorker,
     Command,
@@ -42,6 +45,7 @@ from kvtransfer.messages import (
     SlotUse,
     Stats,
     TransferAddress,
+    TransferSpans,
 )
 from kvtransfer.staging import receive_staging
 
@@ -63,7 +67,7 @@ class TransferLost:
     """The rank whose process it was."""
 
 
-WorkerEvent = TransferEvent | TransferLost
+WorkerEvent = TransferEvent | TransferLost | TransferSpans
 
 
 def _always() -> bool:
@@ -80,7 +84,7 @@ class TransferClient:
     TransferConfigError for a bad endpoint.
 
     `packs_idle`, which the worker sets, says whether no pack is running whose transfer has ended. Slots that
-    were lent for such a transfer go back, by `flush`, only when it says so; on a CPU packs end at once.
+    were lent for such a transfer go back, by `flush`, only when it says so.
     Of a worker of several ranks, it serves rank `rank` of `tp`; without `maps`, the rank maps the buffer.
     """
 
@@ -104,6 +108,7 @@ class TransferClient:
         self._link: Link[Event, Command] = Link(
             endpoint, WORKER_EVENTS, WORKER_COMMANDS, keys=keys, on_drop=self._on_drop
         )
+        self._watch = ConnectionWatch(self._link.socket)
         self._attached: Attached | None = None
         self._map: mmap.mmap | None = None
         self._view: memoryview | None = None
@@ -213,6 +218,10 @@ class TransferClient:
         self._queue(Abort(transfer_id, reason[:1024]))
         self._book.end(transfer_id)
 
+    def ask_spans(self, transfer_id: int) -> None:
+        """What does the transfer process remember of a transfer? `TransferSpans` answers."""
+        self._queue(AskSpans(transfer_id))
+
     def flush(self) -> None:
         """Sends what is queued, as one frame. While not `ready`, drops it."""
         if self._attached is None:
@@ -251,12 +260,15 @@ class TransferClient:
                 self._on_drop("event_before_attached")
             elif isinstance(event, Stats):
                 self.last_stats, self.last_stats_at_s = event, now_s
-            elif self._book.follow(event):
+            elif isinstance(event, TransferSpans) or self._book.follow(event):
                 events.append(event)
         return events
 
     def tick(self, now_s: float) -> None:
         """Pings a quiet transfer process, and asks again to be attached. Cheap: call it every step."""
+        if self._watch.was_cut() and self._attached is not None:
+            log.warning("the connection to the transfer process was cut")
+            self._lost.extend(self._lose())
         if self._attached is None:
             if now_s - self._asked_at_s >= ATTACH_RETRY_S:
                 self._ask(now_s)
@@ -277,6 +289,7 @@ class TransferClient:
         """Leaves; the transfer process cancels what is open when it notices. Idempotent."""
         self._attached = None
         self._unmap()
+        self._watch.close()
         self._link.close()
 
     # ------------------------------------------------------------ inner moves
@@ -288,6 +301,7 @@ class TransferClient:
         until_s = time.monotonic() + timeout_s
         while self._attached is None:
             now_s = time.monotonic()
+            self.refusal = self._link.mismatch or self.refusal
             if now_s >= until_s:
                 why = f": {self.refusal}" if self.refusal else ""
                 raise AttachError(f"no transfer process at {self._link.endpoint} in {timeout_s} s{why}")
@@ -297,7 +311,7 @@ class TransferClient:
 
     def _ask(self, now_s: float) -> None:
         self._asked_at_s = now_s
-        self._link.send([AttachWorker(self._worker_epoch, self._geometry, self._rank, self._tp)])
+        self._link.send([AttachWorker(self._worker_epoch, self._geometry, VERSION, self._rank, self._tp)])
 
     def _on_attached(self, event: Attached) -> None:
         if self._attached is not None:
@@ -316,7 +330,7 @@ class TransferClient:
             self._view = memoryview(self._map)
         self._attached = event
         self.refusal = ""
-        log.info("attached to transfer process, epoch %d", event.address.epoch)
+        log.info("attached to transfer process, epoch %d, mover %s", event.address.epoch, event.mover)
 
     def _lose(self) -> list[WorkerEvent]:
         if self._attached is None:

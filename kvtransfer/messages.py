@@ -10,11 +10,16 @@ all layers, that fits one slot; a *slot* is one region of the staging buffer; a 
 of one slot; an *epoch* is one life of one process.
 """
 
+from importlib.metadata import version
 from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
+VERSION = version("baton")
+"""A worker and a transfer process of different versions do not attach: there is one wire format at a time."""
 MAX_SEGMENTS_PER_MESSAGE = 4096
+MAX_SPANS = 4096
+"""Of one transfer in one process."""
 WITHDRAWN = "withdrawn"
 """The reason of an abort that is no failure: the request needs no KV any more, and its router says so to
 both workers. It may overtake what the router says."""
@@ -85,6 +90,21 @@ class Segment(Struct, frozen=True, array_like=True):
     checksum: Checksum | None = None
 
 
+Stage = Literal["compute", "pack", "send", "arrive", "unpack", "commit"]
+
+
+class Span(Struct, frozen=True, array_like=True):
+    """What was done with tokens `[start_token, start_token + token_count)` of a transfer, from `start_s` to
+    `end_s` of the monotonic clock of the process that did it; the two are equal for a mere moment."""
+
+    stage: Stage
+    start_token: TokenIndex
+    token_count: TokenIndex
+    start_s: float
+    end_s: float
+
+
+SpanList = Annotated[list[Span], Meta(max_length=MAX_SPANS)]
 Segments = Annotated[list[Segment], Meta(max_length=MAX_SEGMENTS_PER_MESSAGE)]
 SlotUses = Annotated[list[SlotUse], Meta(max_length=MAX_SEGMENTS_PER_MESSAGE)]
 
@@ -101,6 +121,8 @@ class AttachWorker(Struct, frozen=True, tag="attach", forbid_unknown_fields=True
 
     worker_epoch: Epoch
     geometry: KvGeometry
+    version: Annotated[str, Meta(max_length=64)] = "unknown"
+    """Of the worker. A transfer process of another one refuses it."""
     rank: RankIndex = 0
     tp: RankCount = 1
 
@@ -159,7 +181,13 @@ class Ping(Struct, frozen=True, tag="ping", forbid_unknown_fields=True):
     worker_epoch: Epoch
 
 
-Command = AttachWorker | OpenReceive | OpenSend | Filled | Freed | Commit | Abort | Ping
+class AskSpans(Struct, frozen=True, tag="ask_spans", forbid_unknown_fields=True):
+    """What is remembered of a transfer? Answered with `TransferSpans` at once."""
+
+    transfer_id: TransferId
+
+
+Command = AttachWorker | OpenReceive | OpenSend | Filled | Freed | Commit | Abort | Ping | AskSpans
 
 
 # ---------------------------------------------------------------- transfer process -> worker
@@ -264,6 +292,13 @@ class Stats(Struct, frozen=True, tag="stats", forbid_unknown_fields=True):
     device_bytes: int | None = None
 
 
+class TransferSpans(Struct, frozen=True, tag="spans", forbid_unknown_fields=True):
+    """What the transfer process did for a transfer, and when; empty for one it does not remember."""
+
+    transfer_id: TransferId
+    spans: SpanList
+
+
 Event = (
     Attached
     | Refused
@@ -274,4 +309,5 @@ Event = (
     | SendCommitted
     | Aborted
     | Stats
+    | TransferSpans
 )

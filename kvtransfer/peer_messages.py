@@ -104,4 +104,12 @@ class Closed(Struct, frozen=True, tag="closed", forbid_unknown_fields=True):
     transfer_id: TransferId
 
 
-PeerMessage = PeerHello | PeerRefused | PeerPing | Offer | Grant | Written | Committed | Cancel | Closed
+class MoverNote(Struct, frozen=True, tag="mover", forbid_unknown_fields=True):
+    """Sender to receiver: what a mover says to its like, where both sides take part in a write."""
+
+    note: Annotated[bytes, Meta(max_length=1 << 20)]
+
+
+PeerMessage = (
+    PeerHello | PeerRefused | PeerPing | Offer | Grant | Written | Committed | Cancel | Closed | MoverNote
+)

@@ -151,6 +151,9 @@ class Receiver:
             transfer.arrived.add(segment.start_token, segment.start_token + segment.token_count)
             self._pool.fill(use, now_s)
             accepted.append(segment)
+            self._out.spans.note(
+                transfer.transfer_id, "arrive", segment.start_token, segment.token_count, now_s, now_s
+            )
         if accepted:
             self._out.to_worker.append(Arrived(transfer.transfer_id, accepted))
 

@@ -92,6 +92,7 @@ class InFlight:
     transfer_id: int
     local: tuple[SlotUse, ...]
     remote: tuple[Segment, ...]
+    filled_s: float
 
 
 def placed(segment: Segment, grant: SlotUse) -> Segment:

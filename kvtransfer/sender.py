@@ -4,7 +4,7 @@
     2. `on_grant`          remote slots that may be written, kept first come first served
     3. `lend`              a local slot goes to the worker only against a grant, so that what is packed can
                            always be moved: no two transfers can ever wait for each other's slots
-    4. `filled`            packed segments are paired with grants and posted as one write
+    4. `filled`            packed segments are paired with grants and posted, a few to a write
     5. `write_done`        local slots are free, the destination is told what lies where
     6. `on_committed`      the worker may let its KV go                              CONFIRMED → ENDED
 
@@ -32,6 +32,9 @@ from kvtransfer.send import HELD_OFFERS, InFlight, Send, SendState, placed
 from kvtransfer.slots import Direction, SlotPool
 
 REMEMBERED_ENDS = 8192
+PIECES_A_WRITE = 2
+"""The other side unpacks, and our slots come back, while the next write runs; fewer would cost more to begin
+and to end than the link takes to move them."""
 
 
 class Sender:
@@ -100,13 +103,10 @@ class Sender:
                 local.append(use)
                 pieces.append(Piece(segment.slot, grant.slot, segment.byte_count))
                 remote.append(placed(segment, grant))
-        if transfer is not None and pieces:
-            write_id = self._next_write_id
-            self._next_write_id += 1
-            transfer.writes.add(write_id)
-            self._writes[write_id] = InFlight(transfer.transfer_id, tuple(local), tuple(remote))
-            write = Write(write_id, transfer.destination, transfer.transfer_id, tuple(pieces))
-            self._out.writes.append(write)
+        if transfer is not None:
+            for at in range(0, len(pieces), PIECES_A_WRITE):
+                part = slice(at, at + PIECES_A_WRITE)
+                self._post(transfer, pieces[part], local[part], remote[part], now_s)
 
     def returned(self, use: SlotUse, now_s: float) -> None:
         """The worker gives back a lent slot unfilled, as a rule because its transfer has ended."""
@@ -203,6 +203,10 @@ class Sender:
 
     def write_done(self, write_id: int, now_s: float) -> None:
         flight, transfer = self._landed(write_id, now_s)
+        for one in flight.remote:
+            self._out.spans.note(
+                flight.transfer_id, "send", one.start_token, one.token_count, flight.filled_s, now_s
+            )
         if transfer.state is SendState.CONFIRMED:
             self._say(transfer.destination, Written(flight.transfer_id, list(flight.remote)))
         elif not transfer.writes:
@@ -346,6 +350,19 @@ class Sender:
         for use in flight.local:
             self._pool.release(use, now_s)
         return flight, transfer
+
+    def _post(
+        self,
+        transfer: Send,
+        pieces: list[Piece],
+        local: list[SlotUse],
+        remote: list[Segment],
+        now_s: float,
+    ) -> None:
+        write_id, self._next_write_id = self._next_write_id, self._next_write_id + 1
+        transfer.writes.add(write_id)
+        self._writes[write_id] = InFlight(transfer.transfer_id, tuple(local), tuple(remote), now_s)
+        self._out.writes.append(Write(write_id, transfer.destination, transfer.transfer_id, tuple(pieces)))
 
     def _abandon(self, local: list[SlotUse], now_s: float) -> None:
         """Packed, but never posted."""

@@ -185,6 +185,9 @@ class WorkerClient:
         if link is None:
             return
         reports = link.receive()
+        if link.mismatch and self.state is ClientState.CONNECTING:
+            self._move(ClientState.REFUSED, f"the worker speaks {link.mismatch}")
+            return
         if not reports:
             return
         self._heard_at_s = self._loop.time()
@@ -251,6 +254,10 @@ class WorkerClient:
     def _tick(self) -> None:
         self._timer = self._loop.call_later(self._heartbeat_s, self._tick)
         silent_s = self._loop.time() - self._heard_at_s
+        if silent_s > self._timeout_s:
+            # If this process was stopped itself, what came meanwhile is still to be read.
+            self._on_readable()
+            silent_s = self._loop.time() - self._heard_at_s
         if self.state is ClientState.LOST:
             try:
                 self._open()

@@ -44,12 +44,14 @@ class WorkerConfig:
     """Sequences in one decode step."""
     max_chunk_tokens: int = 512
     """Tokens in one forward pass, prefill and decode together."""
+    tail_chunk_tokens: int = 512
+    """A long prompt's last chunk, on a prefill worker: its KV is what nothing hides. 0: as it comes."""
     max_queue: int = 1024
     """Requests waiting; more are refused as overloaded."""
     prefix_cache: bool = True
-    staging_slots: int = 16
+    staging_slots: int = 32
     """What the ledger plans for; the transfer process owns the buffer and says what it really is."""
-    staging_slot_bytes: int = 16 << 20
+    staging_slot_bytes: int = 8 << 20
     """Of the worker's ranks together: each has a slot of `layout.rank_slot_bytes`."""
     drain_timeout_s: float = 30.0
     key_dir: Path | None = None

@@ -40,6 +40,9 @@ class KvMoves(Protocol):
 
     def hold_steps(self, move: Move) -> None: ...
 
+    def let_go(self) -> None:
+        """The staging buffer's owner is gone: mapped, its memory would stay taken."""
+
 
 class OwnMoves:
     """Of rank 0, in this process."""
@@ -78,6 +81,9 @@ class OwnMoves:
 
     def hold_steps(self, move: Move) -> None:
         self._engine.hold_steps(move)
+
+    def let_go(self) -> None:
+        self._staging.close()
 
 
 class RankMoves:
@@ -121,6 +127,10 @@ class RankMoves:
 
     def hold_steps(self, move: Move) -> None:
         self._ranks.tell_one(self._rank, HoldSteps())
+
+    def let_go(self) -> None:
+        self._ranks.tell_one(self._rank, MapStaging(0, 0, None, None))
+        self._mapped_epoch = 0
 
     def _move(
         self,

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from kvtransfer.client import TransferClient
 from kvtransfer.messages import Arrived, Segment, SlotUse, TransferAddress
+from kvtransfer.spans import Spans
 from services.engine.errors import ChecksumMismatch
 from services.engine.moves import Mark, Move
 from services.kv_moves import KvMoves
@@ -40,6 +41,7 @@ class Unpacking:
     incoming: Incoming
     segment: Segment
     move: Move
+    queued_s: float
 
 
 @dataclass(slots=True)
@@ -54,10 +56,13 @@ class Settled:
 class KvPull:
     """Of one rank. A transfer here is a part of one, where a worker has several ranks."""
 
-    def __init__(self, moves: KvMoves, client: TransferClient, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, moves: KvMoves, client: TransferClient, clock: Callable[[], float], spans: Spans
+    ) -> None:
         self._moves = moves
         self._client = client
         self._clock = clock
+        self._spans = spans
         self._incoming: dict[int, Incoming] = {}
         self._unpacking: deque[Unpacking] = deque()
         """In the order in which they end; also of transfers that have ended meanwhile."""
@@ -109,7 +114,7 @@ class KvPull:
                 incoming.reserved,
                 incoming.heads,
             )
-            self._unpacking.append(Unpacking(incoming, segment, move))
+            self._unpacking.append(Unpacking(incoming, segment, move, self._clock()))
 
     def settle(self) -> Settled:
         """Free the slots whose unpacks are done, and judge what was in them."""
@@ -119,19 +124,22 @@ class KvPull:
             done = self._unpacking.popleft()
             incoming, segment = done.incoming, done.segment
             freed.append(SlotUse(segment.slot, segment.generation))
+            start_token, token_count, now_s = segment.start_token, segment.token_count, self._clock()
+            self._spans.note(
+                incoming.transfer_id, "unpack", start_token, token_count, done.queued_s, now_s
+            )
             if self._incoming.get(incoming.transfer_id) is not incoming:
                 continue  # it has ended meanwhile
             try:
                 done.move.judge(segment.checksum)
             except ChecksumMismatch as mismatch:
-                end_token = segment.start_token + segment.token_count
-                reason = f"tokens [{segment.start_token}, {end_token}): {mismatch}"
+                reason = f"tokens [{start_token}, {start_token + token_count}): {mismatch}"
                 settled.broken.append((incoming.transfer_id, reason))
                 continue
-            incoming.missing_tokens -= segment.token_count
+            incoming.missing_tokens -= token_count
             if incoming.missing_tokens == 0:
                 if incoming.first_arrival_s is not None:
-                    incoming.transfer_s = self._clock() - incoming.first_arrival_s
+                    incoming.transfer_s = now_s - incoming.first_arrival_s
                 self._finish(incoming)
                 settled.whole.append(incoming)
         if freed:
@@ -166,3 +174,8 @@ class KvPull:
     def _finish(self, incoming: Incoming) -> None:
         del self._incoming[incoming.transfer_id]
         self._client.commit(incoming.transfer_id)
+        sequence, now_s = incoming.sequence, self._clock()
+        moved_tokens = sequence.prompt_tokens - sequence.cached_tokens
+        self._spans.note(
+            incoming.transfer_id, "commit", sequence.cached_tokens, moved_tokens, now_s, now_s
+        )

@@ -9,10 +9,12 @@ A slot is only lent against a grant of the receiver, so what is packed can alway
 """
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from kvtransfer.client import TransferClient
 from kvtransfer.messages import Segment, SendConfirmed, SendSlots, SlotUse
+from kvtransfer.spans import Spans
 from services.engine.moves import Mark, Move
 from services.kv_moves import KvMoves
 from services.scheduler.sequence import Chunk, Sequence
@@ -26,6 +28,7 @@ class Packing:
     start_token: int
     token_count: int
     move: Move
+    queued_s: float
 
 
 @dataclass(slots=True, eq=False)
@@ -66,9 +69,13 @@ class Outgoing:
 class KvPush:
     """Of one rank. A transfer here is a part of one, where a worker has several ranks."""
 
-    def __init__(self, moves: KvMoves, client: TransferClient) -> None:
+    def __init__(
+        self, moves: KvMoves, client: TransferClient, clock: Callable[[], float], spans: Spans
+    ) -> None:
         self._moves = moves
         self._client = client
+        self._clock = clock
+        self._spans = spans
         self._outgoing: dict[int, Outgoing] = {}
         self._of_request: dict[int, list[Outgoing]] = {}
         self._given_up: deque[Packing] = deque()
@@ -111,8 +118,14 @@ class KvPush:
                 if outgoing.sequence is chunk.sequence:
                     outgoing.launched(chunk.start + chunk.count, mark)
 
+    def computed(self, chunks: list[Chunk], start_s: float, end_s: float) -> None:
+        """A step with these chunks ran from `start_s` to `end_s`."""
+        for chunk in chunks:
+            for outgoing in self._of_request.get(chunk.sequence.work.request_id, ()):
+                self._spans.note(outgoing.transfer_id, "compute", chunk.start, chunk.count, start_s, end_s)
+
     def pack(self) -> int:
-        """Queue packs for whatever is computed, or being computed, and has a slot; returns the tokens."""
+        """Queue packs for whatever is computed, or being so, and has a slot; returns how many tokens."""
         return sum(self._pack_one(one) for one in self._outgoing.values() if one.slots)
 
     def deliver(self) -> int:
@@ -121,7 +134,16 @@ class KvPush:
         for outgoing in self._outgoing.values():
             segments = []
             while outgoing.packing and outgoing.packing[0].move.is_done:
-                segments.append(_segment(outgoing.packing.popleft()))
+                packed = outgoing.packing.popleft()
+                segments.append(_segment(packed))
+                self._spans.note(
+                    outgoing.transfer_id,
+                    "pack",
+                    packed.start_token,
+                    packed.token_count,
+                    packed.queued_s,
+                    self._clock(),
+                )
             if segments:
                 self._client.filled(outgoing.transfer_id, segments)
                 delivered += len(segments)
@@ -164,7 +186,7 @@ class KvPush:
                 outgoing.mark_of(start + count),
                 outgoing.heads,
             )
-            outgoing.packing.append(Packing(use, start, count, move))
+            outgoing.packing.append(Packing(use, start, count, move, self._clock()))
             outgoing.next_token += count
             packed += count
         return packed

@@ -89,6 +89,11 @@ class PushParts:
         for lane in self._lanes:
             lane.launched(chunks, mark)
 
+    def computed(self, chunks: list[Chunk], start_s: float, end_s: float) -> None:
+        """A step with these chunks ran from `start_s` to `end_s`."""
+        for lane in self._lanes:
+            lane.computed(chunks, start_s, end_s)
+
     def pack(self) -> int:
         """Queue packs for whatever is computed, or being computed, and has a slot; returns the tokens."""
         return sum(lane.pack() for lane in self._lanes)

@@ -67,10 +67,10 @@ class CopyPages(Struct, frozen=True, tag="copy", forbid_unknown_fields=True):
 
 class MapStaging(Struct, frozen=True, tag="map", forbid_unknown_fields=True):
     """The staging buffer of the rank's transfer process, in its present life: as a UNIX socket that hands it
-    out, or as a CUDA IPC handle. A former one is let go."""
+    out, or as a CUDA IPC handle; with neither there is none. A former one is let go."""
 
-    slots: Annotated[int, Meta(ge=1, lt=2**20)]
-    slot_bytes: Annotated[int, Meta(ge=1, lt=2**40)]
+    slots: Annotated[int, Meta(ge=0, lt=2**20)]
+    slot_bytes: Annotated[int, Meta(ge=0, lt=2**40)]
     staging_socket: str | None
     cuda_ipc_handle: bytes | None
 

@@ -19,6 +19,13 @@ class Staging:
         self._opened: CudaStaging | None = None
         self._opened_epoch = 0
 
+    def open(self) -> None:
+        """Maps device memory now, so that a host where that cannot be says so before any request. Raises
+        StagingError."""
+        handle = self._client.attached.cuda_ipc_handle
+        if handle is not None:
+            self._open(handle)
+
     def slot(self, index: int) -> Slot:
         """The whole slot. Raises StagingError if device memory cannot be mapped."""
         handle = self._client.attached.cuda_ipc_handle
@@ -29,6 +36,7 @@ class Staging:
         return view[index * size : (index + 1) * size]
 
     def close(self) -> None:
+        """Unmaps device memory; a later `slot` maps what is attached then."""
         if self._opened is not None:
             self._opened.close()
             self._opened = None

@@ -56,7 +56,7 @@ def device_size(config: WorkerConfig) -> tuple[str, int]:
 def prepare(
     config: WorkerConfig, worker_epoch: int, progress: Callable[[int, int], None]
 ) -> Prepared:
-    """Raises CheckpointError, DoesNotFit or a transfer error, each with a message for the operator."""
+    """Raises CheckpointError, DoesNotFit, StagingError or a transfer error, each with a message for users."""
     context_bytes = resident_bytes()
     model = read_model_config(config.model_dir)
     device_name, device_bytes = device_size(config)
@@ -130,7 +130,9 @@ def _attach(config: WorkerConfig, engine: Engine, worker_epoch: int) -> Transfer
 
 def _moves(config: WorkerConfig, engine: Engine, transfer: TransferRanks) -> list[KvMoves]:
     first, *others = transfer.clients
-    moves: list[KvMoves] = [OwnMoves(engine, Staging(first, config.device_index))]
+    staging = Staging(first, config.device_index)
+    staging.open()
+    moves: list[KvMoves] = [OwnMoves(engine, staging)]
     if isinstance(engine, LeadingEngine):
         moves += [
             RankMoves(engine.ranks, rank, client, engine.geometry, config.page_size_tokens)

@@ -42,6 +42,10 @@ class TransferRanks:
     def receive(self, now_s: float) -> list[WorkerEvent]:
         return [event for client in self.clients for event in client.receive(now_s)]
 
+    def ask_spans(self, transfer_id: int) -> None:
+        """What is remembered of the part between both ranks 0, which stands for the whole."""
+        self.clients[0].ask_spans(transfer_id)
+
     def flush(self) -> None:
         for client in self.clients:
             client.flush()

@@ -21,6 +21,8 @@ from types import FrameType
 import zmq
 
 from kvtransfer.channel import ChannelKeys, Codec, Server
+from kvtransfer.client import TransferLost
+from kvtransfer.messages import TransferSpans
 from services.config import WorkerConfig
 from services.kv_pull import KvPull
 from services.kv_pull_parts import PullParts
@@ -32,6 +34,7 @@ from services.messages import (
     Generate,
     Pages,
     Prefill,
+    PushAgain,
     Refusal,
     Report,
     Request,
@@ -40,7 +43,9 @@ from services.messages import (
     Slots,
     Status,
     StatusRequest,
+    TraceRequest,
     TransferAddress,
+    Undelivered,
     WorkerHello,
 )
 from services.outbox import Outbox
@@ -52,6 +57,7 @@ from services.roles.unified import UnifiedRole
 from services.rules import Limits
 from services.scheduler.pages import PagePool
 from services.startup import Prepared, measure_now, prepare
+from services.tracing import Tracing
 from services.transfer_ranks import TransferRanks, total_counts
 
 log = logging.getLogger(__name__)
@@ -84,7 +90,12 @@ class Worker:
         pool = PagePool(prepared.plan.pages, config.page_size_tokens, config.prefix_cache)
         keys = None if config.key_dir is None else ChannelKeys.load(config.key_dir)
         self.server: Server[Request, Report] = Server(
-            config.listen, Codec(Request), Codec(Report), keys=keys, on_drop=self._count_drop
+            config.listen,
+            Codec(Request),
+            Codec(Report),
+            keys=keys,
+            on_drop=self._count_drop,
+            refusal=Refusal,
         )
         limits = Limits(
             vocab_size=engine.vocab_size,
@@ -101,8 +112,12 @@ class Worker:
             outbox=Outbox(self.server.send),
             clock=time.monotonic,
             overlap=config.device == "cuda",
+            tail_chunk_tokens=config.tail_chunk_tokens,
         )
         self.role = _build_role(self.parts, prepared)
+        self.tracing = Tracing(
+            config.name, self.parts.spans, self.transfer, self.parts.outbox, self.parts.clock
+        )
         self._routers: dict[bytes, float] = {}
         self._told_address = self._address()
         self._prompt_rate, self._output_rate = Rate(), Rate()
@@ -119,12 +134,17 @@ class Worker:
     def serve(self) -> None:
         log.info("%s worker %s listens at %s", self.config.role, self.config.name, self.server.endpoint)
         busy = False
-        while not self._finished():
+        while not self.finished():
             self._poller.poll(0 if busy else IDLE_WAIT_MS)
-            self._take_in()
-            busy = self.role.step()
-            self._once_a_second()
-            self._send_out()
+            busy = self.turn()
+
+    def turn(self) -> bool:
+        """Takes in whatever is there, does one step, sends what came of it. False: there was no step."""
+        self._take_in()
+        busy = self.role.step()
+        self._once_a_second()
+        self._send_out()
+        return busy
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         """First: drain. Second: leave at once."""
@@ -138,7 +158,8 @@ class Worker:
         self.parts.engine.close()
         log.info("worker %s has ended", self.config.name)
 
-    def _finished(self) -> bool:
+    def finished(self) -> bool:
+        """Whether a signal has come and nothing is left to wait for."""
         if self._draining_until_s is None:
             return False
         at_rest = not self.parts.requests and not self.role.in_flight
@@ -151,7 +172,12 @@ class Worker:
         if self.transfer is not None:
             self.transfer.tick(now_s)
             for event in self.transfer.receive(now_s):
+                if isinstance(event, TransferSpans):
+                    self.tracing.answer(event)
+                    continue
                 self.role.on_transfer(event)
+                if isinstance(event, TransferLost):
+                    self.prepared.moves[event.rank].let_go()
             self._tell_address()
         for router, requests in self.server.receive():
             if router not in self._routers and not self._greet(router, requests):
@@ -186,6 +212,8 @@ class Worker:
                 self.server.send(router, [self._hello(), self._status(None)])
             case StatusRequest(ask_id=ask_id):
                 self.server.send(router, [self._status(ask_id)])
+            case TraceRequest():
+                self.tracing.ask(router, request)
             case Generate(work=work) | Prefill(work=work) | Reserve(work=work) if self._draining_until_s:
                 self.parts.outbox.add(
                     router, Failed(work.request_id, "draining", "this worker is shutting down", True)
@@ -194,6 +222,9 @@ class Worker:
                 self.parts.outbox.add(
                     router, Failed(work.request_id, "transfer", "the transfer process is not attached", True)
                 )
+            case PushAgain(request_id=request_id, transfer_id=transfer_id) if self._address() is None:
+                message = "the transfer process is not attached"
+                self.parts.outbox.add(router, Undelivered(request_id, transfer_id, message))
             case _:
                 self.role.accept(router, request)
 
@@ -287,6 +318,7 @@ class Worker:
             output_tokens_per_s=self._output_rate.per_second(),
             counters=counters,
             ledger=ledger,
+            mover=transfer.clients[0].attached.mover if transfer is not None and transfer.ready else None,
             rank_ledgers=others,
         )
 
@@ -298,8 +330,9 @@ def _build_role(parts: Parts, prepared: Prepared) -> Role:
         return UnifiedRole(parts)
     if transfer is None:
         raise ValueError(f"--transfer: a {role} worker needs the address of its transfer process")
-    lanes = list(zip(moves, transfer.clients, strict=True))
+    both = list(zip(moves, transfer.clients, strict=True))
     if role == "prefill":
-        return PrefillRole(parts, PushParts([KvPush(move, client) for move, client in lanes], kv_heads))
-    pulls = [KvPull(move, client, parts.clock) for move, client in lanes]
+        lanes = [KvPush(move, client, parts.clock, parts.spans) for move, client in both]
+        return PrefillRole(parts, PushParts(lanes, kv_heads))
+    pulls = [KvPull(move, client, parts.clock, parts.spans) for move, client in both]
     return DecodeRole(parts, PullParts(pulls, kv_heads))

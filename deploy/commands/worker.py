@@ -41,6 +41,7 @@ def run(settings: WorkerSettings) -> None:
         checked_plan(config, settings.device_memory)
         from kvtransfer.errors import TransferConfigError
         from services.engine.errors import CheckpointError
+        from services.engine.staging_view import StagingError
         from services.memory.plan import DoesNotFit
         from services.precision import PrecisionError
         from services.ranks import RankError
@@ -48,7 +49,7 @@ def run(settings: WorkerSettings) -> None:
 
         try:
             run_worker(config, progress(settings.parent_pid is not None or sys.stderr.isatty()))
-        except (CheckpointError, DoesNotFit, PrecisionError, TransferConfigError) as error:
+        except (CheckpointError, DoesNotFit, PrecisionError, StagingError, TransferConfigError) as error:
             raise UserError(str(error)) from None
         except RankError as error:
             print(f"baton: error: {error}", file=sys.stderr)

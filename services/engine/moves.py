@@ -10,6 +10,7 @@ What orders the two streams is events, and the host waits for none of them:
 Moves are done in the order in which they were queued. On a CPU each is done when the call returns.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +35,7 @@ class Move:
     @property
     def is_done(self) -> bool:
         """Asks the device, and does not wait for it."""
-        return self._done is None or self._done.query()
+        return self._done is None or bool(self._done.query())  # type: ignore[no-untyped-call]
 
     def wait(self) -> None:
         if self._done is not None:
@@ -64,7 +65,9 @@ class Moves:
     def __init__(self, pool: KvPool) -> None:
         self._pool = pool
         device = pool.data.device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def mark(self) -> Mark | None:
         """Passes when all steps queued so far are done. None on a CPU: they are."""
@@ -81,17 +84,11 @@ class Moves:
         heads: range | None = None,
     ) -> Move:
         """See `segments.pack`. It starts when `after` has passed; None: when all queued steps are done."""
-        if self._stream is None:
+        with self._beside(after):
             byte_count, queued = pack(
                 self._pool, pages, start_token, token_count, slot, with_checksum, heads
             )
-            return Move(byte_count, None, queued)
-        self._stream.wait_event(after or self.mark())
-        with torch.cuda.stream(self._stream):
-            byte_count, queued = pack(
-                self._pool, pages, start_token, token_count, slot, with_checksum, heads
-            )
-        return Move(byte_count, _recorded(self._stream), queued)
+        return Move(byte_count, self._recorded(), queued)
 
     def unpack(
         self,
@@ -104,25 +101,30 @@ class Moves:
         heads: range | None = None,
     ) -> Move:
         """See `segments.unpack`, and `pack` for `after`."""
-        if self._stream is None:
+        with self._beside(after):
             byte_count, queued = unpack(
                 self._pool, pages, start_token, token_count, slot, with_checksum, heads
             )
-            return Move(byte_count, None, queued)
-        self._stream.wait_event(after or self.mark())
-        with torch.cuda.stream(self._stream):
-            byte_count, queued = unpack(
-                self._pool, pages, start_token, token_count, slot, with_checksum, heads
-            )
-        return Move(byte_count, _recorded(self._stream), queued)
+        return Move(byte_count, self._recorded(), queued)
 
     def hold_steps(self, move: Move) -> None:
         """Steps queued from now on start after this move."""
         if self._stream is not None and move._done is not None:
             torch.cuda.current_stream(self._stream.device).wait_event(move._done)
 
+    def _beside(self, after: Mark | None) -> AbstractContextManager[object]:
+        """What is queued within runs beside the steps, after `after` or all that are queued."""
+        mark = after or self.mark()
+        if self._stream is None or mark is None:
+            return nullcontext()
+        self._stream.wait_event(mark)
+        return torch.cuda.stream(self._stream)
+
+    def _recorded(self) -> Mark | None:
+        return None if self._stream is None else _recorded(self._stream)
+
 
 def _recorded(stream: torch.cuda.Stream) -> Mark:
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event = Mark()  # type: ignore[no-untyped-call]
     event.record(stream)
     return event

@@ -31,7 +31,7 @@ class DecodeRole(DecodingRole[DecodeScheduler]):
                     self._sources[work.request_id] = source
             case Join(request_id=request_id, first_tokens=first_tokens):
                 live = self.parts.requests.get(request_id)
-                if live is None or any(one.choice >= live.work.choices for one in first_tokens):
+                if live is None or any(one.choice not in live.work.choice_numbers for one in first_tokens):
                     self.parts.counters["dropped_join"] += 1
                     return
                 live.joined_s = self.parts.clock()

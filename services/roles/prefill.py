@@ -6,6 +6,8 @@
 4. The prompt's end draws the first token of every choice; the router has them at once.
 5. The KV is held until the decode side has committed it. A request whose choices all ended with their
    first token is released immediately.
+6. KV that cannot be delivered (the decode worker or a transfer process is gone) is held as well, until the
+   router names another transfer by `PushAgain`, or cancels: nothing is computed a second time.
 
 No turn waits for the device: up to `MAX_FLIGHTS` steps are queued, and collected once they are done.
 """
@@ -16,7 +18,8 @@ from kvtransfer.client import TransferLost
 from kvtransfer.messages import WITHDRAWN, Aborted, Event, SendCommitted, SendConfirmed
 from services.engine.batch import RowResult
 from services.kv_push_parts import PushParts
-from services.messages import Cancel, Prefill, Request
+from services.messages import Cancel, Failed, Prefill, PushAgain, Request, Undelivered
+from services.requests import Live
 from services.roles.role import Flight, Occupancy, Parts, Role
 from services.scheduler.prefill import PrefillScheduler
 from services.scheduler.sequence import Chunk
@@ -28,9 +31,13 @@ MAX_FLIGHTS = 2
 class PrefillRole(Role):
     def __init__(self, parts: Parts, push: PushParts) -> None:
         super().__init__(parts)
-        self.scheduler = PrefillScheduler(parts.pool, parts.limits.max_batch, parts.max_chunk_tokens)
+        self.scheduler = PrefillScheduler(
+            parts.pool, parts.limits.max_batch, parts.max_chunk_tokens, parts.tail_chunk_tokens
+        )
         self.push = push
         self._flights: deque[Flight] = deque()
+        self._done_s = 0.0
+        """When the last step was seen to be done; the next one runs from then on, if it was queued."""
         self._committed: set[int] = set()
         """Requests whose KV has arrived, or was not needed, before their first tokens were known."""
 
@@ -45,6 +52,8 @@ class PrefillRole(Role):
                 if live is not None:
                     sequence = self.scheduler.add(work)
                     self.push.open(sequence, transfer_id, work.deadline_s)
+            case PushAgain(request_id=request_id, transfer_id=transfer_id):
+                self._push_again(router, request_id, transfer_id)
             case Cancel():
                 self.cancel(request)
             case _:
@@ -65,11 +74,12 @@ class PrefillRole(Role):
                 if live is not None and reason == WITHDRAWN:
                     self.end(live.work.request_id, reason)
                 elif live is not None:
-                    self.fail(live.work.request_id, "transfer", f"KV was not delivered: {reason}", True)
+                    self._undelivered(live, reason)
             case TransferLost(rank=rank):
                 self.push.clear(rank)
                 for live in self.parts.requests.all():
-                    self.fail(live.work.request_id, "transfer", "the transfer process was restarted", True)
+                    if live.transfer_id is not None:
+                        self._undelivered(live, "the transfer process was restarted")
 
     def step(self) -> bool:
         worked = self._collect_done()
@@ -119,6 +129,9 @@ class PrefillRole(Role):
         collected = False
         while self._flights and self._flights[0].launched.is_done:
             flight = self._flights.popleft()
+            now_s = self.parts.clock()
+            self.push.computed(flight.plan.chunks, max(flight.launched_s, self._done_s), now_s)
+            self._done_s = now_s
             result = self.collect(flight, after=self._flights[0] if self._flights else None)
             for chunk, row in result.chunks if result is not None else []:
                 self._report(chunk, row)
@@ -143,7 +156,35 @@ class PrefillRole(Role):
         self.report_prefill(live, sequence)
         ended = 0
         for choice, drawn in zip(chunk.draws, result.drawn, strict=True):
-            ended += self.report_token(live, choice, 1, drawn)
+            ended += self.report_token(live, choice, live.work.output_tokens + 1, drawn)
         sequence.choices = []
         if ended == len(chunk.draws) or live.work.request_id in self._committed:
             self.end(live.work.request_id, WITHDRAWN)
+
+    def _undelivered(self, live: Live, reason: str) -> None:
+        """The transfer has ended without a commit; the request has not."""
+        request_id, transfer_id = live.work.request_id, live.transfer_id
+        if transfer_id is None:
+            return
+        self.parts.counters["transfers_undelivered"] += 1
+        self.parts.requests.rename_transfer(live, None)
+        self.scheduler.unconfirm(request_id)
+        report = Undelivered(request_id, transfer_id, f"KV was not delivered: {reason}")
+        self.parts.outbox.add(live.router, report)
+
+    def _push_again(self, router: bytes, request_id: int, transfer_id: int) -> None:
+        live, sequence = self.parts.requests.get(request_id), self.scheduler.get(request_id)
+        if live is None or sequence is None:
+            message = "its KV is not held here any more"
+            self.parts.outbox.add(router, Failed(request_id, "transfer", message, True))
+            return
+        if self.parts.requests.has_transfer(transfer_id):
+            self.parts.counters["dropped_duplicate_request"] += 1
+            return
+        if live.transfer_id is not None:
+            self.push.close(live.transfer_id, abort_reason=WITHDRAWN)
+        self._committed.discard(request_id)
+        self.parts.counters["pushes_again"] += 1
+        self.scheduler.unconfirm(request_id)
+        self.parts.requests.rename_transfer(live, transfer_id)
+        self.push.open(sequence, transfer_id, max(live.deadline_at_s - self.parts.clock(), 0.001))

@@ -72,7 +72,7 @@ FAILURES = [("invalid", 400), ("overloaded", 429), ("transfer", 503), ("draining
 def test_a_failure_before_the_first_token_has_its_status(
     cluster: Cluster, code: Any, status: int, side: str, stream: bool
 ) -> None:
-    failed = Failed(1, code, "no room", True)
+    failed = Failed(1, code, "no room", False)
     if side == "prefill":
         cluster.use(Script(fail_prefill=failed))
     else:

@@ -235,3 +235,24 @@ def test_refusal_is_told() -> None:
             TransferClient(script.server.endpoint, 3, GEOMETRY, timeout_s=0.5)
         helper.join()
         script.server.close()
+
+
+def test_a_transfer_process_that_dies_is_missed_at_once(scene: Scene) -> None:
+    """Its connection ends: no silence is waited for. The next life is attached to."""
+    client, endpoint = scene.client, scene.script.server.endpoint
+    client.open_send(9, 60.0)
+    scene.flushed()
+    scene.script.server.close()
+    until_s = time.monotonic() + WAIT_MS / 1000
+    while client.ready:
+        assert time.monotonic() < until_s
+        client.tick(scene.now_s)
+    assert client.receive(scene.now_s) == [TransferLost(70)]
+    scene.script = Script(Path(endpoint.removeprefix("ipc://")).parent)
+    helper = threading.Thread(target=scene.script.attach, args=(71,))
+    client.tick(scene.now_s + 2)
+    helper.start()
+    assert client.socket.poll(WAIT_MS)
+    assert client.receive(scene.now_s + 2) == []
+    helper.join()
+    assert client.ready and client.address.epoch == 71

@@ -20,6 +20,7 @@ from kvtransfer.movers.nixl import prepare_environment
 from kvtransfer.movers.select import select_mover
 from kvtransfer.peer_messages import PeerHello
 from kvtransfer.probe import LifeProbe
+from tests.ports import free_port
 
 CONFIG = TransferConfig(
     name="t", listen="ipc:///d/w", peer_listen="ipc:///d/p", staging_socket=Path("/d/s")
@@ -57,7 +58,7 @@ def test_binding_every_interface_needs_an_address_to_tell_peers() -> None:
 
 def test_an_unknown_mover_names_the_flag() -> None:
     with pytest.raises(MoverUnavailable, match="--mover carrier-pigeon"):
-        select_mover(replace(CONFIG, mover="carrier-pigeon"), "a")  # type: ignore[arg-type]
+        select_mover(replace(CONFIG, mover="carrier-pigeon"), "a", None, None)  # type: ignore[arg-type]
 
 
 def test_the_users_transports_are_left_alone() -> None:
@@ -134,12 +135,6 @@ def test_silence_is_no_death_a_refused_connection_is() -> None:
         assert asked(probe), probe_endpoint
         assert not asked(LifeProbe("tcp://some.name:7000"))  # Looking a name up could block.
         probe.close()
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 def test_the_pure_modules_need_neither_sockets_nor_tensors() -> None:

@@ -15,6 +15,7 @@ from kvtransfer.messages import (
     SendSlots,
     SlotUse,
 )
+from kvtransfer.spans import Spans
 from services.kv_parts import parts_of
 from services.kv_pull import KvPull
 from services.kv_pull_parts import PullParts
@@ -59,7 +60,10 @@ class Pushing:
     def __init__(self, tp: int) -> None:
         self.clients = [FakeClient() for _ in range(tp)]
         self.moves = [FakeMoves() for _ in range(tp)]
-        lanes = [KvPush(*lane) for lane in zip(self.moves, self.clients, strict=True)]  # type: ignore[arg-type]
+        lanes = [
+            KvPush(*lane, lambda: 0.0, Spans())  # type: ignore[arg-type]
+            for lane in zip(self.moves, self.clients, strict=True)
+        ]
         self.push = PushParts(lanes, KV_HEADS)
         self.push.open(sequence_of(), 50, 9.0)
 
@@ -128,8 +132,10 @@ class Pulling:
     def __init__(self, tp: int, cached_tokens: int = 0) -> None:
         self.clients = [FakeClient() for _ in range(tp)]
         self.moves = [FakeMoves() for _ in range(tp)]
-        clock = iter(range(100)).__next__
-        lanes = [KvPull(*lane, clock) for lane in zip(self.moves, self.clients, strict=True)]  # type: ignore[arg-type]
+        lanes = [
+            KvPull(*lane, lambda: 0.0, Spans())  # type: ignore[arg-type]
+            for lane in zip(self.moves, self.clients, strict=True)
+        ]
         self.pull = PullParts(lanes, KV_HEADS)
         sequence = sequence_of()
         sequence.cached_tokens = cached_tokens

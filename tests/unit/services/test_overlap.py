@@ -45,6 +45,7 @@ class FakeLaunched:
 
     def __init__(self, results: list[RowResult], delay: int, failed: bool) -> None:
         self.results, self.delay, self.failed = results, delay, failed
+        self.done = None
 
     @property
     def is_done(self) -> bool:
