@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from services.engine.batch import Draw, Row
 from services.engine.engine import Engine
 from services.engine.model_config import read_model_config
 from services.engine.rank_group import RankGroup
+from services.engine.sharding import TensorParallelError, allowed_tp, rank_parameter_bytes
 from services.leading_engine import LeadingEngine
+from services.memory.estimate import plan_input_for
 from services.messages import Sampling
 from tests.checkpoints import make_checkpoint
 from tests.engine.harness import Sequence, prompt_of, run_ahead, run_together, scattered_pages, start_engine
@@ -89,23 +92,50 @@ def test_the_ranks_of_dummy_weights_are_one_model(quantization: Any, tmp_path: P
     model_dir = make_checkpoint("qwen3", tmp_path / "model", eos=False)
     model = read_model_config(model_dir)
     config = WorkerConfig(
-        "worker", "unified", model_dir, "ipc://unused", load_format="dummy", quantization=quantization
+        "worker",
+        "unified",
+        model_dir,
+        "ipc://unused",
+        load_format="dummy",
+        quantization=quantization,
+        kv_dtype="fp8",
     )
-    whole, *halves = (
-        Engine(config, model, group)
-        for group in (RankGroup(), OnPaper(0, 2), OnPaper(1, 2))
-    )
+    whole, *halves = (Engine(config, model, group) for group in (RankGroup(), OnPaper(0, 2), OnPaper(1, 2)))
+    sizes = [engine.load(lambda done_bytes, total_bytes: None) for engine in (whole, *halves)]
+    half_bytes = rank_parameter_bytes(model, 2, "float32", quantization)
+    assert sizes == [rank_parameter_bytes(model, 1, "float32", quantization), half_bytes, half_bytes]
+    assert torch.equal(torch.cat([half.decoder.embedding for half in halves]), whole.decoder.embedding)
     for engine in (whole, *halves):
-        engine.load(lambda done_bytes, total_bytes: None)
-    assert torch.equal(
-        torch.cat([half.decoder.embedding for half in halves]), whole.decoder.embedding
-    )
+        engine.allocate_pool(1)
+    assert torch.equal(torch.cat([scales(half) for half in halves], dim=1), scales(whole))
     gates = [weights(half.decoder.layers[1].mlp.gate_up).chunk(2) for half in halves]
     joined = torch.cat([gate for gate, _ in gates] + [up for _, up in gates])
     assert torch.equal(joined, weights(whole.decoder.layers[1].mlp.gate_up))
     downs = [weights(half.decoder.layers[0].mlp.down) for half in halves]
     if quantization == "none":
         assert torch.equal(torch.cat(downs, dim=1), weights(whole.decoder.layers[0].mlp.down))
+
+
+def test_ranks_that_do_not_divide_the_model_are_refused(tmp_path: Path) -> None:
+    model_dir = make_checkpoint("qwen3", tmp_path / "model", heads=12, kv_heads=6, intermediate=96)
+    model = read_model_config(model_dir)
+    assert allowed_tp(model) == [1, 2]
+    config = WorkerConfig("worker", "unified", model_dir, "ipc://unused", tp=4)
+    message = r"--tp: 4 does not divide this model's 12 heads, 6 KV heads, .* \(allowed: 1, 2\)"
+    with pytest.raises(TensorParallelError, match=message):
+        plan_input_for(config, model, device_name="cpu", device_bytes=1 << 30)
+    plan = plan_input_for(replace(config, tp=2), model, device_name="cpu", device_bytes=1 << 30)
+    whole = plan_input_for(replace(config, tp=1), model, device_name="cpu", device_bytes=1 << 30)
+    assert plan.page_bytes * 2 == whole.page_bytes
+    norms_bytes = 4 * (64 * (2 * 2 + 1))
+    assert (plan.weights_bytes - norms_bytes) * 2 == whole.weights_bytes - norms_bytes
+
+
+def scales(engine: Engine) -> torch.Tensor:
+    """Of the KV in fp8, `[2, kv_heads]` of one layer."""
+    found = engine.pool.layer_scales(1)
+    assert found is not None
+    return found
 
 
 def weights(linear: Any) -> torch.Tensor:

@@ -65,7 +65,10 @@ def model_dir(tmp_path: Path) -> str:
         (["frobnicate"], "No such command 'frobnicate'"),
         (["worker", "MODEL", "--listen", "ipc:///x"], "--role is missing"),
         (["worker", "MODEL", "--role", "chief", "--listen", "ipc:///x"], "--role: 'chief' is not one of"),
-        (["worker", "MODEL", "--role", "decode", "--listen", "ipc:///x"], "--transfer: a decode worker needs the endpoint of each rank"),
+        (
+            ["worker", "MODEL", "--role", "decode", "--listen", "ipc:///x"],
+            "--transfer: a decode worker needs the endpoint of each rank's transfer process: 1, not 0",
+        ),
         (["worker", "MODEL", "--role", "unified", "--listen", "ipc://x"], "must be absolute"),
         (["worker", "MODEL", "--role", "unified", "--listen", "http://x"], "is not an endpoint"),
         (["worker", "MODEL", "--role", "unified", "--listen", "tcp://x:0"], "a port from 1 to 65535"),
