@@ -109,8 +109,13 @@ class CudaDevice:
         return bytes(buffer)
 
     def write(self, address: int, data: bytes) -> None:
-        """Fills device memory; returns when it is there."""
+        """Fills device memory; returns when it is there.
+
+        The copy of a few pages returns when the driver has taken the data, not when it has arrived, and
+        another process's stream waits for neither.
+        """
         self._call(self._driver.cuMemcpyHtoD(address, data, len(data)), "write")
+        self._call(self._driver.cuCtxSynchronize(), "write")
 
     # ------------------------------------------------------------ work
 

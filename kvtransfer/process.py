@@ -16,9 +16,9 @@ import os
 import secrets
 import time
 
-import psutil
 import zmq
 
+from kvtransfer.account import Account
 from kvtransfer.channel import ChannelKeys, Server
 from kvtransfer.codecs import PEER_MESSAGES, WORKER_COMMANDS, WORKER_EVENTS
 from kvtransfer.config import TransferConfig
@@ -37,7 +37,6 @@ from kvtransfer.messages import (
     KvGeometry,
     Ping,
     Refused,
-    Stats,
     TransferAddress,
     TransferSpans,
 )
@@ -50,7 +49,6 @@ from kvtransfer.staging import (
     DeviceStaging,
     HostStaging,
     StagingDoor,
-    device_bytes_of_this_process,
 )
 from kvtransfer.stop_signal import StopSignal
 from kvtransfer.worker_port import WorkerPort
@@ -90,7 +88,7 @@ class TransferProcess:
         self.epoch = secrets.randbelow(2**63 - 1) + 1
         keys = ChannelKeys.load(config.key_dir) if config.key_dir is not None else None
         size_bytes = config.slots * config.slot_bytes
-        self._device = device = CudaDevice(config.device_index) if config.device == "cuda" else None
+        device = CudaDevice(config.device_index) if config.device == "cuda" else None
         self._staging: HostStaging | DeviceStaging
         self._staging = HostStaging(size_bytes) if device is None else DeviceStaging(size_bytes, device)
         agent_name = f"{config.name}-{self.epoch:x}"
@@ -150,7 +148,7 @@ class TransferProcess:
             self._door = StagingDoor(config.staging_socket, self._staging.fd)
             self._poller.register(self._door.fileno(), zmq.POLLIN)
         self._stats_at_s = 0.0
-        self._self = psutil.Process()
+        self._account = Account(self.epoch, self._machine, self._writes, self._staging, device)
         self._stop: StopSignal | None = None
 
     # ------------------------------------------------------------ 4. serve
@@ -301,29 +299,10 @@ class TransferProcess:
 
     def _send_stats(self, now_s: float) -> None:
         self._stats_at_s = now_s + STATS_S
-        if not self._worker.send([self.stats(now_s)]) and self._worker.attached is not None:
+        peers = len(self._sources) + len(self._destinations)
+        if not self._worker.send([self._account.stats(peers, now_s)]) and self._worker.attached is not None:
             self._worker_lost(now_s)
             self._carry_out(now_s)
-
-    def stats(self, now_s: float) -> Stats:
-        machine, writes = self._machine, self._writes
-        device = self._device
-        return Stats(
-            epoch=self.epoch,
-            pid=os.getpid(),
-            counts=machine.pool.counts(),
-            open_sends=machine.sender.open_transfers,
-            open_receives=machine.receiver.open_transfers,
-            peers=len(self._sources) + len(self._destinations),
-            moved_bytes=writes.moved_bytes,
-            moved_segments=writes.moved_segments,
-            move_seconds=writes.move_seconds,
-            oldest_grant_age_s=machine.pool.oldest_grant_age_s(now_s),
-            dropped=dict(machine.outbox.drops),
-            resident_bytes=self._self.memory_info().rss,
-            staging_resident_bytes=self._staging.resident_bytes(),
-            device_bytes=None if device is None else device_bytes_of_this_process(device.uuid),
-        )
 
     def _limits(self, worker: AttachWorker | None) -> Limits:
         config = self.config

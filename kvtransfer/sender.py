@@ -15,6 +15,7 @@ were lent and not filled stay in quarantine until the worker gives them back: it
 
 from collections import OrderedDict
 
+from kvtransfer.lending import lend
 from kvtransfer.limits import Limits
 from kvtransfer.messages import (
     Aborted,
@@ -29,7 +30,7 @@ from kvtransfer.messages import (
 from kvtransfer.outbox import Destination, Outbox, Piece, Write
 from kvtransfer.peer_messages import Cancel, Closed, Grant, Offer, Written
 from kvtransfer.send import HELD_OFFERS, InFlight, Send, SendState, placed
-from kvtransfer.slots import Direction, SlotPool
+from kvtransfer.slots import SlotPool
 
 REMEMBERED_ENDS = 8192
 PIECES_A_WRITE = 2
@@ -235,27 +236,8 @@ class Sender:
         )
 
     def lend(self, now_s: float) -> None:
-        """Lends free slots against held grants, one at a time, to who has fewest, oldest first."""
-        pool, limits = self._pool, self.limits
-        wanting = [
-            t
-            for t in self._transfers.values()
-            if t.state is SendState.CONFIRMED and t.wants_slots()
-        ]
-        lent: dict[int, list[SlotUse]] = {}
-        while wanting and pool.free:
-            transfer = min(wanting, key=lambda t: len(t.lent))
-            moving = transfer.packed.tokens > 0
-            most = limits.slots_per_transfer if moving else limits.idle_slots_per_transfer
-            if len(transfer.lent) >= most:
-                wanting.remove(transfer)
-                continue
-            use = pool.take(transfer.transfer_id, Direction.SEND, now_s)
-            transfer.lent[use.slot] = use
-            lent.setdefault(transfer.transfer_id, []).append(use)
-            if not transfer.wants_slots():
-                wanting.remove(transfer)
-        for transfer_id, uses in lent.items():
+        """Lends free slots against held grants; the worker hears of them."""
+        for transfer_id, uses in lend(self._pool, self.limits, self._transfers.values(), now_s).items():
             self._out.to_worker.append(SendSlots(transfer_id, uses))
 
     # ------------------------------------------------------------ inner moves

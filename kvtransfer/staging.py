@@ -27,6 +27,7 @@ from kvtransfer.movers.base import Region
 log = logging.getLogger(__name__)
 
 MEMFD_NAME = "baton-staging"
+DEVICE_PAGE_BYTES = 2 << 20
 SMAPS = Path("/proc/self/smaps")
 
 
@@ -96,8 +97,10 @@ class DeviceStaging:
 
     def __init__(self, byte_count: int, device: CudaDevice) -> None:
         self._device = device
+        # The driver shares in whole pages: rounded up, no other allocation is shared with the buffer.
+        page_bytes = -(-byte_count // DEVICE_PAGE_BYTES) * DEVICE_PAGE_BYTES
         try:
-            self._address = device.allocate(byte_count, "the staging buffer")
+            self._address = device.allocate(page_bytes, "the staging buffer")
         except CudaError as error:
             raise TransferConfigError(
                 f"{error}; lower --staging-slots or --staging-slot-bytes, or the workers' --mem-fraction"

@@ -8,7 +8,6 @@ and what it makes necessary to send leaves as one frame for each worker.
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 from router.admission import Admission
 from router.candidates import candidates
@@ -17,9 +16,10 @@ from router.errors import ApiError
 from router.ids import draw_number
 from router.metrics import Metrics, Snapshot
 from router.migration import Journey, Leg
+from router.orders import Order
 from router.parameters import Limits
 from router.policy import Candidate, Pairing, place, place_decode, spare
-from router.requests import WITHOUT_DECODE, Flight, Output, Phase, Send, Times
+from router.requests import WITHOUT_DECODE, Flight, Phase, Send, Times
 from router.seats import Seat, Seats
 from router.traces import Traces
 from router.waiting import SWEEP_S, WaitingRoom
@@ -30,23 +30,11 @@ from services.messages import (
     PrefillDone,
     Report,
     Request,
-    Sampling,
     Tokens,
     TraceReply,
     Undelivered,
     Work,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """One prompt to run."""
-
-    prompt: list[int]
-    sampling: Sampling
-    choices: int
-    salt: bytes
-    output: Output
 
 
 class Dispatcher:
@@ -359,11 +347,13 @@ class Dispatcher:
                 flight.on_decode_started(worker, report, now_s)
             elif isinstance(report, Failed):
                 self._queue(flight.on_failed(worker, report, now_s))
+                self._settle(flight, now_s)
             elif isinstance(report, Undelivered):
                 self._queue(flight.on_undelivered(worker, report))
+                self._settle(flight, now_s)
             elif isinstance(report, TraceReply):
                 self.traces.on_reply(report)
-            if flight.ended or flight.phase in WITHOUT_DECODE:
+            if flight.ended:
                 self._settle(flight, now_s)
         if tokens:
             self._metrics.rate.add(tokens, now_s)

@@ -17,13 +17,14 @@ from router.answers import Heading, Sheet, StreamSheet, WholeSheet
 from router.bodies import BodyDecoder, ChatBody, CompletionBody, template_messages
 from router.call import Call
 from router.config import RouterConfig
-from router.dispatch import Dispatcher, Order
+from router.dispatch import Dispatcher
 from router.errors import ApiError, crashed
 from router.formats import frame
 from router.http import EVENT_STREAM, ClientGone, Receive, Response, Scope, Send, read_body
 from router.ids import draw_name, draw_number
 from router.metrics import Metrics
 from router.migration import Journey
+from router.orders import Order
 from router.parameters import (
     Limits,
     Options,

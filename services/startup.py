@@ -18,7 +18,7 @@ from services.engine.engine import Engine
 from services.engine.model_config import ModelConfig, read_model_config
 from services.kv_moves import KvMoves, OwnMoves, RankMoves
 from services.leading_engine import LeadingEngine
-from services.memory.estimate import plan_input_for
+from services.memory.estimate import plan_input_for, transfer_context_bytes
 from services.memory.measure import NotMeasurable, gpu_facts, gpu_process_bytes, host_phase, resident_bytes
 from services.memory.plan import Measured, MemoryPlan, plan_memory
 from services.rank_messages import RankMemory
@@ -78,7 +78,12 @@ def prepare(
     inputs = replace(plan.inputs, weights_bytes=weights_bytes, activation_bytes=activation_bytes)
     if transfer is not None:
         own = transfer.clients[0]
-        inputs = replace(inputs, staging_slots=own.slots, staging_slot_bytes=own.slot_bytes)
+        inputs = replace(
+            inputs,
+            staging_slots=own.slots,
+            staging_slot_bytes=own.slot_bytes,
+            transfer_context_bytes=transfer_context_bytes(config.device, own.attached.mover),
+        )
     plan = plan_memory(inputs)
     engine.cap_allocator(plan.worker_cap_bytes)
     with host_phase() as pooling:

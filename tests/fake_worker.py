@@ -170,6 +170,14 @@ class FakeWorker:
                 assert left_s > 0, f"{self.name}: waited for {count} {kind.__name__}, got {self.received}"
                 self._changed.wait(left_s)
 
+    @property
+    def busy(self) -> bool:
+        """Whether something given to `act` is still to be done."""
+        return not self._actions.empty()
+
+    def work_of(self, request_id: int) -> Work:
+        return self._works[request_id][1]
+
     def forget(self) -> None:
         """Empties `received`."""
         with self._changed:

@@ -11,13 +11,15 @@ buffer at once by the same device: the ceiling that slots are measured against.
 import argparse
 import json
 import os
+import queue
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TextIO, get_args
+from typing import IO, get_args
 
 from rich.console import Console
 from rich.table import Table
@@ -25,8 +27,10 @@ from rich.table import Table
 from kvtransfer.config import Device, MoverName
 from kvtransfer.cuda import CudaDevice
 from kvtransfer.errors import BatonTransferError
-from kvtransfer.movers.base import Mover, PieceOfWrite, Progress, Region
+from kvtransfer.movers.base import Mover, PieceOfWrite, Progress, Region, two_sided
 from kvtransfer.movers.cuda_ipc import CudaIpcMover
+from kvtransfer.movers.nccl import NcclMover
+from kvtransfer.movers.nccl_library import NcclLibrary
 from kvtransfer.movers.nixl import NixlMover
 from kvtransfer.staging import DeviceStaging, HostStaging
 
@@ -60,10 +64,12 @@ class Side:
         self.mover: Mover
         if mover == "nixl":
             self.mover = NixlMover(agent_name, same_host=self.gpu is None)
-        elif self.gpu is not None and self.ipc_handle is not None:
-            self.mover = CudaIpcMover(agent_name, self.gpu, self.ipc_handle)
+        elif self.gpu is None or self.ipc_handle is None:
+            raise SystemExit(f"--mover {mover} needs --device cuda")
+        elif mover == "nccl":
+            self.mover = NcclMover(agent_name, NcclLibrary(same_host=True), self.gpu)
         else:
-            raise SystemExit("--mover cuda_ipc needs --device cuda")
+            self.mover = CudaIpcMover(agent_name, self.gpu, self.ipc_handle)
         self.mover.register(self.staging.region)
 
     def offer(self) -> str:
@@ -85,16 +91,76 @@ class Side:
 
 
 def receive(side: Side) -> None:
-    """The other process: offer a buffer, then wait until the sender closes the pipe."""
+    """The other process: offer a buffer, then take part, where the mover wants that, until the sender closes
+    the pipe. A line is a note: who says it, and what."""
     print(side.offer(), flush=True)
-    sys.stdin.read()
+    taking_part = two_sided(side.mover)
+    if taking_part is None:
+        sys.stdin.read()
+    else:
+        lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+
+        def read() -> None:
+            for line in sys.stdin:
+                lines.put(line)
+            lines.put(None)
+
+        threading.Thread(target=read, daemon=True).start()
+        open_pipe = True
+        while open_pipe:
+            while not lines.empty():
+                line = lines.get()
+                if line is None:
+                    open_pipe = False
+                    break
+                peer, note = line.split()
+                taking_part.accept_source(peer)
+                taking_part.on_note(peer, bytes.fromhex(note))
+            taking_part.step()
     side.close()
 
 
+class Sender:
+    """The writing side: posts, and passes on what its mover has to say."""
+
+    def __init__(self, mover: Mover, peer: str, pipe: IO[str]) -> None:
+        self._mover, self._peer, self._pipe = mover, peer, pipe
+        self._taking_part = two_sided(mover)
+
+    def post(self, offset: int, byte_count: int) -> int:
+        handle = self._mover.post(self._peer, [PieceOfWrite(offset, offset, byte_count)])
+        self._say()
+        return handle
+
+    def done(self, handle: int) -> bool:
+        """Raises RuntimeError if the write has failed."""
+        if self._taking_part is not None:
+            self._say()
+            self._taking_part.step()
+        progress = self._mover.poll(handle)
+        if progress is Progress.FAILED:
+            raise RuntimeError(f"a write failed: {self._taking_part and self._taking_part.faults()}")
+        if progress is Progress.DONE:
+            self._mover.release(handle)
+        return progress is Progress.DONE
+
+    def _say(self) -> None:
+        notes = [] if self._taking_part is None else self._taking_part.notes()
+        for _, note in notes:
+            self._pipe.write(f"{self._mover.agent_name} {note.hex()}\n")
+        if notes:
+            self._pipe.flush()
+
+
 def moved_bytes_per_s(
-    mover: Mover, peer: str, buffer_bytes: int, slot_bytes: int, in_flight: int, seconds: float
+    sender: Sender, buffer_bytes: int, slot_bytes: int, in_flight: int, seconds: float
 ) -> float:
-    """Bytes a second with `in_flight` writes of `slot_bytes` each. Raises TimeoutError on a stall."""
+    """Bytes a second with `in_flight` writes of `slot_bytes` each, after one that opens the connection.
+    Raises TimeoutError on a stall."""
+    first, until_s = sender.post(0, slot_bytes), time.perf_counter() + DEADLINE_S
+    while not sender.done(first):
+        if time.perf_counter() > until_s:
+            raise TimeoutError(f"the first write did not end in {DEADLINE_S} s")
     places = buffer_bytes // slot_bytes
     started_s = time.perf_counter()
     posted = moved_bytes = 0
@@ -105,14 +171,10 @@ def moved_bytes_per_s(
             raise TimeoutError(f"a write of {slot_bytes} bytes did not end in {DEADLINE_S} s")
         while len(flying) < in_flight and elapsed_s < seconds:
             offset = posted % places * slot_bytes
-            flying.append(mover.post(peer, [PieceOfWrite(offset, offset, slot_bytes)]))
+            flying.append(sender.post(offset, slot_bytes))
             posted += 1
         for handle in list(flying):
-            progress = mover.poll(handle)
-            if progress is Progress.FAILED:
-                raise RuntimeError(f"a write of {slot_bytes} bytes failed")
-            if progress is Progress.DONE:
-                mover.release(handle)
+            if sender.done(handle):
                 flying.remove(handle)
                 moved_bytes += slot_bytes
     return moved_bytes / (time.perf_counter() - started_s)
@@ -122,27 +184,26 @@ def plain_copy_per_s(side: Side, ipc_handle: bytes | None) -> float:
     """Bytes a second of one copy of the whole buffer: within this process on a host, to the other process'
     buffer on a GPU. The best of some."""
     size_bytes = side.staging.region.byte_count
-    copy: Callable[[], None]
     if isinstance(side.staging, HostStaging):
-        view, target = side.staging.view, bytearray(size_bytes)
+        view, target = side.staging.view, memoryview(bytearray(size_bytes))
 
-        def copy() -> None:
+        def host_copy() -> None:
             target[:] = view
 
-        return size_bytes / min(_timed(copy) for _ in range(PLAIN_COPIES))
+        return size_bytes / min(_timed(host_copy) for _ in range(PLAIN_COPIES))
     gpu = side.gpu
     if gpu is None or ipc_handle is None:
         raise ValueError("a GPU's buffer has a handle")
     mapped, stream, event = gpu.import_memory(ipc_handle), gpu.new_stream(), gpu.new_event()
 
-    def copy() -> None:
+    def device_copy() -> None:
         gpu.copy(mapped, side.staging.region.address, size_bytes, stream)
         gpu.record(event, stream)
         while not gpu.reached(event):
             pass
 
     try:
-        return size_bytes / min(_timed(copy) for _ in range(PLAIN_COPIES))
+        return size_bytes / min(_timed(device_copy) for _ in range(PLAIN_COPIES))
     finally:
         gpu.drop_event(event)
         gpu.drop_stream(stream)
@@ -170,12 +231,11 @@ def measure(options: argparse.Namespace, slots: list[int], in_flight: list[int])
         handle = offer["ipc_handle"]
         plain = plain_copy_per_s(side, None if handle is None else bytes.fromhex(handle))
         side.mover.add_peer(offer["agent"], bytes.fromhex(offer["metadata"]), region)
+        sender = Sender(side.mover, offer["agent"], _pipe(receiver.stdin))
         rows = []
         for slot_bytes in slots:
             for count in in_flight:
-                rate = moved_bytes_per_s(
-                    side.mover, offer["agent"], size_bytes, slot_bytes, count, options.seconds
-                )
+                rate = moved_bytes_per_s(sender, size_bytes, slot_bytes, count, options.seconds)
                 rows.append(Row(slot_bytes, count, rate / 1e9))
         return plain, rows
     finally:
@@ -183,7 +243,7 @@ def measure(options: argparse.Namespace, slots: list[int], in_flight: list[int])
         receiver.communicate("", timeout=DEADLINE_S)
 
 
-def _pipe(pipe: TextIO | None) -> TextIO:
+def _pipe(pipe: IO[str] | None) -> IO[str]:
     if pipe is None:
         raise RuntimeError("the receiver has no pipe")
     return pipe
@@ -198,7 +258,7 @@ def _counts(text: str) -> list[int]:
 
 
 def main() -> None:
-    movers = [name for name in get_args(MoverName) if name in ("nixl", "cuda_ipc")]
+    movers = [name for name in get_args(MoverName) if name != "auto"]
     parser = argparse.ArgumentParser(prog="python -m deploy.bench.mover", description=__doc__.splitlines()[0])
     parser.add_argument("--mover", choices=movers, default="nixl")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the buffers lie")

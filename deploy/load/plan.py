@@ -60,10 +60,10 @@ class Sizes:
 
 
 def drawn_sizes(inputs: Lengths, outputs: Lengths, count: int, seed: int) -> list[Sizes]:
-    """The same for every rate."""
-    random = np.random.default_rng((seed, 1))
-    drawn = zip(inputs.draw(count, random), outputs.draw(count, random), strict=True)
-    return [Sizes(int(given), int(made)) for given, made in drawn]
+    """The same for every rate; more of them begin with the same."""
+    given, made = (np.random.default_rng((seed, which)) for which in (1, 2))
+    drawn = zip(inputs.draw(count, given), outputs.draw(count, made), strict=True)
+    return [Sizes(int(prompt), int(answer)) for prompt, answer in drawn]
 
 
 def trace_sizes(requests: Sequence[TraceRequest], shrink: int) -> list[Sizes]:

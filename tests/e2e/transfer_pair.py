@@ -43,8 +43,15 @@ class TransferPair:
         self.directory = directory
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
-    def start(self, name: str, device: str = "cpu", gpu: int = 0, mover: str = "auto") -> None:
-        arguments = [str(self.directory), name, str(SLOTS), str(SLOT_BYTES), device, str(gpu), mover]
+    def start(
+        self,
+        name: str,
+        device: str = "cpu",
+        gpu: int = 0,
+        mover: str = "auto",
+        slot_bytes: int = SLOT_BYTES,
+    ) -> None:
+        arguments = [str(self.directory), name, str(SLOTS), str(slot_bytes), device, str(gpu), mover]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         self.processes[name] = subprocess.Popen(
             [sys.executable, "-c", PROGRAM, *arguments], env=environment

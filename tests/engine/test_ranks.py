@@ -49,7 +49,7 @@ def sequences_of(sampling: Sampling) -> list[Sequence]:
 
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
 def test_two_ranks_give_the_tokens_of_one(family: Any, tmp_path: Path) -> None:
-    """qwen3: norms of heads, an output matrix of its own; llama: biases that only one rank may add, a tied one."""
+    """qwen3: norms of heads, an output matrix; llama: a tied one, and biases that only one rank may add."""
     special: dict[str, Any] = {
         "qwen3": {},
         "llama": {"attention_bias": True, "mlp_bias": True, "sharded": True, "tied": True},

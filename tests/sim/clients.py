@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from router.dispatch import Dispatcher, Order
+from router.dispatch import Dispatcher
 from router.errors import ApiError
+from router.orders import Order
 from router.requests import Flight
 from services.messages import PrefillDone, Sampling, Tokens
 from tests.sim.engine import EOS, continuation

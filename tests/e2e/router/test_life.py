@@ -233,3 +233,31 @@ def test_a_bad_start_is_one_message(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", START, json.dumps(given)], capture_output=True, text=True)
     assert done.returncode != 0
     assert f"RouterConfigError: {tmp_path} has no tokenizer: looked for tokenizer.json" in done.stderr
+
+
+def test_a_router_that_was_stopped_reads_before_it_judges(model_dir: Path, tmp_path: Path) -> None:
+    """Its workers were not silent; only it was not listening."""
+    with small_cluster(model_dir, tmp_path, worker_timeout_s=0.5) as cluster:
+        cluster.use(Script(answers=[[39, 40, 41, 42]], hold_decode=True))
+        connection = open_request(cluster.router, {"prompt": "a", "max_tokens": 4})
+        join = cluster.decode.wait_for(Join)[0]
+        pid = cluster.router.process.pid
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            threading.Event().wait(1.5)  # longer than the timeout: that is what is tested
+            for worker in (cluster.prefill, cluster.decode):
+                worker.say([worker.status(None)])
+            until(lambda: not cluster.decode.busy, "both have said so")
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        work = cluster.decode.work_of(join.request_id)
+        cluster.decode.act(lambda: cluster.decode.decode(work, join.first_tokens))
+        received = b""
+        while b"completion_tokens" not in received:
+            part = connection.recv(1 << 16)
+            assert part, received
+            received += part
+        connection.close()
+        assert cluster.prefill.of(Prefill) == cluster.prefill.wait_for(Prefill)
+        with cluster.router.http() as http:
+            assert "baton_migrations_total{" not in http.get("/metrics").text

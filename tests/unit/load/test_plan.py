@@ -55,6 +55,15 @@ def test_the_same_seed_makes_the_same_load_and_another_rate_other_prompts() -> N
     assert not {tuple(a["prompt"]) for a in bodies(one)} & {tuple(a["prompt"]) for a in bodies(fast)}
 
 
+def test_a_longer_run_begins_with_the_same_lengths() -> None:
+    given = {"rates": (2.0,), "warm_up": 0, "input_tokens": parse_lengths("uniform:1:99")}
+    given["output_tokens"] = parse_lengths("uniform:1:99")
+    short, long = rate_load(**given, requests=10), rate_load(**given, requests=50)
+    assert [(one.input_tokens, one.output_tokens) for one in long.planned[:10]] == [
+        (one.input_tokens, one.output_tokens) for one in short.planned
+    ]
+
+
 def test_a_trace_at_its_own_speed_and_at_another(tmp_path: Path) -> None:
     file = written(tmp_path / "t", *MOONCAKE)
     own = rate_load(trace=file, arrivals="trace", warm_up=1)
