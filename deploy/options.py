@@ -18,7 +18,6 @@ from deploy.values import (
     power_of_two,
     seconds,
     slot_bytes,
-    tensor_parallel,
     text,
 )
 from kvtransfer.config import MoverName
@@ -66,7 +65,7 @@ class EngineSettings:
         512, integer(0, 1 << 17), "A long prompt's last chunk on a prefill worker; 0 leaves it as it comes."
     )
     tp: int = setting(
-        1, tensor_parallel, "Ranks of one worker; only 1 is supported.", "--tensor-parallel-size"
+        1, integer(1, 64), "Ranks of one worker, each with a device.", "--tensor-parallel-size"
     )
 
 
@@ -141,6 +140,8 @@ class ServeSettings(HttpSettings, StagingSettings, MoverSettings, EngineSettings
     prefill: int | None = setting(None, _count, "Prefill workers. (default: 1, or 0 with --unified)")
     decode: int | None = setting(None, _count, "Decode workers. (default: 1, or 0 with --unified)")
     unified: int = setting(0, _count, "Workers that do both.")
+    prefill_tp: int | None = setting(None, integer(1, 64), "Ranks of a prefill worker. (default: --tp)")
+    decode_tp: int | None = setting(None, integer(1, 64), "Ranks of a decode worker. (default: --tp)")
     prefix_cache: bool = setting(True, flag, "Reuse the KV of common prefixes.", switch=True)
     drain_timeout: float = setting(30.0, seconds(0, 3600), "Seconds that running requests get at the end.")
 
@@ -160,9 +161,11 @@ class WorkerSettings(ChildSettings, StagingSettings, EngineSettings):
         choice("prefill", "decode", "unified"), "What the worker does: prefill, decode or unified."
     )
     listen: str = required(endpoint, "Endpoint for routers: ipc:///path or tcp://host:port.")
-    transfer: str | None = setting(None, endpoint, "Endpoint of this worker's transfer process.")
+    transfer: tuple[str, ...] = setting(
+        (), endpoint, "Endpoint of a rank's transfer process; once for each rank, in order.", many=True
+    )
     name: str | None = setting(None, text, "Name in logs and metrics. (default: the role)")
-    device_index: int = setting(0, integer(0, 1023), "Which GPU.")
+    device_index: int = setting(0, integer(0, 1023), "Which GPU; with --tp, the first of them.")
     max_queue: int = setting(1024, integer(1, 1 << 20), "Requests waiting; more are refused.")
     prefix_cache: bool = setting(True, flag, "Reuse the KV of common prefixes.", switch=True)
     key_dir: Path | None = setting(None, path, "CURVE keys for tcp:// endpoints.")

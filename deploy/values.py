@@ -104,13 +104,6 @@ def slot_bytes(value: str) -> int:
     return size_bytes
 
 
-def tensor_parallel(value: str) -> int:
-    number = integer(1, 1024)(value)
-    if number != 1:
-        raise ValueError(f"{number} is not supported; only 1 is supported")
-    return number
-
-
 def endpoint(value: str) -> str:
     """A ZMQ address: `ipc:///path` or `tcp://host:port`, with an optional `#key-name` on tcp."""
     scheme, separator, rest = value.partition("://")

@@ -63,6 +63,8 @@ class TransferLost:
     Slots named before must not be touched, nor `freed`."""
 
     old_epoch: int
+    rank: int = 0
+    """The rank whose process it was."""
 
 
 WorkerEvent = TransferEvent | TransferLost | TransferSpans
@@ -83,6 +85,7 @@ class TransferClient:
 
     `packs_idle`, which the worker sets, says whether no pack is running whose transfer has ended. Slots that
     were lent for such a transfer go back, by `flush`, only when it says so.
+    Of a worker of several ranks, it serves rank `rank` of `tp`; without `maps`, the rank maps the buffer.
     """
 
     def __init__(
@@ -93,9 +96,13 @@ class TransferClient:
         *,
         keys: ChannelKeys | None = None,
         timeout_s: float = 30.0,
+        rank: int = 0,
+        tp: int = 1,
+        maps: bool = True,
         packs_idle: Callable[[], bool] = _always,
     ) -> None:
         self._worker_epoch, self._geometry = worker_epoch, geometry
+        self._rank, self._tp, self._maps = rank, tp, maps
         self.packs_idle = packs_idle
         self._dropped: dict[str, int] = {}
         self._link: Link[Event, Command] = Link(
@@ -158,7 +165,7 @@ class TransferClient:
 
     @property
     def tokens_per_slot(self) -> int:
-        return tokens_per_slot(self._geometry, self.attached.slot_bytes)
+        return tokens_per_slot(self._geometry, self.attached.slot_bytes, self._tp)
 
     @property
     def staging(self) -> memoryview | None:
@@ -176,10 +183,16 @@ class TransferClient:
     # ------------------------------------------------------------ commands
 
     def open_receive(
-        self, transfer_id: int, source: TransferAddress, start_token: int, end_token: int, deadline_s: float
+        self,
+        transfer_id: int,
+        source: TransferAddress,
+        start_token: int,
+        end_token: int,
+        deadline_s: float,
+        kv_heads: int = 0,
     ) -> None:
         self._book.open_receive(transfer_id)
-        self._queue(OpenReceive(transfer_id, source, start_token, end_token, deadline_s))
+        self._queue(OpenReceive(transfer_id, source, start_token, end_token, deadline_s, kv_heads))
 
     def open_send(self, transfer_id: int, deadline_s: float) -> None:
         self._book.open_send(transfer_id)
@@ -298,14 +311,14 @@ class TransferClient:
 
     def _ask(self, now_s: float) -> None:
         self._asked_at_s = now_s
-        self._link.send([AttachWorker(self._worker_epoch, self._geometry, VERSION)])
+        self._link.send([AttachWorker(self._worker_epoch, self._geometry, VERSION, self._rank, self._tp)])
 
     def _on_attached(self, event: Attached) -> None:
         if self._attached is not None:
             self._on_drop("attached_twice")
             return
         self._unmap()
-        if event.staging_socket is not None:
+        if event.staging_socket is not None and self._maps:
             try:
                 size_bytes = event.slots * event.slot_bytes
                 self._map = receive_staging(Path(event.staging_socket), size_bytes, timeout_s=2.0)
@@ -322,7 +335,7 @@ class TransferClient:
     def _lose(self) -> list[WorkerEvent]:
         if self._attached is None:
             return []
-        lost = TransferLost(self._attached.address.epoch)
+        lost = TransferLost(self._attached.address.epoch, self._rank)
         self._attached = None
         self.last_stats = None
         self._book.clear()

@@ -61,6 +61,11 @@ class Destinations:
         peer = self._by_epoch.get(destination)
         return None if peer is None else peer.hello.agent_name
 
+    def slot_bytes(self, destination: Destination) -> int | None:
+        """The size of a connected peer's slots."""
+        peer = self._by_epoch.get(destination)
+        return None if peer is None else peer.hello.slot_bytes
+
     def receive(self, now_s: float) -> None:
         for identity, messages in self._server.receive():
             for message in messages:

@@ -13,9 +13,7 @@ def lend(
 ) -> dict[int, list[SlotUse]]:
     """Takes free slots for confirmed transfers, each slot against one of its grants: one at a time, to who
     has fewest, oldest first. The slots by transfer."""
-    wanting = [
-        t for t in transfers if t.state is SendState.CONFIRMED and t.wants_slots(limits.tokens_per_slot)
-    ]
+    wanting = [t for t in transfers if t.state is SendState.CONFIRMED and t.wants_slots()]
     lent: dict[int, list[SlotUse]] = {}
     while wanting and pool.free:
         transfer = min(wanting, key=lambda t: len(t.lent))
@@ -27,6 +25,6 @@ def lend(
         use = pool.take(transfer.transfer_id, Direction.SEND, now_s)
         transfer.lent[use.slot] = use
         lent.setdefault(transfer.transfer_id, []).append(use)
-        if not transfer.wants_slots(limits.tokens_per_slot):
+        if not transfer.wants_slots():
             wanting.remove(transfer)
     return lent

@@ -31,6 +31,9 @@ Generation = Annotated[int, Meta(ge=1, le=2**63 - 1)]
 TokenIndex = Annotated[int, Meta(ge=0, lt=2**31)]
 ByteCount = Annotated[int, Meta(ge=0, lt=2**40)]
 Checksum = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+HeadCount = Annotated[int, Meta(ge=0, le=4096)]
+RankIndex = Annotated[int, Meta(ge=0, lt=1024)]
+RankCount = Annotated[int, Meta(ge=1, le=1024)]
 Address = Annotated[str, Meta(min_length=1, max_length=512)]
 Reason = Annotated[str, Meta(max_length=1024)]
 
@@ -112,19 +115,23 @@ SlotUses = Annotated[list[SlotUse], Meta(max_length=MAX_SEGMENTS_PER_MESSAGE)]
 class AttachWorker(Struct, frozen=True, tag="attach", forbid_unknown_fields=True):
     """First message of a worker, and again whenever the transfer process says `NotAttached`.
 
-    A new `worker_epoch` ends every transfer of the worker's former life.
+    A new `worker_epoch` ends every transfer of the worker's former life. `geometry` is that of the whole
+    model; this process serves rank `rank` of the worker's `tp`, which has its share of the heads.
     """
 
     worker_epoch: Epoch
     geometry: KvGeometry
     version: Annotated[str, Meta(max_length=64)] = "unknown"
     """Of the worker. A transfer process of another one refuses it."""
+    rank: RankIndex = 0
+    tp: RankCount = 1
 
 
 class OpenReceive(Struct, frozen=True, tag="open_receive", forbid_unknown_fields=True):
     """Pages are reserved for tokens `[start_token, end_token)`: have `source` push them.
 
     An empty range is legal (everything was in the prefix cache): it only confirms the reservation.
+    `kv_heads` is how many heads of the rank travel; 0: all.
     """
 
     transfer_id: TransferId
@@ -132,6 +139,7 @@ class OpenReceive(Struct, frozen=True, tag="open_receive", forbid_unknown_fields
     start_token: TokenIndex
     end_token: TokenIndex
     deadline_s: Annotated[float, Meta(gt=0, le=86400)]
+    kv_heads: HeadCount = 0
 
 
 class OpenSend(Struct, frozen=True, tag="open_send", forbid_unknown_fields=True):
@@ -215,11 +223,15 @@ class NotAttached(Struct, frozen=True, tag="not_attached", forbid_unknown_fields
 
 
 class SendConfirmed(Struct, frozen=True, tag="send_confirmed", forbid_unknown_fields=True):
-    """The destination has pages; it lacks tokens `[start_token, end_token)`."""
+    """The destination, a rank of `tp`, has pages; it lacks tokens `[start_token, end_token)` of `kv_heads`
+    heads. A segment of them has at most `segment_tokens`, which fit a slot on both sides."""
 
     transfer_id: TransferId
     start_token: TokenIndex
     end_token: TokenIndex
+    kv_heads: HeadCount
+    segment_tokens: Annotated[int, Meta(ge=1, lt=2**31)]
+    tp: RankCount
 
 
 class SendSlots(Struct, frozen=True, tag="send_slots", forbid_unknown_fields=True):

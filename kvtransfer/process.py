@@ -34,6 +34,7 @@ from kvtransfer.messages import (
     Attached,
     AttachWorker,
     Command,
+    KvGeometry,
     Ping,
     Refused,
     TransferAddress,
@@ -199,7 +200,9 @@ class TransferProcess:
                 self._sources.connect(address, now_s)
             writes, out.writes = out.writes, []
             for write in writes:
-                self._writes.post(write, self._destinations.agent(write.destination), now_s)
+                peer = write.destination
+                agent, slot_bytes = self._destinations.agent(peer), self._destinations.slot_bytes(peer)
+                self._writes.post(write, agent, now_s, slot_bytes)
             if writes:
                 self._destinations.send_notes(now_s)
                 self._writes.poll(time.monotonic())
@@ -272,7 +275,7 @@ class TransferProcess:
         except TransferConfigError as error:
             self._worker.refuse(str(error))
             return
-        if former is not None and former.geometry != command.geometry:
+        if former is not None and _shape(former) != _shape(command):
             self._destinations.lose_all("the worker's KV has another shape now", now_s)
             self._sources.lose_all("the worker's KV has another shape now", now_s)
         self._machine.set_limits(limits)
@@ -303,8 +306,10 @@ class TransferProcess:
 
     def _limits(self, worker: AttachWorker | None) -> Limits:
         config = self.config
-        geometry = worker.geometry if worker is not None else None
-        return Limits.of(geometry, config.slots, config.slot_bytes, config.share, config.transfer_timeout_s)
+        geometry, tp = (worker.geometry, worker.tp) if worker is not None else (None, 1)
+        return Limits.of(
+            geometry, config.slots, config.slot_bytes, config.share, config.transfer_timeout_s, tp
+        )
 
     def _hello(self, expected_epoch: int | None) -> PeerHello | None:
         worker, region = self._worker.attached, self._staging.region
@@ -322,6 +327,8 @@ class TransferProcess:
             agent_metadata=self._metadata,
             base_address=region.address,
             device_id=region.device_id,
+            rank=worker.rank,
+            tp=worker.tp,
         )
 
     def _watch(self, link: PeerLink) -> None:
@@ -359,3 +366,8 @@ class TransferProcess:
         self._peer_server.close()
         self._mover.close()
         self._staging.close()
+
+
+def _shape(worker: AttachWorker) -> tuple[KvGeometry, int, int]:
+    """What peers were told of a worker in their greeting."""
+    return worker.geometry, worker.rank, worker.tp

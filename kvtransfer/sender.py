@@ -91,7 +91,7 @@ class Sender:
                 self._out.drops["filled_late"] += 1
             elif transfer is None or transfer.lent.get(segment.slot) != use:
                 self._out.drops["filled_not_lent"] += 1
-            elif (fault := transfer.fault(segment, self.limits)) is not None:
+            elif (fault := transfer.fault(segment)) is not None:
                 self._out.drops[fault] += 1
                 self._abandon(local, now_s)
                 self._fail(transfer, f"the worker's segment is {fault}", now_s)
@@ -151,11 +151,11 @@ class Sender:
                 return
             transfer = Send(message.transfer_id, SendState.OFFERED, now_s + self.limits.offer_hold_s)
             self._transfers[message.transfer_id] = transfer
-        elif transfer.state is not SendState.WAITING or message.end_token < message.start_token:
+        elif transfer.state is not SendState.WAITING or self._is_bad(message):
             self._out.drops["offer_twice"] += 1
             return
         transfer.destination = destination
-        transfer.start_token, transfer.end_token = message.start_token, message.end_token
+        transfer.offered(message, self.limits)
         if transfer.state is SendState.WAITING:
             self._confirm(transfer)
 
@@ -263,14 +263,24 @@ class Sender:
     def _refusal(self, message: Offer) -> str | None:
         if message.transfer_id in self._ended:
             return "the source has given it up"
-        if message.end_token < message.start_token:
-            return "end_token lies before start_token"
+        if self._is_bad(message):
+            return f"no tokens [{message.start_token}, {message.end_token}) of {message.kv_heads} heads here"
         if len(self._transfers) >= self.limits.max_transfers:
             return "too many open transfers"
         return None
 
+    def _is_bad(self, offer: Offer) -> bool:
+        return offer.end_token < offer.start_token or offer.kv_heads > self.limits.kv_heads
+
     def _confirm(self, transfer: Send) -> None:
-        confirmed = SendConfirmed(transfer.transfer_id, transfer.start_token, transfer.end_token)
+        confirmed = SendConfirmed(
+            transfer.transfer_id,
+            transfer.start_token,
+            transfer.end_token,
+            transfer.kv_heads,
+            transfer.segment_tokens,
+            transfer.tp,
+        )
         self._out.to_worker.append(confirmed)
         if transfer.state is SendState.EARLY_COMMITTED:
             self._out.to_worker.append(SendCommitted(transfer.transfer_id))

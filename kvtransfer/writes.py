@@ -47,13 +47,18 @@ class Writes:
     def __len__(self) -> int:
         return len(self._posted)
 
-    def post(self, write: Write, agent: str | None, now_s: float) -> None:
-        """Starts a write to the peer's `agent`; None: the peer is not connected any more."""
+    def post(
+        self, write: Write, agent: str | None, now_s: float, remote_slot_bytes: int | None = None
+    ) -> None:
+        """Starts a write to the peer's `agent`; None: the peer is not connected any more. Its slots are of
+        `remote_slot_bytes`, or of the size of ours."""
         if agent is None:
             self._sender.write_failed(write.write_id, "the destination is not connected", now_s)
             return
-        size = self._slot_bytes
-        pieces = [PieceOfWrite(p.local_slot * size, p.remote_slot * size, p.byte_count) for p in write.pieces]
+        size, remote = self._slot_bytes, remote_slot_bytes or self._slot_bytes
+        pieces = [
+            PieceOfWrite(p.local_slot * size, p.remote_slot * remote, p.byte_count) for p in write.pieces
+        ]
         try:
             handle = self._mover.post(agent, pieces)
         except MoverError as error:

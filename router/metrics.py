@@ -165,8 +165,13 @@ def _worker_families(statuses: Iterable[tuple[str, Status]]) -> Iterable[Metric]
         add("baton_worker_open_transfers", ["receive"], status.open_receives)
         add("baton_worker_tokens_per_second", ["prompt"], status.prompt_tokens_per_s)
         add("baton_worker_tokens_per_second", ["output"], status.output_tokens_per_s)
-        for entry in status.ledger.entries:
-            labels = [entry.process, entry.name, str(entry.inside).lower()]
+        ledgers = enumerate([status.ledger, *status.rank_ledgers])
+        for process, entry in (
+            (entry.process if rank == 0 else f"{entry.process}-{rank}", entry)
+            for rank, ledger in ledgers
+            for entry in ledger.entries
+        ):
+            labels = [process, entry.name, str(entry.inside).lower()]
             add("baton_worker_memory_bytes", [*labels, "planned"], entry.planned_bytes)
             if entry.measured_bytes is not None:
                 add("baton_worker_memory_bytes", [*labels, "measured"], entry.measured_bytes)

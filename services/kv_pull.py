@@ -16,11 +16,10 @@ from dataclasses import dataclass, field
 from kvtransfer.client import TransferClient
 from kvtransfer.messages import Arrived, Segment, SlotUse, TransferAddress
 from kvtransfer.spans import Spans
-from services.engine.engine import Engine
 from services.engine.errors import ChecksumMismatch
 from services.engine.moves import Mark, Move
+from services.kv_moves import KvMoves
 from services.scheduler.sequence import Sequence
-from services.staging import Staging
 
 
 @dataclass(slots=True, eq=False)
@@ -32,6 +31,7 @@ class Incoming:
     sequence: Sequence
     missing_tokens: int
     reserved: Mark | None = None
+    heads: range = range(0)
     first_arrival_s: float | None = None
     transfer_s: float = 0.0
 
@@ -54,17 +54,13 @@ class Settled:
 
 
 class KvPull:
+    """Of one rank. A transfer here is a part of one, where a worker has several ranks."""
+
     def __init__(
-        self,
-        engine: Engine,
-        client: TransferClient,
-        staging: Staging,
-        clock: Callable[[], float],
-        spans: Spans,
+        self, moves: KvMoves, client: TransferClient, clock: Callable[[], float], spans: Spans
     ) -> None:
-        self._engine = engine
+        self._moves = moves
         self._client = client
-        self._staging = staging
         self._clock = clock
         self._spans = spans
         self._incoming: dict[int, Incoming] = {}
@@ -85,14 +81,17 @@ class KvPull:
         return bool(self._unpacking)
 
     def open(
-        self, sequence: Sequence, transfer_id: int, source: TransferAddress, deadline_s: float
+        self, sequence: Sequence, transfer_id: int, source: TransferAddress, deadline_s: float, heads: range
     ) -> Incoming:
-        """Ask for what the prefix cache does not have; an empty range only confirms the reservation."""
+        """Ask for these of the rank's heads of what the prefix cache does not have; an empty
+        range only confirms the reservation."""
         end_token = sequence.prompt_tokens
         missing_tokens = end_token - sequence.cached_tokens
-        incoming = Incoming(transfer_id, sequence, missing_tokens, self._engine.mark())
+        incoming = Incoming(transfer_id, sequence, missing_tokens, self._moves.mark(), heads)
         self._incoming[transfer_id] = incoming
-        self._client.open_receive(transfer_id, source, sequence.cached_tokens, end_token, deadline_s)
+        self._client.open_receive(
+            transfer_id, source, sequence.cached_tokens, end_token, deadline_s, len(heads)
+        )
         if missing_tokens == 0:
             self._finish(incoming)
         return incoming
@@ -106,13 +105,14 @@ class KvPull:
         if incoming.first_arrival_s is None:
             incoming.first_arrival_s = self._clock()
         for segment in event.segments:
-            move = self._engine.unpack(
+            move = self._moves.unpack(
                 incoming.sequence.pages,
                 segment.start_token,
                 segment.token_count,
-                self._staging.slot(segment.slot)[: segment.byte_count],
+                segment.slot,
                 segment.checksum is not None,
                 incoming.reserved,
+                incoming.heads,
             )
             self._unpacking.append(Unpacking(incoming, segment, move, self._clock()))
 
@@ -169,7 +169,7 @@ class KvPull:
         """Their pages may be given away now, and written by a step that must not overtake the unpacks."""
         running = [one.move for one in self._unpacking if one.incoming in ended]
         if running:
-            self._engine.hold_steps(running[-1])
+            self._moves.hold_steps(running[-1])
 
     def _finish(self, incoming: Incoming) -> None:
         del self._incoming[incoming.transfer_id]

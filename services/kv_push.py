@@ -15,10 +15,9 @@ from dataclasses import dataclass, field
 from kvtransfer.client import TransferClient
 from kvtransfer.messages import Segment, SendConfirmed, SendSlots, SlotUse
 from kvtransfer.spans import Spans
-from services.engine.engine import Engine
 from services.engine.moves import Mark, Move
+from services.kv_moves import KvMoves
 from services.scheduler.sequence import Chunk, Sequence
-from services.staging import Staging
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +33,8 @@ class Packing:
 
 @dataclass(slots=True, eq=False)
 class Outgoing:
-    """One transfer. `next_token` is the first one not packed yet; `end_token` is set once confirmed.
+    """One transfer. `next_token` is the first one not packed yet; `end_token`, `heads` (counted
+    within the rank) and `segment_tokens`, the most that fit a slot, are set once confirmed.
 
     `marks` are `(end token, mark)` of the steps that compute the sequence in `pages`.
     """
@@ -43,6 +43,8 @@ class Outgoing:
     sequence: Sequence
     next_token: int = 0
     end_token: int = 0
+    heads: range = range(0)
+    segment_tokens: int = 0
     slots: deque[SlotUse] = field(default_factory=deque)
     packing: deque[Packing] = field(default_factory=deque)
     pages: list[int] = field(default_factory=list)
@@ -65,21 +67,17 @@ class Outgoing:
 
 
 class KvPush:
+    """Of one rank. A transfer here is a part of one, where a worker has several ranks."""
+
     def __init__(
-        self,
-        engine: Engine,
-        client: TransferClient,
-        staging: Staging,
-        clock: Callable[[], float],
-        spans: Spans,
+        self, moves: KvMoves, client: TransferClient, clock: Callable[[], float], spans: Spans
     ) -> None:
-        self._engine = engine
+        self._moves = moves
         self._client = client
-        self._staging = staging
         self._clock = clock
         self._spans = spans
         self._outgoing: dict[int, Outgoing] = {}
-        self._of_request: dict[int, Outgoing] = {}
+        self._of_request: dict[int, list[Outgoing]] = {}
         self._given_up: deque[Packing] = deque()
         """Packs that ran when their transfers ended: their slots go back once they are done."""
         client.packs_idle = self._given_up_are_done
@@ -95,15 +93,16 @@ class KvPush:
     def open(self, sequence: Sequence, transfer_id: int, deadline_s: float) -> None:
         outgoing = Outgoing(transfer_id, sequence)
         self._outgoing[transfer_id] = outgoing
-        self._of_request[sequence.work.request_id] = outgoing
+        self._of_request.setdefault(sequence.work.request_id, []).append(outgoing)
         self._client.open_send(transfer_id, deadline_s)
 
-    def confirmed(self, event: SendConfirmed) -> bool:
+    def confirmed(self, event: SendConfirmed, heads: range) -> bool:
         """The destination's pages are reserved; False for a transfer that has ended here."""
         outgoing = self._outgoing.get(event.transfer_id)
         if outgoing is None or event.end_token != outgoing.sequence.prompt_tokens:
             return False
         outgoing.next_token, outgoing.end_token = event.start_token, event.end_token
+        outgoing.heads, outgoing.segment_tokens = heads, event.segment_tokens
         return True
 
     def lend(self, event: SendSlots) -> None:
@@ -115,15 +114,14 @@ class KvPush:
     def launched(self, chunks: list[Chunk], mark: Mark | None) -> None:
         """A step with these chunks is queued; `mark` passes when it is done."""
         for chunk in chunks:
-            outgoing = self._of_request.get(chunk.sequence.work.request_id)
-            if outgoing is not None and outgoing.sequence is chunk.sequence:
-                outgoing.launched(chunk.start + chunk.count, mark)
+            for outgoing in self._of_request.get(chunk.sequence.work.request_id, ()):
+                if outgoing.sequence is chunk.sequence:
+                    outgoing.launched(chunk.start + chunk.count, mark)
 
     def computed(self, chunks: list[Chunk], start_s: float, end_s: float) -> None:
         """A step with these chunks ran from `start_s` to `end_s`."""
         for chunk in chunks:
-            outgoing = self._of_request.get(chunk.sequence.work.request_id)
-            if outgoing is not None:
+            for outgoing in self._of_request.get(chunk.sequence.work.request_id, ()):
                 self._spans.note(outgoing.transfer_id, "compute", chunk.start, chunk.count, start_s, end_s)
 
     def pack(self) -> int:
@@ -157,7 +155,10 @@ class KvPush:
         if outgoing is None:
             return
         request_id = outgoing.sequence.work.request_id
-        if self._of_request.get(request_id) is outgoing:
+        left = [one for one in self._of_request[request_id] if one is not outgoing]
+        if left:
+            self._of_request[request_id] = left
+        else:
             del self._of_request[request_id]
         self._give_up(outgoing)
         if abort_reason is not None:
@@ -174,15 +175,16 @@ class KvPush:
         sequence, packed = outgoing.sequence, 0
         ready = min(sequence.computed_tokens, outgoing.end_token)
         while outgoing.slots and outgoing.next_token < ready:
-            start, count = outgoing.next_token, min(ready - outgoing.next_token, self._client.tokens_per_slot)
+            start, count = outgoing.next_token, min(ready - outgoing.next_token, outgoing.segment_tokens)
             use = outgoing.slots.popleft()
-            move = self._engine.pack(
+            move = self._moves.pack(
                 sequence.pages,
                 start,
                 count,
-                self._staging.slot(use.slot),
+                use.slot,
                 self._client.checksum,
                 outgoing.mark_of(start + count),
+                outgoing.heads,
             )
             outgoing.packing.append(Packing(use, start, count, move, self._clock()))
             outgoing.next_token += count
@@ -192,7 +194,7 @@ class KvPush:
     def _give_up(self, outgoing: Outgoing) -> None:
         """Its pages may be given away now, and written by a step that must not overtake the packs."""
         if outgoing.packing:
-            self._engine.hold_steps(outgoing.packing[-1].move)
+            self._moves.hold_steps(outgoing.packing[-1].move)
             self._given_up.extend(outgoing.packing)
             outgoing.packing.clear()
 

@@ -15,7 +15,7 @@ from msgspec import Meta, Struct
 
 from kvtransfer.messages import Span as Span
 from kvtransfer.messages import SpanList
-from kvtransfer.messages import TransferAddress as TransferAddress
+from kvtransfer.messages import TransferAddress as RankAddress
 
 VERSION = version("baton")
 """Routers and workers of different versions refuse each other: there is one wire format at a time."""
@@ -30,6 +30,16 @@ ChoiceIndex = Annotated[int, Meta(ge=0, lt=MAX_CHOICES)]
 Role = Literal["prefill", "decode", "unified"]
 FinishReason = Literal["stop", "length"]
 Probability = Annotated[float, Meta(ge=0, le=1)]
+
+
+class TransferAddress(RankAddress, frozen=True, forbid_unknown_fields=True):
+    """Where a worker's transfer processes are reached: that of rank 0, then those of its other ranks."""
+
+    others: Annotated[tuple[RankAddress, ...], Meta(max_length=1023)] = ()
+
+    @property
+    def ranks(self) -> list[RankAddress]:
+        return [RankAddress(self.endpoint, self.epoch), *self.others]
 
 
 class Sampling(Struct, frozen=True, forbid_unknown_fields=True):
@@ -295,7 +305,8 @@ class Ledger(Struct, frozen=True, forbid_unknown_fields=True):
 class Status(Struct, frozen=True, array_like=True, tag="status"):
     """A worker's account of itself, about once a second and in answer to `StatusRequest`.
 
-    Slots and open transfers are the transfer process's own account, `slots_age_s` old.
+    Slots and open transfers are the transfer process's own account, `slots_age_s` old; with several ranks,
+    those of all together. `ledger` is that of rank 0's device, `rank_ledgers` are those of the others.
 
     `counters` only grow (tokens, requests by outcome, prefix-cache queries and hits, transfer bytes,
     dropped messages by reason ...).
@@ -323,6 +334,7 @@ class Status(Struct, frozen=True, array_like=True, tag="status"):
     ledger: Ledger
     mover: str | None = None
     """What moves KV to and from this worker; None while no transfer process is attached."""
+    rank_ledgers: list[Ledger] = []
 
 
 class TraceReply(Struct, frozen=True, array_like=True, tag="trace"):

@@ -4,11 +4,11 @@ process remembers."""
 from collections import OrderedDict
 from collections.abc import Callable
 
-from kvtransfer.client import TransferClient
 from kvtransfer.messages import TransferSpans
 from kvtransfer.spans import Spans
 from services.messages import TraceReply, TraceRequest
 from services.outbox import Outbox
+from services.transfer_ranks import TransferRanks
 
 MAX_OPEN = 64
 """Questions that the transfer process has not answered; the oldest are dropped."""
@@ -19,7 +19,7 @@ class Tracing:
         self,
         name: str,
         spans: Spans,
-        transfer: TransferClient | None,
+        transfer: TransferRanks | None,
         outbox: Outbox,
         clock: Callable[[], float],
     ) -> None:

@@ -221,7 +221,7 @@ class _Bench:
 
     def _memory(self, prepared: Prepared) -> None:
         self.result.memory = memory_report(prepared, self.marks)
-        self._say("\n" + ledger_table(prepared.plan.ledger(measure_now(prepared))))
+        self._say("\n" + ledger_table(prepared.plan.ledger(measure_now(prepared)[0])))
         self._say("\n" + memory_lines(self.result.memory))
 
     # ------------------------------------------------------------ one thing at a time

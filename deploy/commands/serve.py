@@ -33,7 +33,7 @@ def checked_slots(settings: ServeSettings) -> tuple[Device, list[WorkerSlot]]:
         raise UserError("--device cuda: no NVIDIA GPU is visible here; use --device cpu")
     slots = worker_slots(settings, gpus)
     if device == "cuda":
-        for index in sorted({slot.device_index for slot in slots}):
+        for index in sorted({index for slot in slots for index in slot.device_indices}):
             check_gpu_is_here(index, settings.device_memory)
         check_shared_gpus(worker_configs(settings, slots), settings.device_memory)
     return device, slots

@@ -37,7 +37,9 @@ from services.engine.moves import Mark, Move, Moves
 from services.engine.ops.fp8 import FP8
 from services.engine.parameters import Parameters
 from services.engine.peak_memory import peak_bytes
+from services.engine.rank_group import RankGroup
 from services.engine.segments import Slot
+from services.engine.sharding import rank_shape
 from services.engine.steps import PROMPT_LOGPROB_ROWS, Steps
 from services.engine.weights import fill_dummy, load_safetensors
 from services.engine.worst_case import worst_case_rows
@@ -62,15 +64,18 @@ MOVES: dict[EngineState, EngineState | None] = {
 class Engine:
     """See the module's docstring for the order of calls; another order raises `EngineStateError`."""
 
-    def __init__(self, config: WorkerConfig, model: ModelConfig) -> None:
+    def __init__(self, config: WorkerConfig, model: ModelConfig, group: RankGroup | None = None) -> None:
+        """`group`: the ranks that divide the model, each with an engine that is called alike."""
         self.config = config
         self.model = model
+        self.group = group or RankGroup()
         self.device = (
             torch.device("cuda", config.device_index) if config.device == "cuda" else torch.device("cpu")
         )
         self.dtype = DTYPES[config.dtype]
         self.kv_dtype = FP8 if config.kv_dtype == "fp8" else self.dtype
-        self.layout = KvLayout(model.layers, model.kv_heads, config.page_size_tokens, model.head_dim)
+        shape = rank_shape(model, self.group.size)
+        self.layout = KvLayout(shape.layers, shape.kv_heads, config.page_size_tokens, shape.head_dim)
         self.limits = CUDA_LIMITS if config.device == "cuda" else CPU_LIMITS
         self.state = EngineState.NEW
         self._steps: Steps | None = None
@@ -83,7 +88,7 @@ class Engine:
             check_capability(config, torch.cuda.get_device_capability(self.device))
             torch.cuda.set_device(self.device)
         else:
-            torch.set_num_threads(cpu_threads())
+            torch.set_num_threads(max(1, cpu_threads() // self.group.size))
 
     # ------------------------------------------------------------ what a worker asks about the model
 
@@ -126,15 +131,16 @@ class Engine:
         """Allocate and fill the weights; returns their bytes. `progress(done_bytes, total_bytes)` is called
         as they come. Raises `CheckpointError`."""
         self._move(EngineState.LOADED)
-        parameters = Parameters(self.dtype, self.device, self.config.quantization)
-        decoder = make_decoder(self.model, parameters)
+        parameters = Parameters(self.dtype, self.device, self.config.quantization, self.group)
+        shape = rank_shape(self.model, self.group.size)
+        decoder = make_decoder(shape, parameters)
         if self.config.load_format == "dummy":
-            fill_dummy(parameters, progress)
+            fill_dummy(self.model, parameters, progress)
         else:
             load_safetensors(self.model, parameters, progress)
         if self.config.kv_dtype == "fp8":
             with_stored = self.config.load_format != "dummy"
-            self._kv_scales = kv_scales(self.model, parameters, with_stored)
+            self._kv_scales = kv_scales(shape, parameters, with_stored)
         # Products read weights before they wait for the kernels queued ahead of them (dependent_launch.py).
         self.synchronize()
         self._steps = Steps(decoder, self.layout, self.limits, self.config.max_batch)
@@ -242,13 +248,15 @@ class Engine:
         slot: Slot,
         with_checksum: bool,
         after: Mark | None = None,
+        heads: range | None = None,
     ) -> Move:
         """Queue the gathering of a run of a sequence's tokens into a slot (uint8, host memory or a tensor of
         the device), after the steps up to `after`, or all that are queued.
 
-        `pages` is the sequence's page table from its first token. Raises `SegmentError`.
+        `pages` is the sequence's page table from its first token, `heads` those of this rank's heads that are
+        meant; None: all. Raises `SegmentError`.
         """
-        return self.moves.pack(pages, start_token, token_count, slot, with_checksum, after)
+        return self.moves.pack(pages, start_token, token_count, slot, with_checksum, after, heads)
 
     @torch.inference_mode()
     def unpack(
@@ -259,9 +267,10 @@ class Engine:
         slot: Slot,
         with_checksum: bool,
         after: Mark | None = None,
+        heads: range | None = None,
     ) -> Move:
         """Queue the scattering of a slot into a sequence's pages. Raises `SegmentError`."""
-        return self.moves.unpack(pages, start_token, token_count, slot, with_checksum, after)
+        return self.moves.unpack(pages, start_token, token_count, slot, with_checksum, after, heads)
 
     def hold_steps(self, move: Move) -> None:
         """Steps and copies queued from now on wait for a move, on the device: its pages are given away."""
@@ -271,6 +280,10 @@ class Engine:
         """Wait for all that is queued. On a CPU nothing is."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+    def close(self) -> None:
+        """Leave the group. Nothing may be launched any more. Idempotent."""
+        self.group.close()
 
     # ------------------------------------------------------------ state
 

@@ -81,10 +81,13 @@ class Moves:
         slot: Slot,
         with_checksum: bool,
         after: Mark | None,
+        heads: range | None = None,
     ) -> Move:
         """See `segments.pack`. It starts when `after` has passed; None: when all queued steps are done."""
         with self._beside(after):
-            byte_count, queued = pack(self._pool, pages, start_token, token_count, slot, with_checksum)
+            byte_count, queued = pack(
+                self._pool, pages, start_token, token_count, slot, with_checksum, heads
+            )
         return Move(byte_count, self._recorded(), queued)
 
     def unpack(
@@ -95,10 +98,13 @@ class Moves:
         slot: Slot,
         with_checksum: bool,
         after: Mark | None,
+        heads: range | None = None,
     ) -> Move:
         """See `segments.unpack`, and `pack` for `after`."""
         with self._beside(after):
-            byte_count, queued = unpack(self._pool, pages, start_token, token_count, slot, with_checksum)
+            byte_count, queued = unpack(
+                self._pool, pages, start_token, token_count, slot, with_checksum, heads
+            )
         return Move(byte_count, self._recorded(), queued)
 
     def hold_steps(self, move: Move) -> None:

@@ -17,31 +17,44 @@ Slot = memoryview | Tensor
 
 
 def pack(
-    pool: KvPool, pages: list[int], start_token: int, token_count: int, slot: Slot, with_checksum: bool
+    pool: KvPool,
+    pages: list[int],
+    start_token: int,
+    token_count: int,
+    slot: Slot,
+    with_checksum: bool,
+    heads: range | None = None,
 ) -> tuple[int, QueuedChecksum | None]:
     """Write tokens `[start_token, start_token + token_count)` to the head of `slot`, canonically laid out.
 
-    `pages` is the sequence's page table from its first token. Returns the bytes written and, if asked for,
+    `pages` is the sequence's page table from its first token, `heads` those of the pool's heads that are
+    meant; None: all. Returns the bytes written and, if asked for,
     their checksum. Raises `SegmentError`.
     """
-    data, used, first_offset, segment = _resolve(pool, pages, start_token, token_count, slot)
-    pack_segment(pool.data, used, first_offset, segment)
+    data, used, first_offset, segment = _resolve(pool, pages, start_token, token_count, slot, heads)
+    pack_segment(pool.data, used, first_offset, segment, 0 if heads is None else heads.start)
     return data.numel(), queue_checksum(data) if with_checksum else None
 
 
 def unpack(
-    pool: KvPool, pages: list[int], start_token: int, token_count: int, slot: Slot, with_checksum: bool
+    pool: KvPool,
+    pages: list[int],
+    start_token: int,
+    token_count: int,
+    slot: Slot,
+    with_checksum: bool,
+    heads: range | None = None,
 ) -> tuple[int, QueuedChecksum | None]:
     """The inverse of `pack`, from the head of `slot`. Returns the bytes read and, if asked for, their
     checksum: the pages must not be used before it was compared. Raises `SegmentError`."""
-    data, used, first_offset, segment = _resolve(pool, pages, start_token, token_count, slot)
+    data, used, first_offset, segment = _resolve(pool, pages, start_token, token_count, slot, heads)
     queued = queue_checksum(data) if with_checksum else None
-    unpack_segment(pool.data, used, first_offset, segment)
+    unpack_segment(pool.data, used, first_offset, segment, 0 if heads is None else heads.start)
     return data.numel(), queued
 
 
 def _resolve(
-    pool: KvPool, pages: list[int], start_token: int, token_count: int, slot: Slot
+    pool: KvPool, pages: list[int], start_token: int, token_count: int, slot: Slot, heads: range | None
 ) -> tuple[Tensor, Tensor, int, Tensor]:
     """The slot's used bytes, the pages concerned (int64), the first token's place in them, and the typed
     view of the bytes."""
@@ -55,7 +68,11 @@ def _resolve(
     used = pages[first_page : last_page + 1]
     if min(used) < 0 or max(used) >= pool.pages:
         raise SegmentError(f"page out of range: the pool has {pool.pages}")
-    shape = (layout.kv_heads, layout.layers, 2, token_count, layout.head_dim)
+    if heads is None:
+        heads = range(layout.kv_heads)
+    if not heads or heads.start < 0 or heads.stop > layout.kv_heads:
+        raise SegmentError(f"{heads} out of range: the pool has {layout.kv_heads} heads")
+    shape = (len(heads), layout.layers, 2, token_count, layout.head_dim)
     byte_count = torch.Size(shape).numel() * pool.data.element_size()
     whole = slot if isinstance(slot, Tensor) else host_view(slot)
     if whole.dtype != torch.uint8 or whole.dim() != 1 or whole.numel() < byte_count:

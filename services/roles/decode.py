@@ -8,16 +8,16 @@
 """
 
 from kvtransfer.client import TransferLost
-from kvtransfer.messages import WITHDRAWN, Aborted, Arrived, Event, TransferAddress
-from services.kv_pull import KvPull
-from services.messages import Cancel, DecodeStarted, Join, Request, Reserve
+from kvtransfer.messages import WITHDRAWN, Aborted, Arrived, Event
+from services.kv_pull_parts import PullParts
+from services.messages import Cancel, DecodeStarted, Join, Request, Reserve, TransferAddress
 from services.roles.decoding import DecodingRole
 from services.roles.role import Occupancy, Parts
 from services.scheduler.decode import DecodeScheduler, Reservation
 
 
 class DecodeRole(DecodingRole[DecodeScheduler]):
-    def __init__(self, parts: Parts, pull: KvPull) -> None:
+    def __init__(self, parts: Parts, pull: PullParts) -> None:
         super().__init__(parts, DecodeScheduler)
         self.pull = pull
         self._sources: dict[int, TransferAddress] = {}
@@ -50,13 +50,13 @@ class DecodeRole(DecodingRole[DecodeScheduler]):
         match event:
             case Arrived():
                 self.pull.unpack(event)
-            case Aborted(transfer_id=transfer_id, reason=reason):
-                was_open = self.pull.close(transfer_id)
-                if was_open and reason != WITHDRAWN:  # else the router's Cancel is on its way
-                    self._fail_transfer(transfer_id, reason)
-            case TransferLost():
+            case Aborted(reason=reason):
+                ended = self.pull.aborted(event)
+                if ended is not None and reason != WITHDRAWN:  # else the router's Cancel is on its way
+                    self._fail_transfer(ended, reason)
+            case TransferLost(rank=rank):
                 lost = self.pull.open_ids()
-                self.pull.clear()
+                self.pull.clear(rank)
                 for transfer_id in lost:
                     self._fail_transfer(transfer_id, "the transfer process was restarted")
 
@@ -100,7 +100,11 @@ class DecodeRole(DecodingRole[DecodeScheduler]):
                 continue
             source = self._sources.pop(request_id)
             left_s = max(live.deadline_at_s - now_s, 0.001)
-            incoming = self.pull.open(sequence, live.transfer_id, source, left_s)
+            try:
+                incoming = self.pull.open(sequence, live.transfer_id, source, left_s)
+            except ValueError as error:
+                self._fail_transfer(live.transfer_id, str(error))
+                continue
             if incoming.missing_tokens == 0:
                 self._arrived(request_id, 0.0)
 

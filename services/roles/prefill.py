@@ -15,9 +15,9 @@ No turn waits for the device: up to `MAX_FLIGHTS` steps are queued, and collecte
 from collections import deque
 
 from kvtransfer.client import TransferLost
-from kvtransfer.messages import WITHDRAWN, Aborted, Event, SendCommitted, SendConfirmed, SendSlots
+from kvtransfer.messages import WITHDRAWN, Aborted, Event, SendCommitted, SendConfirmed
 from services.engine.batch import RowResult
-from services.kv_push import KvPush
+from services.kv_push_parts import PushParts
 from services.messages import Cancel, Failed, Prefill, PushAgain, Request, Undelivered
 from services.requests import Live
 from services.roles.role import Flight, Occupancy, Parts, Role
@@ -29,7 +29,7 @@ MAX_FLIGHTS = 2
 
 
 class PrefillRole(Role):
-    def __init__(self, parts: Parts, push: KvPush) -> None:
+    def __init__(self, parts: Parts, push: PushParts) -> None:
         super().__init__(parts)
         self.scheduler = PrefillScheduler(
             parts.pool, parts.limits.max_batch, parts.max_chunk_tokens, parts.tail_chunk_tokens
@@ -60,29 +60,23 @@ class PrefillRole(Role):
                 self.parts.counters["dropped_wrong_role"] += 1
 
     def on_transfer(self, event: Event | TransferLost) -> None:
-        match event:
-            case SendConfirmed():
-                live = self.parts.requests.of_transfer(event.transfer_id)
-                if live is not None and self.push.confirmed(event):
+        match self.push.join(event):
+            case SendConfirmed(transfer_id=transfer_id):
+                live = self.parts.requests.of_transfer(transfer_id)
+                if live is not None:
                     self.scheduler.confirm(live.work.request_id)
-                elif live is not None:
-                    self.fail(live.work.request_id, "transfer", "the destination wants another prompt", True)
-            case SendSlots():
-                self.push.lend(event)
             case SendCommitted(transfer_id=transfer_id):
                 live = self.parts.requests.of_transfer(transfer_id)
-                self.push.close(transfer_id)
                 if live is not None:
                     self._handed_over(live.work.request_id)
             case Aborted(transfer_id=transfer_id, reason=reason):
                 live = self.parts.requests.of_transfer(transfer_id)
-                self.push.close(transfer_id)
                 if live is not None and reason == WITHDRAWN:
                     self.end(live.work.request_id, reason)
                 elif live is not None:
                     self._undelivered(live, reason)
-            case TransferLost():
-                self.push.clear()
+            case TransferLost(rank=rank):
+                self.push.clear(rank)
                 for live in self.parts.requests.all():
                     if live.transfer_id is not None:
                         self._undelivered(live, "the transfer process was restarted")

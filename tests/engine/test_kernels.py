@@ -242,6 +242,14 @@ def check_segments(
     kv_segment.unpack_segment_kernel(other, pages, first_offset, incoming)
     assert torch.equal(other, pool)
 
+    last = slice(layout.kv_heads - 1, layout.kv_heads)  # one head alone, as between ranks
+    kv_segment.pack_segment_kernel(pool, pages, first_offset, found[last], layout.kv_heads - 1)
+    kv_segment.pack_segment_reference(pool, pages, first_offset, expected)
+    assert torch.equal(found[last], expected[last])
+    kv_segment.unpack_segment_reference(pool, pages, first_offset, incoming[:1] + 1, layout.kv_heads - 1)
+    kv_segment.unpack_segment_kernel(other, pages, first_offset, incoming[:1] + 1, layout.kv_heads - 1)
+    assert torch.equal(other, pool)
+
 
 def check_checksum(device: torch.device, words: int) -> None:
     """Sums of blocks, the last of which may be short, with bits in every place."""

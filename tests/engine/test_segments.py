@@ -90,6 +90,25 @@ def test_a_head_range_is_contiguous_whatever_the_tokens() -> None:
         np.testing.assert_array_equal(second_head[:, :, token - 3], expected)
 
 
+def test_some_heads_travel_alone() -> None:
+    """What a rank sends to one that shares some of its heads is those heads' range of the whole segment."""
+    pool, other = _pool(4), _pool(8, seed=1)
+    whole, part = bytearray(1 << 14), bytearray(1 << 14)
+    byte_count, _ = pack(pool, list(range(40)), 3, 11, memoryview(whole), False)
+    half_count, _ = pack(pool, list(range(40)), 3, 11, memoryview(part), False, range(1, 2))
+    assert half_count * 2 == byte_count
+    assert part[:half_count] == whole[half_count:byte_count]
+    before = other.data.clone()
+    unpack(other, list(range(40)), 3, 11, memoryview(part), False, range(1))
+    for token in range(3, 14):
+        came = other.data[token // 8, :, :, 0, token % 8]
+        assert torch.equal(came, pool.data[token // 4, :, :, 1, token % 4])
+    assert torch.equal(other.data[:, :, :, 1], before[:, :, :, 1])
+    for heads in (range(2, 3), range(-1, 1), range(1, 1)):
+        with pytest.raises(SegmentError, match="the pool has 2 heads"):
+            pack(pool, [0], 0, 1, memoryview(part), False, heads)
+
+
 def test_non_finite_numbers_do_not_enter_the_pool() -> None:
     pool, slot = _pool(4), bytearray(1 << 14)
     byte_count, _ = pack(pool, [0, 1], 0, 8, memoryview(slot), False)

@@ -13,9 +13,11 @@ from router.config import RouterConfig
 from router.dispatch import Dispatcher
 from router.metrics import Metrics
 from services.config import WorkerConfig
+from services.kv_moves import OwnMoves
 from services.memory.plan import Measured
 from services.messages import Ledger, Role
 from services.staging import Staging
+from services.transfer_ranks import TransferRanks
 from services.worker import Worker
 from tests.sim.engine import CELL_BYTES, GEOMETRY, PAGE_TOKENS, SimEngine
 from tests.sim.invariants import check_pages, check_slots, transfer_rest, worker_rest
@@ -111,7 +113,7 @@ class WorkerHost(Process):
             role=role,
             model_dir=Path("/model"),
             listen=f"ipc:///{name}/routers",
-            transfer=None if transfer is None else f"ipc:///{transfer}/worker",
+            transfers=() if transfer is None else (f"ipc:///{transfer}/worker",),
             max_model_len=pages * PAGE_TOKENS,
             page_size_tokens=PAGE_TOKENS,
             max_batch=rng.choice((3, 4, 8)),
@@ -128,8 +130,8 @@ class WorkerHost(Process):
     def begin(self) -> None:
         self.worker, self.engine = None, SimEngine(self.pages)
         self._epoch = self.world.rng.getrandbits(62) | 1
-        if self.config.transfer is not None:
-            self._client = SimTransferClient(self.config.transfer, self._epoch, GEOMETRY)
+        if self.config.transfers:
+            self._client = SimTransferClient(self.config.transfers[0], self._epoch, GEOMETRY)
 
     def work(self) -> float:
         worker = self.worker
@@ -174,13 +176,15 @@ class WorkerHost(Process):
             ledger=lambda measured: LEDGER,
             inputs=SimpleNamespace(staging_bytes=0),
         )
+        client, engine = self._client, self.engine
         prepared: Any = SimpleNamespace(
             config=self.config,
             engine=self.engine,
-            transfer=self._client,
-            staging=None if self._client is None else Staging(self._client, 0),
+            model=SimpleNamespace(kv_heads=GEOMETRY.kv_heads),
+            transfer=None if client is None else TransferRanks([client]),
+            moves=[] if client is None else [OwnMoves(engine, Staging(client, 0))],
             plan=plan,
-            measured=Measured(),
+            measured=[Measured()],
         )
         self.worker = Worker(prepared, self._epoch)
         self.worker.parts.overlap = self.overlap

@@ -28,7 +28,7 @@ def model_dir(tmp_path: Path) -> str:
     [
         (["serve"], "MODEL_DIR is missing"),
         (["serve", "/nowhere"], "MODEL_DIR: /nowhere is not a directory"),
-        (["serve", "MODEL", "--tp", "2"], "--tp: 2 is not supported; only 1 is supported"),
+        (["serve", "MODEL", "--tp", "two"], "--tp: 'two' is not a whole number"),
         (["serve", "MODEL", "--tensor-parallel-size", "0"], "--tp: 0 is out of range"),
         (["serve", "MODEL", "--mem-fraction", "0"], "--mem-fraction: 0 must lie between 0 and 1"),
         (["serve", "MODEL", "--mem-fraction", "nan"], "--mem-fraction: 'nan' is not a finite number"),
@@ -65,7 +65,10 @@ def model_dir(tmp_path: Path) -> str:
         (["frobnicate"], "No such command 'frobnicate'"),
         (["worker", "MODEL", "--listen", "ipc:///x"], "--role is missing"),
         (["worker", "MODEL", "--role", "chief", "--listen", "ipc:///x"], "--role: 'chief' is not one of"),
-        (["worker", "MODEL", "--role", "decode", "--listen", "ipc:///x"], "--transfer is missing"),
+        (
+            ["worker", "MODEL", "--role", "decode", "--listen", "ipc:///x"],
+            "--transfer: a decode worker needs the endpoint of each rank's transfer process: 1, not 0",
+        ),
         (["worker", "MODEL", "--role", "unified", "--listen", "ipc://x"], "must be absolute"),
         (["worker", "MODEL", "--role", "unified", "--listen", "http://x"], "is not an endpoint"),
         (["worker", "MODEL", "--role", "unified", "--listen", "tcp://x:0"], "a port from 1 to 65535"),

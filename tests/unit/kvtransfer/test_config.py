@@ -81,12 +81,27 @@ def test_the_users_transports_are_left_alone() -> None:
         ("dtype", {"geometry": msgspec.structs.replace(GEOMETRY, dtype="float16")}),
         ("dtype", {"geometry": msgspec.structs.replace(GEOMETRY, dtype="float8_e4m3fn")}),
         ("mover", {"mover": "nixl/cuda"}),
-        ("slot_bytes", {"slot_bytes": 8192}),
     ],
 )
 def test_what_does_not_fit_is_named(field: str, theirs: dict[str, Any]) -> None:
     reason = mismatch(HELLO, msgspec.structs.replace(HELLO, epoch=2, **theirs))
     assert reason is not None and reason.startswith(f"{field} differs")
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "says"),
+    [
+        ((0, 1), (1, 2), None),
+        ((1, 2), (0, 1), None),
+        ((1, 2), (1, 2), None),
+        ((0, 2), (1, 2), "rank: 0 of 2 here and 1 of 2 there share no head"),
+        ((0, 1), (0, 4), "tp: 1 here and 4 there do not both divide 2 KV heads"),
+    ],
+)
+def test_ranks_that_share_heads_fit(ours: tuple[int, int], theirs: tuple[int, int], says: str | None) -> None:
+    here = msgspec.structs.replace(HELLO, rank=ours[0], tp=ours[1])
+    there = msgspec.structs.replace(HELLO, epoch=2, rank=theirs[0], tp=theirs[1], slot_bytes=2048)
+    assert mismatch(here, there) == says
 
 
 def test_fitting_peers_and_oneself() -> None:

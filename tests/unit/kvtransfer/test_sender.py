@@ -17,7 +17,7 @@ from kvtransfer.messages import (
 )
 from kvtransfer.outbox import Piece, Write
 from kvtransfer.peer_messages import Cancel, Closed, Committed, Grant, Offer, Written
-from tests.unit.kvtransfer.cluster import TOKEN_BYTES, limits
+from tests.unit.kvtransfer.cluster import TOKEN_BYTES, TOKENS_PER_SLOT, limits
 
 HERE, ELSEWHERE = 77, 78
 """Epochs of two destinations."""
@@ -37,7 +37,7 @@ def confirmed(tokens: int = 12, grants: int = 2) -> tuple[TransferMachine, list[
     machine.on_command(OpenSend(1, 10.0), 0.0)
     say(machine, Offer(1, 0, tokens), Grant(1, [SlotUse(i, 5) for i in range(grants)]))
     event, *rest = machine.outbox.to_worker
-    assert event == SendConfirmed(1, 0, tokens)
+    assert event == SendConfirmed(1, 0, tokens, 1, TOKENS_PER_SLOT, 1)
     lent = [use for one in rest if isinstance(one, SendSlots) for use in one.slots]
     machine.outbox.to_worker.clear()
     return machine, lent
@@ -62,7 +62,7 @@ def test_offer_and_open_in_either_order(offer_first: bool) -> None:
     else:
         machine.on_command(OpenSend(1, 10.0), 0.0)
         say(machine, Offer(1, 3, 9))
-    assert machine.outbox.to_worker == [SendConfirmed(1, 3, 9)]
+    assert machine.outbox.to_worker == [SendConfirmed(1, 3, 9, 1, TOKENS_PER_SLOT, 1)]
     assert machine.outbox.drops == {}
 
 
@@ -220,7 +220,7 @@ def test_a_destination_that_needs_nothing_may_commit_before_the_worker_opens() -
     say(machine, Offer(1, 7, 7), Committed(1))
     assert machine.outbox.to_destinations == [(HERE, Closed(1))]
     machine.on_command(OpenSend(1, 10.0), 0.0)
-    assert machine.outbox.to_worker == [SendConfirmed(1, 7, 7), SendCommitted(1)]
+    assert machine.outbox.to_worker == [SendConfirmed(1, 7, 7, 1, TOKENS_PER_SLOT, 1), SendCommitted(1)]
     assert machine.next_deadline_s() is None
 
 

@@ -19,6 +19,7 @@ from kvtransfer.spans import Spans
 from services.engine.errors import ChecksumMismatch
 from services.kv_pull import KvPull
 from services.kv_push import KvPush
+from services.kv_push_parts import PushParts
 from services.messages import Prefill, Sampling, Tokens, Work
 from services.outbox import Outbox
 from services.roles.prefill import MAX_FLIGHTS, PrefillRole
@@ -63,7 +64,10 @@ class FakeMoves(FakeDevice):
         self.marks += 1
         return self.marks
 
-    def pack(self, pages: Any, start: int, count: int, slot: Any, checked: bool, after: object) -> FakeMove:
+    def pack(
+        self, pages: Any, start: int, count: int, slot: int, checked: bool, after: object, heads: range
+    ) -> FakeMove:
+        assert heads == range(1)
         self.moves.append(FakeMove(start, count, after))
         return self.moves[-1]
 
@@ -79,7 +83,6 @@ class FakeMoves(FakeDevice):
 
 @dataclass
 class FakeClient:
-    tokens_per_slot: int = TOKENS_PER_SLOT
     checksum: bool = True
     ready: bool = True
     said: list[tuple[Any, ...]] = field(default_factory=list)
@@ -91,9 +94,8 @@ class FakeClient:
         return lambda *values: self.said.append((name, *values))
 
 
-class FakeStaging:
-    def slot(self, index: int) -> memoryview:
-        return memoryview(bytearray(64))
+def confirmed(tokens: int) -> SendConfirmed:
+    return SendConfirmed(7, 0, tokens, kv_heads=1, segment_tokens=TOKENS_PER_SLOT, tp=1)
 
 
 def running(tokens: int, computed: int = 0, request_id: int = 1) -> Sequence:
@@ -105,9 +107,9 @@ def running(tokens: int, computed: int = 0, request_id: int = 1) -> Sequence:
 
 def pushing(sequence: Sequence, slots: int) -> tuple[KvPush, FakeMoves, FakeClient]:
     engine, client = FakeMoves(), FakeClient()
-    push = KvPush(engine, client, FakeStaging(), lambda: 0.0, Spans())  # type: ignore[arg-type]
+    push = KvPush(engine, client, lambda: 0.0, Spans())  # type: ignore[arg-type]
     push.open(sequence, 7, 1.0)
-    assert push.confirmed(SendConfirmed(7, 0, sequence.prompt_tokens))
+    assert push.confirmed(confirmed(sequence.prompt_tokens), range(1))
     push.lend(SendSlots(7, [SlotUse(slot, 1) for slot in range(slots)]))
     client.said.clear()
     return push, engine, client
@@ -188,8 +190,8 @@ def test_a_transfer_that_ends_under_its_packs_keeps_pages_and_slots_until_they_a
 
 def pulling(sequence: Sequence) -> tuple[KvPull, FakeMoves, FakeClient]:
     engine, client = FakeMoves(), FakeClient()
-    pull = KvPull(engine, client, FakeStaging(), lambda: 0.0, Spans())  # type: ignore[arg-type]
-    pull.open(sequence, 7, SOURCE, 1.0)
+    pull = KvPull(engine, client, lambda: 0.0, Spans())  # type: ignore[arg-type]
+    pull.open(sequence, 7, SOURCE, 1.0, range(1))
     client.said.clear()
     return pull, engine, client
 
@@ -264,8 +266,8 @@ class Prefilling:
             clock=lambda: 0.0,
             overlap=True,
         )
-        push = KvPush(self.engine, self.client, FakeStaging(), self.parts.clock, self.parts.spans)  # type: ignore[arg-type]
-        self.role = PrefillRole(self.parts, push)
+        push = KvPush(self.engine, self.client, self.parts.clock, self.parts.spans)  # type: ignore[arg-type]
+        self.role = PrefillRole(self.parts, PushParts([push], 1))
 
     def _reported(self, router: bytes, reports: list[Any]) -> bool:
         self.tokens += [one for one in reports if isinstance(one, Tokens)]
@@ -286,7 +288,7 @@ def prefilling(prompt_tokens: int, delays: list[int]) -> Prefilling:
     served.engine.delays = iter(delays)
     work = Work(1, [3] * prompt_tokens, Sampling(max_tokens=9, seed=1, ignore_eos=True))
     served.role.accept(b"router", Prefill(work, 7))
-    served.role.on_transfer(SendConfirmed(7, 0, prompt_tokens))
+    served.role.on_transfer(confirmed(prompt_tokens))
     return served
 
 

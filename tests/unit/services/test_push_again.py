@@ -21,7 +21,7 @@ ROUTER = b"r"
 
 @dataclass
 class Pushes:
-    """In the place of `KvPush`: which transfers are open, and which were given up, with what reason."""
+    """In the place of `PushParts`: which transfers are open, and which were given up, with what reason."""
 
     open_ids: dict[int, Sequence] = field(default_factory=dict)
     given_up: list[tuple[int, str]] = field(default_factory=list)
@@ -30,14 +30,16 @@ class Pushes:
         assert deadline_s > 0
         self.open_ids[transfer_id] = sequence
 
-    def confirmed(self, event: SendConfirmed) -> bool:
-        return event.transfer_id in self.open_ids
+    def join(self, event: Any) -> Any:
+        if isinstance(event, SendCommitted | Aborted):
+            self.open_ids.pop(event.transfer_id, None)
+        return event
 
     def close(self, transfer_id: int, abort_reason: str | None = None) -> None:
         if self.open_ids.pop(transfer_id, None) is not None and abort_reason is not None:
             self.given_up.append((transfer_id, abort_reason))
 
-    def clear(self) -> None:
+    def clear(self, lost_rank: int) -> None:
         self.open_ids.clear()
 
 
@@ -83,7 +85,7 @@ class Scene:
 @pytest.mark.parametrize("how", ["aborted", "lost"])
 def test_kv_that_was_not_delivered_is_held_and_pushed_again(how: str) -> None:
     scene = Scene()
-    scene.role.on_transfer(SendConfirmed(50, 0, 9))
+    scene.role.on_transfer(SendConfirmed(50, 0, 9, 1, 4, 1))
     sequence = scene.compute()
     pages = list(sequence.pages)
     scene.role.on_transfer(Aborted(50, "lost") if how == "aborted" else TransferLost(7))
@@ -125,7 +127,7 @@ def test_held_kv_gives_way_to_a_confirmed_prompt_and_is_computed_again() -> None
     sequence = scene.compute()
     scene.role.on_transfer(Aborted(50, "lost"))
     scene.role.accept(ROUTER, Prefill(Work(2, [6] * 24, Sampling(max_tokens=4, seed=1)), 60))
-    scene.role.on_transfer(SendConfirmed(60, 0, 24))
+    scene.role.on_transfer(SendConfirmed(60, 0, 24, 1, 4, 1))
     plan = scene.role.scheduler.schedule()
     assert [chunk.sequence.work.request_id for chunk in plan.chunks] == [2]
     assert sequence.state is State.WAITING
@@ -133,7 +135,7 @@ def test_held_kv_gives_way_to_a_confirmed_prompt_and_is_computed_again() -> None
     scene.role.on_transfer(SendCommitted(60))
     assert not scene.role.scheduler.schedule(), "not before somebody takes it"
     scene.role.accept(ROUTER, PushAgain(1, 51))
-    scene.role.on_transfer(SendConfirmed(51, 0, 9))
+    scene.role.on_transfer(SendConfirmed(51, 0, 9, 1, 4, 1))
     plan = scene.role.scheduler.schedule()
     assert [(chunk.sequence, chunk.draws) for chunk in plan.chunks] == [(sequence, ())]
 
