@@ -1,4 +1,4 @@
-"""`python -m tests.fuzz --seconds 3600`: every decoder, as long as one likes. Ends with the first failure."""
+"""`python -m tests.fuzz --seconds 3600`: every decoder, for as long as one likes, until one fails."""
 
 import argparse
 import time

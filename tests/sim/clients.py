@@ -32,6 +32,8 @@ class Client:
     def __init__(self, world: World, name: str, router: RouterHost, wish: Wish) -> None:
         self.world, self.name, self.router, self.wish = world, name, router, wish
         self.end: str | None = None
+        self.looks = True
+        """Whether it compares what it gets."""
         self.error: ApiError | None = None
         self.got: list[list[int]] = [[] for _ in range(wish.choices)]
         self._right = [
@@ -87,7 +89,7 @@ class Client:
         got, right = self.got[choice], self._right[choice]
         got.extend(report.tokens)
         self._require(got == right[: len(got)], f"choice {choice} is {got}, must be {right}")
-        over = len(got) == len(right)
+        over = len(got) == len(right) if self.looks else report.finish is not None
         self._require(
             (report.finish is not None) == over, f"choice {choice} ends as {report.finish} after {got}"
         )
@@ -114,5 +116,5 @@ class Client:
         self.world.note(self.name, how, "" if self.error is None else str(self.error))
 
     def _require(self, holds: bool, what: str) -> None:
-        if not holds:
+        if not holds and self.looks:
             raise Violation(f"{self.name} {what}")

@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from kvtransfer.movers.base import Progress
 from tests.sim.kernel import Process, World
 from tests.sim.network import Connection
-from tests.sim.processes import TransferHost, WorkerHost
+from tests.sim.processes import RouterHost, TransferHost, WorkerHost
 from tests.sim.seams import Seams
 
 KEPT_FRAMES = 64
+KINDS_OF_INJECTION = ("cut or changed", "repeated", "replayed", "reordered", "lost")
+"""A worker and its transfer process are two ends of one UNIX socket: what is lost there is lost with it."""
+KIND_NAMES: dict[type[Process], str] = {RouterHost: "router", WorkerHost: "worker", TransferHost: "transfer"}
 KINDS = ("crash", "crash_sending", "hang", "terminate", "partition", "disconnect", "slow", "engine")
 WEIGHTS = (3, 3, 3, 1, 2, 3, 1, 1)
 
@@ -17,8 +20,9 @@ WEIGHTS = (3, 3, 3, 1, 2, 3, 1, 1)
 class Faults:
     """`happened` counts them by kind."""
 
-    def __init__(self, world: World, seams: Seams, any_at_all: bool) -> None:
+    def __init__(self, world: World, seams: Seams, any_at_all: bool, hostile: str | None = None) -> None:
         self.world, self.seams, self.any = world, seams, any_at_all
+        self._hostile = hostile
         self.rng = rng = world.rng
         self.happened: Counter[str] = Counter()
         self._processes: Sequence[Process] = ()
@@ -38,6 +42,9 @@ class Faults:
         if not self.any:
             return
         self._on = True
+        if self._hostile is not None:
+            self.seams.network.damage = self._inject
+            return
         self.seams.network.damage = self._damage
         self.seams.fabric.corrupt = self._corrupt
         for _ in range(self.rng.choice((0, 1, 1, 2, 4))):
@@ -121,6 +128,28 @@ class Faults:
         if self._replay:
             self._old = [*self._old[-KEPT_FRAMES:], (way, frame)]
         return arrived
+
+    def _inject(self, frame: bytes, connection: Connection, upward: bool) -> list[bytes]:
+        """At one boundary, in one direction, frames arrive that nobody has said like this."""
+        ends = (connection.link.owner, connection.server.owner)
+        names = [KIND_NAMES[type(end)] for end in (ends if upward else reversed(ends))]
+        rng = self.rng
+        if not self._on or " to ".join(names) != self._hostile:
+            return [frame]
+        way = f"{connection.identity.hex()} {upward}"
+        self._old = [*self._old[-KEPT_FRAMES:], (way, frame)]
+        if rng.random() < 0.75:
+            return [frame]
+        kind = rng.choice(KINDS_OF_INJECTION if "router" in names or len(set(names)) == 1 else ("repeated",))
+        self.happened[kind] += 1
+        old = rng.choice([one for known, one in self._old if known == way])
+        return {
+            "cut or changed": [damaged(frame, rng.randrange(1 << 30))],
+            "repeated": [frame, frame],
+            "replayed": [frame, old],
+            "reordered": [frame, old] if old == frame else [old, frame],
+            "lost": [],
+        }[kind]
 
     # ------------------------------------------------------------ data
 

@@ -46,9 +46,13 @@ class Outcome:
 
 class Scenario:
     """`tight`: prefill pools are as small as the others. Then prompts wait there for pages, and requests can
-    wait for each other in a ring until their deadlines (docs/simulation.md)."""
+    wait for each other in a ring until their deadlines (docs/simulation.md).
 
-    def __init__(self, seed: int, tight: bool = False) -> None:
+    `hostile` names a boundary ("worker to router") where frames are changed, repeated, replayed and lost; no
+    process is crashed then. What clients get is not looked at, only that they and all processes end well.
+    """
+
+    def __init__(self, seed: int, tight: bool = False, hostile: str | None = None) -> None:
         self.world = World(seed)
         self._tight = tight
         self.rng: Random = self.world.rng
@@ -59,7 +63,9 @@ class Scenario:
         self.transfers: list[TransferHost] = []
         self.workers: list[WorkerHost] = []
         self._build()
-        self.faults = Faults(self.world, self.seams, self.rng.random() < 0.85)
+        self._hostile = hostile
+        any_at_all = self.rng.random() < 0.85 or hostile is not None
+        self.faults = Faults(self.world, self.seams, any_at_all, hostile)
 
     # ------------------------------------------------------------ the cluster
 
@@ -112,6 +118,7 @@ class Scenario:
 
     def _client(self, router: RouterHost, at_s: float, patient: bool) -> None:
         client = Client(self.world, f"client{len(self.clients)}", router, self.wish(patient))
+        client.looks = patient or self._hostile is None
         self.clients.append(client)
         self.world.after(at_s, client.ask)
 
@@ -199,10 +206,10 @@ class Scenario:
         )
 
 
-def run_seed(seed: int, tight: bool = False) -> Outcome:
-    """The whole of one seed, and nothing but the seed decides what happens. See `Scenario` for `tight`."""
+def run_seed(seed: int, tight: bool = False, hostile: str | None = None) -> Outcome:
+    """The whole of one seed, and nothing but the seed decides what happens. See `Scenario`."""
     logging.disable(logging.CRITICAL)
-    scenario = Scenario(seed, tight)
+    scenario = Scenario(seed, tight, hostile)
     try:
         with scenario.seams.installed():
             scenario.run()

@@ -2,9 +2,11 @@
 
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 
+from tests.fuzz.frames import BOUNDARIES
 from tests.sim.breaks import BREAKS
 from tests.sim.engine import EOS, continuation
 from tests.sim.report import text_of
@@ -12,6 +14,7 @@ from tests.sim.scenario import run_seed
 from tests.sim.seeds import CHUNK, run_some
 
 SEEDS = 700
+HOSTILE_SEEDS = 25
 FOUND_WITHIN = 400
 """Seeds; docs/simulation.md says how many each took."""
 
@@ -46,6 +49,17 @@ def test_broken_code_is_found(name: str) -> None:
                 assert f"--from {seed}" in text
                 return
     pytest.fail(f"not found in {FOUND_WITHIN} seeds")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+def test_no_frame_that_nobody_said_does_lasting_harm(boundary: str) -> None:
+    happened: Counter[str] = Counter()
+    for seed in range(HOSTILE_SEEDS):
+        outcome = run_seed(seed, hostile=boundary)
+        assert outcome.violation is None, text_of(outcome)
+        happened += outcome.faults
+    assert happened["repeated"] > HOSTILE_SEEDS / 2
 
 
 def test_the_right_answer_is_a_function_of_the_prompt() -> None:

@@ -180,6 +180,14 @@ def test_events_about_ended_transfers_are_kept_from_the_worker(scene: Scene) -> 
     assert scene.flushed() == [Freed([B]), Freed([A])]
 
 
+def test_what_has_arrived_is_told_once(scene: Scene) -> None:
+    scene.client.open_receive(2, SOURCE, 0, 8, 9.0)
+    arrived = Arrived(2, [Segment(B.slot, B.generation, 0, 4, 32)])
+    assert scene.hear(arrived, arrived) == [arrived]
+    again = Arrived(2, [Segment(B.slot, B.generation + 1, 4, 4, 32)])
+    assert scene.hear(again) == [again]
+
+
 def test_a_reborn_process_is_attached_again(scene: Scene) -> None:
     client = scene.client
     client.open_send(1, 9.0)
