@@ -298,9 +298,9 @@ class RouterHost(Process):
         dispatcher = self.dispatcher
         if dispatcher is None:
             return None
-        seats = [seat for seat in dispatcher._seats.values() if seat.live_requests or seat.live_tokens]
-        queued = [seat for seat in dispatcher._seats.values() if seat.queued_tokens]
-        if dispatcher.live or seats or queued or dispatcher._queued:
+        seats = [seat for seat in dispatcher._seats.of.values() if seat.live_requests or seat.live_tokens]
+        queued = [seat for seat in dispatcher._seats.of.values() if seat.queued_tokens]
+        if dispatcher.live or seats or queued or dispatcher._seats._queued:
             return f"{dispatcher.live} flights, seats {seats + queued}"
         return None
 
