@@ -62,7 +62,9 @@ class TransferHost(Process):
         process, now_s = self.process, self.world.clock_s()
         assert process is not None
         process.step(now_s)
-        return process.next_deadline_s(now_s) - self.offset_s
+        # Whole milliseconds, as its poll takes them: a deadline is never met a rounding error too early.
+        sleep_ms = int(max(process.next_deadline_s(now_s) - now_s, 0.0) * 1000) + 1
+        return self.world.now_s + sleep_ms / 1000
 
     def terminate(self) -> None:
         """What SIGTERM leads to."""
