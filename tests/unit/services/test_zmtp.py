@@ -1,7 +1,9 @@
 """Frames of a byte stream however it is cut, and a UNIX socket beside libzmq's own ROUTER."""
 
 import asyncio
+import contextlib
 import itertools
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -124,6 +126,40 @@ def test_frames_cross_both_ways_in_order_and_the_end_is_told(path: Path) -> None
         await until(lambda: heard.ends == 1)
         assert not heard.dropped and not peer.dropped
         wire.close()
+        wire.close()
+
+    asyncio.run(run())
+
+
+def test_nothing_overtakes_what_waits_for_room(path: Path) -> None:
+    async def run() -> None:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(path))
+            listener.listen()
+            wire = Heard().wire(path)
+            peer, _ = listener.accept()
+        with peer:
+            peer.sendall(GREETING + READY)
+            peer.setblocking(False)
+            await until(lambda: wire._incoming.ready)
+            count = 0
+            while not wire._unsent:
+                assert wire.send([StatusRequest(count)] * 1000)
+                count += 1
+            # There is room again, of which the loop has not heard yet.
+            received = peer.recv(1 << 22)
+            assert wire.send([StatusRequest(count)])
+            codec, incoming = Codec[Request](Request), Incoming(1 << 20)
+            asked: list[Request] = []
+            async with asyncio.timeout(DEADLINE_S):
+                while not asked or asked[-1] != StatusRequest(count):
+                    for body in incoming.feed(received):
+                        asked += codec.decode(body)
+                    received = b""
+                    await asyncio.sleep(0)
+                    with contextlib.suppress(BlockingIOError):
+                        received = peer.recv(1 << 22)
+            assert asked == [StatusRequest(number // 1000) for number in range(1000 * count + 1)]
         wire.close()
 
     asyncio.run(run())
