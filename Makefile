@@ -7,6 +7,7 @@ STAMP := $(VENV)/.installed
 BATON_PORT ?= 8000
 DEMO_MODEL := deploy/demo/model
 BATON_MODEL ?= $(DEMO_MODEL)
+TEST_PROCESSES ?= 2
 
 # A GPU gets the torch that its driver runs, everything else the one without.
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
@@ -31,14 +32,15 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
 	  { echo "make: $(PYTHON) has no venv module; install it (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(EXTRA_INDEX) -c $(CONSTRAINTS) -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(EXTRA_INDEX) -c $(CONSTRAINTS) -e '.[dev,bench]'
 	@touch $@
 
 serve: $(STAMP)
 	@BATON_PORT=$(BATON_PORT) $(BIN)/baton serve $(BATON_MODEL) $(if $(filter $(DEMO_MODEL),$(BATON_MODEL)),--served-model-name baton-demo)
 
+# The longest files come first in the order of their names, so the last ones to run are short.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -10,8 +10,22 @@ from collections.abc import Sequence
 
 import typer
 
-from deploy.commands import bench_engine, keys, memory, plan, router, serve, transfer, version, worker
+from deploy.commands import (
+    bench_engine,
+    bench_pd,
+    bench_serve,
+    keys,
+    memory,
+    plan,
+    router,
+    serve,
+    trace,
+    transfer,
+    version,
+    worker,
+)
 from deploy.errors import UserError
+from deploy.load_options import BenchPdSettings, BenchServeSettings
 from deploy.options import (
     BenchEngineSettings,
     KeysSettings,
@@ -19,6 +33,7 @@ from deploy.options import (
     PlanSettings,
     RouterSettings,
     ServeSettings,
+    TraceSettings,
     TransferSettings,
     VersionSettings,
     WorkerSettings,
@@ -38,14 +53,17 @@ app = typer.Typer(
 register(app, "serve", ServeSettings, serve.run)
 register(app, "plan", PlanSettings, plan.run)
 register(app, "memory", MemorySettings, memory.run)
+register(app, "trace", TraceSettings, trace.run)
 register(app, "router", RouterSettings, router.run)
 register(app, "worker", WorkerSettings, worker.run)
 register(app, "transfer", TransferSettings, transfer.run)
 register(app, "keys", KeysSettings, keys.run)
 register(app, "version", VersionSettings, version.run)
 
-bench = typer.Typer(help="Measure this machine and what runs on it.", no_args_is_help=True)
+bench = typer.Typer(help="Measure this machine, and what is served.", no_args_is_help=True)
 register(bench, "engine", BenchEngineSettings, bench_engine.run)
+register(bench, "serve", BenchServeSettings, bench_serve.run)
+register(bench, "pd", BenchPdSettings, bench_pd.run)
 app.add_typer(bench, name="bench")
 
 _USAGE_EXCEPTION = typer.BadParameter.__mro__[2]

@@ -8,6 +8,7 @@ from deploy.errors import UserError
 from deploy.options import ServeSettings
 from deploy.planning import resolve_dtype, resolve_mem_fraction, resolve_slot_bytes, worker_config
 from deploy.supervision import Kind, drain_of
+from kvtransfer.layout import rank_slot_bytes
 from services.config import Device, WorkerConfig
 from services.messages import Role
 
@@ -25,15 +26,27 @@ class ChildSpec:
 
 @dataclass(frozen=True, slots=True)
 class WorkerSlot:
-    """One worker to be: its role, its number within the role, its GPU."""
+    """One worker to be: its role, its number within the role, its ranks, the first one's GPU."""
 
     role: Role
     number: int
     device_index: int
+    tp: int = 1
 
     @property
     def name(self) -> str:
         return f"{self.role}-{self.number}"
+
+    @property
+    def device_indices(self) -> list[int]:
+        return [self.device_index + rank for rank in range(self.tp)]
+
+    @property
+    def transfer_names(self) -> list[str]:
+        """Of its transfer processes, one for each rank."""
+        if not self.staged:
+            return []
+        return [f"{self.name}-transfer", *(f"{self.name}-transfer-{rank}" for rank in range(1, self.tp))]
 
     @property
     def staged(self) -> bool:
@@ -41,7 +54,8 @@ class WorkerSlot:
 
 
 def worker_slots(settings: ServeSettings, gpus: int) -> list[WorkerSlot]:
-    """Who there will be; worker i takes GPU i modulo their number. Raises UserError if nobody could serve."""
+    """Who there will be. Workers take GPUs one after the other, as many as they have ranks, and begin anew
+    where the rest are too few. Raises UserError if nobody could serve."""
     alone = settings.unified > 0
     prefill = (0 if alone else 1) if settings.prefill is None else settings.prefill
     decode = (0 if alone else 1) if settings.decode is None else settings.decode
@@ -55,9 +69,18 @@ def worker_slots(settings: ServeSettings, gpus: int) -> list[WorkerSlot]:
         *(("decode", number) for number in range(decode)),
         *(("unified", number) for number in range(settings.unified)),
     ]
-    return [
-        WorkerSlot(role, number, index % gpus if gpus else 0) for index, (role, number) in enumerate(wanted)
-    ]
+    ranks = {"prefill": settings.prefill_tp, "decode": settings.decode_tp, "unified": None}
+    slots: list[WorkerSlot] = []
+    first = 0
+    for role, number in wanted:
+        tp = ranks[role] or settings.tp
+        if gpus and tp > gpus:
+            raise UserError(f"--tp: a {role} worker of {tp} ranks needs {tp} GPUs, and there are {gpus}")
+        if first + tp > gpus:
+            first = 0
+        slots.append(WorkerSlot(role, number, first, tp))
+        first += tp if gpus else 0
+    return slots
 
 
 def worker_configs(settings: ServeSettings, slots: list[WorkerSlot]) -> list[WorkerConfig]:
@@ -68,8 +91,9 @@ def worker_configs(settings: ServeSettings, slots: list[WorkerSlot]) -> list[Wor
             name=slot.name,
             role=slot.role,
             listen="ipc:///-",
-            transfer="ipc:///-" if slot.staged else None,
+            transfers=tuple("ipc:///-" for _ in slot.transfer_names),
             device_index=slot.device_index,
+            tp=slot.tp,
             staging_slots=settings.staging_slots,
             staging_slot_bytes=settings.staging_slot_bytes,
         )
@@ -82,7 +106,11 @@ def child_specs(
 ) -> list[ChildSpec]:
     """Every child, in the order of starting. All "auto" values are settled here, once for all of them."""
     family = ("--run-dir", str(run_dir), "--parent-pid", str(os.getpid()))
-    specs = [_transfer(settings, slot, device, run_dir, family) for slot in slots if slot.staged]
+    specs = [
+        _transfer(settings, slot, rank, device, run_dir, family)
+        for slot in slots
+        for rank in range(len(slot.transfer_names))
+    ]
     specs += [_worker(settings, slot, device, run_dir, family) for slot in slots]
     router = ["router", str(settings.model_dir), "--host", settings.host, "--port", str(port), *family]
     for slot in slots:
@@ -90,7 +118,17 @@ def child_specs(
     router += ["--drain-timeout", _number(drain_of(Kind.ROUTER, settings.drain_timeout))]
     router += ["--request-timeout", _number(settings.request_timeout)]
     router += ["--max-body-bytes", str(settings.max_body_bytes)]
+    router += ["--worker-timeout", _number(settings.worker_timeout)]
+    router += ["--max-retries", str(settings.max_retries)]
     router += ["--max-choices", str(settings.max_choices), "--max-running", str(settings.max_running)]
+    router += ["--max-prompts", str(settings.max_prompts)]
+    router += ["--max-total-choices", str(settings.max_total_choices)]
+    router += ["--stall-timeout", _number(settings.stall_timeout)]
+    for flag, limit in (("--ttft-slo", settings.ttft_slo), ("--max-kv-load", settings.max_kv_load)):
+        if limit is not None:
+            router += [flag, _number(limit)]
+    if settings.api_key_file is not None:
+        router += ["--api-key-file", str(settings.api_key_file)]
     if settings.served_model_name is not None:
         router += ["--served-model-name", settings.served_model_name]
     secrets = (("BATON_API_KEY", ",".join(settings.api_key)),) if settings.api_key else ()
@@ -99,14 +137,23 @@ def child_specs(
 
 
 def _transfer(
-    settings: ServeSettings, slot: WorkerSlot, device: Device, run_dir: Path, family: tuple[str, ...]
+    settings: ServeSettings,
+    slot: WorkerSlot,
+    rank: int,
+    device: Device,
+    run_dir: Path,
+    family: tuple[str, ...],
 ) -> ChildSpec:
-    name = f"{slot.name}-transfer"
+    name = slot.transfer_names[rank]
+    peer, staging = name.replace("-transfer", "-peer"), name.replace("-transfer", "-staging")
     arguments = ["transfer", "--name", name, *family]
-    arguments += ["--listen", _ipc(run_dir, name), "--peer-listen", _ipc(run_dir, f"{slot.name}-peer")]
-    arguments += ["--staging-socket", str(run_dir / f"{slot.name}-staging")]
-    arguments += ["--device", device, "--device-index", str(slot.device_index), "--mover", settings.mover]
-    arguments += [*_staging(settings, device), _switch("checksum", settings.checksum)]
+    arguments += ["--listen", _ipc(run_dir, name), "--peer-listen", _ipc(run_dir, peer)]
+    arguments += ["--staging-socket", str(run_dir / staging)]
+    arguments += ["--device", device, "--device-index", str(slot.device_indices[rank])]
+    arguments += ["--mover", settings.mover]
+    arguments += [*_staging(settings, device, slot.tp), _switch("checksum", settings.checksum)]
+    arguments += ["--transfer-timeout", _number(settings.transfer_timeout)]
+    arguments += ["--peer-timeout", _number(settings.peer_timeout)]
     return ChildSpec(name, Kind.TRANSFER, tuple(arguments))
 
 
@@ -115,8 +162,8 @@ def _worker(
 ) -> ChildSpec:
     arguments = ["worker", str(settings.model_dir), "--role", slot.role, "--name", slot.name, *family]
     arguments += ["--listen", _ipc(run_dir, slot.name)]
-    if slot.staged:
-        arguments += ["--transfer", _ipc(run_dir, f"{slot.name}-transfer")]
+    for name in slot.transfer_names:
+        arguments += ["--transfer", _ipc(run_dir, name)]
     arguments += ["--device", device, "--device-index", str(slot.device_index)]
     arguments += ["--dtype", resolve_dtype(settings.dtype, device), "--load-format", settings.load_format]
     arguments += ["--kv-dtype", settings.kv_dtype, "--quantization", settings.quantization]
@@ -124,15 +171,17 @@ def _worker(
     if settings.device_memory is not None:
         arguments += ["--device-memory", str(settings.device_memory)]
     arguments += ["--max-model-len", str(settings.max_model_len), "--page-size", str(settings.page_size)]
-    arguments += ["--max-batch", str(settings.max_batch), "--tp", str(settings.tp)]
-    arguments += ["--max-chunk-tokens", str(settings.max_chunk_tokens), *_staging(settings, device)]
+    arguments += ["--max-batch", str(settings.max_batch), "--tp", str(slot.tp)]
+    arguments += ["--max-chunk-tokens", str(settings.max_chunk_tokens)]
+    arguments += ["--tail-chunk-tokens", str(settings.tail_chunk_tokens), *_staging(settings, device)]
     arguments += [_switch("prefix-cache", settings.prefix_cache)]
     arguments += ["--drain-timeout", _number(drain_of(Kind.WORKER, settings.drain_timeout))]
     return ChildSpec(slot.name, Kind.WORKER, tuple(arguments))
 
 
-def _staging(settings: ServeSettings, device: Device) -> list[str]:
-    slot_bytes = resolve_slot_bytes(settings.staging_slot_bytes, device)
+def _staging(settings: ServeSettings, device: Device, tp: int = 1) -> list[str]:
+    """`tp` ranks divide a worker's slots."""
+    slot_bytes = rank_slot_bytes(resolve_slot_bytes(settings.staging_slot_bytes, device), tp)
     return ["--staging-slots", str(settings.staging_slots), "--staging-slot-bytes", str(slot_bytes)]
 
 

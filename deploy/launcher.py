@@ -35,6 +35,7 @@ from services.memory.render import table
 _READ_BYTES = 64 * 1024
 _POLL_S = 0.2
 _MESSAGE_LINES = 40
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _ERROR_MARK = "baton: error: "
 
 
@@ -85,7 +86,7 @@ class Launcher:
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in _STOP_SIGNALS:
             loop.add_signal_handler(number, self._on_signal)
         tasks = [asyncio.create_task(self._supervise(child)) for child in self._children]
         greeting = asyncio.create_task(self._greet())
@@ -96,12 +97,18 @@ class Launcher:
             greeting.cancel()
             self._kill_all()
             await asyncio.gather(greeting, *tasks, return_exceptions=True)
+            for number in _STOP_SIGNALS:
+                loop.remove_signal_handler(number)
             run_directory.remove(self._run_dir)
         if self._failure is not None:
             print(f"{_ERROR_MARK}{self._failure}", file=sys.stderr)
             return self._failure_code
         self._screen.say("stopped")
         return 0
+
+    def stop(self) -> None:
+        """What a first signal does: everything drains and ends, and `run` returns."""
+        self._stopping.set()
 
     # ------------------------------------------------------------ one child
 

@@ -7,6 +7,7 @@ from typing import get_args
 
 from deploy.settings import required, setting
 from deploy.values import (
+    above_zero,
     choice,
     endpoint,
     flag,
@@ -17,7 +18,6 @@ from deploy.values import (
     power_of_two,
     seconds,
     slot_bytes,
-    tensor_parallel,
     text,
 )
 from kvtransfer.config import MoverName
@@ -61,8 +61,11 @@ class EngineSettings:
     page_size: int = setting(16, power_of_two(1, 1024), "Tokens in one KV page.")
     max_batch: int = setting(64, integer(1, 4096), "Sequences in one decode step.")
     max_chunk_tokens: int = setting(512, integer(16, 1 << 17), "Tokens in one forward pass.")
+    tail_chunk_tokens: int = setting(
+        512, integer(0, 1 << 17), "A long prompt's last chunk on a prefill worker; 0 leaves it as it comes."
+    )
     tp: int = setting(
-        1, tensor_parallel, "Ranks of one worker; only 1 is supported.", "--tensor-parallel-size"
+        1, integer(1, 64), "Ranks of one worker, each with a device.", "--tensor-parallel-size"
     )
 
 
@@ -70,9 +73,9 @@ class EngineSettings:
 class StagingSettings:
     """The staging buffer, which lies outside the memory fraction."""
 
-    staging_slots: int = setting(16, integer(2, 4096), "Slots of the staging buffer.")
+    staging_slots: int = setting(32, integer(2, 4096), "Slots of the staging buffer.")
     staging_slot_bytes: int | None = setting(
-        None, slot_bytes, "Size of one slot, a multiple of 256. (default: 16MiB on cuda, 1MiB on cpu)"
+        None, slot_bytes, "Size of one slot, a multiple of 256. (default: 8MiB on cuda, 1MiB on cpu)"
     )
 
 
@@ -80,6 +83,12 @@ class StagingSettings:
 class MoverSettings:
     mover: str = setting("auto", choice(*get_args(MoverName)), "What moves KV between processes.")
     checksum: bool = setting(False, flag, "Checksum every segment of moved KV.", switch=True)
+    transfer_timeout: float = setting(
+        60.0, seconds(1, 86400), "Seconds that an offered transfer, or one write of it, may take."
+    )
+    peer_timeout: float = setting(
+        5.0, seconds(1, 3600), "Seconds of silence after which another transfer process is lost."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,10 +109,28 @@ class HttpSettings:
     api_key: tuple[str, ...] = setting(
         (), parse_api_key, "Bearer key that clients must send; repeatable.", many=True
     )
+    api_key_file: Path | None = setting(None, path, "File with more such keys, one a line.")
     request_timeout: float = setting(600.0, seconds(1, 86400), "Seconds that one request may take.")
     max_body_bytes: int = setting(8 << 20, parse_bytes, "Largest request body, like 8MiB.")
     max_choices: int = setting(16, integer(1, 128), "Most choices (`n`) of one prompt.")
+    max_prompts: int = setting(64, integer(1, 1 << 16), "Most prompts in one completions request.")
+    max_total_choices: int = setting(128, integer(1, 1 << 16), "Most prompts times `n` in one request.")
     max_running: int = setting(4096, integer(1, 1 << 20), "Prompts in flight; more are refused with 429.")
+    worker_timeout: float = setting(
+        5.0, seconds(0.1, 3600), "Seconds of silence that lose a worker; what it ran goes on elsewhere."
+    )
+    max_retries: int = setting(
+        3, integer(0, 100), "How often one prompt may lose its workers and be run again; 0: never."
+    )
+    ttft_slo: float | None = setting(
+        None, seconds(0.001, 86400), "Predicted seconds to a first token above which prompts get 429."
+    )
+    max_kv_load: float | None = setting(
+        None, above_zero, "Prompt tokens in flight per token of a decode worker's KV pool; more get 429."
+    )
+    stall_timeout: float = setting(
+        60.0, seconds(1, 86400), "Seconds that a client may read nothing before it is cut off."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +140,8 @@ class ServeSettings(HttpSettings, StagingSettings, MoverSettings, EngineSettings
     prefill: int | None = setting(None, _count, "Prefill workers. (default: 1, or 0 with --unified)")
     decode: int | None = setting(None, _count, "Decode workers. (default: 1, or 0 with --unified)")
     unified: int = setting(0, _count, "Workers that do both.")
+    prefill_tp: int | None = setting(None, integer(1, 64), "Ranks of a prefill worker. (default: --tp)")
+    decode_tp: int | None = setting(None, integer(1, 64), "Ranks of a decode worker. (default: --tp)")
     prefix_cache: bool = setting(True, flag, "Reuse the KV of common prefixes.", switch=True)
     drain_timeout: float = setting(30.0, seconds(0, 3600), "Seconds that running requests get at the end.")
 
@@ -132,9 +161,11 @@ class WorkerSettings(ChildSettings, StagingSettings, EngineSettings):
         choice("prefill", "decode", "unified"), "What the worker does: prefill, decode or unified."
     )
     listen: str = required(endpoint, "Endpoint for routers: ipc:///path or tcp://host:port.")
-    transfer: str | None = setting(None, endpoint, "Endpoint of this worker's transfer process.")
+    transfer: tuple[str, ...] = setting(
+        (), endpoint, "Endpoint of a rank's transfer process; once for each rank, in order.", many=True
+    )
     name: str | None = setting(None, text, "Name in logs and metrics. (default: the role)")
-    device_index: int = setting(0, integer(0, 1023), "Which GPU.")
+    device_index: int = setting(0, integer(0, 1023), "Which GPU; with --tp, the first of them.")
     max_queue: int = setting(1024, integer(1, 1 << 20), "Requests waiting; more are refused.")
     prefix_cache: bool = setting(True, flag, "Reuse the KV of common prefixes.", switch=True)
     key_dir: Path | None = setting(None, path, "CURVE keys for tcp:// endpoints.")
@@ -176,6 +207,16 @@ class MemorySettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TraceSettings:
+    """Print when a request's KV was computed, packed, sent and unpacked."""
+
+    request_id: str = required(text, "The request's x-request-id.", positional=True)
+    url: str = setting("http://127.0.0.1:8000", text, "Where the router listens.")
+    api_key: tuple[str, ...] = setting((), parse_api_key, "Bearer key that the request came with.", many=True)
+    out: Path | None = setting(None, path, "Also write a Chrome trace, for ui.perfetto.dev, to this file.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class KeysSettings:
     """Make a directory of CURVE keys for workers on several hosts."""
 
@@ -194,6 +235,10 @@ class BenchEngineSettings:
     dtype: str = setting(
         "auto", choice("auto", "float32", "bfloat16", "float16"), "auto: bfloat16 on cuda, float32 on cpu."
     )
+    kv_dtype: str = setting(
+        "auto", choice("auto", "fp8"), "What the KV cache is kept in.", "--kv-cache-dtype"
+    )
+    quantization: str = setting("none", choice("none", "fp8"), "fp8: linear layers in e4m3.")
     mem_fraction: float | None = setting(
         None, fraction, "Share of the device for weights and KV pool. (default: 0.85 on cuda, 0.6 on cpu)"
     )

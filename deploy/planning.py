@@ -7,6 +7,7 @@ from typing import cast
 
 from deploy.errors import UserError
 from deploy.options import EngineSettings
+from kvtransfer.layout import rank_slot_bytes
 from services.config import Device, Dtype, KvDtype, Quantization, WorkerConfig
 from services.engine.checkpoint_files import check_tensors, read_checkpoint_files
 from services.engine.errors import CheckpointError
@@ -22,7 +23,7 @@ CPU_MEM_FRACTION = 0.6
 """An interpreter with torch is a large part of a small device; on a GPU the rest is small change."""
 CUDA_MEM_FRACTION = 0.85
 CPU_SLOT_BYTES = 1 << 20
-CUDA_SLOT_BYTES = 16 << 20
+CUDA_SLOT_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +119,9 @@ def worker_config(
     name: str,
     role: Role,
     listen: str,
-    transfer: str | None,
+    transfers: tuple[str, ...],
     device_index: int = 0,
+    tp: int | None = None,
     staging_slots: int = 0,
     staging_slot_bytes: int | None = None,
     max_queue: int = 1024,
@@ -134,19 +136,21 @@ def worker_config(
         role=role,
         model_dir=settings.model_dir,
         listen=listen,
-        transfer=transfer,
+        transfers=transfers,
         device=device,
         device_index=device_index,
         dtype=resolve_dtype(settings.dtype, device),
         kv_dtype=cast(KvDtype, settings.kv_dtype),
         quantization=cast(Quantization, settings.quantization),
         load_format="dummy" if settings.load_format == "dummy" else "auto",
+        tp=settings.tp if tp is None else tp,
         mem_fraction=resolve_mem_fraction(settings.mem_fraction, device),
         device_memory_bytes=settings.device_memory or (CPU_DEVICE_BYTES if device == "cpu" else None),
         max_model_len=settings.max_model_len,
         page_size_tokens=settings.page_size,
         max_batch=settings.max_batch,
         max_chunk_tokens=settings.max_chunk_tokens,
+        tail_chunk_tokens=settings.tail_chunk_tokens,
         max_queue=max_queue,
         prefix_cache=prefix_cache,
         staging_slots=staging_slots,
@@ -188,7 +192,8 @@ def check_shared_gpus(configs: list[WorkerConfig], device_memory: int | None) ->
     by_index: dict[int, list[WorkerConfig]] = {}
     for config in configs:
         if config.device == "cuda":
-            by_index.setdefault(config.device_index, []).append(config)
+            for rank in range(config.tp):
+                by_index.setdefault(config.device_index + rank, []).append(config)
     for index, sharers in by_index.items():
         if len(sharers) < 2:
             continue
@@ -206,8 +211,9 @@ def check_shared_gpus(configs: list[WorkerConfig], device_memory: int | None) ->
 
 
 def _outside_bytes(config: WorkerConfig) -> int:
-    outside = contexts(config.device)
+    outside = contexts(config.device, config.tp)
     worker_bytes = outside.worker_bytes + outside.graphs_bytes
-    if config.transfer is None:
+    if not config.transfers:
         return worker_bytes
-    return worker_bytes + outside.transfer_bytes + config.staging_slots * config.staging_slot_bytes
+    slot_bytes = rank_slot_bytes(config.staging_slot_bytes, config.tp)
+    return worker_bytes + outside.transfer_bytes + config.staging_slots * slot_bytes

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 _NAME = re.compile(r"baton-(\d+)-(\d+)")
-_LONGEST_SOCKET_NAME = "unified-63-transfer"
+_LONGEST_SOCKET_NAME = "prefill-63-transfer-63"
 _MAX_SOCKET_PATH_BYTES = 107
 
 

@@ -87,18 +87,21 @@ def seconds(low: float, high: float) -> Callable[[str], float]:
     return parse
 
 
+def number(low: float, high: float) -> Callable[[str], float]:
+    def parse(value: str) -> float:
+        given = _number(value)
+        if not low <= given <= high:
+            raise ValueError(f"{value} is out of range; allowed are {low:g} to {high:g}")
+        return given
+
+    return parse
+
+
 def slot_bytes(value: str) -> int:
     size_bytes = parse_bytes(value)
     if size_bytes % 256 or size_bytes >= 1 << 40:
         raise ValueError(f"{value} is not a multiple of 256 bytes below 1TiB")
     return size_bytes
-
-
-def tensor_parallel(value: str) -> int:
-    number = integer(1, 1024)(value)
-    if number != 1:
-        raise ValueError(f"{number} is not supported; only 1 is supported")
-    return number
 
 
 def endpoint(value: str) -> str:
@@ -116,6 +119,13 @@ def endpoint(value: str) -> str:
         if not port.isdigit() or not 0 < int(port) < 65536:
             raise ValueError(f"{value!r}: a tcp:// endpoint ends with a port from 1 to 65535")
     return value
+
+
+def above_zero(value: str) -> float:
+    number = _number(value)
+    if number <= 0:
+        raise ValueError(f"{value} must be above 0")
+    return number
 
 
 def _number(value: str) -> float:

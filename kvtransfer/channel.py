@@ -77,14 +77,17 @@ def _check_ipc_path_is_ours(endpoint: str) -> Path:
     raise TransferConfigError(f"endpoint {endpoint}: another process is listening there")
 
 
-def _decode(codec: Codec[In], parts: list[bytes], on_drop: DropReport) -> list[In] | None:
+def _decode(
+    codec: Codec[In], parts: list[bytes], on_drop: DropReport, on_mismatch: Callable[[str], None]
+) -> list[In] | None:
     if len(parts) != 1:
         on_drop("malformed_frame")
         return None
     try:
         return codec.decode(parts[0])
-    except VersionMismatch:
+    except VersionMismatch as error:
         on_drop("other_version")
+        on_mismatch(str(error))
     except ProtocolError:
         on_drop("malformed_frame")
     return None
@@ -104,9 +107,12 @@ class Server(Generic[In, Out]):
         *,
         keys: ChannelKeys | None = None,
         on_drop: DropReport,
+        refusal: Callable[[str], Out] | None = None,
     ) -> None:
+        """`refusal(why)` answers a frame of another protocol version: its sender cannot read the answer, but
+        sees our version in front of it."""
         scheme, address, _ = _split_endpoint(endpoint)
-        self._receives, self._sends, self._on_drop = receives, sends, on_drop
+        self._receives, self._sends, self._on_drop, self._refusal = receives, sends, on_drop, refusal
         self._ipc_path = _check_ipc_path_is_ours(address) if scheme == "ipc" else None
         if scheme == "tcp" and keys is None:
             raise TransferConfigError(f"endpoint {endpoint}: {NEEDS_KEYS}")
@@ -141,9 +147,12 @@ class Server(Generic[In, Out]):
                 if error.errno in (zmq.EAGAIN, errno.EINTR):
                     break
                 raise
-            messages = _decode(self._receives, parts, self._on_drop)
+            mismatches: list[str] = []
+            messages = _decode(self._receives, parts, self._on_drop, mismatches.append)
             if messages is not None:
                 arrived.append((peer, messages))
+            elif mismatches and self._refusal is not None:
+                self.send(peer, [self._refusal(mismatches[0])])
         return arrived
 
     def send(self, peer: bytes, messages: list[Out]) -> bool:
@@ -190,6 +199,8 @@ class Link(Generic[In, Out]):
         elif keys is None:
             raise TransferConfigError(f"endpoint {endpoint}: {NEEDS_KEYS}")
         self.endpoint = endpoint
+        self.mismatch = ""
+        """Which other protocol version the server has spoken, if it has, and ours."""
         self._receives, self._sends, self._on_drop = receives, sends, on_drop
         context: zmq.Context[Any] = zmq.Context.instance()
         self.socket = _new_socket(context, zmq.DEALER, receives.max_frame_bytes)
@@ -219,10 +230,14 @@ class Link(Generic[In, Out]):
             # Cheaper than one call too many: that ends in an exception.
             if not self.pending():
                 break
-            messages = _decode(self._receives, self.socket.recv_multipart(_NOBLOCK), self._on_drop)
+            parts = self.socket.recv_multipart(_NOBLOCK)
+            messages = _decode(self._receives, parts, self._on_drop, self._note_mismatch)
             if messages is not None:
                 arrived.extend(messages)
         return arrived
+
+    def _note_mismatch(self, what: str) -> None:
+        self.mismatch = what
 
     def send(self, messages: list[Out]) -> bool:
         """One frame. False: the queue is full (the server has been away for long)."""

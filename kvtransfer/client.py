@@ -20,11 +20,14 @@ import zmq
 from kvtransfer.channel import ChannelKeys, Link
 from kvtransfer.client_book import OpenTransfers, TransferEvent
 from kvtransfer.codecs import WORKER_COMMANDS, WORKER_EVENTS
+from kvtransfer.connection_watch import ConnectionWatch
 from kvtransfer.errors import AttachError, TransferConfigError
 from kvtransfer.layout import tokens_per_slot
 from kvtransfer.messages import (
     MAX_SEGMENTS_PER_MESSAGE,
+    VERSION,
     Abort,
+    AskSpans,
     Attached,
     AttachWorker,
     Command,
@@ -42,6 +45,7 @@ from kvtransfer.messages import (
     SlotUse,
     Stats,
     TransferAddress,
+    TransferSpans,
 )
 from kvtransfer.staging import receive_staging
 
@@ -59,9 +63,11 @@ class TransferLost:
     Slots named before must not be touched, nor `freed`."""
 
     old_epoch: int
+    rank: int = 0
+    """The rank whose process it was."""
 
 
-WorkerEvent = TransferEvent | TransferLost
+WorkerEvent = TransferEvent | TransferLost | TransferSpans
 
 
 def _always() -> bool:
@@ -77,8 +83,9 @@ class TransferClient:
     """Attaches in the constructor. Raises AttachError if that fails within `timeout_s`,
     TransferConfigError for a bad endpoint.
 
-    `packs_idle` says whether no pack into a send slot is running on the device. Slots that were lent for a
-    transfer that has ended go back, by `flush`, only when it says so; on a CPU packs end as they return.
+    `packs_idle`, which the worker sets, says whether no pack is running whose transfer has ended. Slots that
+    were lent for such a transfer go back, by `flush`, only when it says so.
+    Of a worker of several ranks, it serves rank `rank` of `tp`; without `maps`, the rank maps the buffer.
     """
 
     def __init__(
@@ -89,14 +96,19 @@ class TransferClient:
         *,
         keys: ChannelKeys | None = None,
         timeout_s: float = 30.0,
+        rank: int = 0,
+        tp: int = 1,
+        maps: bool = True,
         packs_idle: Callable[[], bool] = _always,
     ) -> None:
         self._worker_epoch, self._geometry = worker_epoch, geometry
-        self._packs_idle = packs_idle
+        self._rank, self._tp, self._maps = rank, tp, maps
+        self.packs_idle = packs_idle
         self._dropped: dict[str, int] = {}
         self._link: Link[Event, Command] = Link(
             endpoint, WORKER_EVENTS, WORKER_COMMANDS, keys=keys, on_drop=self._on_drop
         )
+        self._watch = ConnectionWatch(self._link.socket)
         self._attached: Attached | None = None
         self._map: mmap.mmap | None = None
         self._view: memoryview | None = None
@@ -153,7 +165,7 @@ class TransferClient:
 
     @property
     def tokens_per_slot(self) -> int:
-        return tokens_per_slot(self._geometry, self.attached.slot_bytes)
+        return tokens_per_slot(self._geometry, self.attached.slot_bytes, self._tp)
 
     @property
     def staging(self) -> memoryview | None:
@@ -171,10 +183,16 @@ class TransferClient:
     # ------------------------------------------------------------ commands
 
     def open_receive(
-        self, transfer_id: int, source: TransferAddress, start_token: int, end_token: int, deadline_s: float
+        self,
+        transfer_id: int,
+        source: TransferAddress,
+        start_token: int,
+        end_token: int,
+        deadline_s: float,
+        kv_heads: int = 0,
     ) -> None:
         self._book.open_receive(transfer_id)
-        self._queue(OpenReceive(transfer_id, source, start_token, end_token, deadline_s))
+        self._queue(OpenReceive(transfer_id, source, start_token, end_token, deadline_s, kv_heads))
 
     def open_send(self, transfer_id: int, deadline_s: float) -> None:
         self._book.open_send(transfer_id)
@@ -200,6 +218,10 @@ class TransferClient:
         self._queue(Abort(transfer_id, reason[:1024]))
         self._book.end(transfer_id)
 
+    def ask_spans(self, transfer_id: int) -> None:
+        """What does the transfer process remember of a transfer? `TransferSpans` answers."""
+        self._queue(AskSpans(transfer_id))
+
     def flush(self) -> None:
         """Sends what is queued, as one frame. While not `ready`, drops it."""
         if self._attached is None:
@@ -207,7 +229,7 @@ class TransferClient:
             return
         # Freed receive slots go first: what follows in the frame may be given them. Lent slots go last:
         # they can be returned only after the abort that ended their transfer.
-        returning = self._book.returning if self._packs_idle() else []
+        returning = self._book.returning if self.packs_idle() else []
         frame: list[Command] = [*_freed(self._book.freed), *self._commands, *_freed(returning)]
         if frame and not self._link.send(frame):
             log.warning("the transfer process takes no commands: queue full")
@@ -238,12 +260,15 @@ class TransferClient:
                 self._on_drop("event_before_attached")
             elif isinstance(event, Stats):
                 self.last_stats, self.last_stats_at_s = event, now_s
-            elif self._book.follow(event):
+            elif isinstance(event, TransferSpans) or self._book.follow(event):
                 events.append(event)
         return events
 
     def tick(self, now_s: float) -> None:
         """Pings a quiet transfer process, and asks again to be attached. Cheap: call it every step."""
+        if self._watch.was_cut() and self._attached is not None:
+            log.warning("the connection to the transfer process was cut")
+            self._lost.extend(self._lose())
         if self._attached is None:
             if now_s - self._asked_at_s >= ATTACH_RETRY_S:
                 self._ask(now_s)
@@ -264,6 +289,7 @@ class TransferClient:
         """Leaves; the transfer process cancels what is open when it notices. Idempotent."""
         self._attached = None
         self._unmap()
+        self._watch.close()
         self._link.close()
 
     # ------------------------------------------------------------ inner moves
@@ -275,6 +301,7 @@ class TransferClient:
         until_s = time.monotonic() + timeout_s
         while self._attached is None:
             now_s = time.monotonic()
+            self.refusal = self._link.mismatch or self.refusal
             if now_s >= until_s:
                 why = f": {self.refusal}" if self.refusal else ""
                 raise AttachError(f"no transfer process at {self._link.endpoint} in {timeout_s} s{why}")
@@ -284,14 +311,14 @@ class TransferClient:
 
     def _ask(self, now_s: float) -> None:
         self._asked_at_s = now_s
-        self._link.send([AttachWorker(self._worker_epoch, self._geometry)])
+        self._link.send([AttachWorker(self._worker_epoch, self._geometry, VERSION, self._rank, self._tp)])
 
     def _on_attached(self, event: Attached) -> None:
         if self._attached is not None:
             self._on_drop("attached_twice")
             return
         self._unmap()
-        if event.staging_socket is not None:
+        if event.staging_socket is not None and self._maps:
             try:
                 size_bytes = event.slots * event.slot_bytes
                 self._map = receive_staging(Path(event.staging_socket), size_bytes, timeout_s=2.0)
@@ -303,12 +330,12 @@ class TransferClient:
             self._view = memoryview(self._map)
         self._attached = event
         self.refusal = ""
-        log.info("attached to transfer process, epoch %d", event.address.epoch)
+        log.info("attached to transfer process, epoch %d, mover %s", event.address.epoch, event.mover)
 
     def _lose(self) -> list[WorkerEvent]:
         if self._attached is None:
             return []
-        lost = TransferLost(self._attached.address.epoch)
+        lost = TransferLost(self._attached.address.epoch, self._rank)
         self._attached = None
         self.last_stats = None
         self._book.clear()

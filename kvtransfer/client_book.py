@@ -24,7 +24,8 @@ class OpenTransfers:
     def __init__(self) -> None:
         self._lent: dict[int, dict[int, SlotUse]] = {}
         """Open sends, each with the slots lent for it and not filled, by slot number."""
-        self._receives: set[int] = set()
+        self._receives: dict[int, set[SlotUse]] = {}
+        """Open receives, each with the slot uses that have arrived for it."""
         self.returning: list[SlotUse] = []
         self.freed: list[SlotUse] = []
 
@@ -32,7 +33,7 @@ class OpenTransfers:
         self._lent[transfer_id] = {}
 
     def open_receive(self, transfer_id: int) -> None:
-        self._receives.add(transfer_id)
+        self._receives[transfer_id] = set()
 
     def filled(self, transfer_id: int, segments: list[Segment]) -> None:
         lent = self._lent.get(transfer_id, {})
@@ -40,7 +41,7 @@ class OpenTransfers:
             lent.pop(segment.slot, None)
 
     def committed(self, transfer_id: int) -> None:
-        self._receives.discard(transfer_id)
+        self._receives.pop(transfer_id, None)
 
     def follow(self, event: TransferEvent) -> bool:
         """Takes note of an event. False: the worker has ended that transfer already and is not to hear of
@@ -53,18 +54,22 @@ class OpenTransfers:
             lent.update((use.slot, use) for use in event.slots)
             return True
         if isinstance(event, Arrived):
-            if event.transfer_id in self._receives:
-                return True
-            self.freed.extend(SlotUse(s.slot, s.generation) for s in event.segments)
-            return False
+            uses = [SlotUse(one.slot, one.generation) for one in event.segments]
+            arrived = self._receives.get(event.transfer_id)
+            if arrived is None:
+                self.freed.extend(uses)
+                return False
+            if not arrived.isdisjoint(uses):
+                return False  # said twice; counted twice, a transfer would seem whole before it is
+            arrived.update(uses)
+            return True
         if isinstance(event, SendConfirmed):
             return event.transfer_id in self._lent
         return self.end(event.transfer_id)
 
     def end(self, transfer_id: int) -> bool:
         """False if it was not open."""
-        receiving = transfer_id in self._receives
-        self._receives.discard(transfer_id)
+        receiving = self._receives.pop(transfer_id, None) is not None
         lent = self._lent.pop(transfer_id, None)
         self.returning.extend((lent or {}).values())
         return receiving or lent is not None

@@ -7,7 +7,7 @@ from typing import Literal
 from kvtransfer.errors import TransferConfigError
 
 Device = Literal["cpu", "cuda"]
-MoverName = Literal["auto", "nixl"]
+MoverName = Literal["auto", "nixl", "cuda_ipc", "nccl"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +26,8 @@ class TransferConfig:
     """The endpoint peers are told instead of `peer_listen`: needed where that binds every interface."""
     device: Device = "cpu"
     device_index: int = 0
-    slots: int = 16
-    slot_bytes: int = 16 << 20
+    slots: int = 32
+    slot_bytes: int = 8 << 20
     mover: MoverName = "auto"
     checksum: bool = False
     key_dir: Path | None = None

@@ -13,9 +13,9 @@ from kvtransfer.channel import Server
 from kvtransfer.errors import MoverError
 from kvtransfer.handshake import mismatch
 from kvtransfer.machine import TransferMachine
-from kvtransfer.movers.base import Mover, Region
+from kvtransfer.movers.base import Mover, Region, two_sided
 from kvtransfer.outbox import Destination
-from kvtransfer.peer_messages import PeerHello, PeerMessage, PeerPing, PeerRefused
+from kvtransfer.peer_messages import MoverNote, PeerHello, PeerMessage, PeerPing, PeerRefused
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +46,7 @@ class Destinations:
     ) -> None:
         self._server, self._machine, self._mover, self._hello = server, machine, mover, hello
         self._epoch, self._on_device = epoch, on_device
+        self._two_sided = two_sided(mover)
         self._peer_timeout_s, self._heartbeat_s = peer_timeout_s, heartbeat_s
         self._by_identity: dict[bytes, _Peer] = {}
         self._by_epoch: dict[Destination, _Peer] = {}
@@ -59,6 +60,11 @@ class Destinations:
         """The mover's name for a connected peer."""
         peer = self._by_epoch.get(destination)
         return None if peer is None else peer.hello.agent_name
+
+    def slot_bytes(self, destination: Destination) -> int | None:
+        """The size of a connected peer's slots."""
+        peer = self._by_epoch.get(destination)
+        return None if peer is None else peer.hello.slot_bytes
 
     def receive(self, now_s: float) -> None:
         for identity, messages in self._server.receive():
@@ -85,8 +91,23 @@ class Destinations:
         else:
             self.lose(destination, "its connection is gone", now_s)
 
+    def send_notes(self, now_s: float) -> None:
+        """What the mover has to say, before anything that is said about the same writes."""
+        if self._two_sided is None:
+            return
+        for agent, note in self._two_sided.notes():
+            destination = self._named(agent)
+            if destination is not None:
+                self.send(destination, [MoverNote(note)], now_s)
+
     def tick(self, now_s: float) -> None:
         """Heartbeats and silence; takes leave of lost peers."""
+        for agent, fault in [] if self._two_sided is None else self._two_sided.faults():
+            destination = self._named(agent)
+            if destination is not None:
+                refused = PeerRefused(f"mover: {fault}"[:1000])
+                self._server.send(self._by_epoch[destination].identity, [refused])
+                self.lose(destination, refused.reason, now_s)
         for destination, peer in list(self._by_epoch.items()):
             if now_s - peer.heard_at_s >= self._peer_timeout_s:
                 self.lose(destination, f"silent for {self._peer_timeout_s} s", now_s)
@@ -113,12 +134,17 @@ class Destinations:
         log.warning("peer %s lost: %s", peer.hello.agent_name, reason)
         del self._by_identity[peer.identity]
         self._leaving[destination] = peer.hello.agent_name
+        if self._two_sided is not None:
+            self._two_sided.cut(peer.hello.agent_name)
         self._machine.sender.destination_lost(destination, f"destination lost: {reason}", now_s)
 
     def lose_all(self, reason: str, now_s: float) -> None:
         for destination, peer in list(self._by_epoch.items()):
             self._server.send(peer.identity, [PeerRefused(reason)])
             self.lose(destination, reason, now_s)
+
+    def _named(self, agent: str) -> Destination | None:
+        return next((d for d, peer in self._by_epoch.items() if peer.hello.agent_name == agent), None)
 
     def _greet(self, identity: bytes, theirs: PeerHello, now_s: float) -> None:
         ours = self._hello(None)

@@ -43,3 +43,8 @@ class MoverUnavailable(MoverError, TransferConfigError):
 
 class PeerLostError(MoverError):
     """The mover's connection to a peer is gone for good; nothing more will be moved to it."""
+
+
+class MoverBroken(BatonTransferError):
+    """The device has failed, or does not finish what was started, and only the end of this process surely
+    stops it. Not a MoverError: the process must end; whoever supervises it starts the next."""

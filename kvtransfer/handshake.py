@@ -1,5 +1,6 @@
 """Whether two transfer processes fit together: decided before anything else is said."""
 
+from kvtransfer.layout import head_range, shared_heads
 from kvtransfer.peer_messages import PeerHello
 
 PEER_VERSION = "baton-kv/1"
@@ -8,8 +9,9 @@ PEER_VERSION = "baton-kv/1"
 def mismatch(ours: PeerHello, theirs: PeerHello) -> str | None:
     """Why these two must not talk, naming the field and both values; None if they fit.
 
-    Page size, page layout and tensor parallelism may differ: the slot layout is the same for all. The
-    number of slots may differ too, their size not, because a segment packed into one fills another.
+    Page size, page layout and tensor parallelism may differ: the slot layout is the same for all. Number and
+    size of the slots may differ too: a segment is made to fit both. Ranks that have no head in common have
+    nothing to say to each other.
     """
     pairs: tuple[tuple[str, object, object], ...] = (
         ("version", ours.version, theirs.version),
@@ -19,11 +21,16 @@ def mismatch(ours: PeerHello, theirs: PeerHello) -> str | None:
         ("head_dim", ours.geometry.head_dim, theirs.geometry.head_dim),
         ("dtype", ours.geometry.dtype, theirs.geometry.dtype),
         ("mover", ours.mover, theirs.mover),
-        ("slot_bytes", ours.slot_bytes, theirs.slot_bytes),
     )
     for name, our_value, their_value in pairs:
         if our_value != their_value:
             return f"{name} differs: {our_value!r} here, {their_value!r} there"
+    kv_heads = ours.geometry.kv_heads
+    if kv_heads % ours.tp or kv_heads % theirs.tp:
+        return f"tp: {ours.tp} here and {theirs.tp} there do not both divide {kv_heads} KV heads"
+    here, there = (head_range(kv_heads, one.rank, one.tp) for one in (ours, theirs))
+    if not shared_heads(here, there):
+        return f"rank: {ours.rank} of {ours.tp} here and {theirs.rank} of {theirs.tp} there share no head"
     if ours.epoch == theirs.epoch:
         return "a transfer process cannot be its own peer"
     return None

@@ -8,15 +8,36 @@ from bisect import bisect_left
 from kvtransfer.errors import TransferConfigError
 from kvtransfer.messages import KvGeometry
 
+SLOT_ALIGNMENT_BYTES = 256
 
-def tokens_per_slot(geometry: KvGeometry, slot_bytes: int) -> int:
-    """How many tokens' KV, over all layers, fit one slot. Raises TransferConfigError if not even one."""
-    tokens = slot_bytes // geometry.token_bytes
+
+def head_range(kv_heads: int, rank: int, tp: int) -> range:
+    """The heads of the model that rank `rank` of `tp` has."""
+    share = kv_heads // tp
+    return range(rank * share, (rank + 1) * share)
+
+
+def shared_heads(ours: range, theirs: range) -> range:
+    """The heads of both; empty if there are none."""
+    return range(max(ours.start, theirs.start), min(ours.stop, theirs.stop))
+
+
+def tokens_per_slot(geometry: KvGeometry, slot_bytes: int, tp: int = 1) -> int:
+    """How many tokens' KV, over all layers and the heads of one of `tp` ranks, fit one slot. Raises
+    TransferConfigError if not even one, or if the heads cannot be divided."""
+    if geometry.kv_heads % tp:
+        raise TransferConfigError(f"tp: {tp} ranks cannot divide {geometry.kv_heads} KV heads")
+    tokens = slot_bytes // (geometry.token_bytes // tp)
     if tokens < 1:
         raise TransferConfigError(
-            f"slot_bytes: {slot_bytes} bytes cannot hold one token's KV of {geometry.token_bytes} bytes"
+            f"slot_bytes: {slot_bytes} bytes cannot hold one token's KV of {geometry.token_bytes // tp} bytes"
         )
     return tokens
+
+
+def rank_slot_bytes(slot_bytes: int, tp: int) -> int:
+    """A worker's slot divided among its ranks, in whole 256 bytes: a rank has its heads of as many tokens."""
+    return max(SLOT_ALIGNMENT_BYTES, slot_bytes // tp // SLOT_ALIGNMENT_BYTES * SLOT_ALIGNMENT_BYTES)
 
 
 def segment_bytes(geometry: KvGeometry, tokens: int) -> int:

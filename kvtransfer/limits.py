@@ -13,6 +13,9 @@ class Limits:
 
     `receive_slots` is below the pool's size, so that one slot is always left to send with: two processes
     that receive from each other could otherwise grant everything away and wait for each other.
+
+    `token_bytes` and `tokens_per_slot` are of all `kv_heads` that the worker's rank, one of `tp`, has; of
+    fewer heads there is less in a token, and there are more tokens in a slot.
     """
 
     slots: int
@@ -24,23 +27,43 @@ class Limits:
     offer_hold_s: float
     resend_s: float
     quarantine_s: float
+    slot_bytes: int
+    kv_heads: int
+    tp: int
     max_transfers: int = 16384
 
     @classmethod
     def of(
-        cls, geometry: KvGeometry | None, slots: int, slot_bytes: int, share: float, transfer_timeout_s: float
+        cls,
+        geometry: KvGeometry | None,
+        slots: int,
+        slot_bytes: int,
+        share: float,
+        transfer_timeout_s: float,
+        tp: int = 1,
     ) -> "Limits":
         """`share` is the part of the pool that one transfer may hold; without a geometry (no worker yet)
         a slot holds one token of any size. Raises TransferConfigError."""
         per_transfer = max(1, int(slots * share))
         return cls(
             slots=slots,
-            token_bytes=slot_bytes if geometry is None else geometry.token_bytes,
-            tokens_per_slot=1 if geometry is None else tokens_per_slot(geometry, slot_bytes),
+            token_bytes=slot_bytes if geometry is None else geometry.token_bytes // tp,
+            tokens_per_slot=1 if geometry is None else tokens_per_slot(geometry, slot_bytes, tp),
             slots_per_transfer=per_transfer,
             idle_slots_per_transfer=min(2, per_transfer),
             receive_slots=max(1, slots - 1),
             offer_hold_s=transfer_timeout_s,
             resend_s=1.0,
             quarantine_s=2 * transfer_timeout_s,
+            slot_bytes=slot_bytes,
+            kv_heads=1 if geometry is None else geometry.kv_heads // tp,
+            tp=tp,
         )
+
+    def token_bytes_of(self, kv_heads: int) -> int:
+        """Bytes of one token's KV of so many heads."""
+        return self.token_bytes // self.kv_heads * kv_heads
+
+    def segment_tokens_of(self, kv_heads: int) -> int:
+        """How many tokens of so many heads fit a slot."""
+        return self.slot_bytes // self.token_bytes_of(kv_heads)

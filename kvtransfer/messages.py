@@ -10,11 +10,16 @@ all layers, that fits one slot; a *slot* is one region of the staging buffer; a 
 of one slot; an *epoch* is one life of one process.
 """
 
+from importlib.metadata import version
 from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
+VERSION = version("baton")
+"""A worker and a transfer process of different versions do not attach: there is one wire format at a time."""
 MAX_SEGMENTS_PER_MESSAGE = 4096
+MAX_SPANS = 4096
+"""Of one transfer in one process."""
 WITHDRAWN = "withdrawn"
 """The reason of an abort that is no failure: the request needs no KV any more, and its router says so to
 both workers. It may overtake what the router says."""
@@ -26,6 +31,9 @@ Generation = Annotated[int, Meta(ge=1, le=2**63 - 1)]
 TokenIndex = Annotated[int, Meta(ge=0, lt=2**31)]
 ByteCount = Annotated[int, Meta(ge=0, lt=2**40)]
 Checksum = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+HeadCount = Annotated[int, Meta(ge=0, le=4096)]
+RankIndex = Annotated[int, Meta(ge=0, lt=1024)]
+RankCount = Annotated[int, Meta(ge=1, le=1024)]
 Address = Annotated[str, Meta(min_length=1, max_length=512)]
 Reason = Annotated[str, Meta(max_length=1024)]
 
@@ -82,6 +90,21 @@ class Segment(Struct, frozen=True, array_like=True):
     checksum: Checksum | None = None
 
 
+Stage = Literal["compute", "pack", "send", "arrive", "unpack", "commit"]
+
+
+class Span(Struct, frozen=True, array_like=True):
+    """What was done with tokens `[start_token, start_token + token_count)` of a transfer, from `start_s` to
+    `end_s` of the monotonic clock of the process that did it; the two are equal for a mere moment."""
+
+    stage: Stage
+    start_token: TokenIndex
+    token_count: TokenIndex
+    start_s: float
+    end_s: float
+
+
+SpanList = Annotated[list[Span], Meta(max_length=MAX_SPANS)]
 Segments = Annotated[list[Segment], Meta(max_length=MAX_SEGMENTS_PER_MESSAGE)]
 SlotUses = Annotated[list[SlotUse], Meta(max_length=MAX_SEGMENTS_PER_MESSAGE)]
 
@@ -92,17 +115,23 @@ SlotUses = Annotated[list[SlotUse], Meta(max_length=MAX_SEGMENTS_PER_MESSAGE)]
 class AttachWorker(Struct, frozen=True, tag="attach", forbid_unknown_fields=True):
     """First message of a worker, and again whenever the transfer process says `NotAttached`.
 
-    A new `worker_epoch` ends every transfer of the worker's former life.
+    A new `worker_epoch` ends every transfer of the worker's former life. `geometry` is that of the whole
+    model; this process serves rank `rank` of the worker's `tp`, which has its share of the heads.
     """
 
     worker_epoch: Epoch
     geometry: KvGeometry
+    version: Annotated[str, Meta(max_length=64)] = "unknown"
+    """Of the worker. A transfer process of another one refuses it."""
+    rank: RankIndex = 0
+    tp: RankCount = 1
 
 
 class OpenReceive(Struct, frozen=True, tag="open_receive", forbid_unknown_fields=True):
     """Pages are reserved for tokens `[start_token, end_token)`: have `source` push them.
 
     An empty range is legal (everything was in the prefix cache): it only confirms the reservation.
+    `kv_heads` is how many heads of the rank travel; 0: all.
     """
 
     transfer_id: TransferId
@@ -110,6 +139,7 @@ class OpenReceive(Struct, frozen=True, tag="open_receive", forbid_unknown_fields
     start_token: TokenIndex
     end_token: TokenIndex
     deadline_s: Annotated[float, Meta(gt=0, le=86400)]
+    kv_heads: HeadCount = 0
 
 
 class OpenSend(Struct, frozen=True, tag="open_send", forbid_unknown_fields=True):
@@ -151,7 +181,13 @@ class Ping(Struct, frozen=True, tag="ping", forbid_unknown_fields=True):
     worker_epoch: Epoch
 
 
-Command = AttachWorker | OpenReceive | OpenSend | Filled | Freed | Commit | Abort | Ping
+class AskSpans(Struct, frozen=True, tag="ask_spans", forbid_unknown_fields=True):
+    """What is remembered of a transfer? Answered with `TransferSpans` at once."""
+
+    transfer_id: TransferId
+
+
+Command = AttachWorker | OpenReceive | OpenSend | Filled | Freed | Commit | Abort | Ping | AskSpans
 
 
 # ---------------------------------------------------------------- transfer process -> worker
@@ -187,11 +223,15 @@ class NotAttached(Struct, frozen=True, tag="not_attached", forbid_unknown_fields
 
 
 class SendConfirmed(Struct, frozen=True, tag="send_confirmed", forbid_unknown_fields=True):
-    """The destination has pages; it lacks tokens `[start_token, end_token)`."""
+    """The destination, a rank of `tp`, has pages; it lacks tokens `[start_token, end_token)` of `kv_heads`
+    heads. A segment of them has at most `segment_tokens`, which fit a slot on both sides."""
 
     transfer_id: TransferId
     start_token: TokenIndex
     end_token: TokenIndex
+    kv_heads: HeadCount
+    segment_tokens: Annotated[int, Meta(ge=1, lt=2**31)]
+    tp: RankCount
 
 
 class SendSlots(Struct, frozen=True, tag="send_slots", forbid_unknown_fields=True):
@@ -252,6 +292,13 @@ class Stats(Struct, frozen=True, tag="stats", forbid_unknown_fields=True):
     device_bytes: int | None = None
 
 
+class TransferSpans(Struct, frozen=True, tag="spans", forbid_unknown_fields=True):
+    """What the transfer process did for a transfer, and when; empty for one it does not remember."""
+
+    transfer_id: TransferId
+    spans: SpanList
+
+
 Event = (
     Attached
     | Refused
@@ -262,4 +309,5 @@ Event = (
     | SendCommitted
     | Aborted
     | Stats
+    | TransferSpans
 )

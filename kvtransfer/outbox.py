@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from kvtransfer.messages import Event, TransferAddress
 from kvtransfer.peer_messages import PeerMessage
+from kvtransfer.spans import Spans
 
 Destination = int
 """A receiving peer, named by its epoch: drawn at random in each life, so it names one life for ever."""
@@ -43,6 +44,8 @@ class Outbox:
     connects: list[TransferAddress] = field(default_factory=list)
     writes: list[Write] = field(default_factory=list)
     drops: Counter[str] = field(default_factory=Counter)
+    spans: Spans = field(default_factory=Spans)
+    """Not emptied: what is remembered of transfers."""
 
     @property
     def empty(self) -> bool:

@@ -11,7 +11,10 @@ from msgspec import Meta, Struct
 
 from kvtransfer.messages import (
     Epoch,
+    HeadCount,
     KvGeometry,
+    RankCount,
+    RankIndex,
     Reason,
     Segments,
     SlotUses,
@@ -38,6 +41,8 @@ class PeerHello(Struct, frozen=True, tag="hello", forbid_unknown_fields=True):
     agent_metadata: Annotated[bytes, Meta(max_length=1 << 20)]
     base_address: Annotated[int, Meta(ge=0, le=2**63 - 1)]
     device_id: Annotated[int, Meta(ge=0, lt=1024)]
+    rank: RankIndex = 0
+    tp: RankCount = 1
 
 
 class PeerRefused(Struct, frozen=True, tag="refused", forbid_unknown_fields=True):
@@ -51,11 +56,18 @@ class PeerPing(Struct, frozen=True, tag="ping", forbid_unknown_fields=True):
 
 
 class Offer(Struct, frozen=True, tag="offer", forbid_unknown_fields=True):
-    """Receiver to sender: pages are reserved for these tokens; grants follow."""
+    """Receiver to sender: pages are reserved for these tokens; grants follow.
+
+    `kv_heads` of them are wanted, at most `segment_tokens` of which fit a slot here; 0: all that the sender
+    has, as many as fit there. `tp` is how many ranks the receiving worker has.
+    """
 
     transfer_id: TransferId
     start_token: TokenIndex
     end_token: TokenIndex
+    kv_heads: HeadCount = 0
+    segment_tokens: Annotated[int, Meta(ge=0, lt=2**31)] = 0
+    tp: RankCount = 1
 
 
 class Grant(Struct, frozen=True, tag="grant", forbid_unknown_fields=True):
@@ -92,4 +104,12 @@ class Closed(Struct, frozen=True, tag="closed", forbid_unknown_fields=True):
     transfer_id: TransferId
 
 
-PeerMessage = PeerHello | PeerRefused | PeerPing | Offer | Grant | Written | Committed | Cancel | Closed
+class MoverNote(Struct, frozen=True, tag="mover", forbid_unknown_fields=True):
+    """Sender to receiver: what a mover says to its like, where both sides take part in a write."""
+
+    note: Annotated[bytes, Meta(max_length=1 << 20)]
+
+
+PeerMessage = (
+    PeerHello | PeerRefused | PeerPing | Offer | Grant | Written | Committed | Cancel | Closed | MoverNote
+)

@@ -16,25 +16,31 @@ import os
 import secrets
 import time
 
-import psutil
 import zmq
 
+from kvtransfer.account import Account
 from kvtransfer.channel import ChannelKeys, Server
 from kvtransfer.codecs import PEER_MESSAGES, WORKER_COMMANDS, WORKER_EVENTS
 from kvtransfer.config import TransferConfig
+from kvtransfer.cuda import CudaDevice
 from kvtransfer.destinations import Destinations
-from kvtransfer.errors import TransferConfigError
+from kvtransfer.errors import MoverBroken, TransferConfigError
 from kvtransfer.handshake import PEER_VERSION
 from kvtransfer.limits import Limits
 from kvtransfer.machine import TransferMachine
 from kvtransfer.messages import (
+    VERSION,
+    AskSpans,
     Attached,
     AttachWorker,
     Command,
+    KvGeometry,
     Ping,
-    Stats,
+    Refused,
     TransferAddress,
+    TransferSpans,
 )
+from kvtransfer.movers.base import two_sided
 from kvtransfer.movers.select import select_mover
 from kvtransfer.outbox import Destination
 from kvtransfer.peer_messages import PeerHello, PeerMessage
@@ -43,7 +49,6 @@ from kvtransfer.staging import (
     DeviceStaging,
     HostStaging,
     StagingDoor,
-    device_bytes_of_this_process,
 )
 from kvtransfer.stop_signal import StopSignal
 from kvtransfer.worker_port import WorkerPort
@@ -54,13 +59,23 @@ log = logging.getLogger(__name__)
 STATS_S = 1.0
 LONGEST_SLEEP_S = 30.0
 FAREWELL_S = 1.0
+SPIN_S = 0.0005
+"""A quick mover's write is looked after without sleeping for so long: many times what a slot takes."""
+BROKEN_EXIT_CODE = 1
 
 
 def run(config: TransferConfig) -> None:
-    """Serves until SIGTERM. Raises TransferConfigError / MoverUnavailable if it cannot start."""
+    """Serves until SIGTERM. Raises TransferConfigError / MoverUnavailable if it cannot start.
+
+    Where the device has failed it does not return: the process ends at once, since another call to the driver
+    might wait for ever. Only that end surely stops what is in flight.
+    """
     process = TransferProcess(config)
     try:
         process.serve()
+    except MoverBroken as error:
+        log.critical("%s ends: %s", config.name, error)
+        os._exit(BROKEN_EXIT_CODE)
     finally:
         process.close()
 
@@ -73,12 +88,12 @@ class TransferProcess:
         self.epoch = secrets.randbelow(2**63 - 1) + 1
         keys = ChannelKeys.load(config.key_dir) if config.key_dir is not None else None
         size_bytes = config.slots * config.slot_bytes
+        device = CudaDevice(config.device_index) if config.device == "cuda" else None
         self._staging: HostStaging | DeviceStaging
-        if config.device == "cuda":
-            self._staging = DeviceStaging(size_bytes, config.device_index)
-        else:
-            self._staging = HostStaging(size_bytes)
-        self._mover = select_mover(config, f"{config.name}-{self.epoch:x}")
+        self._staging = HostStaging(size_bytes) if device is None else DeviceStaging(size_bytes, device)
+        agent_name = f"{config.name}-{self.epoch:x}"
+        self._mover = select_mover(config, agent_name, device, self._staging.cuda_ipc_handle)
+        self._two_sided = two_sided(self._mover)
         self._mover.register(self._staging.region)
         self._metadata = self._mover.metadata()
         self._machine = TransferMachine(self._limits(None))
@@ -87,7 +102,9 @@ class TransferProcess:
         def on_drop(reason: str) -> None:
             drops[reason] += 1
 
-        server = Server(config.listen, WORKER_COMMANDS, WORKER_EVENTS, keys=keys, on_drop=on_drop)
+        server = Server(
+            config.listen, WORKER_COMMANDS, WORKER_EVENTS, keys=keys, on_drop=on_drop, refusal=Refused
+        )
         self._peer_server = Server(
             config.peer_listen, PEER_MESSAGES, PEER_MESSAGES, keys=keys, on_drop=on_drop
         )
@@ -114,6 +131,7 @@ class TransferProcess:
             config.heartbeat_s,
             self._watch,
             self._unwatch,
+            self._two_sided,
         )
         self._writes = Writes(
             self._mover,
@@ -130,7 +148,7 @@ class TransferProcess:
             self._door = StagingDoor(config.staging_socket, self._staging.fd)
             self._poller.register(self._door.fileno(), zmq.POLLIN)
         self._stats_at_s = 0.0
-        self._self = psutil.Process()
+        self._account = Account(self.epoch, self._machine, self._writes, self._staging, device)
         self._stop: StopSignal | None = None
 
     # ------------------------------------------------------------ 4. serve
@@ -161,6 +179,8 @@ class TransferProcess:
             self._on_command(command, now_s)
         self._destinations.receive(now_s)
         self._sources.receive(now_s)
+        if self._two_sided is not None:
+            self._two_sided.step()
         self._writes.poll(now_s)
         self._destinations.tick(now_s)
         self._sources.tick(now_s)
@@ -172,6 +192,7 @@ class TransferProcess:
 
     def _carry_out(self, now_s: float) -> None:
         """Empties the outbox; what that leads to at once (a write already done) is carried out too."""
+        self._destinations.send_notes(now_s)
         out = self._machine.outbox
         while not out.empty:
             connects, out.connects = out.connects, []
@@ -179,8 +200,11 @@ class TransferProcess:
                 self._sources.connect(address, now_s)
             writes, out.writes = out.writes, []
             for write in writes:
-                self._writes.post(write, self._destinations.agent(write.destination), now_s)
+                peer = write.destination
+                agent, slot_bytes = self._destinations.agent(peer), self._destinations.slot_bytes(peer)
+                self._writes.post(write, agent, now_s, slot_bytes)
             if writes:
+                self._destinations.send_notes(now_s)
                 self._writes.poll(time.monotonic())
                 self._machine.settle(now_s)
             to_sources, out.to_sources = out.to_sources, []
@@ -205,20 +229,27 @@ class TransferProcess:
             # Fine steps at first (ZMQ's are a millisecond at least), coarse ones for a write that hangs.
             waited_s = now_s - self._writes.last_progress_s
             if waited_s < 0.02:
-                if not self._poller.poll(0):
+                if not self._poller.poll(0) and not (self._mover.quick and waited_s < SPIN_S):
                     time.sleep(0.0001)
             else:
                 self._poller.poll(1 if waited_s < 1.0 else 20)
             return
+        if self._two_sided is not None and self._two_sided.busy:
+            self._poller.poll(1)
+            return
+        until_s = self.next_deadline_s(now_s)
+        sleep_s = min(max(until_s - now_s, 0.0), LONGEST_SLEEP_S)
+        self._poller.poll(int(sleep_s * 1000) + 1)
+
+    def next_deadline_s(self, now_s: float) -> float:
+        """When `step` has something to do at the latest, if no message comes and no write is in flight."""
         deadlines = [
             self._machine.next_deadline_s(),
             self._destinations.next_deadline_s(),
             self._sources.next_deadline_s(),
             self._stats_at_s if self._worker.attached is not None else None,
         ]
-        until_s = min((d for d in deadlines if d is not None), default=now_s + LONGEST_SLEEP_S)
-        sleep_s = min(max(until_s - now_s, 0.0), LONGEST_SLEEP_S)
-        self._poller.poll(int(sleep_s * 1000) + 1)
+        return min((d for d in deadlines if d is not None), default=now_s + LONGEST_SLEEP_S)
 
     # ------------------------------------------------------------ 3., 5. the worker
 
@@ -227,18 +258,24 @@ class TransferProcess:
             self._attach(command, now_s)
         elif isinstance(command, Ping):
             self._send_stats(now_s)
+        elif isinstance(command, AskSpans):
+            out = self._machine.outbox
+            out.to_worker.append(TransferSpans(command.transfer_id, out.spans.of(command.transfer_id)))
         else:
             self._machine.on_command(command, now_s)
 
     def _attach(self, command: AttachWorker, now_s: float) -> None:
         former = self._worker.attached
         self._machine.worker_gone("the worker has started anew", now_s)
+        if command.version != VERSION:
+            self._worker.refuse(f"this transfer process is version {VERSION}, the worker {command.version}")
+            return
         try:
             limits = self._limits(command)
         except TransferConfigError as error:
             self._worker.refuse(str(error))
             return
-        if former is not None and former.geometry != command.geometry:
+        if former is not None and _shape(former) != _shape(command):
             self._destinations.lose_all("the worker's KV has another shape now", now_s)
             self._sources.lose_all("the worker's KV has another shape now", now_s)
         self._machine.set_limits(limits)
@@ -262,34 +299,17 @@ class TransferProcess:
 
     def _send_stats(self, now_s: float) -> None:
         self._stats_at_s = now_s + STATS_S
-        if not self._worker.send([self.stats(now_s)]) and self._worker.attached is not None:
+        peers = len(self._sources) + len(self._destinations)
+        if not self._worker.send([self._account.stats(peers, now_s)]) and self._worker.attached is not None:
             self._worker_lost(now_s)
             self._carry_out(now_s)
 
-    def stats(self, now_s: float) -> Stats:
-        machine, writes = self._machine, self._writes
-        device = self.config.device == "cuda"
-        return Stats(
-            epoch=self.epoch,
-            pid=os.getpid(),
-            counts=machine.pool.counts(),
-            open_sends=machine.sender.open_transfers,
-            open_receives=machine.receiver.open_transfers,
-            peers=len(self._sources) + len(self._destinations),
-            moved_bytes=writes.moved_bytes,
-            moved_segments=writes.moved_segments,
-            move_seconds=writes.move_seconds,
-            oldest_grant_age_s=machine.pool.oldest_grant_age_s(now_s),
-            dropped=dict(machine.outbox.drops),
-            resident_bytes=self._self.memory_info().rss,
-            staging_resident_bytes=self._staging.resident_bytes(),
-            device_bytes=device_bytes_of_this_process(self.config.device_index) if device else None,
-        )
-
     def _limits(self, worker: AttachWorker | None) -> Limits:
         config = self.config
-        geometry = worker.geometry if worker is not None else None
-        return Limits.of(geometry, config.slots, config.slot_bytes, config.share, config.transfer_timeout_s)
+        geometry, tp = (worker.geometry, worker.tp) if worker is not None else (None, 1)
+        return Limits.of(
+            geometry, config.slots, config.slot_bytes, config.share, config.transfer_timeout_s, tp
+        )
 
     def _hello(self, expected_epoch: int | None) -> PeerHello | None:
         worker, region = self._worker.attached, self._staging.region
@@ -307,6 +327,8 @@ class TransferProcess:
             agent_metadata=self._metadata,
             base_address=region.address,
             device_id=region.device_id,
+            rank=worker.rank,
+            tp=worker.tp,
         )
 
     def _watch(self, link: PeerLink) -> None:
@@ -327,6 +349,8 @@ class TransferProcess:
         while len(self._writes) and now_s < until_s:
             time.sleep(0.001)
             now_s = time.monotonic()
+            if self._two_sided is not None:
+                self._two_sided.step()
             self._writes.poll(now_s)
             self._carry_out(now_s)
 
@@ -342,3 +366,8 @@ class TransferProcess:
         self._peer_server.close()
         self._mover.close()
         self._staging.close()
+
+
+def _shape(worker: AttachWorker) -> tuple[KvGeometry, int, int]:
+    """What peers were told of a worker in their greeting."""
+    return worker.geometry, worker.rank, worker.tp

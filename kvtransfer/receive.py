@@ -5,7 +5,6 @@ from enum import Enum
 
 from kvtransfer.errors import IllegalMove
 from kvtransfer.layout import TokenRanges
-from kvtransfer.limits import Limits
 from kvtransfer.messages import Segment, SlotUse, TransferAddress
 
 
@@ -39,6 +38,10 @@ class Receive:
     start_token: int
     end_token: int
     deadline_s: float
+    kv_heads: int
+    token_bytes: int
+    segment_tokens: int
+    """The most tokens of one segment, as far as our own slots go."""
     state: ReceiveState = ReceiveState.CONNECTING
     arrived: TokenRanges = field(default_factory=TokenRanges)
     granted: dict[int, SlotUse] = field(default_factory=dict)
@@ -52,11 +55,12 @@ class Receive:
             raise IllegalMove(f"receive {self.transfer_id}: {self.state.value} to {state.value}")
         self.state = state
 
-    def needs_slots(self, tokens_per_slot: int) -> int:
+    def needs_slots(self) -> int:
+        """Beyond those granted; more once it shows that the source's slots are smaller."""
         missing_tokens = self.end_token - self.start_token - self.arrived.tokens
-        return -(-missing_tokens // tokens_per_slot) - len(self.granted)
+        return -(-missing_tokens // self.segment_tokens) - len(self.granted)
 
-    def fault(self, segment: Segment, limits: Limits) -> str | None:
+    def fault(self, segment: Segment) -> str | None:
         """Why a reported segment is not to be believed, as a drop counter's name."""
         use = self.granted.get(segment.slot)
         end_token = segment.start_token + segment.token_count
@@ -66,9 +70,9 @@ class Receive:
             return "written_stale_generation"
         if segment.start_token < self.start_token or end_token > self.end_token:
             return "written_out_of_range"
-        if segment.token_count > limits.tokens_per_slot:
+        if segment.token_count > self.segment_tokens:
             return "written_wrong_length"
-        if segment.byte_count != segment.token_count * limits.token_bytes:
+        if segment.byte_count != segment.token_count * self.token_bytes:
             return "written_wrong_length"
         if self.arrived.overlaps(segment.start_token, end_token):
             return "written_overlap"

@@ -47,11 +47,24 @@ class Receiver:
             out.drops["receive_bad_range"] += 1
             out.to_worker.append(Aborted(transfer_id, "end_token lies before start_token"))
             return
-        if len(self._transfers) >= self.limits.max_transfers:
+        limits = self.limits
+        if command.kv_heads > limits.kv_heads:
+            out.drops["receive_bad_heads"] += 1
+            out.to_worker.append(Aborted(transfer_id, f"there are {limits.kv_heads} heads here"))
+            return
+        if len(self._transfers) >= limits.max_transfers:
             out.to_worker.append(Aborted(transfer_id, "too many open transfers"))
             return
+        kv_heads = command.kv_heads or limits.kv_heads
         transfer = Receive(
-            transfer_id, command.source, command.start_token, command.end_token, now_s + command.deadline_s
+            transfer_id,
+            command.source,
+            command.start_token,
+            command.end_token,
+            now_s + command.deadline_s,
+            kv_heads,
+            limits.token_bytes_of(kv_heads),
+            limits.segment_tokens_of(kv_heads),
         )
         self._transfers[transfer_id] = transfer
         if command.source in self._ready:
@@ -130,7 +143,7 @@ class Receiver:
             return
         accepted: list[Segment] = []
         for segment in message.segments:
-            fault = transfer.fault(segment, self.limits)
+            fault = transfer.fault(segment)
             if fault is not None:
                 self._out.drops[fault] += 1
                 continue
@@ -138,6 +151,9 @@ class Receiver:
             transfer.arrived.add(segment.start_token, segment.start_token + segment.token_count)
             self._pool.fill(use, now_s)
             accepted.append(segment)
+            self._out.spans.note(
+                transfer.transfer_id, "arrive", segment.start_token, segment.token_count, now_s, now_s
+            )
         if accepted:
             self._out.to_worker.append(Arrived(transfer.transfer_id, accepted))
 
@@ -182,7 +198,7 @@ class Receiver:
         wanting = [
             t
             for t in self._transfers.values()
-            if t.state is ReceiveState.OPEN and t.needs_slots(limits.tokens_per_slot) > 0
+            if t.state is ReceiveState.OPEN and t.needs_slots() > 0
         ]
         given: dict[int, list[SlotUse]] = {}
         while wanting and pool.free and pool.held(Direction.RECEIVE) < limits.receive_slots:
@@ -193,7 +209,7 @@ class Receiver:
             use = pool.take(transfer.transfer_id, Direction.RECEIVE, now_s)
             transfer.granted[use.slot] = use
             given.setdefault(transfer.transfer_id, []).append(use)
-            if transfer.needs_slots(limits.tokens_per_slot) <= 0:
+            if transfer.needs_slots() <= 0:
                 wanting.remove(transfer)
         for transfer_id, uses in given.items():
             self._out.to_sources.append((self._transfers[transfer_id].source, Grant(transfer_id, uses)))
@@ -223,7 +239,14 @@ class Receiver:
     def _offer(self, transfer: Receive, now_s: float) -> None:
         if transfer.state not in (ReceiveState.CONNECTING, ReceiveState.COMMIT_PENDING):
             return
-        offer = Offer(transfer.transfer_id, transfer.start_token, transfer.end_token)
+        offer = Offer(
+            transfer.transfer_id,
+            transfer.start_token,
+            transfer.end_token,
+            transfer.kv_heads,
+            transfer.segment_tokens,
+            self.limits.tp,
+        )
         self._out.to_sources.append((transfer.source, offer))
         if transfer.state is ReceiveState.COMMIT_PENDING:
             self._commit(transfer, now_s)

@@ -9,6 +9,7 @@ from kvtransfer.layout import TokenRanges
 from kvtransfer.limits import Limits
 from kvtransfer.messages import Segment, SlotUse
 from kvtransfer.outbox import Destination
+from kvtransfer.peer_messages import Offer
 
 
 class SendState(Enum):
@@ -42,6 +43,11 @@ class Send:
     destination: Destination = 0
     start_token: int = 0
     end_token: int = 0
+    kv_heads: int = 0
+    token_bytes: int = 0
+    segment_tokens: int = 0
+    """The most tokens of one segment: they fit a slot on both sides."""
+    tp: int = 1
     grants: deque[SlotUse] = field(default_factory=deque)
     """Remote slots that may be written and are not yet."""
     grant_generations: dict[int, int] = field(default_factory=dict)
@@ -55,18 +61,26 @@ class Send:
             raise IllegalMove(f"send {self.transfer_id}: {self.state.value} to {state.value}")
         self.state = state
 
-    def wants_slots(self, tokens_per_slot: int) -> bool:
-        missing_tokens = self.end_token - self.start_token - self.packed.tokens
-        return len(self.lent) < min(len(self.grants), -(-missing_tokens // tokens_per_slot))
+    def offered(self, offer: Offer, limits: Limits) -> None:
+        """What the destination wants; it may not want more heads than there are."""
+        self.start_token, self.end_token, self.tp = offer.start_token, offer.end_token, offer.tp
+        self.kv_heads = offer.kv_heads or limits.kv_heads
+        self.token_bytes = limits.token_bytes_of(self.kv_heads)
+        ours = limits.segment_tokens_of(self.kv_heads)
+        self.segment_tokens = min(ours, offer.segment_tokens or ours)
 
-    def fault(self, segment: Segment, limits: Limits) -> str | None:
+    def wants_slots(self) -> bool:
+        missing_tokens = self.end_token - self.start_token - self.packed.tokens
+        return len(self.lent) < min(len(self.grants), -(-missing_tokens // self.segment_tokens))
+
+    def fault(self, segment: Segment) -> str | None:
         """Why a packed segment cannot be part of this transfer, as a drop counter's name."""
         end_token = segment.start_token + segment.token_count
         if segment.start_token < self.start_token or end_token > self.end_token:
             return "filled_out_of_range"
-        if segment.token_count > limits.tokens_per_slot:
+        if segment.token_count > self.segment_tokens:
             return "filled_wrong_length"
-        if segment.byte_count != segment.token_count * limits.token_bytes:
+        if segment.byte_count != segment.token_count * self.token_bytes:
             return "filled_wrong_length"
         if self.packed.overlaps(segment.start_token, end_token):
             return "filled_overlap"
@@ -78,6 +92,7 @@ class InFlight:
     transfer_id: int
     local: tuple[SlotUse, ...]
     remote: tuple[Segment, ...]
+    filled_s: float
 
 
 def placed(segment: Segment, grant: SlotUse) -> Segment:

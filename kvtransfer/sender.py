@@ -4,7 +4,7 @@
     2. `on_grant`          remote slots that may be written, kept first come first served
     3. `lend`              a local slot goes to the worker only against a grant, so that what is packed can
                            always be moved: no two transfers can ever wait for each other's slots
-    4. `filled`            packed segments are paired with grants and posted as one write
+    4. `filled`            packed segments are paired with grants and posted, a few to a write
     5. `write_done`        local slots are free, the destination is told what lies where
     6. `on_committed`      the worker may let its KV go                              CONFIRMED → ENDED
 
@@ -15,6 +15,7 @@ were lent and not filled stay in quarantine until the worker gives them back: it
 
 from collections import OrderedDict
 
+from kvtransfer.lending import lend
 from kvtransfer.limits import Limits
 from kvtransfer.messages import (
     Aborted,
@@ -29,9 +30,12 @@ from kvtransfer.messages import (
 from kvtransfer.outbox import Destination, Outbox, Piece, Write
 from kvtransfer.peer_messages import Cancel, Closed, Grant, Offer, Written
 from kvtransfer.send import HELD_OFFERS, InFlight, Send, SendState, placed
-from kvtransfer.slots import Direction, SlotPool
+from kvtransfer.slots import SlotPool
 
 REMEMBERED_ENDS = 8192
+PIECES_A_WRITE = 2
+"""The other side unpacks, and our slots come back, while the next write runs; fewer would cost more to begin
+and to end than the link takes to move them."""
 
 
 class Sender:
@@ -87,7 +91,7 @@ class Sender:
                 self._out.drops["filled_late"] += 1
             elif transfer is None or transfer.lent.get(segment.slot) != use:
                 self._out.drops["filled_not_lent"] += 1
-            elif (fault := transfer.fault(segment, self.limits)) is not None:
+            elif (fault := transfer.fault(segment)) is not None:
                 self._out.drops[fault] += 1
                 self._abandon(local, now_s)
                 self._fail(transfer, f"the worker's segment is {fault}", now_s)
@@ -100,13 +104,10 @@ class Sender:
                 local.append(use)
                 pieces.append(Piece(segment.slot, grant.slot, segment.byte_count))
                 remote.append(placed(segment, grant))
-        if transfer is not None and pieces:
-            write_id = self._next_write_id
-            self._next_write_id += 1
-            transfer.writes.add(write_id)
-            self._writes[write_id] = InFlight(transfer.transfer_id, tuple(local), tuple(remote))
-            write = Write(write_id, transfer.destination, transfer.transfer_id, tuple(pieces))
-            self._out.writes.append(write)
+        if transfer is not None:
+            for at in range(0, len(pieces), PIECES_A_WRITE):
+                part = slice(at, at + PIECES_A_WRITE)
+                self._post(transfer, pieces[part], local[part], remote[part], now_s)
 
     def returned(self, use: SlotUse, now_s: float) -> None:
         """The worker gives back a lent slot unfilled, as a rule because its transfer has ended."""
@@ -150,11 +151,11 @@ class Sender:
                 return
             transfer = Send(message.transfer_id, SendState.OFFERED, now_s + self.limits.offer_hold_s)
             self._transfers[message.transfer_id] = transfer
-        elif transfer.state is not SendState.WAITING or message.end_token < message.start_token:
+        elif transfer.state is not SendState.WAITING or self._is_bad(message):
             self._out.drops["offer_twice"] += 1
             return
         transfer.destination = destination
-        transfer.start_token, transfer.end_token = message.start_token, message.end_token
+        transfer.offered(message, self.limits)
         if transfer.state is SendState.WAITING:
             self._confirm(transfer)
 
@@ -203,6 +204,10 @@ class Sender:
 
     def write_done(self, write_id: int, now_s: float) -> None:
         flight, transfer = self._landed(write_id, now_s)
+        for one in flight.remote:
+            self._out.spans.note(
+                flight.transfer_id, "send", one.start_token, one.token_count, flight.filled_s, now_s
+            )
         if transfer.state is SendState.CONFIRMED:
             self._say(transfer.destination, Written(flight.transfer_id, list(flight.remote)))
         elif not transfer.writes:
@@ -231,27 +236,8 @@ class Sender:
         )
 
     def lend(self, now_s: float) -> None:
-        """Lends free slots against held grants, one at a time, to who has fewest, oldest first."""
-        pool, limits = self._pool, self.limits
-        wanting = [
-            t
-            for t in self._transfers.values()
-            if t.state is SendState.CONFIRMED and t.wants_slots(limits.tokens_per_slot)
-        ]
-        lent: dict[int, list[SlotUse]] = {}
-        while wanting and pool.free:
-            transfer = min(wanting, key=lambda t: len(t.lent))
-            moving = transfer.packed.tokens > 0
-            most = limits.slots_per_transfer if moving else limits.idle_slots_per_transfer
-            if len(transfer.lent) >= most:
-                wanting.remove(transfer)
-                continue
-            use = pool.take(transfer.transfer_id, Direction.SEND, now_s)
-            transfer.lent[use.slot] = use
-            lent.setdefault(transfer.transfer_id, []).append(use)
-            if not transfer.wants_slots(limits.tokens_per_slot):
-                wanting.remove(transfer)
-        for transfer_id, uses in lent.items():
+        """Lends free slots against held grants; the worker hears of them."""
+        for transfer_id, uses in lend(self._pool, self.limits, self._transfers.values(), now_s).items():
             self._out.to_worker.append(SendSlots(transfer_id, uses))
 
     # ------------------------------------------------------------ inner moves
@@ -277,14 +263,24 @@ class Sender:
     def _refusal(self, message: Offer) -> str | None:
         if message.transfer_id in self._ended:
             return "the source has given it up"
-        if message.end_token < message.start_token:
-            return "end_token lies before start_token"
+        if self._is_bad(message):
+            return f"no tokens [{message.start_token}, {message.end_token}) of {message.kv_heads} heads here"
         if len(self._transfers) >= self.limits.max_transfers:
             return "too many open transfers"
         return None
 
+    def _is_bad(self, offer: Offer) -> bool:
+        return offer.end_token < offer.start_token or offer.kv_heads > self.limits.kv_heads
+
     def _confirm(self, transfer: Send) -> None:
-        confirmed = SendConfirmed(transfer.transfer_id, transfer.start_token, transfer.end_token)
+        confirmed = SendConfirmed(
+            transfer.transfer_id,
+            transfer.start_token,
+            transfer.end_token,
+            transfer.kv_heads,
+            transfer.segment_tokens,
+            transfer.tp,
+        )
         self._out.to_worker.append(confirmed)
         if transfer.state is SendState.EARLY_COMMITTED:
             self._out.to_worker.append(SendCommitted(transfer.transfer_id))
@@ -336,6 +332,19 @@ class Sender:
         for use in flight.local:
             self._pool.release(use, now_s)
         return flight, transfer
+
+    def _post(
+        self,
+        transfer: Send,
+        pieces: list[Piece],
+        local: list[SlotUse],
+        remote: list[Segment],
+        now_s: float,
+    ) -> None:
+        write_id, self._next_write_id = self._next_write_id, self._next_write_id + 1
+        transfer.writes.add(write_id)
+        self._writes[write_id] = InFlight(transfer.transfer_id, tuple(local), tuple(remote), now_s)
+        self._out.writes.append(Write(write_id, transfer.destination, transfer.transfer_id, tuple(pieces)))
 
     def _abandon(self, local: list[SlotUse], now_s: float) -> None:
         """Packed, but never posted."""

@@ -10,15 +10,17 @@ refuses connections. In the last two cases what was on the way gets a moment to 
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from kvtransfer.channel import ChannelKeys, Codec, Link
-from kvtransfer.errors import TransferConfigError
+from kvtransfer.errors import MoverError, TransferConfigError
 from kvtransfer.handshake import mismatch
+from kvtransfer.held import HeldMessages
 from kvtransfer.machine import TransferMachine
 from kvtransfer.messages import TransferAddress
-from kvtransfer.peer_messages import PeerHello, PeerMessage, PeerPing, PeerRefused
+from kvtransfer.movers.base import TwoSidedMover
+from kvtransfer.peer_messages import MoverNote, PeerHello, PeerMessage, PeerPing, PeerRefused
 from kvtransfer.probe import LifeProbe
 
 log = logging.getLogger(__name__)
@@ -44,6 +46,9 @@ class _Source:
     heard_at_s: float
     said_at_s: float
     probe_at_s: float
+    agent: str = ""
+    """Its mover's name, once it has greeted."""
+    held: HeldMessages = field(default_factory=HeldMessages)
 
 
 class Sources:
@@ -61,11 +66,13 @@ class Sources:
         heartbeat_s: float,
         watch: Callable[[PeerLink], None],
         unwatch: Callable[[PeerLink], None],
+        two_sided: TwoSidedMover | None = None,
     ) -> None:
         self._machine, self._codec, self._keys, self._hello = machine, codec, keys, hello
         self._epoch = epoch
         self._peer_timeout_s, self._heartbeat_s = peer_timeout_s, heartbeat_s
         self._watch, self._unwatch = watch, unwatch
+        self._two_sided = two_sided
         self._sources: dict[TransferAddress, _Source] = {}
 
     def __len__(self) -> int:
@@ -101,7 +108,9 @@ class Sources:
                         self._lose(source, f"refused: {message.reason}", now_s)
                 elif source.state is not SourceState.READY:
                     self._machine.outbox.drops["peer_before_hello"] += 1
-                elif not isinstance(message, PeerPing):
+                elif isinstance(message, MoverNote):
+                    self._on_note(source, message, now_s)
+                elif not isinstance(message, PeerPing) and not self._hold(source, message):
                     self._machine.on_source(source.address, message, now_s)
 
     def send(self, address: TransferAddress, messages: list[PeerMessage], now_s: float) -> None:
@@ -114,9 +123,10 @@ class Sources:
             self._lose(source, "its queue is full", now_s)
 
     def tick(self, now_s: float) -> None:
+        self._follow_mover(now_s)
         for source in list(self._sources.values()):
             if source.state is SourceState.SETTLING:
-                if now_s >= source.since_s + SETTLE_S:
+                if now_s >= source.since_s + SETTLE_S and self._at_rest(source):
                     self._machine.receiver.source_gone(source.address, "source is gone", now_s)
                     self._forget(source)
                 continue
@@ -183,13 +193,16 @@ class Sources:
         if reason is not None:
             self._lose(source, reason, now_s)
             return
-        source.state, source.since_s = SourceState.READY, now_s
+        source.state, source.since_s, source.agent = SourceState.READY, now_s, theirs.agent_name
+        if self._two_sided is not None:
+            self._two_sided.accept_source(source.agent)
         log.info("source %s connected, epoch %d", theirs.agent_name, theirs.epoch)
         self._machine.receiver.source_ready(source.address, now_s)
 
     def _lose(self, source: _Source, reason: str, now_s: float) -> None:
         """Not reachable, but perhaps alive. A new connection asks for what is in quarantine."""
         log.warning("source %s lost: %s", source.address.endpoint, reason)
+        self._leave(source)
         receiver = self._machine.receiver
         receiver.source_lost(source.address, f"source lost: {reason}", now_s)
         if not receiver.uses(source.address):
@@ -204,10 +217,52 @@ class Sources:
     def _over(self, source: _Source, reason: str, now_s: float) -> None:
         """That life has ended. What it had already sent may still be landing."""
         log.warning("source %s is over: %s", source.address.endpoint, reason)
+        self._leave(source)
         self._machine.receiver.source_lost(source.address, f"source lost: {reason}", now_s)
         source.state, source.since_s = SourceState.SETTLING, now_s
 
+    # ------------------------------------------------------------ a mover that takes part
+
+    def _on_note(self, source: _Source, message: MoverNote, now_s: float) -> None:
+        if self._two_sided is None:
+            self._machine.outbox.drops["note_unexpected"] += 1
+            return
+        try:
+            self._two_sided.on_note(source.agent, message.note)
+        except MoverError as error:
+            self._lose(source, f"mover: {error}"[:1000], now_s)
+
+    def _hold(self, source: _Source, message: PeerMessage) -> bool:
+        if self._two_sided is None:
+            return False
+        announced, landed = self._two_sided.announced(source.agent), self._two_sided.landed(source.agent)
+        return source.held.hold(message, announced, landed)
+
+    def _at_rest(self, source: _Source) -> bool:
+        """Whether nothing that the source has announced is on its way into our memory."""
+        return self._two_sided is None or (
+            self._two_sided.announced(source.agent) == self._two_sided.landed(source.agent)
+        )
+
+    def _follow_mover(self, now_s: float) -> None:
+        if self._two_sided is None:
+            return
+        faults = dict(self._two_sided.faults())
+        for source in list(self._sources.values()):
+            if source.state is SourceState.READY and source.agent in faults:
+                self._lose(source, f"mover: {faults[source.agent]}"[:1000], now_s)
+                continue
+            for message in source.held.release(self._two_sided.landed(source.agent)):
+                self._machine.on_source(source.address, message, now_s)
+
+    def _leave(self, source: _Source) -> None:
+        """What it said and is not believed yet falls with the connection."""
+        source.held.clear()
+        if self._two_sided is not None:
+            self._two_sided.leave_source(source.agent)
+
     def _forget(self, source: _Source) -> None:
+        self._leave(source)
         del self._sources[source.address]
         self._unwatch(source.link)
         source.link.close()

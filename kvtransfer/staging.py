@@ -16,8 +16,10 @@ import os
 import socket
 import struct
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
+from uuid import UUID
 
+from kvtransfer.cuda import CudaDevice, CudaError
 from kvtransfer.errors import TransferConfigError
 from kvtransfer.keys import require_private_directory
 from kvtransfer.movers.base import Region
@@ -25,6 +27,7 @@ from kvtransfer.movers.base import Region
 log = logging.getLogger(__name__)
 
 MEMFD_NAME = "baton-staging"
+DEVICE_PAGE_BYTES = 2 << 20
 SMAPS = Path("/proc/self/smaps")
 
 
@@ -87,25 +90,29 @@ class HostStaging:
 
 
 class DeviceStaging:
-    """One driver allocation in the device's primary context.
+    """One driver allocation on `device`, which is closed with it.
 
-    Raises TransferConfigError if the driver, the device or the memory is not there.
+    Raises TransferConfigError, naming the flag, if the memory is not there or cannot be shared.
     """
 
-    def __init__(self, byte_count: int, device_index: int) -> None:
+    def __init__(self, byte_count: int, device: CudaDevice) -> None:
+        self._device = device
+        # The driver shares in whole pages: rounded up, no other allocation is shared with the buffer.
+        page_bytes = -(-byte_count // DEVICE_PAGE_BYTES) * DEVICE_PAGE_BYTES
         try:
-            from cuda.bindings import driver
-        except ImportError as error:
-            raise TransferConfigError("device cuda: the package cuda-bindings is not installed") from error
-        self._driver: Any = driver
-        self._call(driver.cuInit(0), "cuInit")
-        self._device = self._call(driver.cuDeviceGet(device_index), f"device_index {device_index}")
-        context = self._call(driver.cuDevicePrimaryCtxRetain(self._device), "context")
-        self._call(driver.cuCtxSetCurrent(context), "context")
-        self._pointer = self._call(driver.cuMemAlloc(byte_count), f"slots × slot_bytes: {byte_count} bytes")
-        handle = self._call(driver.cuIpcGetMemHandle(self._pointer), "CUDA IPC handle")
-        self.cuda_ipc_handle: bytes | None = bytes(handle.reserved)
-        self.region = Region(int(self._pointer), byte_count, device_index, on_device=True)
+            self._address = device.allocate(page_bytes, "the staging buffer")
+        except CudaError as error:
+            raise TransferConfigError(
+                f"{error}; lower --staging-slots or --staging-slot-bytes, or the workers' --mem-fraction"
+            ) from error
+        try:
+            self.cuda_ipc_handle: bytes | None = device.export_memory(self._address)
+        except CudaError as error:
+            raise TransferConfigError(
+                f"{error}: this GPU's memory cannot be shared between processes by CUDA IPC, which a staging "
+                "buffer on a GPU needs; run --unified workers, which need none, or --device cpu"
+            ) from error
+        self.region = Region(self._address, byte_count, device.index, on_device=True)
         self._open = True
 
     def resident_bytes(self) -> int:
@@ -115,23 +122,17 @@ class DeviceStaging:
         if not self._open:
             return
         self._open = False
-        self._call(self._driver.cuMemFree(self._pointer), "free")
-        self._call(self._driver.cuDevicePrimaryCtxRelease(self._device), "context")
-
-    def _call(self, answer: tuple[Any, ...], what: str) -> Any:
-        error, *values = answer
-        if error != self._driver.CUresult.CUDA_SUCCESS:
-            raise TransferConfigError(f"device cuda: {what}: the driver answers {error.name}")
-        return values[0] if values else None
+        self._device.free(self._address)
+        self._device.close()
 
 
-def device_bytes_of_this_process(device_index: int) -> int | None:
+def device_bytes_of_this_process(uuid: str) -> int | None:
     """What the driver says we hold on the device, context included; None where it does not tell."""
     import pynvml
 
     try:
         pynvml.nvmlInit()
-        device = pynvml.nvmlDeviceGetHandleByIndex(device_index)
+        device = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{UUID(uuid)}")
         processes = pynvml.nvmlDeviceGetComputeRunningProcesses(device)
     except pynvml.NVMLError as error:
         log.debug("NVML: %s", error)

@@ -2,10 +2,10 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from kvtransfer.errors import MoverError
-from kvtransfer.movers.base import Handle, Mover, PieceOfWrite, Progress
+from kvtransfer.errors import MoverBroken, MoverError
+from kvtransfer.movers.base import Handle, Mover, PieceOfWrite, Progress, two_sided
 from kvtransfer.outbox import Destination, Write
 from kvtransfer.sender import Sender
 
@@ -18,6 +18,7 @@ class _Posted:
     agent: str
     handle: Handle
     posted_at_s: float
+    given_up: bool = False
 
 
 class Writes:
@@ -46,13 +47,18 @@ class Writes:
     def __len__(self) -> int:
         return len(self._posted)
 
-    def post(self, write: Write, agent: str | None, now_s: float) -> None:
-        """Starts a write to the peer's `agent`; None: the peer is not connected any more."""
+    def post(
+        self, write: Write, agent: str | None, now_s: float, remote_slot_bytes: int | None = None
+    ) -> None:
+        """Starts a write to the peer's `agent`; None: the peer is not connected any more. Its slots are of
+        `remote_slot_bytes`, or of the size of ours."""
         if agent is None:
             self._sender.write_failed(write.write_id, "the destination is not connected", now_s)
             return
-        size = self._slot_bytes
-        pieces = [PieceOfWrite(p.local_slot * size, p.remote_slot * size, p.byte_count) for p in write.pieces]
+        size, remote = self._slot_bytes, remote_slot_bytes or self._slot_bytes
+        pieces = [
+            PieceOfWrite(p.local_slot * size, p.remote_slot * remote, p.byte_count) for p in write.pieces
+        ]
         try:
             handle = self._mover.post(agent, pieces)
         except MoverError as error:
@@ -64,8 +70,9 @@ class Writes:
 
     def poll(self, now_s: float) -> None:
         """Looks at every write once."""
-        for posted in list(self._posted.values()):
-            if posted.write.write_id not in self._posted:
+        for write_id in list(self._posted):
+            posted = self._posted.get(write_id)
+            if posted is None:
                 continue  # Given up together with another write to its peer.
             progress = self._mover.poll(posted.handle)
             if progress is Progress.PENDING:
@@ -85,10 +92,18 @@ class Writes:
     def _give_up(self, destination: Destination, now_s: float) -> None:
         """Only the end of the connection surely stops data: release first, then disconnect, then report."""
         stuck = [p for p in self._posted.values() if p.write.destination == destination]
+        reason = f"a write took over {self._write_timeout_s} s"
+        if two_sided(self._mover) is not None:
+            # Losing the peer stops it, which takes a while: the writes end as any that fails.
+            if any(posted.given_up for posted in stuck):
+                raise MoverBroken(f"writes to {stuck[0].agent} cannot be stopped")
+            for posted in stuck:
+                self._posted[posted.write.write_id] = replace(posted, posted_at_s=now_s, given_up=True)
+            self._disconnect(destination, reason, now_s)
+            return
         for posted in stuck:
             self._forget(posted)
         self._mover.remove_peer(stuck[0].agent)
-        reason = f"a write took over {self._write_timeout_s} s"
         for posted in stuck:
             self._sender.write_failed(posted.write.write_id, reason, now_s)
         self._disconnect(destination, reason, now_s)

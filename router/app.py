@@ -85,11 +85,20 @@ class Gate:
     `/health` needs none, nor does the page, which holds no data and has the field to enter a key.
 
     All keys are compared, each in constant time, so that the time taken says nothing about any of them.
+    Of requests that generate, `max_open` may be open at once: each may hold a body that is still arriving.
     """
 
-    def __init__(self, app: App, posts: Mapping[str, App], api_keys: Sequence[str]) -> None:
+    def __init__(
+        self,
+        app: App,
+        posts: Mapping[str, App],
+        api_keys: Sequence[str],
+        max_open: int,
+        retry_after_s: int,
+    ) -> None:
         """`posts` are called for POST on exactly their paths, `app` for everything else."""
         self._app, self._posts = app, posts
+        self._open, self._max_open, self._retry_after_s = 0, max_open, retry_after_s
         self._keys = [(key, key.encode()) for key in api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -106,8 +115,23 @@ class Gate:
                 await Response(scope, send).error(error)
                 return
             scope["baton.api_key"] = key
-        app = self._posts.get(path, self._app) if scope["method"] == "POST" else self._app
-        await app(scope, receive, send)
+        if scope["method"] != "POST" or path not in self._posts:
+            await self._app(scope, receive, send)
+            return
+        if self._open >= self._max_open:
+            error = ApiError(
+                429,
+                f"The server is overloaded: {self._open} requests are open.",
+                code="overloaded",
+                retry_after_s=self._retry_after_s,
+            )
+            await Response(scope, send).error(error)
+            return
+        self._open += 1
+        try:
+            await self._posts[path](scope, receive, send)
+        finally:
+            self._open -= 1
 
     def _key_of(self, authorization: bytes | None) -> str | None:
         scheme, _, given = (authorization or b"").partition(b" ")
@@ -233,6 +257,11 @@ class Pages:
         values = cluster_values(service.config, service.dispatcher, service.metrics, now_s)
         return Reply(encode_json(values), headers=[(b"cache-control", b"no-store")])
 
+    async def trace(self, scope: Scope, raw: bytes) -> Reply:
+        label = label_of(scope["path_params"]["label"].encode("latin-1", "ignore"))
+        found = await self._service.dispatcher.traces.trace(scope.get("baton.api_key"), label)
+        return Reply(encode_json(found), headers=[(b"cache-control", b"no-store")])
+
     async def version(self, scope: Scope, raw: bytes) -> Reply:
         return Reply(encode_json({"version": VERSION}))
 
@@ -260,6 +289,7 @@ def build_app(service: Service) -> Gate:
         ("GET", "/metrics", pages.metrics),
         ("GET", "/memory", pages.memory),
         ("GET", "/cluster", pages.cluster),
+        ("GET", "/trace/{label:path}", pages.trace),
         ("GET", "/version", pages.version),
         ("GET", "/", pages.index),
         ("GET", "/favicon.ico", pages.favicon),
@@ -274,4 +304,5 @@ def build_app(service: Service) -> Gate:
         Route(path, Endpoint(answer, max_body_bytes), methods=[method]) for method, path, answer in small
     ]
     app.router.routes.extend(routes)
-    return Gate(app, posts, service.config.api_keys)
+    config = service.config
+    return Gate(app, posts, config.api_keys, config.max_running, config.retry_after_s)

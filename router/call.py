@@ -1,8 +1,8 @@
 """One HTTP request while it runs: its prompts' outputs, and the wake-up of whoever writes the response.
 
 The workers' reports run in the event loop's callbacks and leave finished frames here; the response's task
-takes all that are ready whenever it wakes up. A slow client costs memory bounded by its `max_tokens`, and
-never holds the others up.
+takes all that are ready whenever it wakes up. A slow client costs memory up to `MAX_UNSENT_FRAMES`, and never
+holds the others up.
 """
 
 import asyncio
@@ -15,6 +15,9 @@ from router.metrics import Metrics
 from router.parameters import Options
 from router.tokenizer import TextTokenizer
 from services.messages import PrefillDone, Tokens
+
+MAX_UNSENT_FRAMES = 1 << 15
+"""Frames of a stream that wait for its client: some megabytes. A reader may be slow, but not for ever."""
 
 
 class Call:
@@ -138,6 +141,9 @@ class PromptOutput:
         if not going_on:
             self._call.choice_ended()
         elif self._sheet.frames:
+            if len(self._sheet.frames) > MAX_UNSENT_FRAMES:
+                self._call.fail(ApiError(408, "The client reads too slowly.", code="client_too_slow"))
+                return False
             self._call.wake()
         return going_on
 

@@ -62,6 +62,7 @@ def _worker_values(client: WorkerClient, dispatcher: Dispatcher, now_s: float) -
         kinds["pages"] = _fields(status.pages)
         kinds["slots"] = _fields(status.slots) if status.slots is not None else None
         kinds["ledger"] = ledger_values(status.ledger)
+        kinds["rank_ledgers"] = [ledger_values(ledger) for ledger in status.rank_ledgers]
         kinds.pop("ask_id")
         kinds.pop("worker_epoch")
         values["status"] = kinds
@@ -101,17 +102,18 @@ def cluster_values(
 
 
 def memory_values(dispatcher: Dispatcher) -> dict[str, Any]:
-    """The body of `/memory`: the ledger of every worker that has reported one."""
+    """The body of `/memory`: the ledger of every worker that has reported one, and of each of its ranks."""
     return {
         "workers": [
             {
-                "name": client.status.name,
+                "name": client.status.name if rank == 0 else f"{client.status.name} rank {rank}",
                 "role": client.status.role,
                 "pid": client.status.pid,
                 "transfer_pid": client.status.transfer_pid,
-                "ledger": ledger_values(client.status.ledger),
+                "ledger": ledger_values(ledger),
             }
             for client in dispatcher.clients.values()
             if client.status is not None
+            for rank, ledger in enumerate([client.status.ledger, *client.status.rank_ledgers])
         ]
     }

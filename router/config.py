@@ -31,11 +31,26 @@ class RouterConfig:
     """`n` times prompts."""
     request_timeout_s: float = 600.0
     heartbeat_s: float = 0.5
-    worker_timeout_s: float = 10.0
+    worker_timeout_s: float = 5.0
+    """A worker that is silent for so long is lost: what runs on it goes on elsewhere."""
     drain_timeout_s: float = 30.0
     max_running: int = 4096
     """Prompts in flight; more are refused as overloaded."""
     retry_after_s: int = 1
+    ttft_slo_s: float | None = None
+    """Prompts whose first token is predicted to take longer are refused as overloaded."""
+    max_kv_load: float | None = None
+    """Prompt tokens in flight on a decode worker, in multiples of its KV pool; more are refused."""
+    stall_timeout_s: float = 60.0
+    """How long a client may read nothing of what is waiting for it before its connection is closed."""
+    max_retries: int = 3
+    """How often one prompt (or one choice of it) is run again after a failure; 0: never."""
+    retry_share: float = 0.2
+    """Retries that every new prompt adds to what all prompts together may have ..."""
+    retry_burst: int = 1024
+    """... and how many of them can be saved up."""
+    max_waiting: int = 1024
+    """Prompts, or choices of them, that wait for a worker to come back."""
 
     def __post_init__(self) -> None:
         if not self.workers:
@@ -50,11 +65,21 @@ class RouterConfig:
             raise RouterConfigError("api_keys: a key must be non-empty ASCII")
         if not 1 <= self.max_choices <= 128:
             raise RouterConfigError(f"max_choices: {self.max_choices} must be between 1 and 128")
-        for name in ("max_body_bytes", "max_prompts", "max_total_choices", "max_running", "retry_after_s"):
+        counts = ("max_body_bytes", "max_prompts", "max_total_choices", "max_running", "retry_after_s")
+        for name in (*counts, "max_waiting"):
             if getattr(self, name) < 1:
                 raise RouterConfigError(f"{name}: {getattr(self, name)} must be at least 1")
+        for name in ("max_retries", "retry_share", "retry_burst"):
+            if getattr(self, name) < 0:
+                raise RouterConfigError(f"{name}: {getattr(self, name)} must not be negative")
         for name in ("request_timeout_s", "heartbeat_s", "worker_timeout_s"):
             if not 0 < getattr(self, name) <= 86400:
                 raise RouterConfigError(f"{name}: {getattr(self, name)} must be above 0, at most 86400")
+        for name in ("ttft_slo_s", "max_kv_load"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise RouterConfigError(f"{name}: {value} must be above 0")
+        if not 0.001 <= self.stall_timeout_s <= 86400:
+            raise RouterConfigError(f"stall_timeout_s: {self.stall_timeout_s} must be 0.001 to 86400")
         if self.drain_timeout_s < 0:
             raise RouterConfigError(f"drain_timeout_s: {self.drain_timeout_s} must not be negative")

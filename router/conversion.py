@@ -1,7 +1,7 @@
 """A tokenizer for a checkpoint without `tokenizer.json`, made by transformers in a process of its own.
 
-Loading it here would import torch into the router for good. So `router/convert_tokenizer.py` runs once at
-start, and what it made comes back through a pipe: no file is written that could be left behind.
+Loading it here would leave much in the router that it needs once. So `router/convert_tokenizer.py` runs once
+at start, and what it made comes back through a pipe: no file is written that could be left behind.
 """
 
 import os
@@ -17,7 +17,7 @@ from router.config import RouterConfigError
 SENTENCEPIECE_FILE = "tokenizer.model"
 VOCABULARY_FILE, MERGES_FILE = "vocab.json", "merges.txt"
 TIME_LIMIT_S = 180.0
-"""Most of it is importing torch: seconds, and more where many processes start at once from a slow disk."""
+"""Most of it is importing transformers: seconds, and more where many processes start at once."""
 _LAST_LINES = 2
 
 

@@ -28,6 +28,8 @@ PROBES = ("Hello world, how are you?", "In 2024 it's naïve: 日本, 🙂 and\nx
 
 def run(model_dir: Path, parent_pid: int) -> None:
     _die_with(parent_pid)
+    # Where transformers finds torch it imports it, for seconds; tokenizers need none of it.
+    sys.modules["torch"] = None  # type: ignore[assignment]
     # The answer has stdout to itself; what a library prints goes to stderr.
     answers = os.dup(1)
     os.dup2(2, 1)
@@ -49,7 +51,7 @@ def _die_with(parent_pid: int) -> None:
 
 
 def convert_here(model_dir: Path) -> Converted:
-    """Imports transformers, and torch with it. Raises RouterConfigError naming the file at fault."""
+    """Imports transformers. Raises RouterConfigError naming the file at fault."""
     if (model_dir / SENTENCEPIECE_FILE).exists():
         tokenizer = _of_sentencepiece(model_dir, _read_sentencepiece(model_dir / SENTENCEPIECE_FILE))
     else:

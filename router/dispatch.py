@@ -1,5 +1,6 @@
 """The router's workers and what runs on them: flights are placed, told what arrives, and sent for.
 
+A prompt is a journey of one flight, or more where workers fail (migration.py); legs that find no worker wait.
 All of it happens in one event loop, in callbacks that never block. Every frame from a worker is one wake-up,
 and what it makes necessary to send leaves as one frame for each worker.
 """
@@ -7,37 +8,33 @@ and what it makes necessary to send leaves as one frame for each worker.
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
+from router.admission import Admission
+from router.candidates import candidates
 from router.config import RouterConfig
 from router.errors import ApiError
 from router.ids import draw_number
 from router.metrics import Metrics, Snapshot
+from router.migration import Journey, Leg
+from router.orders import Order
 from router.parameters import Limits
-from router.policy import Candidate, place
-from router.requests import Flight, Output, Phase, Send, Times
+from router.policy import Candidate, Pairing, place, place_decode, spare
+from router.requests import WITHOUT_DECODE, Flight, Phase, Send, Times
+from router.seats import Seat, Seats
+from router.traces import Traces
+from router.waiting import SWEEP_S, WaitingRoom
 from services.client import ClientState, WorkerClient, load_keys
-from services.messages import DecodeStarted, Failed, PrefillDone, Report, Request, Sampling, Tokens, Work
-
-
-@dataclass(slots=True)
-class Seat:
-    """This router's own account of what it has on one worker."""
-
-    queued_tokens: int = 0
-    live_tokens: int = 0
-    live_requests: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """One prompt to run."""
-
-    prompt: list[int]
-    sampling: Sampling
-    choices: int
-    salt: bytes
-    output: Output
+from services.messages import (
+    DecodeStarted,
+    Failed,
+    PrefillDone,
+    Report,
+    Request,
+    Tokens,
+    TraceReply,
+    Undelivered,
+    Work,
+)
 
 
 class Dispatcher:
@@ -52,14 +49,21 @@ class Dispatcher:
         # Not the loop's clock: uvloop's has a resolution of a millisecond.
         self._clock = clock
         self._flights: dict[int, Flight] = {}
-        self._queued: set[int] = set()
-        self._seats: dict[str, Seat] = {endpoint: Seat() for endpoint in config.workers}
+        """By each id under which a worker may report of it."""
+        self._legs: dict[int, Leg] = {}
+        """Those with a flight, by the id of its work."""
+        self._journeys: set[Journey] = set()
+        self._waiting = WaitingRoom(config.max_waiting)
+        self._sweeping: asyncio.TimerHandle | None = None
+        self._seats = Seats(config.workers)
         self._outbox: dict[str, list[Request]] = {}
+        self._admission = Admission(config.ttft_slo_s, config.max_kv_load, config.retry_after_s)
         self._limits: Limits | None = None
         """Until a worker comes or goes."""
         self._idle = asyncio.Event()
         self._idle.set()
         self.draining = False
+        self.traces = Traces(lambda worker, messages: self.clients[worker].send(messages), clock)
         keys = load_keys(config.key_dir)
         epoch = draw_id()
         self.clients: dict[str, WorkerClient] = {
@@ -81,6 +85,8 @@ class Dispatcher:
             client.start()
 
     def close(self) -> None:
+        if self._sweeping is not None:
+            self._sweeping.cancel()
         for client in self.clients.values():
             client.close()
 
@@ -89,7 +95,7 @@ class Dispatcher:
     @property
     def live(self) -> int:
         """Prompts in flight."""
-        return len(self._flights)
+        return len(self._journeys)
 
     async def wait_idle(self) -> None:
         """Until no prompt is in flight."""
@@ -97,37 +103,22 @@ class Dispatcher:
 
     def count_phases(self) -> dict[Phase, int]:
         counts: dict[Phase, int] = {}
-        for flight in self._flights.values():
-            counts[flight.phase] = counts.get(flight.phase, 0) + 1
+        for journey in self._journeys:
+            for leg in journey.legs:
+                phase = Phase.QUEUED if leg.flight is None else leg.flight.phase
+                counts[phase] = counts.get(phase, 0) + 1
         return counts
 
+    def name_of(self, endpoint: str) -> str:
+        """What the worker calls itself; its endpoint where it has not said so."""
+        hello = self.clients[endpoint].hello
+        return endpoint if hello is None else hello.name
+
     def seat(self, endpoint: str) -> Seat:
-        return self._seats[endpoint]
+        return self._seats.of[endpoint]
 
     def _candidates(self) -> list[Candidate]:
-        found: list[Candidate] = []
-        for endpoint, client in self.clients.items():
-            hello, status, seat = client.hello, client.status, self._seats[endpoint]
-            if client.state is not ClientState.READY or hello is None or status is None:
-                continue
-            if status.state != "ready":
-                continue
-            found.append(
-                Candidate(
-                    name=endpoint,
-                    role=status.role,
-                    model_digest=hello.model_digest,
-                    transfer=hello.transfer,
-                    page_size_tokens=hello.page_size_tokens,
-                    pages=hello.pages,
-                    reported_queued=status.queued,
-                    reported_running=status.running,
-                    reported_used_pages=status.pages.used,
-                    queued_tokens=seat.queued_tokens,
-                    live_tokens=seat.live_tokens,
-                )
-            )
-        return found
+        return candidates(self.clients, self._seats)
 
     @property
     def can_take_work(self) -> bool:
@@ -154,8 +145,7 @@ class Dispatcher:
         )
 
     def snapshot(self) -> Snapshot:
-        phases = self.count_phases()
-        waiting = phases.get(Phase.PREFILLING, 0)
+        waiting = sum(journey.times.first_token_s is None for journey in self._journeys)
         clients = self.clients.items()
         usable = {candidate.name for candidate in self._candidates()}
         return Snapshot(
@@ -183,20 +173,25 @@ class Dispatcher:
                 retry_after_s=self._config.retry_after_s,
             )
 
-    def submit(self, orders: Sequence[Order]) -> list[Flight]:
-        """Sends the prompts of one request off. Raises ApiError as `check_open`, or 503 without workers;
-        then nothing was sent."""
+    def submit(self, orders: Sequence[Order]) -> list[Journey]:
+        """Sends the prompts of one request off. Raises ApiError as `check_open`, 429 where they would wait
+        too long, or 503 without workers; then nothing was sent."""
         self.check_open(len(orders))
+        self._admit([len(order.prompt) for order in orders])
         now_s = self._clock()
-        flights = [self._place(order, now_s) for order in orders]
-        for flight in flights:
-            self._flights[flight.work.request_id] = flight
-            self._idle.clear()
-            self._queue(flight.start())
+        journeys = [self._depart(order, now_s) for order in orders]
         self._flush()
-        return flights
+        return journeys
 
-    def _place(self, order: Order, now_s: float) -> Flight:
+    def _admit(self, prompts: list[int]) -> None:
+        if self._config.ttft_slo_s is None and self._config.max_kv_load is None:
+            return
+        placement = place(self._candidates(), sum(prompts))
+        if placement is not None:
+            first = placement.prefill or placement.decode
+            self._admission.check(placement, prompts, self._seats.of[first.name].queued_prompts)
+
+    def _depart(self, order: Order, now_s: float) -> Journey:
         placement = place(self._candidates(), len(order.prompt))
         if placement is None:
             raise self.unavailable(
@@ -211,39 +206,119 @@ class Dispatcher:
             salt=order.salt,
             deadline_s=self._config.request_timeout_s,
         )
-        prefill, decode = placement.prefill, placement.decode
-        flight = Flight(
-            work, decode.name, order.output, Times(now_s), self._config.retry_after_s,
-            prefill=None if prefill is None else prefill.name,
-            transfer_id=0 if prefill is None else self._draw_id(),
-            source=None if prefill is None else prefill.transfer,
-        )  # fmt: skip
-        self._seat_taken(flight)
-        return flight
+        self._metrics.retries.on_prompt()
+        retry_after_s, budget = self._config.retry_after_s, self._metrics.retries
+        journey = Journey(work, order.output, Times(now_s), retry_after_s, budget)
+        self._journeys.add(journey)
+        self._idle.clear()
+        self._fly(journey.legs[0], placement.pairing, work.request_id, now_s)
+        return journey
 
-    def _seat_taken(self, flight: Flight) -> None:
-        tokens = len(flight.work.prompt)
-        self._seats[flight.prefill or flight.decode].queued_tokens += tokens
-        self._seats[flight.decode].live_tokens += tokens
-        self._seats[flight.decode].live_requests += 1
-        self._queued.add(flight.work.request_id)
+    def _fly(self, leg: Leg, pairing: Pairing, request_id: int, now_s: float) -> None:
+        paired_anew = leg.flight is not None
+        transfer_id = self._draw_id() if pairing.prefill is not None else 0
+        self._queue(leg.journey.depart(leg, pairing, request_id, transfer_id, now_s))
+        flight = leg.flight
+        if flight is None:
+            raise RuntimeError("a leg departed without a flight")
+        self._flights[request_id] = flight
+        self._legs[flight.work.request_id] = leg
+        if paired_anew:
+            self._seats.take_decode(flight)
+        else:
+            self._seats.take(flight)
 
-    def _no_longer_queued(self, flight: Flight) -> None:
-        if flight.work.request_id in self._queued:
-            self._queued.discard(flight.work.request_id)
-            self._seats[flight.prefill or flight.decode].queued_tokens -= len(flight.work.prompt)
-
-    def end(self, flights: Iterable[Flight], error: ApiError | None = None) -> None:
-        """Cancels what still runs of these flights, or fails it with `error`. Idempotent."""
+    def end(self, journeys: Iterable[Journey], error: ApiError | None = None) -> None:
+        """Cancels what still runs of these journeys, or fails it with `error`. Idempotent."""
         now_s = self._clock()
-        for flight in flights:
-            if not flight.ended:
-                self._queue(flight.cancel(now_s) if error is None else flight.fail(error, now_s))
-                self._ended(flight)
+        for journey in journeys:
+            self._end(journey, error, now_s)
         self._flush()
 
     def end_all(self, error: ApiError) -> None:
-        self.end(list(self._flights.values()), error)
+        self.end(list(self._journeys), error)
+
+    def _end(self, journey: Journey, error: ApiError | None, now_s: float) -> None:
+        self._queue(journey.end(now_s, error))
+        if journey not in self._journeys:
+            return
+        self._journeys.discard(journey)
+        for leg in journey.legs:
+            if leg.flight is not None:
+                self._forget(leg.flight)
+        self._metrics.observe_journey(journey)
+        if not self._journeys:
+            self._idle.set()
+
+    # -- retries
+
+    def _settle(self, flight: Flight, now_s: float) -> None:
+        """A flight has ended, or needs another decode worker: its journey goes on, or ends with it."""
+        leg = self._legs.get(flight.work.request_id)
+        if leg is None:
+            return
+        journey = leg.journey
+        self._queue(journey.settle(leg, now_s))
+        if flight.ended:
+            self._forget(flight)
+        elif flight.phase in WITHOUT_DECODE:
+            self._seats.leave_decode(flight)
+            self._forget_decode_id(flight)
+        if journey.ended:
+            self._end(journey, None, now_s)
+            return
+        for one in journey.legs:
+            if one.waiting:
+                self._seek(one, now_s)
+
+    def _seek(self, leg: Leg, now_s: float) -> None:
+        """Workers for a waiting leg, at once or later."""
+        if leg.over:
+            return
+        due = leg.not_before_s <= now_s
+        pairing = self._pairing(leg) if due else None
+        if pairing is not None:
+            self._fly(leg, pairing, self._draw_id(), now_s)
+        elif (leg.strict and due) or not self._waiting.add(leg):
+            self._end(leg.journey, leg.error, now_s)
+        else:
+            self._sweep_later()
+
+    def _sweep_later(self) -> None:
+        if self._sweeping is None and len(self._waiting):
+            self._sweeping = asyncio.get_running_loop().call_later(SWEEP_S, self._sweep)
+
+    def _pairing(self, leg: Leg) -> Pairing | None:
+        candidates = spare(self._candidates(), leg.avoid, leg.strict)
+        flight = leg.flight
+        tokens = len(leg.journey.work.prompt)
+        if flight is None or flight.prefill is None:
+            placement = place(candidates, tokens)
+            return None if placement is None else placement.pairing
+        hello = self.clients[flight.prefill].hello
+        if hello is None or hello.transfer is None:
+            return None
+        decode = place_decode(candidates, hello.model_digest, tokens)
+        return None if decode is None else Pairing(flight.prefill, decode.name, hello.transfer)
+
+    def _sweep(self) -> None:
+        self._sweeping = None
+        now_s = self._clock()
+        for leg in self._waiting.take_due(now_s):
+            self._seek(leg, now_s)
+        self._sweep_later()
+        self._flush()
+
+    def _forget(self, flight: Flight) -> None:
+        """No worker is to report of it any more."""
+        self._legs.pop(flight.work.request_id, None)
+        self._flights.pop(flight.work.request_id, None)
+        self._flights.pop(flight.decode_id, None)
+        self._seats.leave(flight)
+
+    def _forget_decode_id(self, flight: Flight) -> None:
+        if flight.decode_id != flight.work.request_id:
+            self._flights.pop(flight.decode_id, None)
 
     # -- reports
 
@@ -254,7 +329,10 @@ class Dispatcher:
         for report in reports:
             flight = flights.get(report.request_id)  # type: ignore[union-attr]
             if flight is None:
-                self._metrics.ignored_reports += 1
+                if isinstance(report, TraceReply):
+                    self.traces.on_reply(report)
+                else:
+                    self._metrics.ignored_reports += 1
                 continue
             if isinstance(report, Tokens):
                 tokens += len(report.tokens)
@@ -263,13 +341,20 @@ class Dispatcher:
                     self._queue(sends)
             elif isinstance(report, PrefillDone):
                 flight.on_prefill_done(worker, report)
-                self._no_longer_queued(flight)
+                self._seats.leave_prefill(flight)
+                self._admission.observe(worker, len(flight.work.prompt), flight.times.submitted_s, now_s)
             elif isinstance(report, DecodeStarted):
                 flight.on_decode_started(worker, report, now_s)
             elif isinstance(report, Failed):
                 self._queue(flight.on_failed(worker, report, now_s))
+                self._settle(flight, now_s)
+            elif isinstance(report, Undelivered):
+                self._queue(flight.on_undelivered(worker, report))
+                self._settle(flight, now_s)
+            elif isinstance(report, TraceReply):
+                self.traces.on_reply(report)
             if flight.ended:
-                self._ended(flight)
+                self._settle(flight, now_s)
         if tokens:
             self._metrics.rate.add(tokens, now_s)
         self._flush()
@@ -278,22 +363,14 @@ class Dispatcher:
         self._limits = None
         if old is not ClientState.READY:
             return
+        self._admission.forget(client.endpoint)
         now_s = self._clock()
-        for flight in [flight for flight in self._flights.values() if client.endpoint in flight.workers]:
-            self._queue(flight.on_worker_lost(client.endpoint, now_s))
-            self._ended(flight)
+        flights = [leg.flight for leg in self._legs.values() if leg.flight is not None]
+        for flight in flights:
+            if client.endpoint in flight.workers:
+                self._queue(flight.on_worker_lost(client.endpoint, now_s))
+                self._settle(flight, now_s)
         self._flush()
-
-    def _ended(self, flight: Flight) -> None:
-        if self._flights.pop(flight.work.request_id, None) is None:
-            return
-        self._no_longer_queued(flight)
-        seat = self._seats[flight.decode]
-        seat.live_tokens -= len(flight.work.prompt)
-        seat.live_requests -= 1
-        self._metrics.observe_flight(flight)
-        if not self._flights:
-            self._idle.set()
 
     # -- sending
 
@@ -317,5 +394,4 @@ class Dispatcher:
             flight = self._flights.get(request_id)
             if flight is not None:
                 self._queue(flight.on_worker_lost(worker, now_s))
-                if flight.ended:
-                    self._ended(flight)
+                self._settle(flight, now_s)

@@ -12,6 +12,7 @@ _TYPES = {
     401: "authentication_error",
     404: "not_found_error",
     405: "invalid_request_error",
+    408: "timeout_error",
     413: "invalid_request_error",
     429: "rate_limit_error",
     503: "service_unavailable_error",
@@ -23,7 +24,8 @@ class ApiError(Exception):
     """An answer with `status` instead of a result.
 
     `retry_after_s` becomes a `retry-after` header. `committed` says that a worker had begun: the client
-    library must not repeat the work by itself (`x-should-retry: false`).
+    library must not repeat the work by itself (`x-should-retry: false`). `retry_reason` is why the router may
+    run the request again by itself, as a label of its metrics; None: it may not.
     """
 
     def __init__(
@@ -35,10 +37,12 @@ class ApiError(Exception):
         code: str | None = None,
         retry_after_s: int | None = None,
         committed: bool = False,
+        retry_reason: str | None = None,
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
         self.retry_after_s, self.committed = retry_after_s, committed
+        self.retry_reason = retry_reason
 
     def body(self) -> bytes:
         """The JSON body."""

@@ -17,12 +17,14 @@ from router.answers import Heading, Sheet, StreamSheet, WholeSheet
 from router.bodies import BodyDecoder, ChatBody, CompletionBody, template_messages
 from router.call import Call
 from router.config import RouterConfig
-from router.dispatch import Dispatcher, Order
+from router.dispatch import Dispatcher
 from router.errors import ApiError, crashed
 from router.formats import frame
 from router.http import EVENT_STREAM, ClientGone, Receive, Response, Scope, Send, read_body
 from router.ids import draw_name, draw_number
 from router.metrics import Metrics
+from router.migration import Journey
+from router.orders import Order
 from router.parameters import (
     Limits,
     Options,
@@ -33,7 +35,6 @@ from router.parameters import (
     prompts_of,
     sampling_for,
 )
-from router.requests import Flight
 from router.template import ChatTemplate
 from router.tokenizer import TextTokenizer
 
@@ -88,7 +89,7 @@ class GenerateEndpoint:
         response = Response(scope, send)
         try:
             raw = await read_body(scope, receive, self._service.config.max_body_bytes)
-            outcome = await self._answer(raw, salt_of(scope.get("baton.api_key")), receive, response)
+            outcome = await self._answer(raw, scope, receive, response)
         except ApiError as error:
             outcome = outcome_of(error)
             await response.error(error)
@@ -101,12 +102,17 @@ class GenerateEndpoint:
         finally:
             self._service.metrics.count_outcome(outcome)
 
-    async def _answer(self, raw: bytes, salt: bytes, receive: Receive, response: Response) -> str:
+    async def _answer(self, raw: bytes, scope: Scope, receive: Receive, response: Response) -> str:
         """Returns the outcome. Raises ApiError while nothing was sent, ClientGone."""
-        call, orders = await self._prepare(raw, salt)
+        key: str | None = scope.get("baton.api_key")
+        call, orders = await self._prepare(raw, salt_of(key))
         dispatcher = self._service.dispatcher
-        flights: list[Flight] = dispatcher.submit(orders)
-        watch = _Watch(dispatcher, flights, self._service.config.request_timeout_s, receive, call)
+        journeys: list[Journey] = dispatcher.submit(orders)
+        label: bytes = scope["baton.label"]
+        flights = [journey.legs[0].flight for journey in journeys]
+        departed = [flight for flight in flights if flight is not None]
+        dispatcher.traces.remember(key, label.decode(), departed, dispatcher.name_of)
+        watch = _Watch(dispatcher, journeys, self._service.config.request_timeout_s, receive, call)
         try:
             if call.options.stream:
                 await _stream(call, response)
@@ -114,7 +120,7 @@ class GenerateEndpoint:
                 await _whole(call, response)
         finally:
             watch.cancel()
-            dispatcher.end(flights)
+            dispatcher.end(journeys)
         return "completed" if call.error is None else outcome_of(call.error)
 
     async def _prepare(self, raw: bytes, salt: bytes) -> tuple[Call, list[Order]]:
@@ -174,9 +180,9 @@ class _Watch:
     """
 
     def __init__(
-        self, dispatcher: Dispatcher, flights: list[Flight], timeout_s: float, receive: Receive, call: Call
+        self, dispatcher: Dispatcher, journeys: list[Journey], timeout_s: float, receive: Receive, call: Call
     ) -> None:
-        self._dispatcher, self._flights, self._timeout_s = dispatcher, flights, timeout_s
+        self._dispatcher, self._journeys, self._timeout_s = dispatcher, journeys, timeout_s
         self._receive, self._call = receive, call
         self._loop = asyncio.get_running_loop()
         self._task: asyncio.Task[None] | None = None
@@ -203,9 +209,9 @@ class _Watch:
             504,
             f"The request was not done within {self._timeout_s:g} s.",
             code="deadline_exceeded",
-            committed=any(flight.times.first_token_s is not None for flight in self._flights),
+            committed=any(journey.times.first_token_s is not None for journey in self._journeys),
         )
-        self._dispatcher.end(self._flights, error)
+        self._dispatcher.end(self._journeys, error)
 
 
 async def _whole(call: Call, response: Response) -> None:

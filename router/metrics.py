@@ -13,7 +13,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from router.requests import Flight, Phase
+from router.migration import Journey, RetryBudget
+from router.requests import Phase
 from services.messages import Status
 
 _SHORT_S = (
@@ -99,25 +100,26 @@ class Metrics:
     transfer: Histogram = field(default_factory=lambda: Histogram(_SHORT_S))
     decode: Histogram = field(default_factory=lambda: Histogram(_LONG_S))
     rate: TokenRate = field(default_factory=TokenRate)
+    retries: RetryBudget = field(default_factory=lambda: RetryBudget(max_retries=3, share=0.2, burst=1024))
     last: TimeSplit | None = None
 
     def count_outcome(self, outcome: str) -> None:
         """One HTTP request to an endpoint that generates has ended."""
         self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
 
-    def observe_flight(self, flight: Flight) -> None:
+    def observe_journey(self, journey: Journey) -> None:
         """One prompt has ended; only finished ones enter the time histograms."""
-        self.prompt_tokens += len(flight.work.prompt)
-        self.generation_tokens += flight.generated_tokens
-        self.ignored_reports += flight.ignored
-        times = flight.times
+        self.prompt_tokens += len(journey.work.prompt)
+        self.generation_tokens += journey.generated_tokens
+        self.ignored_reports += journey.ignored
+        times = journey.times
         if times.first_token_s is not None:
             self.ttft.observe(times.first_token_s - times.submitted_s)
             self.queue.observe(times.queue_s)
             self.prefill.observe(times.prefill_s)
         if times.transfer_s is not None:
             self.transfer.observe(times.transfer_s)
-        if flight.phase is not Phase.FINISHED or times.ended_s is None:
+        if journey.phase is not Phase.FINISHED or times.ended_s is None:
             return
         total_s = times.ended_s - times.submitted_s
         # Decoding begins where streaming can go on: after the wait for the rest of the transfer.
@@ -163,8 +165,13 @@ def _worker_families(statuses: Iterable[tuple[str, Status]]) -> Iterable[Metric]
         add("baton_worker_open_transfers", ["receive"], status.open_receives)
         add("baton_worker_tokens_per_second", ["prompt"], status.prompt_tokens_per_s)
         add("baton_worker_tokens_per_second", ["output"], status.output_tokens_per_s)
-        for entry in status.ledger.entries:
-            labels = [entry.process, entry.name, str(entry.inside).lower()]
+        ledgers = enumerate([status.ledger, *status.rank_ledgers])
+        for process, entry in (
+            (entry.process if rank == 0 else f"{entry.process}-{rank}", entry)
+            for rank, ledger in ledgers
+            for entry in ledger.entries
+        ):
+            labels = [process, entry.name, str(entry.inside).lower()]
             add("baton_worker_memory_bytes", [*labels, "planned"], entry.planned_bytes)
             if entry.measured_bytes is not None:
                 add("baton_worker_memory_bytes", [*labels, "measured"], entry.measured_bytes)
@@ -202,6 +209,15 @@ class _Families(Collector):
         yield CounterMetricFamily(
             "baton_ignored_reports", "Late or unexpected reports of workers", value=metrics.ignored_reports
         )
+        retries = metrics.retries
+        for name, text, label, counts in (
+            ("baton_migrations", "Prompts or choices run again, by reason", "reason", retries.counts),
+            ("baton_retries_denied", "Retries that a budget refused", "budget", retries.denied),
+        ):
+            family = CounterMetricFamily(name, text, labels=[label])
+            for value, count in sorted(counts.items()):
+                family.add_metric([value], count)
+            yield family
         yield GaugeMetricFamily(
             "baton_requests_queued", "Prompts without a first token", value=snapshot.queued
         )

@@ -30,11 +30,25 @@ class Candidate(Struct, frozen=True):
     live_tokens: int
 
 
+class Pairing(Struct, frozen=True):
+    """Where work goes. `prefill` and `source` are None with a unified worker."""
+
+    prefill: str | None
+    decode: str
+    source: TransferAddress | None
+
+
 class Placement(Struct, frozen=True):
     """`prefill` is None where `decode` is a unified worker that does both."""
 
     prefill: Candidate | None
     decode: Candidate
+
+    @property
+    def pairing(self) -> Pairing:
+        if self.prefill is None:
+            return Pairing(None, self.decode.name, None)
+        return Pairing(self.prefill.name, self.decode.name, self.prefill.transfer)
 
 
 def used_share(worker: Candidate, incoming_tokens: int = 0) -> float:
@@ -58,6 +72,28 @@ def _by_both(worker: Candidate, incoming_tokens: int) -> tuple[bool, int, float,
     return (share > 1, worker.queued_tokens, share, worker.name)
 
 
+def spare(
+    workers: Sequence[Candidate], avoid: frozenset[str], strict: bool = False
+) -> Sequence[Candidate]:
+    """The workers without those to `avoid`. Unless `strict`, who is of a role that has no other stays."""
+    if not avoid:
+        return workers
+    usable = [worker for worker in workers if worker.role == "unified" or worker.transfer is not None]
+    others = {worker.role for worker in usable if worker.name not in avoid}
+    return [
+        worker
+        for worker in workers
+        if worker.name not in avoid or (not strict and worker.role not in others)
+    ]
+
+
+def place_decode(workers: Sequence[Candidate], model_digest: str, prompt_tokens: int) -> Candidate | None:
+    """The decode worker for KV that a prefill worker of this model has. None: there is none."""
+    decodes = [worker for worker in workers if worker.role == "decode" and worker.transfer is not None]
+    alike = [worker for worker in decodes if worker.model_digest == model_digest]
+    return min(alike, key=lambda worker: _by_pages(worker, prompt_tokens), default=None)
+
+
 def place(workers: Sequence[Candidate], prompt_tokens: int) -> Placement | None:
     """A unified worker if there is one, else a prefill and a decode worker of the same model.
 
@@ -67,9 +103,8 @@ def place(workers: Sequence[Candidate], prompt_tokens: int) -> Placement | None:
     if unified:
         return Placement(None, min(unified, key=lambda worker: _by_both(worker, prompt_tokens)))
     prefills = [worker for worker in workers if worker.role == "prefill" and worker.transfer is not None]
-    decodes = [worker for worker in workers if worker.role == "decode" and worker.transfer is not None]
     for prefill in sorted(prefills, key=_by_queue):
-        alike = [worker for worker in decodes if worker.model_digest == prefill.model_digest]
-        if alike:
-            return Placement(prefill, min(alike, key=lambda worker: _by_pages(worker, prompt_tokens)))
+        decode = place_decode(workers, prefill.model_digest, prompt_tokens)
+        if decode is not None:
+            return Placement(prefill, decode)
     return None

@@ -27,6 +27,7 @@ from router.dispatch import Dispatcher
 from router.errors import ApiError
 from router.generate import Service
 from router.metrics import Metrics
+from router.migration import RetryBudget
 from router.template import ChatTemplate
 from router.tokenizer import TextTokenizer
 from services.client import ClientConfigError
@@ -35,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 GC_THRESHOLDS = (20_000, 20, 20)
 """A request makes some hundred objects and hardly a cycle: the default looks at them with every other one."""
+UNSENT_BYTES = 128 << 10
+"""Of one connection, in the kernel and not on the wire yet."""
 LAST_WRITES_S = 2
 """After the drain: how long responses that have ended may take to leave."""
 
@@ -82,7 +85,7 @@ def build_service(config: RouterConfig) -> Service:
     """Steps 1 and, without its sockets, 2. Raises RouterConfigError."""
     tokenizer = TextTokenizer(config.model_dir)
     template = ChatTemplate(config.model_dir, tokenizer.special_tokens)
-    metrics = Metrics()
+    metrics = Metrics(retries=RetryBudget(config.max_retries, config.retry_share, config.retry_burst))
     try:
         dispatcher = Dispatcher(config, metrics)
     except ClientConfigError as error:
@@ -94,6 +97,10 @@ def _listen(config: RouterConfig) -> socket.socket:
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # Connections inherit both. A client that reads nothing is cut off by the kernel, whatever this process
+    # does meanwhile; and little of what such a client does not read is kept there.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(config.stall_timeout_s * 1000))
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
     try:
         listener.bind((config.host, config.port))
         listener.listen(2048)

@@ -1,67 +1,25 @@
-"""The model's chat template, rendered in an immutable sandbox.
+"""The model's chat template, rendered in an immutable sandbox (sandbox.py) with a time limit.
 
 Templates come with the checkpoint and never from a request. The sandbox has no access to attributes that
 begin with an underscore, to the file system or to other templates, and cannot change what it is given.
 """
 
 import datetime
-import json
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
 
 from router.checkpoint import read_json
 from router.config import RouterConfigError
 from router.errors import ApiError, invalid
+from router.sandbox import Sandbox, TemplateRefusal, TemplateTimeout
 
 MAX_PROMPT_CHARACTERS = 64 << 20
-
-
-class TemplateRefusal(jinja2.TemplateError):
-    """What a template's own `raise_exception` raises."""
-
-
-class _GenerationTag(jinja2.ext.Extension):
-    """`{% generation %}` marks the assistant's text for training; for serving its body is just text."""
-
-    tags = {"generation"}  # noqa: RUF012 - the base class's attribute
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _raise_exception(message: str) -> None:
-    raise TemplateRefusal(str(message))
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # Unlike Jinja's own filter this does not escape for HTML: the result is a prompt, not a page.
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def _environment(now: Callable[[], datetime.datetime]) -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: now().strftime(str(form))
-    return environment
+TIME_LIMIT_S = 1.0
+"""Nothing else happens in the router while a template runs. Those of known models need microseconds."""
 
 
 def _source(model_dir: Path, settings: dict[str, Any]) -> tuple[Path, str | None]:
@@ -110,15 +68,18 @@ class ChatTemplate:
         model_dir: Path,
         special_tokens: Mapping[str, str] | None = None,
         now: Callable[[], datetime.datetime] = datetime.datetime.now,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         settings_path = model_dir / "tokenizer_config.json"
         settings = read_json(settings_path) if settings_path.exists() else {}
         path, source = _source(model_dir, settings)
         self._names = {**_special_tokens(model_dir, settings), **(special_tokens or {})}
         self._template: jinja2.Template | None = None
+        self._sandbox = Sandbox(TIME_LIMIT_S, clock)
+        self._sandbox.globals["strftime_now"] = lambda form: now().strftime(str(form))
         if source is not None:
             try:
-                self._template = _environment(now).from_string(source)
+                self._template = self._sandbox.compiled(source)
             except jinja2.TemplateError as error:
                 raise RouterConfigError(f"{path}: the chat template does not compile: {error}") from error
 
@@ -143,6 +104,7 @@ class ChatTemplate:
         }
         parts: list[str] = []
         characters = 0
+        self._sandbox.begin()
         try:
             for part in self._template.generate(names):
                 characters += len(part)
@@ -151,6 +113,8 @@ class ChatTemplate:
                 parts.append(part)
         except TemplateRefusal as error:
             raise invalid(f"The chat template refuses these messages: {error}", "messages") from error
+        except TemplateTimeout as error:
+            raise invalid(f"The chat template does not come to an end: {error}.", "messages") from error
         except ApiError:
             raise
         except Exception as error:  # a template is a program of its own, and may fail as any program can

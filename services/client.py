@@ -130,7 +130,14 @@ class WorkerClient:
     # -- the wire
 
     def _open(self) -> None:
-        self._wire = open_wire(self.endpoint, self._keys, self._on_arrived, self._on_end, self._on_drop)
+        self._wire = open_wire(
+            self.endpoint,
+            self._keys,
+            on_reports=self._on_arrived,
+            on_mismatch=self._on_mismatch,
+            on_end=self._on_end,
+            on_drop=self._on_drop,
+        )
         self._heard_at_s = self._loop.time()
         self._move(ClientState.CONNECTING, "connecting")
         self._send([RouterHello(VERSION, self._router_epoch)])
@@ -151,6 +158,10 @@ class WorkerClient:
 
     def _on_drop(self, reason: str) -> None:
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
+
+    def _on_mismatch(self, versions: str) -> None:
+        if self.state is ClientState.CONNECTING:
+            self._move(ClientState.REFUSED, f"the worker speaks {versions}")
 
     def _on_arrived(self, reports: list[Report]) -> None:
         wire = self._wire
@@ -207,6 +218,10 @@ class WorkerClient:
     def _tick(self) -> None:
         self._timer = self._loop.call_later(self._heartbeat_s, self._tick)
         silent_s = self._loop.time() - self._heard_at_s
+        if silent_s > self._timeout_s:
+            # If this process was stopped itself, what came meanwhile is still to be read.
+            self._on_readable()
+            silent_s = self._loop.time() - self._heard_at_s
         if self.state is ClientState.LOST:
             try:
                 self._open()

@@ -20,8 +20,8 @@ class WorkerConfig:
     role: Role
     model_dir: Path
     listen: str
-    transfer: str | None = None
-    """The transfer process's worker endpoint; None for a unified worker without one."""
+    transfers: tuple[str, ...] = ()
+    """The worker endpoint of each rank's transfer process; empty for a unified worker without any."""
     device: Device = "cpu"
     device_index: int = 0
     dtype: Dtype = "float32"
@@ -30,6 +30,10 @@ class WorkerConfig:
     quantization: Quantization = "none"
     """fp8: the decoder's linear layers multiply e4m3 weights with e4m3 activations."""
     load_format: Literal["auto", "dummy"] = "auto"
+    tp: int = 1
+    """Ranks: processes that divide every layer among them, each on a device of its own."""
+    rank: int = 0
+    """Which of them this process is; rank 0 leads."""
     mem_fraction: float = 0.85
     device_memory_bytes: int | None = None
     """The size of the device where it is not read from a driver (CPU)."""
@@ -40,12 +44,15 @@ class WorkerConfig:
     """Sequences in one decode step."""
     max_chunk_tokens: int = 512
     """Tokens in one forward pass, prefill and decode together."""
+    tail_chunk_tokens: int = 512
+    """A long prompt's last chunk, on a prefill worker: its KV is what nothing hides. 0: as it comes."""
     max_queue: int = 1024
     """Requests waiting; more are refused as overloaded."""
     prefix_cache: bool = True
-    staging_slots: int = 16
+    staging_slots: int = 32
     """What the ledger plans for; the transfer process owns the buffer and says what it really is."""
-    staging_slot_bytes: int = 16 << 20
+    staging_slot_bytes: int = 8 << 20
+    """Of the worker's ranks together: each has a slot of `layout.rank_slot_bytes`."""
     drain_timeout_s: float = 30.0
     key_dir: Path | None = None
     """CURVE keys and the allow-list for `tcp://` addresses."""

@@ -2,37 +2,70 @@
 
 Nothing is decoded from KV that is not known to be whole: the transfer process has checked epoch, slot
 generation, range and length of each segment and that none overlaps another; here the tokens are counted
-and, where checksums are on, each segment's content is checked.
+and, where checksums are on, each segment's content is judged once its unpack is done, before the commit.
+
+1. `open`    ask for what the prefix cache does not have
+2. `unpack`  queue an unpack for each segment that arrived; nobody waits for it
+3. `settle`  unpacks that are done: their slots go back, transfers that are whole are committed
 """
 
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kvtransfer.client import TransferClient
-from kvtransfer.messages import Arrived, SlotUse, TransferAddress
-from services.engine.engine import Engine
+from kvtransfer.messages import Arrived, Segment, SlotUse, TransferAddress
+from kvtransfer.spans import Spans
+from services.engine.errors import ChecksumMismatch
+from services.engine.moves import Mark, Move
+from services.kv_moves import KvMoves
 from services.scheduler.sequence import Sequence
-from services.staging import Staging
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Incoming:
+    """`reserved` is the place in the steps' stream where the pages were taken: steps before it may still use
+    them."""
+
     transfer_id: int
     sequence: Sequence
     missing_tokens: int
+    reserved: Mark | None = None
+    heads: range = range(0)
     first_arrival_s: float | None = None
     transfer_s: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Unpacking:
+    incoming: Incoming
+    segment: Segment
+    move: Move
+    queued_s: float
+
+
+@dataclass(slots=True)
+class Settled:
+    """Transfers that are whole now, and those that turned out broken, with the reason; the latter are
+    still open, for the caller to end."""
+
+    whole: list[Incoming] = field(default_factory=list)
+    broken: list[tuple[int, str]] = field(default_factory=list)
+
+
 class KvPull:
+    """Of one rank. A transfer here is a part of one, where a worker has several ranks."""
+
     def __init__(
-        self, engine: Engine, client: TransferClient, staging: Staging, clock: Callable[[], float]
+        self, moves: KvMoves, client: TransferClient, clock: Callable[[], float], spans: Spans
     ) -> None:
-        self._engine = engine
+        self._moves = moves
         self._client = client
-        self._staging = staging
         self._clock = clock
+        self._spans = spans
         self._incoming: dict[int, Incoming] = {}
+        self._unpacking: deque[Unpacking] = deque()
+        """In the order in which they end; also of transfers that have ended meanwhile."""
 
     def __len__(self) -> int:
         return len(self._incoming)
@@ -42,63 +75,107 @@ class KvPull:
         """Whether anything can be asked for; not while the transfer process is being restarted."""
         return self._client.ready
 
+    @property
+    def in_flight(self) -> bool:
+        """Whether an unpack is being waited for."""
+        return bool(self._unpacking)
+
     def open(
-        self, sequence: Sequence, transfer_id: int, source: TransferAddress, deadline_s: float
+        self, sequence: Sequence, transfer_id: int, source: TransferAddress, deadline_s: float, heads: range
     ) -> Incoming:
-        """Ask for what the prefix cache does not have; an empty range only confirms the reservation."""
+        """Ask for these of the rank's heads of what the prefix cache does not have; an empty
+        range only confirms the reservation."""
         end_token = sequence.prompt_tokens
-        incoming = Incoming(transfer_id, sequence, end_token - sequence.cached_tokens)
+        missing_tokens = end_token - sequence.cached_tokens
+        incoming = Incoming(transfer_id, sequence, missing_tokens, self._moves.mark(), heads)
         self._incoming[transfer_id] = incoming
-        self._client.open_receive(transfer_id, source, sequence.cached_tokens, end_token, deadline_s)
-        if incoming.missing_tokens == 0:
+        self._client.open_receive(
+            transfer_id, source, sequence.cached_tokens, end_token, deadline_s, len(heads)
+        )
+        if missing_tokens == 0:
             self._finish(incoming)
         return incoming
 
-    def unpack(self, event: Arrived) -> Incoming | None:
-        """Take the segments into pages and free their slots; returns the transfer if it is whole now.
-
-        Segments of a transfer that has ended here are only freed. Raises ChecksumMismatch, after the
-        slots were freed; the transfer is then still open, for the caller to end.
-        """
+    def unpack(self, event: Arrived) -> None:
+        """Take the segments into pages. Those of a transfer that has ended here are only freed."""
         incoming = self._incoming.get(event.transfer_id)
-        try:
-            if incoming is None:
-                return None
-            if incoming.first_arrival_s is None:
-                incoming.first_arrival_s = self._clock()
-            for segment in event.segments:
-                self._engine.unpack(
-                    incoming.sequence.pages,
-                    segment.start_token,
-                    segment.token_count,
-                    self._staging.slot(segment.slot)[: segment.byte_count],
-                    segment.checksum,
-                )
-                incoming.missing_tokens -= segment.token_count
-        finally:
-            self._engine.synchronize()  # a freed slot is written again at once
+        if incoming is None:
             self._client.freed([SlotUse(one.slot, one.generation) for one in event.segments])
-        if incoming.missing_tokens > 0:
-            return None
-        incoming.transfer_s = self._clock() - incoming.first_arrival_s
-        self._finish(incoming)
-        return incoming
+            return
+        if incoming.first_arrival_s is None:
+            incoming.first_arrival_s = self._clock()
+        for segment in event.segments:
+            move = self._moves.unpack(
+                incoming.sequence.pages,
+                segment.start_token,
+                segment.token_count,
+                segment.slot,
+                segment.checksum is not None,
+                incoming.reserved,
+                incoming.heads,
+            )
+            self._unpacking.append(Unpacking(incoming, segment, move, self._clock()))
+
+    def settle(self) -> Settled:
+        """Free the slots whose unpacks are done, and judge what was in them."""
+        settled = Settled()
+        freed: list[SlotUse] = []
+        while self._unpacking and self._unpacking[0].move.is_done:
+            done = self._unpacking.popleft()
+            incoming, segment = done.incoming, done.segment
+            freed.append(SlotUse(segment.slot, segment.generation))
+            start_token, token_count, now_s = segment.start_token, segment.token_count, self._clock()
+            self._spans.note(
+                incoming.transfer_id, "unpack", start_token, token_count, done.queued_s, now_s
+            )
+            if self._incoming.get(incoming.transfer_id) is not incoming:
+                continue  # it has ended meanwhile
+            try:
+                done.move.judge(segment.checksum)
+            except ChecksumMismatch as mismatch:
+                reason = f"tokens [{start_token}, {start_token + token_count}): {mismatch}"
+                settled.broken.append((incoming.transfer_id, reason))
+                continue
+            incoming.missing_tokens -= token_count
+            if incoming.missing_tokens == 0:
+                if incoming.first_arrival_s is not None:
+                    incoming.transfer_s = now_s - incoming.first_arrival_s
+                self._finish(incoming)
+                settled.whole.append(incoming)
+        if freed:
+            self._client.freed(freed)
+        return settled
 
     def close(self, transfer_id: int, abort_reason: str | None = None) -> bool:
         """Forget a transfer; with a reason, tell the transfer process to end it. False if none was open."""
-        was_open = self._incoming.pop(transfer_id, None) is not None
-        if was_open and abort_reason is not None:
+        incoming = self._incoming.pop(transfer_id, None)
+        if incoming is None:
+            return False
+        self._give_up([incoming])
+        if abort_reason is not None:
             self._client.abort(transfer_id, abort_reason)
-        return was_open
+        return True
 
     def open_ids(self) -> list[int]:
         return list(self._incoming)
 
     def clear(self) -> None:
+        """The transfer process was restarted: its slots are gone, and none is freed."""
+        self._give_up(list(self._incoming.values()))
         self._incoming.clear()
+        self._unpacking.clear()
+
+    def _give_up(self, ended: list[Incoming]) -> None:
+        """Their pages may be given away now, and written by a step that must not overtake the unpacks."""
+        running = [one.move for one in self._unpacking if one.incoming in ended]
+        if running:
+            self._moves.hold_steps(running[-1])
 
     def _finish(self, incoming: Incoming) -> None:
         del self._incoming[incoming.transfer_id]
         self._client.commit(incoming.transfer_id)
-
-
+        sequence, now_s = incoming.sequence, self._clock()
+        moved_tokens = sequence.prompt_tokens - sequence.cached_tokens
+        self._spans.note(
+            incoming.transfer_id, "commit", sequence.cached_tokens, moved_tokens, now_s, now_s
+        )

@@ -13,7 +13,9 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from kvtransfer.messages import TransferAddress as TransferAddress
+from kvtransfer.messages import Span as Span
+from kvtransfer.messages import SpanList
+from kvtransfer.messages import TransferAddress as RankAddress
 
 VERSION = version("baton")
 """Routers and workers of different versions refuse each other: there is one wire format at a time."""
@@ -28,6 +30,16 @@ ChoiceIndex = Annotated[int, Meta(ge=0, lt=MAX_CHOICES)]
 Role = Literal["prefill", "decode", "unified"]
 FinishReason = Literal["stop", "length"]
 Probability = Annotated[float, Meta(ge=0, le=1)]
+
+
+class TransferAddress(RankAddress, frozen=True, forbid_unknown_fields=True):
+    """Where a worker's transfer processes are reached: that of rank 0, then those of its other ranks."""
+
+    others: Annotated[tuple[RankAddress, ...], Meta(max_length=1023)] = ()
+
+    @property
+    def ranks(self) -> list[RankAddress]:
+        return [RankAddress(self.endpoint, self.epoch), *self.others]
 
 
 class Sampling(Struct, frozen=True, forbid_unknown_fields=True):
@@ -56,7 +68,10 @@ class Sampling(Struct, frozen=True, forbid_unknown_fields=True):
 class Work(Struct, frozen=True, forbid_unknown_fields=True):
     """One prompt and its `choices` continuations, whole and alike for every worker that touches it.
 
-    `salt` separates tenants' prefix caches. `deadline_s` is counted from receipt.
+    The continuations are numbered from `first_choice` on, in reports as in the key of their draws. The last
+    `output_tokens` of `prompt` were generated before, by another worker: they count against `max_tokens`, and
+    penalties take them for output. `salt` separates tenants' prefix caches. `deadline_s` is counted from
+    receipt.
     """
 
     request_id: RequestId
@@ -65,6 +80,12 @@ class Work(Struct, frozen=True, forbid_unknown_fields=True):
     choices: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] = 1
     salt: Annotated[bytes, Meta(max_length=64)] = b""
     deadline_s: Annotated[float, Meta(gt=0, le=86400)] = 600.0
+    first_choice: ChoiceIndex = 0
+    output_tokens: Annotated[int, Meta(ge=0, lt=1 << 24)] = 0
+
+    @property
+    def choice_numbers(self) -> range:
+        return range(self.first_choice, self.first_choice + self.choices)
 
 
 # ---------------------------------------------------------------- router -> worker
@@ -99,6 +120,14 @@ class Reserve(Struct, frozen=True, tag="reserve", forbid_unknown_fields=True):
     source: TransferAddress
 
 
+class PushAgain(Struct, frozen=True, tag="push_again", forbid_unknown_fields=True):
+    """Prefill worker: the KV of this request goes to another decode worker, under a new `transfer_id`; the
+    former transfer is given up. Answered with `Failed` if nothing of the request is here any more."""
+
+    request_id: RequestId
+    transfer_id: RequestId
+
+
 class FirstToken(Struct, frozen=True, array_like=True):
     choice: ChoiceIndex
     token: TokenId
@@ -125,7 +154,18 @@ class StatusRequest(Struct, frozen=True, tag="status_request", forbid_unknown_fi
     ask_id: Annotated[int, Meta(ge=0, le=2**63 - 1)]
 
 
-Request = RouterHello | Generate | Prefill | Reserve | Join | Cancel | StatusRequest
+class TraceRequest(Struct, frozen=True, tag="trace_request", forbid_unknown_fields=True):
+    """What is remembered of a transfer? Answered with one `TraceReply` of the worker at once, and with one of
+    its transfer process when that has answered."""
+
+    ask_id: Annotated[int, Meta(ge=0, le=2**63 - 1)]
+    request_id: RequestId
+    transfer_id: RequestId
+
+
+Request = (
+    RouterHello | Generate | Prefill | PushAgain | Reserve | Join | Cancel | StatusRequest | TraceRequest
+)
 
 
 # ---------------------------------------------------------------- worker -> router
@@ -206,6 +246,15 @@ class DecodeStarted(Struct, frozen=True, array_like=True, tag="d"):
     cached_tokens: int
 
 
+class Undelivered(Struct, frozen=True, array_like=True, tag="u"):
+    """A prefill worker could not hand over a request's KV. It goes on with the prompt and holds what is
+    computed, until `PushAgain`, `Cancel` or the request's deadline."""
+
+    request_id: int
+    transfer_id: int
+    message: str
+
+
 class Failed(Struct, frozen=True, array_like=True, tag="f"):
     """The request has ended here with an error; nothing more will come for it.
 
@@ -256,7 +305,8 @@ class Ledger(Struct, frozen=True, forbid_unknown_fields=True):
 class Status(Struct, frozen=True, array_like=True, tag="status"):
     """A worker's account of itself, about once a second and in answer to `StatusRequest`.
 
-    Slots and open transfers are the transfer process's own account, `slots_age_s` old.
+    Slots and open transfers are the transfer process's own account, `slots_age_s` old; with several ranks,
+    those of all together. `ledger` is that of rank 0's device, `rank_ledgers` are those of the others.
 
     `counters` only grow (tokens, requests by outcome, prefix-cache queries and hits, transfer bytes,
     dropped messages by reason ...).
@@ -282,6 +332,30 @@ class Status(Struct, frozen=True, array_like=True, tag="status"):
     output_tokens_per_s: float
     counters: dict[str, float]
     ledger: Ledger
+    mover: str | None = None
+    """What moves KV to and from this worker; None while no transfer process is attached."""
+    rank_ledgers: list[Ledger] = []
 
 
-Report = WorkerHello | Refusal | Tokens | PrefillDone | DecodeStarted | Failed | Status
+class TraceReply(Struct, frozen=True, array_like=True, tag="trace"):
+    """What `process` did for a request's transfer. `clock_s` is the worker's clock when it answered; its
+    transfer process has the same one."""
+
+    request_id: int
+    ask_id: int
+    process: str
+    clock_s: float
+    spans: SpanList
+
+
+Report = (
+    WorkerHello
+    | Refusal
+    | Tokens
+    | PrefillDone
+    | DecodeStarted
+    | Undelivered
+    | Failed
+    | Status
+    | TraceReply
+)

@@ -49,6 +49,14 @@ class Requests:
     def has_transfer(self, transfer_id: int) -> bool:
         return transfer_id in self._by_transfer
 
+    def rename_transfer(self, live: Live, transfer_id: int | None) -> None:
+        """The request's KV moves under another id from now on; None: under none."""
+        if live.transfer_id is not None:
+            self._by_transfer.pop(live.transfer_id, None)
+        live.transfer_id = transfer_id
+        if transfer_id is not None:
+            self._by_transfer[transfer_id] = live.work.request_id
+
     def remove(self, request_id: int) -> Live | None:
         live = self._live.pop(request_id, None)
         if live is not None and live.transfer_id is not None:

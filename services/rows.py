@@ -44,6 +44,10 @@ def wants_prompt_logprobs(sequence: Sequence) -> bool:
 
 def _draws(sequence: Sequence, choices: Iterable[int]) -> list[Draw]:
     sampling, position = sequence.work.sampling, len(sequence.tokens)
-    prompt = sequence.work.prompt if sequence.reads_output else []
-    output = sequence.output if sequence.reads_output else []
+    prompt: list[int] = []
+    output: list[int] = []
+    if sequence.reads_output:
+        work = sequence.work
+        prompt = work.prompt[: sequence.output_start] if work.output_tokens else work.prompt
+        output = sequence.output
     return [Draw(choice, position, sampling, prompt, output) for choice in choices]

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from services.messages import Failed, FinishReason, Work
+from services.messages import MAX_CHOICES, Failed, FinishReason, Work
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +22,7 @@ def refuse(work: Work, limits: Limits, queued: int) -> Failed | None:
     def failed(code: str, message: str, retryable: bool = False) -> Failed:
         return Failed(work.request_id, code, message, retryable)  # type: ignore[arg-type]
 
+    sampling = work.sampling
     if queued >= limits.max_queue:
         return failed("overloaded", f"{queued} requests are waiting; at most {limits.max_queue} may", True)
     if len(work.prompt) + 1 > limits.max_sequence_tokens:
@@ -30,9 +31,12 @@ def refuse(work: Work, limits: Limits, queued: int) -> Failed | None:
             f"the prompt has {len(work.prompt)} tokens; this worker holds at most "
             f"{limits.max_sequence_tokens - 1} and one to generate",
         )
+    if work.output_tokens >= min(len(work.prompt), sampling.max_tokens):
+        return failed("invalid", f"output_tokens is {work.output_tokens}: no prompt, or nothing to draw")
+    if work.choice_numbers.stop > MAX_CHOICES:
+        return failed("invalid", f"choice {work.choice_numbers.stop - 1} is over {MAX_CHOICES - 1}")
     if work.choices > limits.max_batch:
         return failed("invalid", f"n is {work.choices}; at most {limits.max_batch} choices fit a batch")
-    sampling = work.sampling
     for name, ids in (
         ("prompt", work.prompt),
         ("stop_token_ids", sampling.stop_token_ids),
@@ -44,7 +48,7 @@ def refuse(work: Work, limits: Limits, queued: int) -> Failed | None:
 
 
 def finish_reason(work: Work, token: int, output_tokens: int, limits: Limits) -> FinishReason | None:
-    """Whether `token`, a choice's `output_tokens`-th, ends the choice."""
+    """Whether `token`, a choice's `output_tokens`-th from its very beginning, ends the choice."""
     sampling = work.sampling
     if token in sampling.stop_token_ids:
         return "stop"
@@ -52,6 +56,6 @@ def finish_reason(work: Work, token: int, output_tokens: int, limits: Limits) ->
         return "stop"
     if output_tokens >= sampling.max_tokens:
         return "length"
-    if len(work.prompt) + output_tokens >= limits.max_sequence_tokens:
+    if len(work.prompt) - work.output_tokens + output_tokens >= limits.max_sequence_tokens:
         return "length"
     return None

@@ -1,8 +1,13 @@
 """One slot of the staging buffer, wherever it lies: mapped host memory, or device memory opened by IPC."""
 
+import mmap
+from pathlib import Path
+
 from kvtransfer.client import TransferClient
+from kvtransfer.staging import receive_staging
 from services.engine.segments import Slot
 from services.engine.staging_view import CudaStaging
+from services.rank_messages import MapStaging
 
 
 class Staging:
@@ -14,6 +19,13 @@ class Staging:
         self._opened: CudaStaging | None = None
         self._opened_epoch = 0
 
+    def open(self) -> None:
+        """Maps device memory now, so that a host where that cannot be says so before any request. Raises
+        StagingError."""
+        handle = self._client.attached.cuda_ipc_handle
+        if handle is not None:
+            self._open(handle)
+
     def slot(self, index: int) -> Slot:
         """The whole slot. Raises StagingError if device memory cannot be mapped."""
         handle = self._client.attached.cuda_ipc_handle
@@ -24,6 +36,7 @@ class Staging:
         return view[index * size : (index + 1) * size]
 
     def close(self) -> None:
+        """Unmaps device memory; a later `slot` maps what is attached then."""
         if self._opened is not None:
             self._opened.close()
             self._opened = None
@@ -36,3 +49,43 @@ class Staging:
             self._opened = CudaStaging(handle, size_bytes, self._device_index)
             self._opened_epoch = epoch
         return self._opened
+
+
+class RankStaging:
+    """The staging buffer in a rank that has no link to its transfer process: it maps what it is told."""
+
+    MAP_TIMEOUT_S = 2.0
+
+    def __init__(self, device_index: int) -> None:
+        self._device_index = device_index
+        self._opened: CudaStaging | None = None
+        self._map: mmap.mmap | None = None
+        self._slots = self._slot_bytes = 0
+
+    def map(self, order: MapStaging) -> None:
+        """Raises StagingError or TransferConfigError if it cannot be mapped."""
+        self.close()
+        size_bytes = order.slots * order.slot_bytes
+        self._slots, self._slot_bytes = order.slots, order.slot_bytes
+        if order.cuda_ipc_handle is not None:
+            self._opened = CudaStaging(order.cuda_ipc_handle, size_bytes, self._device_index)
+        elif order.staging_socket is not None:
+            self._map = receive_staging(Path(order.staging_socket), size_bytes, self.MAP_TIMEOUT_S)
+
+    def slot(self, index: int) -> Slot:
+        """The whole slot. Raises IndexError if there is none of that number, or no buffer."""
+        if not 0 <= index < self._slots:
+            raise IndexError(f"slot {index}: there are {self._slots}")
+        part = slice(index * self._slot_bytes, (index + 1) * self._slot_bytes)
+        if self._opened is not None:
+            return self._opened.view[part]
+        if self._map is None:
+            raise IndexError("no staging buffer is mapped")
+        return memoryview(self._map)[part]
+
+    def close(self) -> None:
+        """Views of slots keep host memory mapped until they are dropped. Idempotent."""
+        self._slots, self._map = 0, None
+        if self._opened is not None:
+            self._opened.close()
+            self._opened = None

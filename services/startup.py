@@ -16,10 +16,14 @@ from kvtransfer.client import TransferClient
 from services.config import WorkerConfig
 from services.engine.engine import Engine
 from services.engine.model_config import ModelConfig, read_model_config
-from services.memory.estimate import plan_input_for
+from services.kv_moves import KvMoves, OwnMoves, RankMoves
+from services.leading_engine import LeadingEngine
+from services.memory.estimate import plan_input_for, transfer_context_bytes
 from services.memory.measure import NotMeasurable, gpu_facts, gpu_process_bytes, host_phase, resident_bytes
 from services.memory.plan import Measured, MemoryPlan, plan_memory
+from services.rank_messages import RankMemory
 from services.staging import Staging
+from services.transfer_ranks import TransferRanks
 
 log = logging.getLogger(__name__)
 
@@ -29,15 +33,16 @@ ATTACH_TIMEOUT_S = 30.0
 
 @dataclass(slots=True)
 class Prepared:
-    """What `prepare` built. `measured` is what this process knows of its own lines."""
+    """What `prepare` built. `measured` is what each rank knows of its own lines, rank 0 first."""
 
     config: WorkerConfig
     model: ModelConfig
     engine: Engine
-    transfer: TransferClient | None
-    staging: Staging | None
+    transfer: TransferRanks | None
+    moves: list[KvMoves]
+    """Packs and unpacks of each rank; none without transfer processes."""
     plan: MemoryPlan
-    measured: Measured
+    measured: list[Measured]
 
 
 def device_size(config: WorkerConfig) -> tuple[str, int]:
@@ -51,25 +56,18 @@ def device_size(config: WorkerConfig) -> tuple[str, int]:
 def prepare(
     config: WorkerConfig, worker_epoch: int, progress: Callable[[int, int], None]
 ) -> Prepared:
-    """Raises CheckpointError, DoesNotFit or a transfer error, each with a message for the operator."""
+    """Raises CheckpointError, DoesNotFit, StagingError or a transfer error, each with a message for users."""
     context_bytes = resident_bytes()
     model = read_model_config(config.model_dir)
     device_name, device_bytes = device_size(config)
     plan = plan_memory(plan_input_for(config, model, device_name=device_name, device_bytes=device_bytes))
 
     config = replace(config, max_model_len=plan.inputs.max_model_len)
-    engine = Engine(config, model)
-    transfer = None
-    staging = None
-    if config.transfer is not None:
-        transfer = TransferClient(
-            config.transfer,
-            worker_epoch=worker_epoch,
-            geometry=engine.geometry,
-            keys=None if config.key_dir is None else ChannelKeys.load(config.key_dir),
-            timeout_s=ATTACH_TIMEOUT_S,
-        )
-        staging = Staging(transfer, config.device_index)
+    engine = Engine(config, model) if config.tp == 1 else LeadingEngine(config, model)
+    transfer, moves = None, []
+    if config.transfers:
+        transfer = _attach(config, engine, worker_epoch)
+        moves = _moves(config, engine, transfer)
 
     started_s = time.monotonic()
     with host_phase() as loading:
@@ -79,7 +77,13 @@ def prepare(
 
     inputs = replace(plan.inputs, weights_bytes=weights_bytes, activation_bytes=activation_bytes)
     if transfer is not None:
-        inputs = replace(inputs, staging_slots=transfer.slots, staging_slot_bytes=transfer.slot_bytes)
+        own = transfer.clients[0]
+        inputs = replace(
+            inputs,
+            staging_slots=own.slots,
+            staging_slot_bytes=own.slot_bytes,
+            transfer_context_bytes=transfer_context_bytes(config.device, own.attached.mover),
+        )
     plan = plan_memory(inputs)
     engine.cap_allocator(plan.worker_cap_bytes)
     with host_phase() as pooling:
@@ -94,26 +98,80 @@ def prepare(
         graphs_bytes=None if on_cpu else graphs_bytes,
         worker_context_bytes=context_bytes if on_cpu else None,
     )
-    return Prepared(config, model, engine, transfer, staging, plan, measured)
+    others = engine.rank_memory() if isinstance(engine, LeadingEngine) else []
+    return Prepared(
+        config, model, engine, transfer, moves, plan, [measured, *(_measured_by(rank) for rank in others)]
+    )
 
 
-def measure_now(prepared: Prepared) -> Measured:
-    """The measured column as of now: the worker's own lines, and what its transfer process reports."""
-    measured, transfer = prepared.measured, prepared.transfer
+def _measured_by(rank: RankMemory) -> Measured:
+    return Measured(
+        weights_bytes=rank.weights_bytes,
+        kv_pool_bytes=rank.kv_pool_bytes,
+        activation_bytes=rank.activation_bytes,
+        graphs_bytes=rank.graphs_bytes,
+        worker_context_bytes=rank.context_bytes,
+    )
+
+
+def _attach(config: WorkerConfig, engine: Engine, worker_epoch: int) -> TransferRanks:
+    keys = None if config.key_dir is None else ChannelKeys.load(config.key_dir)
+    return TransferRanks(
+        [
+            TransferClient(
+                endpoint,
+                worker_epoch=worker_epoch,
+                geometry=engine.geometry,
+                keys=keys,
+                timeout_s=ATTACH_TIMEOUT_S,
+                rank=rank,
+                tp=config.tp,
+                maps=rank == 0,
+            )
+            for rank, endpoint in enumerate(config.transfers)
+        ]
+    )
+
+
+def _moves(config: WorkerConfig, engine: Engine, transfer: TransferRanks) -> list[KvMoves]:
+    first, *others = transfer.clients
+    staging = Staging(first, config.device_index)
+    staging.open()
+    moves: list[KvMoves] = [OwnMoves(engine, staging)]
+    if isinstance(engine, LeadingEngine):
+        moves += [
+            RankMoves(engine.ranks, rank, client, engine.geometry, config.page_size_tokens)
+            for rank, client in enumerate(others, 1)
+        ]
+    return moves
+
+
+def measure_now(prepared: Prepared) -> list[Measured]:
+    """The measured column of each rank as of now: what it knows of its own lines, and what its transfer
+    process reports. Only rank 0's context is looked at again; those of the others are from their start."""
+    first, *others = prepared.measured
     if prepared.config.device == "cuda":
         held_bytes = prepared.engine.allocator_bytes()
         try:
             process_bytes = gpu_process_bytes(prepared.config.device_index)
-            measured = replace(measured, worker_context_bytes=max(0, process_bytes - held_bytes))
+            first = replace(first, worker_context_bytes=max(0, process_bytes - held_bytes))
         except NotMeasurable as error:
             log.debug("context not measured: %s", error)
-    stats = None if transfer is None else transfer.last_stats
-    if stats is not None:
-        if stats.device_bytes is not None:
-            staging_bytes, total_bytes = prepared.plan.inputs.staging_bytes, stats.device_bytes
-        else:
-            staging_bytes, total_bytes = stats.staging_resident_bytes, stats.resident_bytes
-        measured = replace(
-            measured, staging_bytes=staging_bytes, transfer_context_bytes=max(0, total_bytes - staging_bytes)
-        )
-    return measured
+    ranks = [first, *others]
+    if prepared.transfer is None:
+        return ranks
+    clients = prepared.transfer.clients
+    return [_with_transfer(rank, client, prepared.plan) for rank, client in zip(ranks, clients, strict=True)]
+
+
+def _with_transfer(measured: Measured, client: TransferClient, plan: MemoryPlan) -> Measured:
+    stats = client.last_stats
+    if stats is None:
+        return measured
+    if stats.device_bytes is not None:
+        staging_bytes, total_bytes = plan.inputs.staging_bytes, stats.device_bytes
+    else:
+        staging_bytes, total_bytes = stats.staging_resident_bytes, stats.resident_bytes
+    return replace(
+        measured, staging_bytes=staging_bytes, transfer_context_bytes=max(0, total_bytes - staging_bytes)
+    )

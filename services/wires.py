@@ -31,6 +31,8 @@ RETRY_MAX_S = 0.5
 OnReports = Callable[[list[Report]], None]
 OnEnd = Callable[[], None]
 OnDrop = Callable[[str], None]
+OnMismatch = Callable[[str], None]
+"""Another protocol version was spoken: which, and which is ours."""
 
 
 class Wire(Protocol):
@@ -49,24 +51,38 @@ class Wire(Protocol):
 
 
 def open_wire(
-    endpoint: str, keys: ChannelKeys | None, on_reports: OnReports, on_end: OnEnd, on_drop: OnDrop
+    endpoint: str,
+    keys: ChannelKeys | None,
+    *,
+    on_reports: OnReports,
+    on_mismatch: OnMismatch,
+    on_end: OnEnd,
+    on_drop: OnDrop,
 ) -> Wire:
     """In the running loop. Raises TransferConfigError for a bad endpoint or missing keys."""
     if endpoint.startswith("ipc:///"):
-        return UnixWire(endpoint, on_reports, on_end, on_drop)
-    return ZmqWire(endpoint, keys, on_reports, on_end, on_drop)
+        return UnixWire(endpoint, on_reports, on_mismatch, on_end, on_drop)
+    return ZmqWire(endpoint, keys, on_reports, on_mismatch, on_end, on_drop)
 
 
 class UnixWire:
     """ZMTP on a UNIX socket."""
 
-    def __init__(self, endpoint: str, on_reports: OnReports, on_end: OnEnd, on_drop: OnDrop) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        on_reports: OnReports,
+        on_mismatch: OnMismatch,
+        on_end: OnEnd,
+        on_drop: OnDrop,
+    ) -> None:
         self._path = endpoint.removeprefix("ipc://")
         try:
             require_private_directory(Path(self._path).parent, f"endpoint {endpoint}")
         except OSError as error:
             raise TransferConfigError(f"endpoint {endpoint}: {error}") from error
         self._on_reports, self._on_end, self._on_drop = on_reports, on_end, on_drop
+        self._on_mismatch = on_mismatch
         self._receives, self._sends = Codec[Report](Report), Codec[Request](Request)
         self._loop = asyncio.get_running_loop()
         self._socket: sockets.socket | None = None
@@ -146,8 +162,9 @@ class UnixWire:
         for body in bodies:
             try:
                 reports += self._receives.decode(body)
-            except VersionMismatch:
+            except VersionMismatch as error:
                 self._on_drop("other_version")
+                self._on_mismatch(str(error))
             except ProtocolError:
                 self._on_drop("malformed_frame")
         if reports:
@@ -186,9 +203,15 @@ class ZmqWire:
     """libzmq's DEALER, whose descriptors the loop watches."""
 
     def __init__(
-        self, endpoint: str, keys: ChannelKeys | None, on_reports: OnReports, on_end: OnEnd, on_drop: OnDrop
+        self,
+        endpoint: str,
+        keys: ChannelKeys | None,
+        on_reports: OnReports,
+        on_mismatch: OnMismatch,
+        on_end: OnEnd,
+        on_drop: OnDrop,
     ) -> None:
-        self._on_reports, self._on_end = on_reports, on_end
+        self._on_reports, self._on_mismatch, self._on_end = on_reports, on_mismatch, on_end
         receives, sends = Codec[Report](Report), Codec[Request](Request)
         self._link = Link(endpoint, receives, sends, keys=keys, on_drop=on_drop)
         self._closed = False
@@ -220,7 +243,9 @@ class ZmqWire:
         if self._closed:
             return
         reports = self._link.receive()
-        if not reports:
+        if self._link.mismatch:
+            self._on_mismatch(self._link.mismatch)
+        if self._closed or not reports:
             return
         self._on_reports(reports)
         # One batch a turn, so that a flood of frames does not starve the HTTP side.

@@ -14,23 +14,27 @@ import os
 import secrets
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable
 from types import FrameType
 
 import zmq
 
 from kvtransfer.channel import ChannelKeys, Codec, Server
-from kvtransfer.client import TransferClient
-from kvtransfer.messages import TransferAddress
+from kvtransfer.client import TransferLost
+from kvtransfer.messages import TransferSpans
 from services.config import WorkerConfig
 from services.kv_pull import KvPull
+from services.kv_pull_parts import PullParts
 from services.kv_push import KvPush
+from services.kv_push_parts import PushParts
 from services.messages import (
     VERSION,
     Failed,
     Generate,
     Pages,
     Prefill,
+    PushAgain,
     Refusal,
     Report,
     Request,
@@ -39,6 +43,9 @@ from services.messages import (
     Slots,
     Status,
     StatusRequest,
+    TraceRequest,
+    TransferAddress,
+    Undelivered,
     WorkerHello,
 )
 from services.outbox import Outbox
@@ -50,6 +57,8 @@ from services.roles.unified import UnifiedRole
 from services.rules import Limits
 from services.scheduler.pages import PagePool
 from services.startup import Prepared, measure_now, prepare
+from services.tracing import Tracing
+from services.transfer_ranks import TransferRanks, total_counts
 
 log = logging.getLogger(__name__)
 
@@ -77,11 +86,16 @@ class Worker:
         self.prepared = prepared
         self.config = config
         self.epoch = worker_epoch
-        self.transfer: TransferClient | None = prepared.transfer
+        self.transfer: TransferRanks | None = prepared.transfer
         pool = PagePool(prepared.plan.pages, config.page_size_tokens, config.prefix_cache)
         keys = None if config.key_dir is None else ChannelKeys.load(config.key_dir)
         self.server: Server[Request, Report] = Server(
-            config.listen, Codec(Request), Codec(Report), keys=keys, on_drop=self._count_drop
+            config.listen,
+            Codec(Request),
+            Codec(Report),
+            keys=keys,
+            on_drop=self._count_drop,
+            refusal=Refusal,
         )
         limits = Limits(
             vocab_size=engine.vocab_size,
@@ -98,8 +112,12 @@ class Worker:
             outbox=Outbox(self.server.send),
             clock=time.monotonic,
             overlap=config.device == "cuda",
+            tail_chunk_tokens=config.tail_chunk_tokens,
         )
         self.role = _build_role(self.parts, prepared)
+        self.tracing = Tracing(
+            config.name, self.parts.spans, self.transfer, self.parts.outbox, self.parts.clock
+        )
         self._routers: dict[bytes, float] = {}
         self._told_address = self._address()
         self._prompt_rate, self._output_rate = Rate(), Rate()
@@ -108,19 +126,25 @@ class Worker:
         self._poller = zmq.Poller()
         self._poller.register(self.server.socket, zmq.POLLIN)
         if self.transfer is not None:
-            self._poller.register(self.transfer.socket, zmq.POLLIN)
+            for socket in self.transfer.sockets:
+                self._poller.register(socket, zmq.POLLIN)
 
     # ------------------------------------------------------------ life
 
     def serve(self) -> None:
         log.info("%s worker %s listens at %s", self.config.role, self.config.name, self.server.endpoint)
         busy = False
-        while not self._finished():
+        while not self.finished():
             self._poller.poll(0 if busy else IDLE_WAIT_MS)
-            self._take_in()
-            busy = self.role.step()
-            self._once_a_second()
-            self._send_out()
+            busy = self.turn()
+
+    def turn(self) -> bool:
+        """Takes in whatever is there, does one step, sends what came of it. False: there was no step."""
+        self._take_in()
+        busy = self.role.step()
+        self._once_a_second()
+        self._send_out()
+        return busy
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         """First: drain. Second: leave at once."""
@@ -131,9 +155,11 @@ class Worker:
         self.server.close()
         if self.transfer is not None:
             self.transfer.close()
+        self.parts.engine.close()
         log.info("worker %s has ended", self.config.name)
 
-    def _finished(self) -> bool:
+    def finished(self) -> bool:
+        """Whether a signal has come and nothing is left to wait for."""
         if self._draining_until_s is None:
             return False
         at_rest = not self.parts.requests and not self.role.in_flight
@@ -146,7 +172,12 @@ class Worker:
         if self.transfer is not None:
             self.transfer.tick(now_s)
             for event in self.transfer.receive(now_s):
+                if isinstance(event, TransferSpans):
+                    self.tracing.answer(event)
+                    continue
                 self.role.on_transfer(event)
+                if isinstance(event, TransferLost):
+                    self.prepared.moves[event.rank].let_go()
             self._tell_address()
         for router, requests in self.server.receive():
             if router not in self._routers and not self._greet(router, requests):
@@ -181,6 +212,8 @@ class Worker:
                 self.server.send(router, [self._hello(), self._status(None)])
             case StatusRequest(ask_id=ask_id):
                 self.server.send(router, [self._status(ask_id)])
+            case TraceRequest():
+                self.tracing.ask(router, request)
             case Generate(work=work) | Prefill(work=work) | Reserve(work=work) if self._draining_until_s:
                 self.parts.outbox.add(
                     router, Failed(work.request_id, "draining", "this worker is shutting down", True)
@@ -189,6 +222,9 @@ class Worker:
                 self.parts.outbox.add(
                     router, Failed(work.request_id, "transfer", "the transfer process is not attached", True)
                 )
+            case PushAgain(request_id=request_id, transfer_id=transfer_id) if self._address() is None:
+                message = "the transfer process is not attached"
+                self.parts.outbox.add(router, Undelivered(request_id, transfer_id, message))
             case _:
                 self.role.accept(router, request)
 
@@ -239,21 +275,25 @@ class Worker:
     def _status(self, ask_id: int | None) -> Status:
         pool, occupancy, transfer = self.parts.pool, self.role.occupancy(), self.transfer
         pages = pool.counts()
-        stats = None if transfer is None else transfer.last_stats
+        stats = [] if transfer is None else transfer.stats()
         slots = None
-        if transfer is not None and stats is not None:
-            counts = stats.counts
+        if transfer is not None and transfer.ready and stats:
+            counts = total_counts(stats)
             slots = Slots(transfer.slots, counts.free, counts.granted, counts.filled, counts.quarantined)
         counters: dict[str, float] = dict(self.parts.counters)
         counters["prefix_cache_queries"] = pool.prefix_queries_tokens
         counters["prefix_cache_hits"] = pool.prefix_hits_tokens
         counters["preemptions"] = self.role.preemptions()
-        if stats is not None:
-            counters["transfer_bytes"] = stats.moved_bytes
-            counters["transfer_segments"] = stats.moved_segments
-            counters["transfer_seconds"] = stats.move_seconds
-            counters["oldest_grant_age_s"] = stats.oldest_grant_age_s
-            counters |= {f"transfer_dropped_{reason}": count for reason, count in stats.dropped.items()}
+        if stats:
+            counters["transfer_bytes"] = sum(one.moved_bytes for one in stats)
+            counters["transfer_segments"] = sum(one.moved_segments for one in stats)
+            counters["transfer_seconds"] = sum(one.move_seconds for one in stats)
+            counters["oldest_grant_age_s"] = max(one.oldest_grant_age_s for one in stats)
+            dropped = Counter[str]()
+            for one in stats:
+                dropped.update(one.dropped)
+            counters |= {f"transfer_dropped_{reason}": count for reason, count in dropped.items()}
+        ledger, *others = map(self.prepared.plan.ledger, measure_now(self.prepared))
         state = "draining" if self._draining_until_s else "ready"
         if transfer is not None and not transfer.ready:
             state = "no_transfer"
@@ -264,29 +304,35 @@ class Worker:
             role=self.config.role,
             state=state,  # type: ignore[arg-type]
             pid=os.getpid(),
-            transfer_pid=None if stats is None else stats.pid,
+            transfer_pid=stats[0].pid if stats else None,
             queued=occupancy.queued,
             running=occupancy.running,
             reserved=occupancy.reserved,
             holding=occupancy.holding,
             pages=Pages(pages.total, pages.free, pages.cached, pages.used),
             slots=slots,
-            slots_age_s=0.0 if transfer is None else time.monotonic() - transfer.last_stats_at_s,
-            open_sends=0 if stats is None else stats.open_sends,
-            open_receives=0 if stats is None else stats.open_receives,
+            slots_age_s=0.0 if transfer is None else time.monotonic() - transfer.stats_at_s,
+            open_sends=sum(one.open_sends for one in stats),
+            open_receives=sum(one.open_receives for one in stats),
             prompt_tokens_per_s=self._prompt_rate.per_second(),
             output_tokens_per_s=self._output_rate.per_second(),
             counters=counters,
-            ledger=self.prepared.plan.ledger(measure_now(self.prepared)),
+            ledger=ledger,
+            mover=transfer.clients[0].attached.mover if transfer is not None and transfer.ready else None,
+            rank_ledgers=others,
         )
 
 
 def _build_role(parts: Parts, prepared: Prepared) -> Role:
-    role, transfer, staging = prepared.config.role, prepared.transfer, prepared.staging
+    role, transfer, moves = prepared.config.role, prepared.transfer, prepared.moves
+    kv_heads = prepared.model.kv_heads
     if role == "unified":
         return UnifiedRole(parts)
-    if transfer is None or staging is None:
+    if transfer is None:
         raise ValueError(f"--transfer: a {role} worker needs the address of its transfer process")
+    both = list(zip(moves, transfer.clients, strict=True))
     if role == "prefill":
-        return PrefillRole(parts, KvPush(parts.engine, transfer, staging))
-    return DecodeRole(parts, KvPull(parts.engine, transfer, staging, parts.clock))
+        lanes = [KvPush(move, client, parts.clock, parts.spans) for move, client in both]
+        return PrefillRole(parts, PushParts(lanes, kv_heads))
+    pulls = [KvPull(move, client, parts.clock, parts.spans) for move, client in both]
+    return DecodeRole(parts, PullParts(pulls, kv_heads))

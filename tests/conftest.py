@@ -1,5 +1,8 @@
 """What holds for every test: GPU tests skip visibly without a GPU, and no test leaves a process behind.
 
+Where several processes run tests (`make test`), a file's tests stay together, so that what they share is
+started once; and all GPU tests stay together, so that no two want the same memory.
+
 `--require-gpu` turns skipped GPU tests into an error, for where a GPU was expected.
 """
 
@@ -9,9 +12,13 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
+
+if TYPE_CHECKING:
+    from xdist.scheduler import LoadScopeScheduling
 
 MARK = "PYTEST_SESSION_OF_BATON"  # no BATON_ variable: children are started without those
 LEFT_BEHIND_WAIT_S = 5.0
@@ -41,6 +48,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         raise pytest.UsageError(f"--require-gpu: {len(wanted)} tests need an NVIDIA GPU, and there is none")
     for item in wanted:
         item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> "LoadScopeScheduling":
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "gpu" if file.startswith("tests/gpu/") else file
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -79,8 +79,8 @@ class Script:
             tokens.append(self.end_token)
             finish = "stop"
         if len(tokens) > work.sampling.max_tokens:
-            return tokens[: work.sampling.max_tokens], "length"
-        return tokens, finish
+            tokens, finish = tokens[: work.sampling.max_tokens], "length"
+        return tokens[work.output_tokens :], finish
 
 
 def logprobs_of(tokens: Sequence[int], alternatives: int | None) -> list[TokenLogprob] | None:
@@ -169,6 +169,14 @@ class FakeWorker:
                 left_s = until_s - time.monotonic()
                 assert left_s > 0, f"{self.name}: waited for {count} {kind.__name__}, got {self.received}"
                 self._changed.wait(left_s)
+
+    @property
+    def busy(self) -> bool:
+        """Whether something given to `act` is still to be done."""
+        return not self._actions.empty()
+
+    def work_of(self, request_id: int) -> Work:
+        return self._works[request_id][1]
 
     def forget(self) -> None:
         """Empties `received`."""
@@ -261,7 +269,7 @@ class FakeWorker:
             )
         ]
         going_on: list[int] = []
-        for choice in range(work.choices):
+        for choice in work.choice_numbers:
             tokens, finish = script.tokens_of(work, choice)
             last = len(tokens) == 1
             logprobs = logprobs_of(tokens[:1], sampling.logprobs)
@@ -349,4 +357,5 @@ class FakeWorker:
                     LedgerEntry("transfer", "staging", False, 64 << 20, 64 << 20),
                 ],
             ),
+            mover="nixl",
         )

@@ -62,6 +62,7 @@ def measure_here(device_name: Device) -> Ceilings:
     size = CUDA_MATMUL_SIZE if on_gpu else CPU_MATMUL_SIZE
     left, right = (torch.randn((size, size), dtype=dtype, device=device) for _ in range(2))
     matmul_s = median_s(lambda: left @ right, on_gpu, MATMUL_REPEATS)
+    fp8_s = _fp8_s(device, size)
     return Ceilings(
         read_bytes_per_s=buffer_bytes / read_s,
         copy_bytes_per_s=buffer_bytes / copy_s,
@@ -69,6 +70,30 @@ def measure_here(device_name: Device) -> Ceilings:
         matmul_size=size,
         matmul_dtype=str(dtype).removeprefix("torch."),
         buffer_bytes=buffer_bytes,
+        fp8_flop_per_s=None if fp8_s is None else 2 * size**3 / fp8_s,
+    )
+
+
+def _fp8_s(device: "torch.device", size: int) -> float | None:
+    """Seconds of a square product in fp8 with a scale for each row and column, as the linear layers have
+    it; None where the device has no fp8."""
+    import torch
+
+    from services.precision import FP8_CAPABILITY
+
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+        return None
+    left, right = (
+        torch.randn((size, size), dtype=torch.bfloat16, device=device).to(torch.float8_e4m3fn)
+        for _ in range(2)
+    )
+    scale = torch.ones((size, 1), dtype=torch.float32, device=device)
+    return median_s(
+        lambda: torch._scaled_mm(
+            left, right.t(), scale_a=scale, scale_b=scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True
+        ),
+        True,
+        MATMUL_REPEATS,
     )
 
 

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deploy.bench.kernels import (
+from deploy.bench.kernel_times import (
     CUDA,
-    EPS,
     HEAD_DIM,
     HEADS,
     HIDDEN,
@@ -23,6 +22,7 @@ from deploy.bench.kernels import (
     rows,
     tables_of,
 )
+from deploy.bench.kernels import EPS
 from services.engine.ops.decode_attention import decode_attention_kernel, decode_splits
 from services.engine.ops.dependent_launch import ordinary_launches
 from services.engine.ops.qkv import qkv_to_pool_kernel

@@ -19,7 +19,9 @@ import torch
 import triton
 from torch import Tensor
 
-from deploy.bench.kernels import graph_time_s
+from deploy.bench.kernel_times import (
+    graph_time_s,
+)
 from services.engine.ops.draw import (
     best_tokens_kernel,
     draw_tokens_kernel,

@@ -23,19 +23,18 @@ from deploy.bench import ceilings, ready
 from deploy.bench.errors import LeftOut
 from deploy.bench.limits import FORMULA, ModelCost, model_cost
 from deploy.bench.loop import Loop
+from deploy.bench.machine import cpu_name, versions
 from deploy.bench.memory import DeviceMarks, memory_report
 from deploy.bench.report import (
     Machine,
     Model,
     Result,
     Row,
-    cpu_name,
     head_line,
     memory_lines,
     rate_row,
     row_line,
     time_row,
-    versions,
 )
 from deploy.bench.timeline import table
 from deploy.bench.trace import Traced, trace_decode, trace_prefill
@@ -114,6 +113,7 @@ class _Bench:
             f"read {found.read_bytes_per_s / 1e12:.3f} TB/s, copy {found.copy_bytes_per_s / 1e12:.3f} TB/s "
             f"({found.buffer_bytes >> 20} MiB), {found.matmul_dtype} matmul of {found.matmul_size}^3 "
             f"{found.matmul_flop_per_s / 1e12:.4g} TFLOP/s"
+            + (f", in fp8 {found.fp8_flop_per_s / 1e12:.4g}" if found.fp8_flop_per_s else "")
         )
 
     def _ready(self, name: str) -> Row:
@@ -137,7 +137,9 @@ class _Bench:
             kv_token_bytes,
             self.order.config.dtype,
         )
-        cost = model_cost(model, self.order.config.dtype, inputs.weights_bytes, kv_token_bytes)
+        config = self.order.config
+        fp8_layers = config.quantization == "fp8"
+        cost = model_cost(model, config.dtype, inputs.weights_bytes, kv_token_bytes, fp8_layers)
         self._add(Row(PREPARE_ROW, "s", prepare_s, note="the same in this process, after its imports"))
         loop = Loop(prepared)
         try:
@@ -219,7 +221,7 @@ class _Bench:
 
     def _memory(self, prepared: Prepared) -> None:
         self.result.memory = memory_report(prepared, self.marks)
-        self._say("\n" + ledger_table(prepared.plan.ledger(measure_now(prepared))))
+        self._say("\n" + ledger_table(prepared.plan.ledger(measure_now(prepared)[0])))
         self._say("\n" + memory_lines(self.result.memory))
 
     # ------------------------------------------------------------ one thing at a time

@@ -8,142 +8,71 @@ and their rates may pass the memory's.
 
 import argparse
 import json
-import statistics
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import torch
 import triton
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from services.engine.ops.decode_attention import decode_attention_kernel, decode_splits
+from deploy.bench.kernel_layouts import bench_layouts
+from deploy.bench.kernel_times import (
+    CUDA,
+    DTYPE,
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    INTERMEDIATE,
+    KV_HEADS,
+    LAYERS,
+    PAGE_SIZES,
+    TOKEN_LAYER_BYTES,
+    Bench,
+    Call,
+    Entry,
+    integers,
+    pool_of,
+    rows,
+    tables_of,
+)
+from services.engine.ops import tuning
+from services.engine.ops.decode_attention import (
+    UNTUNED,
+    DecodeLaunch,
+    decode_attention_kernel,
+    decode_splits,
+)
 from services.engine.ops.kv_segment import pack_segment_kernel, unpack_segment_kernel
 from services.engine.ops.prefill_attention import prefill_attention, prefill_attention_kernel
-from services.engine.ops.qkv import qkv_to_pool_kernel
-from services.engine.ops.rms_norm import add_rms_norm_kernel
-from services.engine.ops.swiglu import silu_mul_kernel
+from services.engine.ops.qkv import QkvLaunch, qkv_to_pool_kernel
+from services.engine.ops.rms_norm import NormLaunch, add_rms_norm_kernel
+from services.engine.ops.swiglu import SwigluLaunch, silu_mul_kernel
 
-HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE = 4096, 36, 32, 8, 128, 12288
-PEAK_BYTES_PER_S = 4.49e12
-PEAK_FLOPS_PER_S = 781e12
-TOKEN_LAYER_BYTES = 2 * KV_HEADS * HEAD_DIM * 2
-DTYPE = torch.bfloat16
-CUDA = torch.device("cuda")
 EPS = 1e-6
-Call = Callable[[], object]
-REPLAYS = 7
-DECODE_SHAPES = ((1, 1024), (64, 1024), (256, 1024), (1, 16384))
-PAGE_SIZES = (16, 64, 128)
+DECODE_SHAPES = ((1, 1024), (8, 1024), (64, 1024), (256, 1024), (1, 16384))
 SPLITS = (1, 2, 4, 8, 16, 32)
-DECODE_TUNINGS = (  # block_keys, num_warps, num_stages; the first is the default
-    (64, 4, 3), (64, 4, 2), (64, 4, 4), (64, 2, 3), (64, 8, 3),
-    (32, 4, 3), (32, 2, 4), (128, 4, 2), (128, 8, 3)
+DECODE_LAUNCHES = (
+    UNTUNED, DecodeLaunch(64, 4, 2), DecodeLaunch(64, 4, 4), DecodeLaunch(64, 2, 3), DecodeLaunch(64, 2, 4),
+    DecodeLaunch(64, 8, 3), DecodeLaunch(64, 8, 4), DecodeLaunch(32, 2, 4), DecodeLaunch(128, 4, 2),
+    DecodeLaunch(128, 8, 2), DecodeLaunch(128, 8, 3),
 )  # fmt: skip
+NORM_LAUNCHES = (NormLaunch(8), NormLaunch(4), NormLaunch(16))
+SWIGLU_LAUNCHES = (
+    SwigluLaunch(), SwigluLaunch(2048, 4), SwigluLaunch(2048, 8), SwigluLaunch(512, 4), SwigluLaunch(4096, 8)
+)  # fmt: skip
+QKV_LAUNCHES = (
+    QkvLaunch(), QkvLaunch(8, 4), QkvLaunch(8, 2), QkvLaunch(16, 8), QkvLaunch(32, 8), QkvLaunch(64, 8)
+)  # fmt: skip
+TUNED_TOKENS = (1, 8, 64, 128, 256, 2048, 8192)
+PAGE_SIZE = 64
+"""As a worker on a GPU has them."""
 PREFILL_TUNINGS = ((128, 128, 8, 2), (128, 64, 8, 3))
 """block_rows, block_keys, num_warps, num_stages of the kernel for every GPU; the first is the default."""
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """`amount` bytes or floating-point operations were moved or done in one call of `time_s`."""
-
-    kernel: str
-    shape: str
-    settings: str
-    time_s: float
-    amount: float
-    unit: str
-    share: float
-
-
-class Bench:
-    """Collects results, and starts no measurement after `budget_s`."""
-
-    def __init__(self, budget_s: float) -> None:
-        self.results: list[Result] = []
-        self.skipped: list[str] = []
-        self.deadline_s = time.monotonic() + budget_s
-
-    def bytes(self, kernel: str, shape: str, settings: str, calls: list[Call], n: float) -> None:
-        self._measure(kernel, shape, settings, calls, n, "B", PEAK_BYTES_PER_S)
-
-    def flops(self, kernel: str, shape: str, settings: str, calls: list[Call], n: float) -> None:
-        self._measure(kernel, shape, settings, calls, n, "FLOP", PEAK_FLOPS_PER_S)
-
-    def _measure(
-        self,
-        kernel: str,
-        shape: str,
-        settings: str,
-        calls: list[Call],
-        amount: float,
-        unit: str,
-        peak: float,
-    ) -> None:
-        name = f"{kernel} | {shape} | {settings}"
-        if time.monotonic() > self.deadline_s:
-            self.skipped.append(f"{name}: no time left")
-            return
-        try:
-            time_s = graph_time_s(calls)
-        except Exception as error:  # a setting this GPU cannot take is a finding, and the others still count
-            self.skipped.append(f"{name}: {type(error).__name__}: {str(error).splitlines()[0][:120]}")
-            return
-        rate = amount / time_s
-        self.results.append(Result(kernel, shape, settings, time_s, amount, unit, rate / peak))
-        text = f"{rate / 1e12:7.1f} TFLOP/s" if unit == "FLOP" else f"{rate / 1e9:7.0f} GB/s"
-        print(f"{name:<86} {time_s * 1e6:9.1f} us {text} {100 * rate / peak:5.1f} %", flush=True)
-
-
-def graph_time_s(calls: list[Call]) -> float:
-    """Median seconds of one call, from replays of a graph of all of them."""
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    with torch.cuda.stream(side):
-        calls[0]()  # compiles
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    graph.replay()
-    times_ms: list[float] = []
-    for _ in range(REPLAYS):
-        started = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        ended = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        started.record()
-        graph.replay()
-        ended.record()
-        ended.synchronize()
-        times_ms.append(started.elapsed_time(ended))
-    return statistics.median(times_ms) / 1000 / len(calls)
-
-
-def rows(*shape: int) -> Tensor:
-    return torch.randn(shape, dtype=DTYPE, device=CUDA)
-
-
-def integers(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32, device=CUDA)
-
-
-def pool_of(memory: Tensor, page_size: int) -> Tensor:
-    """The whole memory as a pool with pages of that size."""
-    page_elements = LAYERS * 2 * KV_HEADS * page_size * HEAD_DIM
-    pages = memory.numel() // page_elements
-    return memory[: pages * page_elements].view(pages, LAYERS, 2, KV_HEADS, page_size, HEAD_DIM)
-
-
-def tables_of(pool: Tensor, sequences: int, tokens: int) -> Tensor:
-    """Scattered pages, as after a while of serving."""
-    pages = -(-tokens // pool.shape[4])
-    order = torch.randperm(pool.shape[0], device=CUDA)[: sequences * pages]
-    return order.to(torch.int32).view(sequences, pages)
 
 
 def bench_small(bench: Bench, memory: Tensor) -> None:
@@ -153,18 +82,21 @@ def bench_small(bench: Bench, memory: Tensor) -> None:
     pool_rows = pool.view(-1, HEAD_DIM)
     layer_rows = [pool_rows[layer * 2 * KV_HEADS * 16 :] for layer in range(LAYERS)]
     all_heads = HEADS + 2 * KV_HEADS
-    for tokens in (1, 64, 256, 8192):
+    for tokens in TUNED_TOKENS:
         shape, column_bytes = f"tokens {tokens}", 2 * tokens
         x, residual = rows(tokens, HIDDEN), torch.zeros((tokens, HIDDEN), dtype=DTYPE, device=CUDA)
-        for warps in (4, 8, 16):
-            norm = partial(add_rms_norm_kernel, x, residual, weight, EPS, warps)
-            bench.bytes("add_rms_norm", shape, f"warps {warps}", [norm] * LAYERS, 4 * HIDDEN * column_bytes)
+        for norm_launch in NORM_LAUNCHES:
+            norm = partial(add_rms_norm_kernel, x, residual, weight, EPS, norm_launch)
+            moved = 4 * HIDDEN * column_bytes
+            entry = Entry("rms_norm", (tokens, 1, HIDDEN), norm_launch)
+            bench.bytes("add_rms_norm", shape, describe(norm_launch), [norm] * LAYERS, moved, entry)
 
         gate_up = rows(tokens, 2 * INTERMEDIATE)
-        for block, warps in ((1024, 4), (2048, 4), (512, 4)):
-            mul = partial(silu_mul_kernel, gate_up, block, warps)
+        for swiglu_launch in SWIGLU_LAUNCHES:
+            mul = partial(silu_mul_kernel, gate_up, swiglu_launch)
             moved = 3 * INTERMEDIATE * column_bytes
-            bench.bytes("silu_mul", shape, f"block {block} warps {warps}", [mul] * LAYERS, moved)
+            entry = Entry("silu_mul", (tokens, INTERMEDIATE), swiglu_launch)
+            bench.bytes("silu_mul", shape, describe(swiglu_launch), [mul] * LAYERS, moved, entry)
 
         qkv = rows(tokens, all_heads, HEAD_DIM)
         cos, sin = (torch.ones((tokens, 1, HEAD_DIM), device=CUDA) for _ in range(2))
@@ -172,17 +104,21 @@ def bench_small(bench: Bench, memory: Tensor) -> None:
         first = (place // 16) * (LAYERS * 2 * KV_HEADS * 16) + place % 16
         index = (first[:, None] + torch.arange(2 * KV_HEADS, device=CUDA) * 16).reshape(-1)
         moved = 2 * all_heads * HEAD_DIM * column_bytes + 2 * tokens * HEAD_DIM * 4
-        for heads, warps in ((16, 4), (8, 4), (16, 8), (64, 8)):
+        for qkv_launch in QKV_LAUNCHES:
             calls: list[Call] = [
                 partial(
                     qkv_to_pool_kernel,
                     *(qkv, head_norm, EPS, cos, sin, layer, index),
-                    block_heads=heads,
-                    num_warps=warps,
+                    launch=qkv_launch,
                 )
                 for layer in layer_rows
             ]
-            bench.bytes("qkv_to_pool", shape, f"heads {heads} warps {warps}", calls, moved)
+            entry = Entry("qkv_to_pool", (tokens, all_heads, HEAD_DIM), qkv_launch)
+            bench.bytes("qkv_to_pool", shape, describe(qkv_launch), calls, moved, entry)
+
+
+def describe(launch: msgspec.Struct) -> str:
+    return " ".join(f"{name} {value}" for name, value in msgspec.to_builtins(launch).items())
 
 
 def bench_decode(bench: Bench, memory: Tensor) -> None:
@@ -192,13 +128,11 @@ def bench_decode(bench: Bench, memory: Tensor) -> None:
             bench.skipped.append(f"decode_attention batch {batch} context {context}: too little memory")
             continue
         chosen = decode_splits(batch, KV_HEADS, context, processors)
-        runs = [(size, splits, DECODE_TUNINGS[0]) for size in PAGE_SIZES for splits in SPLITS]
-        runs += [(16, chosen, tuning) for tuning in DECODE_TUNINGS[1:]]
+        runs = [(PAGE_SIZE, chosen, launch) for launch in DECODE_LAUNCHES]
+        runs += [(size, splits, UNTUNED) for size in PAGE_SIZES for splits in SPLITS if splits <= 4 * chosen]
         lengths = integers(*[context] * batch)
         queries = rows(batch, HEADS, HEAD_DIM)
-        for size, splits, (keys, warps, stages) in runs:
-            if splits > 4 * chosen:
-                continue
+        for size, splits, launch in runs:
             pool = pool_of(memory, size)
             tables = tables_of(pool, batch, context)
             calls: list[Call] = [
@@ -206,35 +140,17 @@ def bench_decode(bench: Bench, memory: Tensor) -> None:
                     decode_attention_kernel,
                     *(queries, pool, layer, tables, lengths, HEAD_DIM**-0.5),
                     splits=splits,
-                    block_keys=keys,
-                    num_warps=warps,
-                    num_stages=stages,
+                    launch=launch,
                 )
                 for layer in range(LAYERS)
             ]
-            settings = f"page {size} splits {splits}{'*' if splits == chosen else ''} "
-            settings += f"keys {keys} warps {warps} stages {stages}"
+            settings = f"page {size} splits {splits}{'*' if splits == chosen else ''} {describe(launch)}"
             moved = batch * context * TOKEN_LAYER_BYTES + 2 * queries.numel() * 2
-            bench.bytes("decode_attention", f"batch {batch} context {context}", settings, calls, moved)
-
-
-def bench_layouts(bench: Bench, memory: Tensor) -> None:
-    """What it costs attention that a page is one run over all layers, rather than each layer a pool."""
-    batch, context = 64, 1024
-    shape = f"batch {batch} context {context}"
-    queries, lengths = rows(batch, HEADS, HEAD_DIM), integers(*[context] * batch)
-    moved = batch * context * TOKEN_LAYER_BYTES + 2 * queries.numel() * 2
-    for size in PAGE_SIZES:
-        page_first = pool_of(memory, size)
-        pages = page_first.shape[0]
-        layer_first = page_first.view(LAYERS, pages, 2, KV_HEADS, size, HEAD_DIM).transpose(0, 1)
-        tables = tables_of(page_first, batch, context)
-        for name, pool in (("[page][layer]", page_first), ("[layer][page]", layer_first)):
-            calls: list[Call] = [
-                partial(decode_attention_kernel, queries, pool, layer, tables, lengths, HEAD_DIM**-0.5)
-                for layer in range(LAYERS)
-            ]
-            bench.bytes("decode_attention", shape, f"{name} page {size}", calls, moved)
+            shape = (batch, splits, KV_HEADS, HEADS // KV_HEADS, HEAD_DIM, size)
+            served = splits == chosen and size == PAGE_SIZE
+            entry = Entry("decode_attention", shape, launch) if served else None
+            where = f"batch {batch} context {context}"
+            bench.bytes("decode_attention", where, settings, calls, moved, entry)
 
 
 def bench_prefill(bench: Bench, memory: Tensor) -> None:
@@ -295,8 +211,17 @@ def bench_segments(bench: Bench, memory: Tensor) -> None:
                 bench.bytes(name, f"tokens {tokens}", f"page {size}", calls, moved)
 
 
-def run(out: Path | None, budget_s: float) -> int:
-    """1. Fill memory with numbers; 2. measure each kernel; 3. write the results."""
+MEASURES = {
+    "prefill": bench_prefill,
+    "layouts": bench_layouts,
+    "decode": bench_decode,
+    "segments": bench_segments,
+    "small": bench_small,
+}
+
+
+def run(out: Path | None, budget_s: float, only: list[str], save: Path | None) -> int:
+    """1. Fill memory with numbers; 2. measure each kernel; 3. write the results, and the fastest launches."""
     if not torch.cuda.is_available():
         print("the kernels' benchmark needs an NVIDIA GPU", file=sys.stderr)
         return 1
@@ -310,10 +235,12 @@ def run(out: Path | None, budget_s: float) -> int:
 
     bench = Bench(budget_s)
     with torch.inference_mode():
-        for measure in (bench_prefill, bench_layouts, bench_decode, bench_segments, bench_small):
-            measure(bench, memory)
+        for name in only or MEASURES:
+            MEASURES[name](bench, memory)
     for line in bench.skipped:
         print(f"skipped {line}")
+    if save is not None:
+        print(f"saved {tuning.save(bench.table(), torch.cuda.get_device_name(), save)}")
     if out is not None:
         report = {
             "device": torch.cuda.get_device_name(),
@@ -330,8 +257,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m deploy.bench.kernels", description=__doc__)
     parser.add_argument("--out", type=Path, help="file for all results as JSON")
     parser.add_argument("--budget-s", type=float, default=200.0, help="start no measurement after this")
+    parser.add_argument("--only", nargs="+", choices=list(MEASURES), default=[], help="default: all of them")
+    parser.add_argument(
+        "--save",
+        type=Path,
+        nargs="?",
+        const=tuning.user_directory(),
+        help="put the fastest into this GPU's table, in the user's cache directory or in the one given",
+    )
     options = parser.parse_args()
-    return run(options.out, options.budget_s)
+    return run(options.out, options.budget_s, options.only, options.save)
 
 
 if __name__ == "__main__":

@@ -40,22 +40,27 @@ class Ceilings(Struct, frozen=True):
     matmul_size: int
     matmul_dtype: str
     buffer_bytes: int
+    fp8_flop_per_s: float | None = None
+    """Of products of fp8 numbers, on a GPU that has them."""
 
 
 class Phase(Struct, frozen=True):
-    """What does the work `name` reads the bytes of `reads`."""
+    """What does the work `name` reads the bytes of `reads`. `fp8_flop` are not among `flop`."""
 
     name: str
     reads: str
     read_bytes: float
     flop: float
+    fp8_flop: float = 0.0
 
 
 def limit_s(phases: Iterable[Phase], ceilings: Ceilings) -> float:
     """The larger of all bytes and all operations."""
     each = list(phases)
     read_s = sum(phase.read_bytes for phase in each) / ceilings.read_bytes_per_s
-    return max(read_s, sum(phase.flop for phase in each) / ceilings.matmul_flop_per_s)
+    compute_s = sum(phase.flop for phase in each) / ceilings.matmul_flop_per_s
+    fp8_flop_per_s = ceilings.fp8_flop_per_s or ceilings.matmul_flop_per_s
+    return max(read_s, compute_s + sum(phase.fp8_flop for phase in each) / fp8_flop_per_s)
 
 
 def one_stream_s(phases: Iterable[Phase], ceilings: Ceilings) -> float:
@@ -67,9 +72,13 @@ def formula(phases: Sequence[Phase], ceilings: Ceilings) -> str:
     """The limit with its figures, in milliseconds."""
     read = " + ".join(f"{phase.reads} {_with_unit(phase.read_bytes, 'B')}" for phase in phases)
     done = " + ".join(f"{phase.name} {_with_unit(phase.flop, 'FLOP')}" for phase in phases)
+    work = f"({done}) / {_with_unit(ceilings.matmul_flop_per_s, 'FLOP/s')}"
+    fp8_flop = sum(phase.fp8_flop for phase in phases)
+    if fp8_flop:
+        rate = ceilings.fp8_flop_per_s or ceilings.matmul_flop_per_s
+        work += f" + fp8 {_with_unit(fp8_flop, 'FLOP')} / {_with_unit(rate, 'FLOP/s')}"
     return (
-        f"max(({read}) / {_with_unit(ceilings.read_bytes_per_s, 'B/s')}, "
-        f"({done}) / {_with_unit(ceilings.matmul_flop_per_s, 'FLOP/s')}) = "
+        f"max(({read}) / {_with_unit(ceilings.read_bytes_per_s, 'B/s')}, {work}) = "
         f"{limit_s(phases, ceilings) * 1e3:.4g} ms"
     )
 
@@ -87,20 +96,20 @@ class ModelCost:
     kv_layer_token_bytes: float
     pair_flop: int
     windows: tuple[int | None, ...]
+    fp8_layers: bool = False
+    """Whether the layers' products are of fp8 numbers; the output matrix's never are."""
 
     def decode(self, batch: int, context: float) -> list[Phase]:
         """One step of `batch` sequences that each attend to `context` positions."""
-        weights = self.layer_weights + self.output_weights
         return [
-            Phase("products", "weights", self.weights_bytes, 2.0 * batch * weights),
+            self._products(self.weights_bytes, batch, batch),
             self._decode_attention("attention", batch, [context]),
         ]
 
     def prefill(self, row: Prefill) -> list[Phase]:
         """Weights once, however many steps the prompts take: no schedule could do with less."""
-        flop = 2.0 * row.requests * (row.tokens * self.layer_weights + self.output_weights)
         return [
-            Phase("products", "weights", self.weights_bytes, flop),
+            self._products(self.weights_bytes, row.requests * row.tokens, row.requests),
             self._prompt_attention("attention", row.requests, row.tokens),
         ]
 
@@ -109,13 +118,18 @@ class ModelCost:
         draws, decoded = row.requests * row.output_tokens, row.requests * (row.output_tokens - 1)
         steps = max(1, -(-decoded // max_batch))
         tokens = row.requests * row.input_tokens + decoded
-        flop = 2.0 * (tokens * self.layer_weights + draws * self.output_weights)
         contexts = [row.input_tokens + done for done in range(1, row.output_tokens)]
         return [
-            Phase("products", "weights", float(steps * self.weights_bytes), flop),
+            self._products(float(steps * self.weights_bytes), tokens, draws),
             self._prompt_attention("prompts' attention", row.requests, row.input_tokens),
             self._decode_attention("decode attention", row.requests, contexts),
         ]
+
+    def _products(self, read_bytes: float, tokens: int, draws: int) -> Phase:
+        layers, output = 2.0 * tokens * self.layer_weights, 2.0 * draws * self.output_weights
+        if self.fp8_layers:
+            return Phase("products", "weights", read_bytes, output, layers)
+        return Phase("products", "weights", read_bytes, layers + output)
 
     def _decode_attention(self, name: str, sequences: int, contexts: Sequence[float]) -> Phase:
         pairs = 0.0
@@ -133,7 +147,9 @@ class ModelCost:
         return Phase(name, "KV", read_bytes, float(sequences * pairs * self.pair_flop))
 
 
-def model_cost(model: ModelConfig, dtype: Dtype, weights_bytes: int, kv_token_bytes: float) -> ModelCost:
+def model_cost(
+    model: ModelConfig, dtype: Dtype, weights_bytes: int, kv_token_bytes: float, fp8_layers: bool = False
+) -> ModelCost:
     """`weights_bytes` and `kv_token_bytes` as they lie in memory, all layers together."""
     embedding = model.vocab_size * model.hidden_size
     shapes = model.tensor_shapes().items()
@@ -145,6 +161,7 @@ def model_cost(model: ModelConfig, dtype: Dtype, weights_bytes: int, kv_token_by
         kv_layer_token_bytes=kv_token_bytes / model.layers,
         pair_flop=4 * model.heads * model.head_dim,
         windows=model.windows,
+        fp8_layers=fp8_layers,
     )
 
 

@@ -44,7 +44,7 @@ def memory_report(prepared: Prepared, marks: DeviceMarks | None) -> list[MemoryL
     """Each line as it is planned before a worker starts, and as it was measured; on a GPU also the
     allocator: the most that steps took beyond what rests there, against the measured activations, and the
     most it held, against its cap."""
-    inputs, measured = prepared.plan.inputs, measure_now(prepared)
+    inputs, (measured, *_) = prepared.plan.inputs, measure_now(prepared)
     if marks is not None:
         measured = replace(measured, worker_context_bytes=marks.context_bytes)
     before = plan_input_for(

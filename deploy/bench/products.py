@@ -24,7 +24,13 @@ import triton
 from torch import Tensor
 
 from deploy.bench.decode_chain import MATRICES, Matrix, Weights, bench_chains
-from deploy.bench.kernels import CUDA, DTYPE, PEAK_BYTES_PER_S, Call, graph_time_s
+from deploy.bench.kernel_times import (
+    CUDA,
+    DTYPE,
+    PEAK_BYTES_PER_S,
+    Call,
+    graph_time_s,
+)
 from services.engine.ops import tuning
 from services.engine.ops.dependent_launch import ordinary_launches
 from services.engine.ops.small_products import (

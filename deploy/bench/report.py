@@ -1,8 +1,5 @@
 """What a run of the benchmark found: as one JSON document, and as lines that are printed while it runs."""
 
-import platform
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Literal
 
 from msgspec import Struct, field
@@ -11,7 +8,6 @@ from deploy.bench.limits import Ceilings, Phase, formula, limit_s, one_stream_s
 from deploy.bench.trace import Traced
 
 Unit = Literal["ms", "tok/s", "s"]
-PACKAGES = ("baton", "torch", "triton", "transformers", "numpy")
 
 
 class Machine(Struct, frozen=True):
@@ -139,26 +135,6 @@ def memory_lines(lines: list[MemoryLine]) -> str:
         planned, measured = line.planned_bytes / (1 << 20), line.measured_bytes / (1 << 20)
         text.append(f"{line.name:<36} {planned:>16.1f} {measured:>16.1f} {line.difference_percent:>+8.2f}%")
     return "\n".join(text)
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
-def cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        return platform.machine()
-    return platform.machine()
 
 
 def _figure(value: float | None, unit: str) -> str:

@@ -17,7 +17,7 @@ from deploy.planning import (
     resolve_dtype,
     resolve_mem_fraction,
 )
-from services.config import Device, WorkerConfig
+from services.config import Device, KvDtype, Quantization, WorkerConfig
 from services.engine.errors import CheckpointError
 from services.engine.model_config import read_model_config
 
@@ -57,6 +57,8 @@ def _run(settings: BenchEngineSettings, device: Device, directory: Path) -> int:
         listen=f"ipc://{directory}/bench.sock",
         device=device,
         dtype=resolve_dtype(settings.dtype, device),
+        kv_dtype=cast(KvDtype, settings.kv_dtype),
+        quantization=cast(Quantization, settings.quantization),
         load_format="dummy",
         mem_fraction=resolve_mem_fraction(settings.mem_fraction, device),
         device_memory_bytes=settings.device_memory or (CPU_DEVICE_BYTES if device == "cpu" else None),
@@ -85,6 +87,8 @@ def _run(settings: BenchEngineSettings, device: Device, directory: Path) -> int:
             "quick": settings.quick,
             "shrink": shrink,
             "dtype": config.dtype,
+            "kv_dtype": config.kv_dtype,
+            "quantization": config.quantization,
             "page_size": config.page_size_tokens,
             "max_batch": config.max_batch,
             "max_chunk_tokens": config.max_chunk_tokens,
@@ -106,6 +110,8 @@ def _worker_flags(config: WorkerConfig) -> tuple[str, ...]:
         "--role": config.role,
         "--device": config.device,
         "--dtype": config.dtype,
+        "--kv-dtype": config.kv_dtype,
+        "--quantization": config.quantization,
         "--load-format": config.load_format,
         "--mem-fraction": str(config.mem_fraction),
         "--max-model-len": str(config.max_model_len),

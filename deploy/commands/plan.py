@@ -17,12 +17,14 @@ def run(settings: PlanSettings) -> None:
         name=role,
         role=role,
         listen="ipc:///plan",
-        transfer=None if role == "unified" else "ipc:///plan-transfer",
+        transfers=() if role == "unified" else ("ipc:///plan-transfer",) * settings.tp,
         staging_slots=settings.staging_slots,
         staging_slot_bytes=settings.staging_slot_bytes,
     )
     plan = checked_plan(config, settings.device_memory)
     ledger = plan.ledger()
+    if config.tp > 1:
+        print(f"each of {config.tp} ranks, on a device of its own:")
     width = min(shutil.get_terminal_size((80, 24)).columns, 120)
     print(table(ledger))
     print()

@@ -1,5 +1,6 @@
 """`baton router MODEL_DIR --worker ...`: the HTTP API in front of workers."""
 
+from deploy.api_keys import api_keys
 from deploy.child import child_of_launcher, log_to_stderr
 from deploy.errors import UserError
 from deploy.options import RouterSettings
@@ -19,12 +20,19 @@ def run(settings: RouterSettings) -> None:
             served_model_name=settings.served_model_name or settings.model_dir.resolve().name,
             host=settings.host,
             port=settings.port,
-            api_keys=settings.api_key,
+            api_keys=api_keys(settings.api_key, settings.api_key_file),
             key_dir=settings.key_dir,
             request_timeout_s=settings.request_timeout,
             max_body_bytes=settings.max_body_bytes,
             max_choices=settings.max_choices,
+            max_prompts=settings.max_prompts,
+            max_total_choices=settings.max_total_choices,
             max_running=settings.max_running,
+            worker_timeout_s=settings.worker_timeout,
+            max_retries=settings.max_retries,
+            ttft_slo_s=settings.ttft_slo,
+            max_kv_load=settings.max_kv_load,
+            stall_timeout_s=settings.stall_timeout,
             drain_timeout_s=settings.drain_timeout,
         )
         log_to_stderr()

@@ -5,8 +5,9 @@ import asyncio
 import typer
 
 from deploy import run_directory
+from deploy.api_keys import api_keys
 from deploy.errors import UserError
-from deploy.fleet import child_specs, worker_configs, worker_slots
+from deploy.fleet import WorkerSlot, child_specs, worker_configs, worker_slots
 from deploy.launcher import Launcher
 from deploy.options import ServeSettings
 from deploy.output import Screen
@@ -18,10 +19,12 @@ from deploy.planning import (
     resolve_device,
 )
 from deploy.readiness import Welcome, claim_port
+from services.config import Device
 from services.memory.measure import gpu_count
 
 
-def run(settings: ServeSettings) -> None:
+def checked_slots(settings: ServeSettings) -> tuple[Device, list[WorkerSlot]]:
+    """Who there will be and on what. Raises UserError for whatever can be known before anything starts."""
     check_model_dir(settings.model_dir)
     check_checkpoint(settings.model_dir, settings.load_format)
     device = resolve_device(settings.device)
@@ -30,12 +33,18 @@ def run(settings: ServeSettings) -> None:
         raise UserError("--device cuda: no NVIDIA GPU is visible here; use --device cpu")
     slots = worker_slots(settings, gpus)
     if device == "cuda":
-        for index in sorted({slot.device_index for slot in slots}):
+        for index in sorted({index for slot in slots for index in slot.device_indices}):
             check_gpu_is_here(index, settings.device_memory)
         check_shared_gpus(worker_configs(settings, slots), settings.device_memory)
+    return device, slots
+
+
+def run(settings: ServeSettings) -> None:
+    device, slots = checked_slots(settings)
+    keys = api_keys(settings.api_key, settings.api_key_file)
     port = claim_port(settings.host, settings.port)
     model_name = settings.served_model_name or settings.model_dir.resolve().name
-    welcome = Welcome(settings.host, port, model_name, settings.api_key[0] if settings.api_key else None)
+    welcome = Welcome(settings.host, port, model_name, keys[0] if keys else None)
     screen = Screen()
     for directory in run_directory.sweep():
         screen.say(f"removed {directory.name}, left by a launcher that is gone")

@@ -30,6 +30,8 @@ def run(settings: TransferSettings) -> None:
             mover=cast(MoverName, settings.mover),
             checksum=settings.checksum,
             key_dir=settings.key_dir,
+            transfer_timeout_s=settings.transfer_timeout,
+            peer_timeout_s=settings.peer_timeout,
         )
         log_to_stderr()
         with child_of_launcher(settings.parent_pid, settings.run_dir, SHUTDOWN_GRACE_S):

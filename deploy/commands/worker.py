@@ -14,14 +14,17 @@ from services.messages import Role
 def run(settings: WorkerSettings) -> None:
     role = cast(Role, settings.role)
     check_model_dir(settings.model_dir)
-    if role != "unified" and settings.transfer is None:
-        raise UserError(f"--transfer is missing: a {role} worker needs its transfer process's endpoint")
+    if role != "unified" and len(settings.transfer) != settings.tp:
+        raise UserError(
+            f"--transfer: a {role} worker needs the endpoint of each rank's transfer process: "
+            f"{settings.tp}, not {len(settings.transfer)}"
+        )
     config = worker_config(
         settings,
         name=settings.name or role,
         role=role,
         listen=settings.listen,
-        transfer=settings.transfer,
+        transfers=settings.transfer if role != "unified" else (),
         device_index=settings.device_index,
         staging_slots=settings.staging_slots,
         staging_slot_bytes=settings.staging_slot_bytes,
@@ -31,20 +34,26 @@ def run(settings: WorkerSettings) -> None:
         key_dir=settings.key_dir,
     )
     if config.device == "cuda":
-        check_gpu_is_here(config.device_index, settings.device_memory)
+        for rank in range(config.tp):
+            check_gpu_is_here(config.device_index + rank, settings.device_memory)
     log_to_stderr()
     with child_of_launcher(settings.parent_pid, settings.run_dir, settings.drain_timeout):
         checked_plan(config, settings.device_memory)
         from kvtransfer.errors import TransferConfigError
         from services.engine.errors import CheckpointError
+        from services.engine.staging_view import StagingError
         from services.memory.plan import DoesNotFit
         from services.precision import PrecisionError
+        from services.ranks import RankError
         from services.worker import run as run_worker
 
         try:
             run_worker(config, progress(settings.parent_pid is not None or sys.stderr.isatty()))
-        except (CheckpointError, DoesNotFit, PrecisionError, TransferConfigError) as error:
+        except (CheckpointError, DoesNotFit, PrecisionError, StagingError, TransferConfigError) as error:
             raise UserError(str(error)) from None
+        except RankError as error:
+            print(f"baton: error: {error}", file=sys.stderr)
+            raise SystemExit(1) from None
 
 
 def progress(in_place: bool) -> Callable[[int, int], None]:

@@ -2,12 +2,13 @@
 register → describe → prepare → post → check → release.
 
 A mover is called by one thread. Every call returns within a short, bounded time; waiting is the caller's,
-who polls handles until its own deadline. Nothing a peer does may raise anything but MoverError.
+who polls handles until its own deadline. Nothing a peer does may raise anything but MoverError; MoverBroken
+says that the device itself has failed.
 """
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 Handle = int
 
@@ -38,9 +39,13 @@ class Progress(Enum):
 
 
 class Mover(Protocol):
-    """See the module. `name` is what two peers compare; `agent_name` is unique in every incarnation."""
+    """See the module. `name` is what two peers compare; `agent_name` is unique in every incarnation.
+
+    `quick`: a slot is written in far less time than a sleep takes, so its end is worth waiting for awake.
+    """
 
     name: str
+    quick: bool
     agent_name: str
 
     def register(self, region: Region) -> None:
@@ -67,3 +72,45 @@ class Mover(Protocol):
 
     def close(self) -> None:
         """Releases handles, removes peers, deregisters, in this order. Idempotent."""
+
+
+@runtime_checkable
+class TwoSidedMover(Protocol):
+    """What a `Mover` has besides where the receiver takes part in every write. Its notes travel over the
+    peers' channel, in order with all else; a source's messages are believed when the batches announced
+    before them have landed. Its handles end when a pair that was cut has really stopped."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether `step` has to be called again soon."""
+
+    def step(self) -> None:
+        """Moves everything on, without waiting."""
+
+    def notes(self) -> list[tuple[str, bytes]]:
+        """What is to be said to which destination, once; each at most 1 MiB."""
+
+    def faults(self) -> list[tuple[str, str]]:
+        """Peers that have to be lost, and why; again and again until they are."""
+
+    def cut(self, peer: str) -> None:
+        """A destination is lost: begins to stop. It may be added anew at once."""
+
+    def accept_source(self, peer: str) -> None:
+        """A source has greeted. Again for a known name: no effect."""
+
+    def leave_source(self, peer: str) -> None:
+        """A source is lost: begins to stop. Unknown names are ignored."""
+
+    def on_note(self, peer: str, note: bytes) -> None:
+        """What a source says. Raises MoverError: it is to be lost."""
+
+    def announced(self, peer: str) -> int:
+        """Batches a source has ever announced."""
+
+    def landed(self, peer: str) -> int:
+        """How many of them are over: there, or failed and nothing of them in flight."""
+
+
+def two_sided(mover: Mover) -> TwoSidedMover | None:
+    return mover if isinstance(mover, TwoSidedMover) else None

@@ -55,6 +55,7 @@ class LoopbackMover:
     """A `Mover` whose region is a memoryview given at construction."""
 
     name = "loopback"
+    quick = False
 
     def __init__(self, fabric: LoopbackFabric, agent_name: str, buffer: memoryview) -> None:
         self.agent_name = agent_name

@@ -37,6 +37,7 @@ class NixlMover:
     """
 
     name = "nixl"
+    quick = False
 
     def __init__(self, agent_name: str, *, same_host: bool) -> None:
         self.agent_name = agent_name

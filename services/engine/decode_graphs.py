@@ -95,7 +95,9 @@ class DecodeGraphs:
                 self._forward(inputs, batch)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=shared, stream=stream):
+            # thread_local: NCCL's own thread asks the device about former collectives meanwhile
+            mode = "thread_local" if self._decoder.group.size > 1 else "global"
+            with torch.cuda.graph(graph, pool=shared, stream=stream, capture_error_mode=mode):
                 self._forward(inputs, batch)
             shared = shared or graph.pool()
             self._graphs[batch] = graph

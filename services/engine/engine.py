@@ -8,8 +8,9 @@ Life cycle, in this order, each step once:
 4. `allocate_pool(pages)`       the pool
 5. `launch`, `copy_pages`, `pack`, `unpack`   for as long as the worker lives
 
-Everything runs on the caller's thread and, on a GPU, is queued on one stream: a step is done when its
-`Launched` is collected, a pack or an unpack after `synchronize`, which comes before a slot is handed over.
+Everything runs on the caller's thread, which waits for the device only where it collects a step. On a GPU
+steps are queued on one stream and moves between pages and slots on another (moves.py): a step is done when
+its `Launched` says so, a pack or an unpack when its `Move` does, which comes before a slot is handed over.
 """
 
 import os
@@ -32,10 +33,13 @@ from services.engine.launched import Launched
 from services.engine.layers import Decoder
 from services.engine.model_config import ModelConfig
 from services.engine.models.registry import make_decoder
+from services.engine.moves import Mark, Move, Moves
 from services.engine.ops.fp8 import FP8
 from services.engine.parameters import Parameters
 from services.engine.peak_memory import peak_bytes
-from services.engine.segments import Slot, pack, unpack
+from services.engine.rank_group import RankGroup
+from services.engine.segments import Slot
+from services.engine.sharding import rank_shape
 from services.engine.steps import PROMPT_LOGPROB_ROWS, Steps
 from services.engine.weights import fill_dummy, load_safetensors
 from services.engine.worst_case import worst_case_rows
@@ -60,27 +64,31 @@ MOVES: dict[EngineState, EngineState | None] = {
 class Engine:
     """See the module's docstring for the order of calls; another order raises `EngineStateError`."""
 
-    def __init__(self, config: WorkerConfig, model: ModelConfig) -> None:
+    def __init__(self, config: WorkerConfig, model: ModelConfig, group: RankGroup | None = None) -> None:
+        """`group`: the ranks that divide the model, each with an engine that is called alike."""
         self.config = config
         self.model = model
+        self.group = group or RankGroup()
         self.device = (
             torch.device("cuda", config.device_index) if config.device == "cuda" else torch.device("cpu")
         )
         self.dtype = DTYPES[config.dtype]
         self.kv_dtype = FP8 if config.kv_dtype == "fp8" else self.dtype
-        self.layout = KvLayout(model.layers, model.kv_heads, config.page_size_tokens, model.head_dim)
+        shape = rank_shape(model, self.group.size)
+        self.layout = KvLayout(shape.layers, shape.kv_heads, config.page_size_tokens, shape.head_dim)
         self.limits = CUDA_LIMITS if config.device == "cuda" else CPU_LIMITS
         self.state = EngineState.NEW
         self._steps: Steps | None = None
         self._kv_scales: Tensor | None = None
         self._pool: KvPool | None = None
+        self._moves: Moves | None = None
         self._graphs: DecodeGraphs | None = None
         self._geometry: KvGeometry | None = None
         if self.device.type == "cuda":
             check_capability(config, torch.cuda.get_device_capability(self.device))
             torch.cuda.set_device(self.device)
         else:
-            torch.set_num_threads(cpu_threads())
+            torch.set_num_threads(max(1, cpu_threads() // self.group.size))
 
     # ------------------------------------------------------------ what a worker asks about the model
 
@@ -123,15 +131,16 @@ class Engine:
         """Allocate and fill the weights; returns their bytes. `progress(done_bytes, total_bytes)` is called
         as they come. Raises `CheckpointError`."""
         self._move(EngineState.LOADED)
-        parameters = Parameters(self.dtype, self.device, self.config.quantization)
-        decoder = make_decoder(self.model, parameters)
+        parameters = Parameters(self.dtype, self.device, self.config.quantization, self.group)
+        shape = rank_shape(self.model, self.group.size)
+        decoder = make_decoder(shape, parameters)
         if self.config.load_format == "dummy":
-            fill_dummy(parameters, progress)
+            fill_dummy(self.model, parameters, progress)
         else:
             load_safetensors(self.model, parameters, progress)
         if self.config.kv_dtype == "fp8":
             with_stored = self.config.load_format != "dummy"
-            self._kv_scales = kv_scales(self.model, parameters, with_stored)
+            self._kv_scales = kv_scales(shape, parameters, with_stored)
         # Products read weights before they wait for the kernels queued ahead of them (dependent_launch.py).
         self.synchronize()
         self._steps = Steps(decoder, self.layout, self.limits, self.config.max_batch)
@@ -154,8 +163,11 @@ class Engine:
         widest = windows.index(None) if None in windows else 0
         layers = min(self.model.layers, max(2, widest + 1))
 
+        moves, slot = Moves(scratch), torch.empty(self.page_bytes, dtype=torch.uint8, device=self.device)
+
         def work() -> None:
             self.steps.launch(rows, scratch, layers=layers).collect()
+            moves.pack([0], 0, 1, slot, True, None).wait()  # its stream keeps a little memory of its own
 
         return peak_bytes(work, self.device)
 
@@ -163,6 +175,7 @@ class Engine:
         """Allocate the KV pool, zeroed; returns its bytes."""
         self._move(EngineState.SERVING)
         self._pool = KvPool(self.layout, pages, self.kv_dtype, self.device, self._kv_scales)
+        self._moves = Moves(self._pool)
         return self._pool.byte_count
 
     @torch.inference_mode()
@@ -222,27 +235,55 @@ class Engine:
         """Copy whole pages, `(source, destination)` each. Raises `SegmentError`."""
         self.pool.copy_pages(pairs)
 
+    def mark(self) -> Mark | None:
+        """A place in the stream of the steps: passes when all that is queued so far is done."""
+        return self.moves.mark()
+
     @torch.inference_mode()
     def pack(
-        self, pages: list[int], start_token: int, token_count: int, slot: Slot, with_checksum: bool
-    ) -> tuple[int, int | None]:
-        """Gather a run of a sequence's tokens into a slot (uint8, host memory or a tensor of the device).
+        self,
+        pages: list[int],
+        start_token: int,
+        token_count: int,
+        slot: Slot,
+        with_checksum: bool,
+        after: Mark | None = None,
+        heads: range | None = None,
+    ) -> Move:
+        """Queue the gathering of a run of a sequence's tokens into a slot (uint8, host memory or a tensor of
+        the device), after the steps up to `after`, or all that are queued.
 
-        `pages` is the sequence's page table from its first token. Returns `(byte_count, checksum)`.
+        `pages` is the sequence's page table from its first token, `heads` those of this rank's heads that are
+        meant; None: all. Raises `SegmentError`.
         """
-        return pack(self.pool, pages, start_token, token_count, slot, with_checksum)
+        return self.moves.pack(pages, start_token, token_count, slot, with_checksum, after, heads)
 
     @torch.inference_mode()
     def unpack(
-        self, pages: list[int], start_token: int, token_count: int, slot: Slot, checksum: int | None
-    ) -> None:
-        """Scatter a slot into a sequence's pages. Raises `SegmentError`, `ChecksumMismatch`."""
-        unpack(self.pool, pages, start_token, token_count, slot, checksum)
+        self,
+        pages: list[int],
+        start_token: int,
+        token_count: int,
+        slot: Slot,
+        with_checksum: bool,
+        after: Mark | None = None,
+        heads: range | None = None,
+    ) -> Move:
+        """Queue the scattering of a slot into a sequence's pages. Raises `SegmentError`."""
+        return self.moves.unpack(pages, start_token, token_count, slot, with_checksum, after, heads)
+
+    def hold_steps(self, move: Move) -> None:
+        """Steps and copies queued from now on wait for a move, on the device: its pages are given away."""
+        self.moves.hold_steps(move)
 
     def synchronize(self) -> None:
-        """Wait until the packs and unpacks so far are done. On a CPU they already are."""
+        """Wait for all that is queued. On a CPU nothing is."""
         if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
+            torch.cuda.synchronize(self.device)
+
+    def close(self) -> None:
+        """Leave the group. Nothing may be launched any more. Idempotent."""
+        self.group.close()
 
     # ------------------------------------------------------------ state
 
@@ -261,6 +302,12 @@ class Engine:
         if self._pool is None:
             raise EngineStateError("allocate the pool first")
         return self._pool
+
+    @property
+    def moves(self) -> Moves:
+        if self._moves is None:
+            raise EngineStateError("allocate the pool first")
+        return self._moves
 
     def _move(self, target: EngineState) -> None:
         if MOVES[self.state] is not target:

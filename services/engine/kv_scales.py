@@ -27,11 +27,12 @@ from services.engine.errors import CheckpointError
 from services.engine.model_config import ModelConfig
 from services.engine.ops.fp8 import FP8_MAX
 from services.engine.parameters import Parameters
+from services.engine.rank_group import RankGroup
 from services.engine.rope import inverse_frequencies
 
 
 def kv_scales(model: ModelConfig, parameters: Parameters, with_stored: bool) -> Tensor:
-    """float32 `[layers, 2, kv_heads]` on the parameters' device, keys first.
+    """float32 `[layers, 2, kv_heads]` on the parameters' device, keys first. `model` is the rank's shape.
 
     `with_stored`: whether there are weight files to look for scales in. Raises `CheckpointError` for one that
     cannot be used.
@@ -39,7 +40,7 @@ def kv_scales(model: ModelConfig, parameters: Parameters, with_stored: bool) -> 
     scales = torch.stack([_bounds(model, parameters, layer) for layer in range(model.layers)]).cpu()
     scales = torch.exp2(torch.ceil(torch.log2((scales / FP8_MAX).clamp(2.0**-60, 2.0**60))))
     if with_stored:
-        _take_stored(model, scales)
+        _take_stored(model, scales, parameters.group)
     return scales.float().to(parameters.device)
 
 
@@ -68,7 +69,8 @@ def _rows(model: ModelConfig, parameters: Parameters, prefix: str, part: str) ->
     return heads
 
 
-def _take_stored(model: ModelConfig, scales: Tensor) -> None:
+def _take_stored(model: ModelConfig, scales: Tensor, group: RankGroup) -> None:
+    all_heads = model.kv_heads * group.size
     for file in read_checkpoint_files(model.model_dir):
         named = [tensor.name for tensor in file.tensors if kv_scale_of(tensor.name, model) is not None]
         if not named:
@@ -76,12 +78,14 @@ def _take_stored(model: ModelConfig, scales: Tensor) -> None:
         with safe_open(file.path, framework="pt", device="cpu") as stored:
             for name in named:
                 values = stored.get_tensor(name).double().flatten()
-                if values.numel() not in (1, model.kv_heads) or not bool((values > 0).all()):
+                if values.numel() not in (1, all_heads) or not bool((values > 0).all()):
                     raise CheckpointError(
                         f"{file.path}: tensor {name} must hold one positive scale, or one for each of the "
-                        f"{model.kv_heads} KV heads"
+                        f"{all_heads} KV heads"
                     )
                 if not bool(values.isfinite().all()):
                     raise CheckpointError(f"{file.path}: tensor {name} is not finite")
                 layer, kind = kv_scale_of(name, model) or (0, 0)
+                if values.numel() > 1:
+                    values = values.chunk(group.size)[group.rank]
                 scales[layer, kind] = values

@@ -22,6 +22,11 @@ class Launched:
     done: torch.cuda.Event | None = None
     _is_collected: bool = False
 
+    @property
+    def is_done(self) -> bool:
+        """Whether `collect` would return at once."""
+        return self.done is None or bool(self.done.query())  # type: ignore[no-untyped-call]
+
     def collect(self) -> list[RowResult]:
         """Wait for the step; results in the order of its rows. The steps launched after it are not waited
         for. Raises `EngineStateError` the second time."""

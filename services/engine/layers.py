@@ -41,6 +41,7 @@ class Attention:
         self.window = window
         self.scale = model.head_dim**-0.5
         self.eps = model.rms_norm_eps
+        self.group = parameters.group
         heads_of = {"q_proj": self.heads, "k_proj": self.kv_heads, "v_proj": self.kv_heads}
         rows_of = {name + part: heads * self.head_dim for part, heads in heads_of.items()}
         hidden, mixed = model.hidden_size, self.heads * self.head_dim
@@ -67,7 +68,7 @@ class Attention:
         mixed = mixed.reshape(x.shape[0], -1)
         if wanted is not None:
             mixed = mixed.index_select(0, wanted)
-        return self.output.forward(mixed)
+        return self.group.sum(self.output.forward(mixed))
 
 
 class GatedMlp:
@@ -79,9 +80,10 @@ class GatedMlp:
         rows_of = {name + "gate_proj": size, name + "up_proj": size}
         self.gate_up = make_linear(parameters, rows_of, model.hidden_size, bias)
         self.down = make_linear(parameters, {name + "down_proj": model.hidden_size}, size, bias)
+        self.group = parameters.group
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down.forward(self.gate_up.forward_gated(x))
+        return self.group.sum(self.down.forward(self.gate_up.forward_gated(x)))
 
 
 class DecoderLayer:
@@ -118,16 +120,21 @@ class DecoderLayer:
 
 
 class Decoder(ABC):
-    """Embedding, layers, final norm, output matrix. A family says what its layers are."""
+    """Embedding, layers, final norm, output matrix. A family says what its layers are.
+
+    `model` is the shape of this rank's part (`sharding.rank_shape`), with the whole vocabulary; of embedding
+    and output matrix the rank has its rows.
+    """
 
     def __init__(self, model: ModelConfig, parameters: Parameters) -> None:
-        self.model = model
-        self.embedding = parameters.tensor("model.embed_tokens.weight", model.vocab_size, model.hidden_size)
+        self.model, self.group = model, parameters.group
+        rows = model.vocab_size // self.group.size
+        self.embedding = parameters.tensor("model.embed_tokens.weight", rows, model.hidden_size)
         self.layers = [self.make_layer(parameters, layer) for layer in range(model.layers)]
         self.final_norm = parameters.tensor("model.norm.weight", model.hidden_size)
         self.output = self.embedding
         if not model.tied_embeddings:
-            self.output = parameters.tensor("lm_head.weight", model.vocab_size, model.hidden_size)
+            self.output = parameters.tensor("lm_head.weight", rows, model.hidden_size)
         frequencies, self.rotation_factor = inverse_frequencies(model.rope, model.head_dim)
         self.frequencies = frequencies.to(parameters.device)
 
@@ -145,7 +152,7 @@ class Decoder(ABC):
         those alone, which for a long chunk saves nearly all of its products.
         """
         cos, sin = rotation(step.positions, self.frequencies, self.rotation_factor)
-        residual = F.embedding(step.tokens, self.embedding)
+        residual = self._embed(step.tokens)
         x = torch.zeros_like(residual)
         *inner, last = self.layers[:layers]
         for layer in inner:
@@ -156,4 +163,16 @@ class Decoder(ABC):
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """`[n, hidden]` of `forward` to logits `[n, vocab]` in the model's dtype, in `out` if given."""
         hidden = rms_norm(hidden, self.final_norm, self.model.rms_norm_eps)
-        return small_linear(hidden, self.output, out=out)
+        if self.group.size == 1:
+            return small_linear(hidden, self.output, out=out)
+        return self.group.columns(small_linear(hidden, self.output), out)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """`[tokens, hidden]`. Ranks that lack a token's row add zeros to it, which changes no bit."""
+        if self.group.size == 1:
+            return F.embedding(tokens, self.embedding)
+        rows = self.embedding.shape[0]
+        at = tokens - self.group.rank * rows
+        absent = (at < 0) | (at >= rows)
+        found = F.embedding(at.masked_fill(absent, 0), self.embedding)
+        return self.group.sum(found.masked_fill_(absent[:, None], 0.0))

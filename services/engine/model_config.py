@@ -1,8 +1,8 @@
 """What the engine must know of a model, read from a Hugging Face directory into one frozen value.
 
-The reading goes through `transformers`' own configuration classes, so that defaults, old spellings
-(`rope_scaling`) and per-family rules (which layers slide) are those the model was published with. The
-values themselves need no torch: a memory plan is made from them before anything is loaded.
+Defaults, old spellings (`rope_scaling`) and per-family rules (which layers slide) are those the model was
+published with (published_config.py). Nothing here needs torch: a memory plan is made from the values before
+anything is loaded.
 """
 
 import json
@@ -13,9 +13,10 @@ from typing import Any, Literal
 
 from services.config import Dtype, KvDtype, Quantization
 from services.engine.errors import CheckpointError
+from services.engine.published_config import FAMILIES, PublishedConfig, published_config
 
 RopeKind = Literal["default", "linear", "llama3", "yarn"]
-SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+SUPPORTED_ARCHITECTURES = tuple(FAMILIES)
 SUPPORTED_ROPE_KINDS: tuple[RopeKind, ...] = ("default", "linear", "llama3", "yarn")
 LINEAR_SUFFIX = "_proj.weight"
 """How the names of the linear layers' matrices end, which are those that can be quantised."""
@@ -148,68 +149,46 @@ def read_model_config(model_dir: Path) -> ModelConfig:
     if raw.get("head_dim"):
         _check_head_dim(raw["head_dim"], path)
 
-    from transformers import AutoConfig  # slow to import, and a plan of a bad directory should fail fast
-
     try:
-        config: Any = AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever transformers finds wrong is the checkpoint's fault
+        config = published_config(raw, architecture)
+    except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
-
-    try:
-        return _from_transformers(model_dir, architecture, config, path)
-    except (AttributeError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path}: incomplete configuration: {error}") from error
+    return _from_published(model_dir, architecture, config, path)
 
 
-def _from_transformers(model_dir: Path, architecture: str, config: Any, path: Path) -> ModelConfig:
+def _from_published(model_dir: Path, architecture: str, config: PublishedConfig, path: Path) -> ModelConfig:
     if config.hidden_act != "silu":
         raise CheckpointError(f"{path}: hidden_act {config.hidden_act!r} is not supported (only 'silu')")
-    heads, kv_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
-    head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-    if kv_heads < 1 or heads % kv_heads:
+    heads = config.num_attention_heads
+    kv_heads = config.num_key_value_heads or heads
+    if heads % kv_heads:
         raise CheckpointError(
             f"{path}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
         )
+    head_dim = config.head_dim or config.hidden_size // heads
     _check_head_dim(head_dim, path)
-    sizes = {
-        name: int(getattr(config, name))
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "max_position_embeddings",
-        )
-    }
-    for name, value in sizes.items():
-        if value < 1:
-            raise CheckpointError(f"{path}: {name} is {value}, must be at least 1")
     llama = architecture == "LlamaForCausalLM"
-    bias = (
-        bool(getattr(config, "attention_bias", False))
-        if llama or architecture == "Qwen3ForCausalLM"
-        else False
-    )
+    bias = config.attention_bias and (llama or architecture == "Qwen3ForCausalLM")
     return ModelConfig(
         model_dir=model_dir,
         architecture=architecture,
-        vocab_size=sizes["vocab_size"],
-        hidden_size=sizes["hidden_size"],
-        intermediate_size=sizes["intermediate_size"],
-        layers=sizes["num_hidden_layers"],
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        layers=config.num_hidden_layers,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        rms_norm_eps=float(config.rms_norm_eps),
+        rms_norm_eps=config.rms_norm_eps,
         qkv_bias=bias or architecture == "Qwen2ForCausalLM",
         output_bias=bias,
-        mlp_bias=llama and bool(config.mlp_bias),
+        mlp_bias=llama and config.mlp_bias,
         qk_norm=architecture == "Qwen3ForCausalLM",
-        tied_embeddings=bool(config.tie_word_embeddings),
-        max_model_len=sizes["max_position_embeddings"],
-        windows=_windows(architecture, config, sizes["num_hidden_layers"], path),
-        rope=_rope(config.rope_parameters, path),
-        eos_token_ids=_eos_token_ids(config.eos_token_id, model_dir, sizes["vocab_size"]),
+        tied_embeddings=config.tie_word_embeddings,
+        max_model_len=config.max_position_embeddings,
+        windows=_windows(config, path),
+        rope=_rope(config.rope(), path),
+        eos_token_ids=_eos_token_ids(config.eos_token_id, model_dir, config.vocab_size),
     )
 
 
@@ -220,27 +199,22 @@ def _check_head_dim(head_dim: Any, path: Path) -> None:
         )
 
 
-def _windows(architecture: str, config: Any, layers: int, path: Path) -> tuple[int | None, ...]:
+def _windows(config: PublishedConfig, path: Path) -> tuple[int | None, ...]:
     """Mistral slides in every layer or in none; Qwen by `layer_types`; Llama never."""
-    window = getattr(config, "sliding_window", None)
-    if architecture == "LlamaForCausalLM" or window is None:
+    window, layers = config.window(), config.num_hidden_layers
+    if window is None:
         return (None,) * layers
-    if int(window) < 1:
-        raise CheckpointError(f"{path}: sliding_window is {window}, must be at least 1")
-    if architecture == "MistralForCausalLM":
-        return (int(window),) * layers
-    kinds = list(config.layer_types)
+    kinds = config.sliding_layers()
     if len(kinds) != layers or not set(kinds) <= {"full_attention", "sliding_attention"}:
         raise CheckpointError(
             f"{path}: layer_types must name 'full_attention' or 'sliding_attention' "
             f"for each of the {layers} layers"
         )
-    return tuple(int(window) if kind == "sliding_attention" else None for kind in kinds)
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
-def _rope(values: Mapping[str, Any] | None, path: Path) -> RopeConfig:
-    parameters = dict(values or {})
-    kind = parameters.pop("rope_type", parameters.get("type", "default"))
+def _rope(parameters: dict[str, Any], path: Path) -> RopeConfig:
+    kind = parameters.pop("rope_type")
     if kind not in SUPPORTED_ROPE_KINDS:
         raise CheckpointError(
             f"{path}: rope type {kind!r} is not supported (supported: {', '.join(SUPPORTED_ROPE_KINDS)})"

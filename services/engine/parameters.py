@@ -6,6 +6,8 @@ from torch import Tensor
 
 from services.config import Quantization
 from services.engine.ops.fp8 import FP8, quantise_rows
+from services.engine.rank_group import RankGroup
+from services.engine.sharding import Part, part_of
 
 FILL_ELEMENTS = 4 << 20
 """Numbers that are quantised at once: what a conversion needs beside the parameters stays a few MiB."""
@@ -13,14 +15,20 @@ FILL_ELEMENTS = 4 << 20
 
 class Parameters:
     """`views` maps a checkpoint's tensor name to the (part of the) allocated tensor that it fills, `scales`
-    those of quantised matrices to their rows' scales, float32 `[rows, 1]`."""
+    those of quantised matrices to their rows' scales, float32 `[rows, 1]`. Where `group` has several ranks,
+    all of it is this rank's part of the model."""
 
     def __init__(
-        self, dtype: torch.dtype, device: torch.device, quantization: Quantization = "none"
+        self,
+        dtype: torch.dtype,
+        device: torch.device,
+        quantization: Quantization = "none",
+        group: RankGroup | None = None,
     ) -> None:
         self.dtype = dtype
         self.device = device
         self.quantization = quantization
+        self.group = group or RankGroup()
         self.views: dict[str, Tensor] = {}
         self.scales: dict[str, Tensor] = {}
         self.byte_count = 0
@@ -46,9 +54,14 @@ class Parameters:
         """`[sum of copies, size]` whose rows repeat the named vectors; filled through expanded views."""
         return self.fused(copies_of, size)
 
+    def part(self, name: str, shape: tuple[int, ...]) -> Part | None:
+        """What is to be filled in of the checkpoint's tensor `name`; None: zeros."""
+        return part_of(name, shape, self.group.rank, self.group.size)
+
     def fill(self, name: str, values: Tensor) -> None:
-        """Put a tensor of the checkpoint in its place: converted to the place's dtype, and moved to the
-        device as it is stored. A quantised matrix goes in blocks of rows, so that it is never there twice."""
+        """Put (the rank's part of) a tensor of the checkpoint in its place: converted to the place's dtype,
+        and moved to the device as it is stored. A quantised matrix goes in blocks of rows, so that it is
+        never there twice."""
         view = self.views[name]
         if name not in self.scales:
             view.copy_(values)

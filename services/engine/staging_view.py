@@ -55,7 +55,11 @@ class CudaStaging:
         flags = driver.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
         status, pointer = driver.cuIpcOpenMemHandle(ipc_handle, flags)
         if status != driver.CUresult.CUDA_SUCCESS:
-            raise StagingError(f"cuIpcOpenMemHandle failed: {status.name}")
+            raise StagingError(
+                "the transfer process's staging buffer cannot be mapped by CUDA IPC "
+                f"({status.name}): both must see the same GPUs (here --device-index {device_index}), and in "
+                "containers share IPC and PID namespaces"
+            )
         self._driver = driver
         self._pointer = pointer
         self._open = True

@@ -76,7 +76,7 @@ class Steps:
             hidden = hidden.index_select(0, last)
         draws = None
         if last_tokens:
-            draws = sample(self.decoder.logits(hidden), drawing.logit_rows, drawing.draws)
+            draws = self._sample(self.decoder.logits(hidden), drawing)
         return self._finish(rows, order, drawing, draws, prompts)
 
     def _launch_graph(self, rows: list[Row], graphs: DecodeGraphs) -> Launched:
@@ -84,7 +84,13 @@ class Steps:
         ordered = [rows[at] for at in order]
         logits = graphs.run(ordered, self._sources(ordered))
         drawing, _ = _drawing(ordered, order)
-        return self._finish(rows, order, drawing, sample(logits, drawing.logit_rows, drawing.draws), [])
+        return self._finish(rows, order, drawing, self._sample(logits, drawing), [])
+
+    def _sample(self, logits: Tensor, drawing: _Drawing) -> QueuedDraws | None:
+        """Rank 0 draws for all: no difference between two devices can make two ranks go on differently."""
+        if self.decoder.group.rank != 0:
+            return None
+        return sample(logits, drawing.logit_rows, drawing.draws)
 
     def _sources(self, rows: list[Row]) -> list[int]:
         return [self._drawn_at[row.drawn_by] if row.drawn_by >= 0 else -1 for row in rows]
@@ -99,9 +105,11 @@ class Steps:
     ) -> Launched:
         """Keep the draws for the next step, and mark where the device is done with this one."""
         self._drawn_at = _positions(rows, order)
+        kept = min(len(self._drawn_at), self.drawn.shape[0])
         if draws is not None:
-            kept = min(len(self._drawn_at), self.drawn.shape[0])
             self.drawn[:kept].copy_(draws.tokens[:kept])
+        if kept:
+            self.decoder.group.share(self.drawn[:kept])
         done = None
         if self.drawn.is_cuda:
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -118,6 +126,8 @@ class Steps:
                 targets = row.targets[start : start + PROMPT_LOGPROB_ROWS]
                 count = len(targets)
                 logits = self.decoder.logits(hidden[first + start : first + start + count])
+                if self.decoder.group.rank != 0:
+                    continue
                 sent = to_device({"targets": indices(targets)}, hidden.device)
                 queued.append((at, token_logprobs(logits, sent["targets"], [row.prompt_logprobs] * count)))
             first += len(row.tokens)

@@ -2,11 +2,17 @@
 or with random numbers of the real shape."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from services.engine.checkpoint_files import DUMMY_SEED, check_tensors, read_checkpoint_files
+from services.engine.checkpoint_files import (
+    DUMMY_SEED,
+    StoredTensor,
+    check_tensors,
+    read_checkpoint_files,
+)
 from services.engine.errors import CheckpointError
 from services.engine.model_config import ModelConfig
 from services.engine.parameters import Parameters
@@ -17,7 +23,8 @@ Progress = Callable[[int, int], None]
 def load_safetensors(model: ModelConfig, parameters: Parameters, progress: Progress) -> None:
     """Fill every parameter from the checkpoint, converting the dtype or quantising on the way.
 
-    Files are mapped, so that beyond the parameters themselves only one tensor is in memory at a time.
+    Files are mapped, so that beyond the parameters themselves only one tensor is in memory at a time, and
+    only the part of it that this rank holds.
     `progress(done_bytes, total_bytes)` counts the files' bytes. Raises `CheckpointError`.
     """
     files = read_checkpoint_files(model.model_dir)
@@ -33,19 +40,31 @@ def load_safetensors(model: ModelConfig, parameters: Parameters, progress: Progr
                 for tensor in file.tensors:
                     if located.get(tensor.name) is not file:
                         continue
-                    parameters.fill(tensor.name, stored.get_tensor(tensor.name))
+                    _fill(parameters, tensor, stored)
                     done_bytes += tensor.byte_count
                     progress(done_bytes, total_bytes)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file.path}: cannot be read: {error}") from error
 
 
-def fill_dummy(parameters: Parameters, progress: Progress) -> None:
+def _fill(parameters: Parameters, tensor: StoredTensor, stored: Any) -> None:
+    part = parameters.part(tensor.name, tensor.shape)
+    if part is None:
+        parameters.views[tensor.name].zero_()
+    elif parameters.group.size == 1:
+        parameters.fill(tensor.name, stored.get_tensor(tensor.name))
+    else:
+        parameters.fill(tensor.name, stored.get_slice(tensor.name)[part])
+
+
+def fill_dummy(model: ModelConfig, parameters: Parameters, progress: Progress) -> None:
     """Random weights from a fixed seed, drawn on the device: norms are 1, matrices keep the variance.
 
     A matrix that is to be quantised is drawn in the model's dtype, so that its numbers are those of the
-    model without quantization.
+    model without quantization. A rank draws every matrix whole and keeps its part, so that ranks together are
+    the model that one alone would have.
     """
+    shapes = model.tensor_shapes()
     generator = torch.Generator(device=parameters.device).manual_seed(DUMMY_SEED)
     total_bytes = sum(view.numel() * view.element_size() for view in parameters.views.values())
     done_bytes = 0
@@ -55,10 +74,12 @@ def fill_dummy(parameters: Parameters, progress: Progress) -> None:
             view.fill_(1.0)
         elif name.endswith(".bias"):
             view.zero_()
-        elif name in parameters.scales:
-            drawn = torch.empty(view.shape, dtype=parameters.dtype, device=parameters.device)
-            parameters.fill(name, drawn.normal_(0.0, view.shape[-1] ** -0.5, generator=generator))
         else:
-            view.normal_(0.0, view.shape[-1] ** -0.5, generator=generator)
+            in_place = name not in parameters.scales and parameters.group.size == 1
+            shape = shapes[name]
+            drawn = view if in_place else torch.empty(shape, dtype=parameters.dtype, device=parameters.device)
+            drawn.normal_(0.0, shape[-1] ** -0.5, generator=generator)
+            if not in_place:
+                parameters.fill(name, drawn[parameters.part(name, shape)])
         done_bytes += view.numel() * view.element_size()
         progress(done_bytes, total_bytes)

@@ -6,14 +6,18 @@ start and the ledger shows both.
 
 from dataclasses import dataclass
 
+from kvtransfer.layout import rank_slot_bytes
 from services.config import Device, Dtype, WorkerConfig
 from services.engine.model_config import ModelConfig, dtype_bytes
+from services.engine.sharding import check_tp, rank_parameter_bytes, rank_shape
 from services.memory.inputs import PlanInput
 from services.precision import check_precision
 
 _MIB = 1 << 20
 _CPU_ATTENTION_COPIES = 2
 """Scores and their softmax, which the torch reference holds whole and in float32."""
+
+NCCL_CONTEXT_BYTES = 1024 * _MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,13 +29,21 @@ class Contexts:
     graphs_bytes: int
 
 
-def contexts(device: Device) -> Contexts:
+def contexts(device: Device, tp: int = 1) -> Contexts:
     """CPU: the resident size of an interpreter with torch and transformers, and of one with NIXL. CUDA: a
     context after the first torch kernel with cuBLAS workspaces and compiled kernels, a bare driver context
-    (527 and 639 MiB were measured on H200), and the shared graph pool."""
+    (527 and 639 MiB were measured on H200), and the shared graph pool. NCCL of a rank adds its buffers
+    (about 1000 MiB in all were measured)."""
     if device == "cuda":
-        return Contexts(worker_bytes=896 * _MIB, transfer_bytes=544 * _MIB, graphs_bytes=512 * _MIB)
+        worker_bytes = (896 if tp == 1 else 896 + 384) * _MIB
+        return Contexts(worker_bytes, transfer_bytes=544 * _MIB, graphs_bytes=512 * _MIB)
     return Contexts(worker_bytes=320 * _MIB, transfer_bytes=96 * _MIB, graphs_bytes=0)
+
+
+def transfer_context_bytes(device: Device, mover: str) -> int:
+    """What the transfer process takes besides its buffer. NCCL loads kernels and keeps buffers for each
+    communicator: about 1000 MiB were measured on H200 with one, context included."""
+    return NCCL_CONTEXT_BYTES if mover == "nccl" else contexts(device).transfer_bytes
 
 
 def estimate_activation_bytes(
@@ -61,35 +73,37 @@ def plan_input_for(
     device_name: str,
     device_bytes: int,
 ) -> PlanInput:
-    """The ledger's input for a worker, before it has allocated anything.
+    """The ledger's input for one rank of a worker, before it has allocated anything: all ranks are alike.
 
     `max_model_len` 0 takes the checkpoint's own; more than that raises ValueError, as do precision options
-    that cannot be combined.
+    that cannot be combined, and a `tp` that does not divide the model.
     """
-    check_precision(config, model)
+    check_tp(model, config.tp)
+    shape = rank_shape(model, config.tp)
+    check_precision(config, shape)
     if config.max_model_len > model.max_model_len:
         raise ValueError(
             f"--max-model-len: {config.max_model_len} exceeds the model's own limit of "
             f"{model.max_model_len} tokens"
         )
-    outside = contexts(config.device)
-    staged = config.transfer is not None
+    outside = contexts(config.device, config.tp)
+    staged = bool(config.transfers)
     return PlanInput(
         device=device_name,
         device_bytes=device_bytes,
         mem_fraction=config.mem_fraction,
-        weights_bytes=model.parameter_bytes(config.dtype, config.quantization),
-        page_bytes=config.page_size_tokens * model.kv_token_bytes(config.dtype, config.kv_dtype),
+        weights_bytes=rank_parameter_bytes(model, config.tp, config.dtype, config.quantization),
+        page_bytes=config.page_size_tokens * shape.kv_token_bytes(config.dtype, config.kv_dtype),
         page_size_tokens=config.page_size_tokens,
         max_model_len=config.max_model_len or model.max_model_len,
         max_chunk_tokens=config.max_chunk_tokens,
         max_batch=config.max_batch,
         activation_bytes=estimate_activation_bytes(
-            model, config.dtype, config.max_chunk_tokens, config.max_batch, config.device
+            shape, config.dtype, config.max_chunk_tokens, config.max_batch, config.device
         ),
         worker_context_bytes=outside.worker_bytes,
         graphs_bytes=outside.graphs_bytes,
         staging_slots=config.staging_slots if staged else 0,
-        staging_slot_bytes=config.staging_slot_bytes if staged else 0,
+        staging_slot_bytes=rank_slot_bytes(config.staging_slot_bytes, config.tp) if staged else 0,
         transfer_context_bytes=outside.transfer_bytes if staged else 0,
     )

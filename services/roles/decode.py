@@ -2,23 +2,22 @@
 
 1. `Reserve` comes in: the request waits until there are pages for its prompt.
 2. Pages are taken (less what the prefix cache has) and the KV is asked of the source.
-3. Arrived segments are unpacked between steps; after the last the transfer is committed.
+3. Arrived segments are unpacked beside the steps; when the last is done the transfer is committed.
 4. `Join` names the choices that go on and their first tokens; with both, they enter the batch.
 5. Each step draws one token a choice, until it ends here, or the router ends it.
 """
 
 from kvtransfer.client import TransferLost
-from kvtransfer.messages import WITHDRAWN, Aborted, Arrived, Event, TransferAddress
-from services.engine.errors import ChecksumMismatch
-from services.kv_pull import KvPull
-from services.messages import Cancel, DecodeStarted, Join, Request, Reserve
+from kvtransfer.messages import WITHDRAWN, Aborted, Arrived, Event
+from services.kv_pull_parts import PullParts
+from services.messages import Cancel, DecodeStarted, Join, Request, Reserve, TransferAddress
 from services.roles.decoding import DecodingRole
 from services.roles.role import Occupancy, Parts
 from services.scheduler.decode import DecodeScheduler, Reservation
 
 
 class DecodeRole(DecodingRole[DecodeScheduler]):
-    def __init__(self, parts: Parts, pull: KvPull) -> None:
+    def __init__(self, parts: Parts, pull: PullParts) -> None:
         super().__init__(parts, DecodeScheduler)
         self.pull = pull
         self._sources: dict[int, TransferAddress] = {}
@@ -32,7 +31,7 @@ class DecodeRole(DecodingRole[DecodeScheduler]):
                     self._sources[work.request_id] = source
             case Join(request_id=request_id, first_tokens=first_tokens):
                 live = self.parts.requests.get(request_id)
-                if live is None or any(one.choice >= live.work.choices for one in first_tokens):
+                if live is None or any(one.choice not in live.work.choice_numbers for one in first_tokens):
                     self.parts.counters["dropped_join"] += 1
                     return
                 live.joined_s = self.parts.clock()
@@ -49,29 +48,27 @@ class DecodeRole(DecodingRole[DecodeScheduler]):
 
     def on_transfer(self, event: Event | TransferLost) -> None:
         match event:
-            case Arrived(transfer_id=transfer_id):
-                try:
-                    complete = self.pull.unpack(event)
-                except ChecksumMismatch as mismatch:
-                    self.parts.counters["checksum_mismatches"] += 1
-                    self._fail_transfer(transfer_id, str(mismatch))
-                    return
-                if complete is not None:
-                    self._arrived(complete.sequence.work.request_id, complete.transfer_s)
-            case Aborted(transfer_id=transfer_id, reason=reason):
-                was_open = self.pull.close(transfer_id)
-                if was_open and reason != WITHDRAWN:  # else the router's Cancel is on its way
-                    self._fail_transfer(transfer_id, reason)
-            case TransferLost():
+            case Arrived():
+                self.pull.unpack(event)
+            case Aborted(reason=reason):
+                ended = self.pull.aborted(event)
+                if ended is not None and reason != WITHDRAWN:  # else the router's Cancel is on its way
+                    self._fail_transfer(ended, reason)
+            case TransferLost(rank=rank):
                 lost = self.pull.open_ids()
-                self.pull.clear()
+                self.pull.clear(rank)
                 for transfer_id in lost:
                     self._fail_transfer(transfer_id, "the transfer process was restarted")
 
+    @property
+    def in_flight(self) -> bool:
+        return super().in_flight or self.pull.in_flight
+
     def step(self) -> bool:
+        self._settle_transfers()
         self._reserve()
         self.parts.engine.copy_pages(self.scheduler.start())
-        return super().step()
+        return super().step() or self.pull.in_flight
 
     def occupancy(self) -> Occupancy:
         scheduler = self.scheduler
@@ -103,9 +100,21 @@ class DecodeRole(DecodingRole[DecodeScheduler]):
                 continue
             source = self._sources.pop(request_id)
             left_s = max(live.deadline_at_s - now_s, 0.001)
-            incoming = self.pull.open(sequence, live.transfer_id, source, left_s)
+            try:
+                incoming = self.pull.open(sequence, live.transfer_id, source, left_s)
+            except ValueError as error:
+                self._fail_transfer(live.transfer_id, str(error))
+                continue
             if incoming.missing_tokens == 0:
                 self._arrived(request_id, 0.0)
+
+    def _settle_transfers(self) -> None:
+        settled = self.pull.settle()
+        for transfer_id, reason in settled.broken:
+            self.parts.counters["checksum_mismatches"] += 1
+            self._fail_transfer(transfer_id, reason)
+        for incoming in settled.whole:
+            self._arrived(incoming.sequence.work.request_id, incoming.transfer_s)
 
     def _arrived(self, request_id: int, transfer_s: float) -> None:
         self._transfer_s[request_id] = transfer_s

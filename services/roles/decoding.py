@@ -2,7 +2,8 @@
 
 1. Plan a step as if every choice went on, and launch it. Tokens that the step before is still drawing are
    named in its rows by their draws: they are on the device, and the host has not seen them.
-2. Collect the step before: settle its tokens, report them, end the choices that end with them.
+2. Collect the step before once the device is done with it: settle its tokens, report them, end the choices
+   that end with them. Until then turns go by, so that the loop sees to transfers meanwhile.
 3. What the step now in flight computes for a choice that has ended is thrown away when it is collected.
 
 A draw that looks at all tokens before it (penalties) makes 2 come before 1. So does an engine that finishes
@@ -28,27 +29,32 @@ class DecodingRole(Role, Generic[Scheduler]):
         self.scheduler: Scheduler = scheduler(
             parts.pool, limits.max_batch, parts.max_chunk_tokens, limits.max_sequence_tokens
         )
+        self._before: Flight | None = None
         self._flight: Flight | None = None
 
     @property
     def in_flight(self) -> bool:
-        return self._flight is not None
+        return self._before is not None or self._flight is not None
 
     def step(self) -> bool:
+        if self._before is not None:
+            return self._collect_before()
         worked = self.in_flight
-        if self.scheduler.batch.reads_pending():
-            self._settle()
+        if self.scheduler.batch.reads_pending() and not self._settle():
+            return True
+        preemptions = self.preemptions()
         plan = self.scheduler.schedule()
-        before, self._flight = self._flight, None
+        self._before, self._flight = self._flight, None
         if plan:
             self._flight = self.launch(plan)
             if self._flight is not None:
                 self.scheduler.launched(plan)
-        if before is not None:
-            self._take_results(before)
+        if self._before is not None:
+            self._collect_before()
         if not self.parts.overlap:
             self._settle()
-        return worked or bool(plan)
+        # Whoever lost its pages has left room for what waits, even if nothing is left to run now.
+        return worked or bool(plan) or self.preemptions() > preemptions
 
     def preemptions(self) -> int:
         return self.scheduler.batch.preemptions
@@ -68,11 +74,22 @@ class DecodingRole(Role, Generic[Scheduler]):
         if ended and self.scheduler.end(live.work.request_id, choice):
             self.end(live.work.request_id, WITHDRAWN)
 
-    def _settle(self) -> None:
-        """Collect the step in flight, so that none is."""
+    def _collect_before(self) -> bool:
+        """Collect the step before the last, if it is done. True: there is more to do."""
+        if self._before is not None and self._before.launched.is_done:
+            before, self._before = self._before, None
+            self._take_results(before)
+        return True
+
+    def _settle(self) -> bool:
+        """Collect the step in flight, so that none is; False while it is not done."""
+        if self._flight is None:
+            return True
+        if not self._flight.launched.is_done:
+            return False
         flight, self._flight = self._flight, None
-        if flight is not None:
-            self._take_results(flight)
+        self._take_results(flight)
+        return True
 
     def _take_results(self, flight: Flight) -> None:
         result = self.collect(flight, after=self._flight)

@@ -2,28 +2,48 @@
 
 1. `Prefill` comes in: the request is queued and its transfer opened.
 2. The decode side confirms its reservation and grants slots; confirmed prompts run first.
-3. After each chunk, what was computed is packed into lent slots and moved.
+3. Behind each chunk, what it computes is packed into lent slots, and moved while the next chunk runs.
 4. The prompt's end draws the first token of every choice; the router has them at once.
 5. The KV is held until the decode side has committed it. A request whose choices all ended with their
    first token is released immediately.
+6. KV that cannot be delivered (the decode worker or a transfer process is gone) is held as well, until the
+   router names another transfer by `PushAgain`, or cancels: nothing is computed a second time.
+
+No turn waits for the device: up to `MAX_FLIGHTS` steps are queued, and collected once they are done.
 """
 
+from collections import deque
+
 from kvtransfer.client import TransferLost
-from kvtransfer.messages import WITHDRAWN, Aborted, Event, SendCommitted, SendConfirmed, SendSlots
+from kvtransfer.messages import WITHDRAWN, Aborted, Event, SendCommitted, SendConfirmed
 from services.engine.batch import RowResult
-from services.kv_push import KvPush
-from services.messages import Cancel, Prefill, Request
-from services.roles.role import Occupancy, Parts, Role
-from services.rows import wants_prompt_logprobs
+from services.kv_push_parts import PushParts
+from services.messages import Cancel, Failed, Prefill, PushAgain, Request, Undelivered
+from services.requests import Live
+from services.roles.role import Flight, Occupancy, Parts, Role
 from services.scheduler.prefill import PrefillScheduler
 from services.scheduler.sequence import Chunk
 
+MAX_FLIGHTS = 2
+"""One runs, and the next one starts without a gap. More would only make what arrives wait."""
+
 
 class PrefillRole(Role):
-    def __init__(self, parts: Parts, push: KvPush) -> None:
+    def __init__(self, parts: Parts, push: PushParts) -> None:
         super().__init__(parts)
-        self.scheduler = PrefillScheduler(parts.pool, parts.limits.max_batch, parts.max_chunk_tokens)
+        self.scheduler = PrefillScheduler(
+            parts.pool, parts.limits.max_batch, parts.max_chunk_tokens, parts.tail_chunk_tokens
+        )
         self.push = push
+        self._flights: deque[Flight] = deque()
+        self._done_s = 0.0
+        """When the last step was seen to be done; the next one runs from then on, if it was queued."""
+        self._committed: set[int] = set()
+        """Requests whose KV has arrived, or was not needed, before their first tokens were known."""
+
+    @property
+    def in_flight(self) -> bool:
+        return bool(self._flights) or self.push.in_flight
 
     def accept(self, router: bytes, request: Request) -> None:
         match request:
@@ -32,53 +52,41 @@ class PrefillRole(Role):
                 if live is not None:
                     sequence = self.scheduler.add(work)
                     self.push.open(sequence, transfer_id, work.deadline_s)
+            case PushAgain(request_id=request_id, transfer_id=transfer_id):
+                self._push_again(router, request_id, transfer_id)
             case Cancel():
                 self.cancel(request)
             case _:
                 self.parts.counters["dropped_wrong_role"] += 1
 
     def on_transfer(self, event: Event | TransferLost) -> None:
-        match event:
-            case SendConfirmed():
-                live = self.parts.requests.of_transfer(event.transfer_id)
-                if live is not None and self.push.confirmed(event):
+        match self.push.join(event):
+            case SendConfirmed(transfer_id=transfer_id):
+                live = self.parts.requests.of_transfer(transfer_id)
+                if live is not None:
                     self.scheduler.confirm(live.work.request_id)
-                elif live is not None:
-                    self.fail(live.work.request_id, "transfer", "the destination wants another prompt", True)
-            case SendSlots():
-                self.push.lend(event)
             case SendCommitted(transfer_id=transfer_id):
                 live = self.parts.requests.of_transfer(transfer_id)
-                self.push.close(transfer_id)
                 if live is not None:
-                    self.end(live.work.request_id, WITHDRAWN)
+                    self._handed_over(live.work.request_id)
             case Aborted(transfer_id=transfer_id, reason=reason):
                 live = self.parts.requests.of_transfer(transfer_id)
-                self.push.close(transfer_id)
                 if live is not None and reason == WITHDRAWN:
                     self.end(live.work.request_id, reason)
                 elif live is not None:
-                    self.fail(live.work.request_id, "transfer", f"KV was not delivered: {reason}", True)
-            case TransferLost():
-                self.push.clear()
+                    self._undelivered(live, reason)
+            case TransferLost(rank=rank):
+                self.push.clear(rank)
                 for live in self.parts.requests.all():
-                    self.fail(live.work.request_id, "transfer", "the transfer process was restarted", True)
+                    if live.transfer_id is not None:
+                        self._undelivered(live, "the transfer process was restarted")
 
     def step(self) -> bool:
-        packed = self.push.pack()
-        plan = self.scheduler.schedule()
-        if not plan:
-            return packed > 0
-        flight = self.launch(plan)
-        if flight is None:
-            return True
-        self.scheduler.launched(plan)
-        if any(chunk.draws or wants_prompt_logprobs(chunk.sequence) for chunk in plan.chunks):
-            result = self.collect(flight)
-            for chunk, row in result.chunks if result is not None else []:
-                self._report(chunk, row)
-        self.push.pack()
-        return True
+        worked = self._collect_done()
+        worked |= self.push.pack() + self.push.deliver() > 0
+        if len(self._flights) < MAX_FLIGHTS:
+            worked |= self._launch_next()
+        return worked or self.in_flight
 
     def occupancy(self) -> Occupancy:
         scheduler = self.scheduler
@@ -96,18 +104,87 @@ class PrefillRole(Role):
         if live is not None and live.transfer_id is not None:
             self.push.close(live.transfer_id, abort_reason=reason)
         self.scheduler.end(request_id)
+        self._committed.discard(request_id)
+
+    # ------------------------------------------------------------ steps
+
+    def _launch_next(self) -> bool:
+        plan = self.scheduler.schedule()
+        if not plan:
+            return False
+        flight = self.launch(plan)
+        if flight is None:
+            return True
+        self.scheduler.launched(plan)
+        self._flights.append(flight)
+        self.push.launched(plan.chunks, flight.launched.done)
+        self.push.pack()
+        if not self.parts.overlap:
+            self._collect_done()
+            self.push.deliver()
+        return True
+
+    def _collect_done(self) -> bool:
+        """Take the results of the steps that are done."""
+        collected = False
+        while self._flights and self._flights[0].launched.is_done:
+            flight = self._flights.popleft()
+            now_s = self.parts.clock()
+            self.push.computed(flight.plan.chunks, max(flight.launched_s, self._done_s), now_s)
+            self._done_s = now_s
+            result = self.collect(flight, after=self._flights[0] if self._flights else None)
+            for chunk, row in result.chunks if result is not None else []:
+                self._report(chunk, row)
+            collected = True
+        return collected
+
+    def _handed_over(self, request_id: int) -> None:
+        """The KV is where it was wanted. The request ends when its first tokens are out."""
+        sequence = self.scheduler.get(request_id)
+        if sequence is not None and sequence.choices:
+            self._committed.add(request_id)
+        else:
+            self.end(request_id, WITHDRAWN)
 
     def _report(self, chunk: Chunk, result: RowResult) -> None:
         """A chunk's log probabilities are kept; a prompt's end is reported, and ends choices that stop."""
         self.collect_prompt_logprobs(chunk, result)
         sequence = chunk.sequence
         live = self.parts.requests.get(sequence.work.request_id)
-        if live is None or not chunk.draws:
+        if live is None or not chunk.draws or not sequence.choices:
             return
         self.report_prefill(live, sequence)
         ended = 0
         for choice, drawn in zip(chunk.draws, result.drawn, strict=True):
-            ended += self.report_token(live, choice, 1, drawn)
-        if ended == len(chunk.draws):
-            self.end(live.work.request_id, WITHDRAWN)
+            ended += self.report_token(live, choice, live.work.output_tokens + 1, drawn)
         sequence.choices = []
+        if ended == len(chunk.draws) or live.work.request_id in self._committed:
+            self.end(live.work.request_id, WITHDRAWN)
+
+    def _undelivered(self, live: Live, reason: str) -> None:
+        """The transfer has ended without a commit; the request has not."""
+        request_id, transfer_id = live.work.request_id, live.transfer_id
+        if transfer_id is None:
+            return
+        self.parts.counters["transfers_undelivered"] += 1
+        self.parts.requests.rename_transfer(live, None)
+        self.scheduler.unconfirm(request_id)
+        report = Undelivered(request_id, transfer_id, f"KV was not delivered: {reason}")
+        self.parts.outbox.add(live.router, report)
+
+    def _push_again(self, router: bytes, request_id: int, transfer_id: int) -> None:
+        live, sequence = self.parts.requests.get(request_id), self.scheduler.get(request_id)
+        if live is None or sequence is None:
+            message = "its KV is not held here any more"
+            self.parts.outbox.add(router, Failed(request_id, "transfer", message, True))
+            return
+        if self.parts.requests.has_transfer(transfer_id):
+            self.parts.counters["dropped_duplicate_request"] += 1
+            return
+        if live.transfer_id is not None:
+            self.push.close(live.transfer_id, abort_reason=WITHDRAWN)
+        self._committed.discard(request_id)
+        self.parts.counters["pushes_again"] += 1
+        self.scheduler.unconfirm(request_id)
+        self.parts.requests.rename_transfer(live, transfer_id)
+        self.push.open(sequence, transfer_id, max(live.deadline_at_s - self.parts.clock(), 0.001))

@@ -14,6 +14,7 @@ from typing import Literal
 
 from kvtransfer.client import TransferLost
 from kvtransfer.messages import WITHDRAWN, Event
+from kvtransfer.spans import Spans
 from services.engine.batch import Drawn, RowResult
 from services.engine.engine import Engine
 from services.engine.launched import Launched
@@ -22,6 +23,7 @@ from services.outbox import Outbox
 from services.requests import Live, Requests
 from services.rows import rows_of, wants_prompt_logprobs
 from services.rules import Limits, finish_reason, refuse
+from services.scheduler.chunks import DEFAULT_TAIL_TOKENS
 from services.scheduler.pages import PagePool
 from services.scheduler.sequence import Chunk, Sequence, State, StepPlan
 
@@ -43,8 +45,10 @@ class Parts:
     clock: Callable[[], float]
     overlap: bool
     """Whether the engine's steps run on while the host plans the next one."""
+    tail_chunk_tokens: int = DEFAULT_TAIL_TOKENS
     requests: Requests = field(default_factory=Requests)
     counters: Counter[str] = field(default_factory=Counter)
+    spans: Spans = field(default_factory=Spans)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,7 @@ class Flight:
 
     plan: StepPlan
     launched: Launched
+    launched_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +179,7 @@ class Role(ABC):
             return None
         self.parts.counters["steps"] += 1
         self.parts.counters["prompt_tokens"] += sum(chunk.count for chunk in plan.chunks)
-        return Flight(plan, launched)
+        return Flight(plan, launched, self.parts.clock())
 
     def collect(self, flight: Flight, after: Flight | None = None) -> StepResult | None:
         """Wait for a launched plan. An error fails its requests likewise, and those of the step launched

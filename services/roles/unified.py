@@ -54,10 +54,11 @@ class UnifiedRole(DecodingRole[UnifiedScheduler]):
         if live is None or prompt.state is not State.RUNNING:
             return
         self.report_prefill(live, prompt)
+        output_tokens = live.work.output_tokens + 1
         going: list[FirstToken] = []
         for choice, drawn in zip(chunk.draws, row.drawn, strict=True):
             # a choice may have been cancelled while the step was in flight
-            if choice in prompt.choices and not self.report_token(live, choice, 1, drawn):
+            if choice in prompt.choices and not self.report_token(live, choice, output_tokens, drawn):
                 going.append(FirstToken(choice, drawn.token))
         self.parts.engine.copy_pages(self.scheduler.fork(prompt, going))
         if not going:

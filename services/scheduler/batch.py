@@ -18,6 +18,7 @@ from bisect import insort
 from collections.abc import Iterable
 
 from services.messages import FirstToken
+from services.scheduler.chunks import chunk_tokens
 from services.scheduler.errors import IllegalMove
 from services.scheduler.pages import PagePool, chain_digest, chain_root
 from services.scheduler.sequence import PENDING, Sequence, State, StepPlan, choice_sequence
@@ -31,12 +32,19 @@ class RunningBatch:
     """`decoding` and `computing` are disjoint, each oldest first; together they are what runs."""
 
     def __init__(
-        self, pool: PagePool, max_batch: int, max_chunk_tokens: int, max_sequence_tokens: int | None = None
+        self,
+        pool: PagePool,
+        max_batch: int,
+        max_chunk_tokens: int,
+        max_sequence_tokens: int | None = None,
+        tail_tokens: int = 0,
     ) -> None:
+        """`tail_tokens`: see chunks.py; 0 where no KV leaves."""
         self.pool = pool
         self.max_sequence_tokens = max_sequence_tokens or pool.total * pool.page_size_tokens
         self.max_batch = max_batch
         self.max_chunk_tokens = max_chunk_tokens
+        self.tail_tokens = tail_tokens
         self.decoding: list[Sequence] = []
         self.computing: list[Sequence] = []
         self.resuming: list[Sequence] = []
@@ -155,7 +163,7 @@ class RunningBatch:
             if budget <= 0:
                 break
             if sequence.pending_tokens:
-                plan.add_chunk(sequence, min(budget, sequence.pending_tokens))
+                plan.add_chunk(sequence, chunk_tokens(sequence.pending_tokens, budget, self.tail_tokens))
         return plan
 
     def launched(self, plan: StepPlan) -> None:

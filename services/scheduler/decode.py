@@ -31,7 +31,7 @@ class Reservation:
     def live_choices(self) -> set[int]:
         """Choices that may still go on: those joined, or all while none is named, less the ended ones."""
         if self.first_tokens is None:
-            return set(range(self.prompt.work.choices)) - self.ended_choices
+            return set(self.prompt.work.choice_numbers) - self.ended_choices
         return {one.choice for one in self.first_tokens} - self.ended_choices
 
 

@@ -7,13 +7,16 @@ them; it is then computed again later, without drawing its first tokens a second
 
 from services.messages import Work
 from services.scheduler.batch import RunningBatch
+from services.scheduler.chunks import DEFAULT_TAIL_TOKENS
 from services.scheduler.pages import PagePool
 from services.scheduler.sequence import Sequence, StepPlan, prompt_sequence
 
 
 class PrefillScheduler:
-    def __init__(self, pool: PagePool, max_batch: int, max_chunk_tokens: int) -> None:
-        self.batch = RunningBatch(pool, max_batch, max_chunk_tokens)
+    def __init__(
+        self, pool: PagePool, max_batch: int, max_chunk_tokens: int, tail_tokens: int = DEFAULT_TAIL_TOKENS
+    ) -> None:
+        self.batch = RunningBatch(pool, max_batch, max_chunk_tokens, tail_tokens=tail_tokens)
         self.waiting: list[Sequence] = []
         self.holding: dict[int, Sequence] = {}
         self._confirmed: set[int] = set()
@@ -33,6 +36,11 @@ class PrefillScheduler:
         """The decode worker has pages for this request. Unknown ids have ended meanwhile."""
         if request_id in self._sequences:
             self._confirmed.add(request_id)
+
+    def unconfirm(self, request_id: int) -> None:
+        """The decode worker is lost: what is computed stays as long as nobody who is confirmed needs its
+        pages."""
+        self._confirmed.discard(request_id)
 
     def get(self, request_id: int) -> Sequence | None:
         return self._sequences.get(request_id)

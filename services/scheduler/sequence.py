@@ -39,7 +39,8 @@ MOVES: dict[State, frozenset[State]] = {
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """`prompt_tokens` of `tokens` are the prompt; the rest was generated.
+    """`prompt_tokens` of `tokens` are the prompt, whose own end may be earlier output; the rest is generated
+    here.
 
     `choices` tells which of the request's choices start from the next draw: all of them for a prompt,
     one for a choice that decodes, none for a prompt whose first tokens are already out. `arrival` orders
@@ -57,13 +58,15 @@ class Sequence:
     capacity_tokens: int = 0  # what `pages` hold; kept beside them because every step compares it
     digests: list[bytes] = field(default_factory=list)
     published_pages: int = 0
+    output_start: int = 0  # where the output begins, that of earlier workers included
     limit_tokens: int = 0  # with so many tokens it ends; known before the last one is
     draw: int = -1  # the number of its last draw, among those of that step
     reads_output: bool = False  # a draw looks at all tokens before it, so the host must know them
 
     def __post_init__(self) -> None:
         sampling = self.work.sampling
-        self.limit_tokens = len(self.work.prompt) + sampling.max_tokens
+        self.output_start = len(self.work.prompt) - self.work.output_tokens
+        self.limit_tokens = self.output_start + sampling.max_tokens
         self.reads_output = (
             sampling.repetition_penalty != 1.0
             or sampling.presence_penalty != 0.0
@@ -88,7 +91,7 @@ class Sequence:
 
     @property
     def output(self) -> list[int]:
-        return self.tokens[self.prompt_tokens :]
+        return self.tokens[self.output_start :]
 
     def launched(self, draw: int) -> None:
         """The step that draws this choice's next token has been launched; it is its draw number `draw`."""
@@ -104,7 +107,7 @@ class Sequence:
         while tokens[at - 1] == PENDING:
             at -= 1
         tokens[at] = token
-        return at + 1 - self.prompt_tokens
+        return at + 1 - self.output_start
 
     def move(self, to: State) -> None:
         if to not in MOVES[self.state]:
@@ -114,7 +117,7 @@ class Sequence:
 
 def prompt_sequence(work: Work) -> Sequence:
     """The sequence that runs a request's prompt and draws every choice's first token."""
-    return Sequence(work=work, tokens=list(work.prompt), choices=list(range(work.choices)))
+    return Sequence(work=work, tokens=list(work.prompt), choices=list(work.choice_numbers))
 
 
 def choice_sequence(work: Work, first: FirstToken) -> Sequence:

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -15,9 +14,13 @@ from typing import Any, Self
 import httpx
 import psutil
 
+from tests.ports import free_port
+
 READY_DEADLINE_S = 90.0
 REST_DEADLINE_S = 30.0
 STOP_DEADLINE_S = 45.0
+SMALL_FRACTION = "0.1"
+"""Of a device of 2 GiB. A larger pool of pages would be filled with zeros for seconds at every start."""
 
 
 def wait_until(what: str, holds: Callable[[], bool], deadline_s: float = REST_DEADLINE_S) -> None:
@@ -28,13 +31,6 @@ def wait_until(what: str, holds: Callable[[], bool], deadline_s: float = REST_DE
         if time.monotonic() > end_s:
             raise AssertionError(f"not within {deadline_s:g} s: {what}")
         pause.wait(0.05)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 class Cluster:
@@ -52,6 +48,8 @@ class Cluster:
         environment |= {"OMP_NUM_THREADS": str(threads), "TMPDIR": str(self.run_root)}
         command = [sys.executable, "-m", "deploy", "serve", str(model_dir), "--port", str(self.port)]
         command += ["--device", device, "--dtype", "float32", "--checksum", *arguments]
+        if device == "cpu" and "--mem-fraction" not in arguments:
+            command += ["--mem-fraction", SMALL_FRACTION]
         with self.log_path.open("w") as log:
             self.launcher = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True

@@ -2,15 +2,16 @@
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 
 import deploy.demo
-from tests.e2e.cluster import Cluster, free_port, wait_until
+from tests.e2e.cluster import Cluster, wait_until
 from tests.e2e.test_alone import running
 from tests.e2e.test_tokens import ask, prompt_of, tokens_of
+from tests.engine.harness import Sequence, run_together, start_engine
+from tests.ports import free_port
 
 DEMO = Path(deploy.demo.__file__).parent / "model"
 PROMPTS = [prompt_of(length, 9) for length in (1, 15, 16, 33, 200)]
@@ -20,22 +21,16 @@ DEMO_TOKEN_BYTES = 5 * 2 * 2 * 32
 """Layers, keys and values, KV heads, head_dim; one byte a number."""
 
 
-def outputs(log_dir: Path, *flags: str) -> tuple[list[list[int]], dict[str, Any]]:
-    """The tokens of every prompt, and the counters of the worker that prefilled them."""
-    log_dir.mkdir()
-    with Cluster(DEMO, log_dir, "--staging-slot-bytes", "32KiB", *NAME, *flags) as cluster:
-        tokens = [tokens_of(ask(cluster, prompt, NEW_TOKENS)) for prompt in PROMPTS]
+@pytest.mark.parametrize("quantization", ["none", "fp8"], ids=["kv", "kv-and-linear"])
+def test_prefill_and_decode_give_the_tokens_of_one_engine(quantization: str, tmp_path: Path) -> None:
+    flags = ("--kv-dtype", "fp8", "--quantization", quantization, "--staging-slot-bytes", "32KiB")
+    with Cluster(DEMO, tmp_path, *NAME, *flags) as cluster:
+        apart = [tokens_of(ask(cluster, prompt, NEW_TOKENS)) for prompt in PROMPTS]
         cluster.assert_at_rest()
-        role = "unified" if "--unified" in flags else "prefill"
-        return tokens, cluster.worker(role)["status"]["counters"]
-
-
-@pytest.mark.parametrize("more", [(), ("--quantization", "fp8")], ids=["kv", "kv-and-linear"])
-def test_prefill_and_decode_give_the_tokens_of_one_worker(more: tuple[str, ...], tmp_path: Path) -> None:
-    flags = ("--kv-dtype", "fp8", *more)
-    apart, counters = outputs(tmp_path / "apart", *flags)
-    together, _ = outputs(tmp_path / "together", "--unified", "1", *flags)
-    assert apart == together
+        counters = cluster.worker("prefill")["status"]["counters"]
+    engine = start_engine(DEMO, kv_dtype="fp8", quantization=quantization, max_chunk_tokens=512)
+    pages = list(range(128))
+    assert apart == [run_together(engine, [Sequence(prompt, pages)], NEW_TOKENS)[0] for prompt in PROMPTS]
     assert all(len(tokens) == NEW_TOKENS for tokens in apart)
     assert counters["transfer_bytes"] == sum(map(len, PROMPTS)) * DEMO_TOKEN_BYTES
 

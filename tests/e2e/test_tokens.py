@@ -12,11 +12,21 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from deploy.trace_view import Span, exposed_s, text
+from deploy.traces import fetch_trace
 from tests.checkpoints import FAMILIES, LLAMA3_ROPE, VOCAB_SIZE, YARN_ROPE, make_checkpoint
 from tests.e2e.cluster import Cluster
 
 PAGE = 16
 CHUNK = 64
+PROCESS_OF = {
+    "compute": "prefill-0",
+    "pack": "prefill-0",
+    "send": "prefill-0/transfer",
+    "arrive": "decode-0/transfer",
+    "unpack": "decode-0",
+    "commit": "decode-0",
+}
 NEW_TOKENS = 12
 LENGTHS = (1, PAGE - 1, PAGE, PAGE + 1, CHUNK, 3 * CHUNK + 7, 5 * PAGE, 300)
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -94,3 +104,30 @@ def check_family(family: str, tmp_path: Path, *more_flags: str, device: str = "c
         if "--unified" not in more_flags:
             counters = cluster.worker("prefill")["status"]["counters"]
             assert counters["transfer_segments"] > len(prompts), "long prompts travel in several segments"
+            check_trace(cluster, prompt_of(300, seed=9))
+
+
+def check_trace(cluster: Cluster, prompt: list[int]) -> None:
+    """Every token of a new prompt is seen at every stage, in the process that has it, and in their order."""
+    body = {"model": "tiny", "prompt": prompt, "max_tokens": 2, "ignore_eos": True}
+    answer = cluster.http.post("/v1/completions", json=body, headers={"x-request-id": "look/here"})
+    assert answer.status_code == 200 and answer.headers["x-request-id"] == "look/here"
+    trace = fetch_trace(cluster.url, "look/here", None)
+    (seen,) = trace.prompts
+    assert seen.missing == [] and seen.prompt_tokens == len(prompt)
+    stages: dict[str, list[Span]] = {}
+    for process in seen.processes:
+        assert process.offset_s == process.error_s == 0, "one host, one clock"
+        for span in process.spans:
+            assert process.process == PROCESS_OF[span.stage]
+            stages.setdefault(span.stage, []).append(span)
+    assert sorted(stages) == sorted(PROCESS_OF)
+    for stage, spans in stages.items():
+        tokens = [at for span in spans for at in range(span.start_token, span.start_token + span.token_count)]
+        assert sorted(tokens) == list(range(len(prompt))), stage
+        assert all(0 < span.start_s <= span.end_s for span in spans)
+    ends = [max(span.end_s for span in stages[stage]) for stage in ("compute", "pack", "unpack", "commit")]
+    assert ends == sorted(ends)
+    assert seen.first_token_s is not None and seen.ended_s is not None and exposed_s(seen) is not None
+    assert "unpack" in text(trace, 100)
+    assert cluster.http.get("/trace/nobody").status_code == 404

@@ -10,9 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+import kvtransfer.client
 from kvtransfer.client import TransferClient
 from kvtransfer.errors import AttachError
-from kvtransfer.messages import TransferAddress
+from kvtransfer.messages import VERSION, TransferAddress
 from tests.e2e.transfer_pair import (
     GEOMETRY,
     SLOT_BYTES,
@@ -255,3 +256,12 @@ def test_the_staging_buffer_cannot_be_resized_by_the_worker(shared_pair: Transfe
         os.close(fds[0])
     finally:
         worker.client.close()
+
+
+def test_a_worker_of_another_version_is_refused(
+    shared_pair: TransferPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kvtransfer.client, "VERSION", "0.0.9")
+    endpoint = f"ipc://{shared_pair.directory}/prefill.worker"
+    with pytest.raises(AttachError, match=rf"this transfer process is version {VERSION}, the worker 0\.0\.9"):
+        TransferClient(endpoint, 200, GEOMETRY, timeout_s=0.5)

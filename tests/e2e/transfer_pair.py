@@ -30,6 +30,7 @@ logging.basicConfig(level=logging.INFO, format=f'%(asctime)s %(levelname)s {name
 run(TransferConfig(
     name=name, listen=f"ipc://{directory}/{name}.worker", peer_listen=f"ipc://{directory}/{name}.peers",
     staging_socket=directory / f"{name}.staging", slots=int(sys.argv[3]), slot_bytes=int(sys.argv[4]),
+    device=sys.argv[5], device_index=int(sys.argv[6]), mover=sys.argv[7],
     peer_timeout_s=1.0, heartbeat_s=0.2, transfer_timeout_s=10.0,
 ))
 """
@@ -42,8 +43,15 @@ class TransferPair:
         self.directory = directory
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
-    def start(self, name: str) -> None:
-        arguments = [str(self.directory), name, str(SLOTS), str(SLOT_BYTES)]
+    def start(
+        self,
+        name: str,
+        device: str = "cpu",
+        gpu: int = 0,
+        mover: str = "auto",
+        slot_bytes: int = SLOT_BYTES,
+    ) -> None:
+        arguments = [str(self.directory), name, str(SLOTS), str(slot_bytes), device, str(gpu), mover]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         self.processes[name] = subprocess.Popen(
             [sys.executable, "-c", PROGRAM, *arguments], env=environment
@@ -104,6 +112,12 @@ class Worker:
             self._on(event)
         self.client.flush()
 
+    def write_slot(self, slot: int, data: bytes) -> None:
+        self.client.slot_view(slot)[: len(data)] = data
+
+    def read_slot(self, slot: int, byte_count: int) -> bytes:
+        return bytes(self.client.slot_view(slot)[:byte_count])
+
     def all_free(self) -> bool:
         stats = self.client.last_stats
         return stats is not None and stats.counts.free == SLOTS
@@ -126,7 +140,7 @@ class Worker:
             start = self.sent_tokens[event.transfer_id]
             count = min(self.client.tokens_per_slot, len(content) // TOKEN_BYTES - start)
             data = content[start * TOKEN_BYTES : (start + count) * TOKEN_BYTES]
-            self.client.slot_view(use.slot)[: len(data)] = data
+            self.write_slot(use.slot, data)
             segments.append(Segment(use.slot, use.generation, start, count, len(data)))
             self.sent_tokens[event.transfer_id] += count
         self.client.filled(event.transfer_id, segments)
@@ -135,7 +149,7 @@ class Worker:
         got = self.got[event.transfer_id]
         for segment in event.segments:
             at = segment.start_token * TOKEN_BYTES
-            got[at : at + segment.byte_count] = self.client.slot_view(segment.slot)[: segment.byte_count]
+            got[at : at + segment.byte_count] = self.read_slot(segment.slot, segment.byte_count)
             self.missing[event.transfer_id] -= segment.token_count
         self.client.freed([SlotUse(s.slot, s.generation) for s in event.segments])
         if self.missing[event.transfer_id] == 0:

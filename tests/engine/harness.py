@@ -10,6 +10,7 @@ from services.engine.batch import Draw, Row, RowResult
 from services.engine.engine import Engine
 from services.engine.launched import Launched
 from services.engine.model_config import read_model_config
+from services.engine.segments import Slot
 from services.messages import Sampling
 
 GREEDY = Sampling(max_tokens=1, seed=1, temperature=0.0)
@@ -105,6 +106,24 @@ def run_ahead(engine: Engine, sequences: list[Sequence], output_tokens: int) -> 
             for sequence, result in zip(before[0], before[1].collect(), strict=True):
                 sequence.take(result)
     return [sequence.output for sequence in sequences]
+
+
+def packed(
+    engine: Engine, pages: list[int], start: int, count: int, slot: Slot, with_checksum: bool = True
+) -> tuple[int, int | None]:
+    """A pack that is waited for: its bytes and their checksum."""
+    move = engine.pack(pages, start, count, slot, with_checksum)
+    move.wait()
+    return move.byte_count, move.checksum()
+
+
+def unpacked(
+    engine: Engine, pages: list[int], start: int, count: int, slot: Slot, expected: int | None
+) -> None:
+    """An unpack that is waited for and judged."""
+    move = engine.unpack(pages, start, count, slot, expected is not None)
+    move.wait()
+    move.judge(expected)
 
 
 def scattered_pages(count: int, sequences: int, pool_pages: int) -> list[list[int]]:

@@ -13,7 +13,16 @@ from services.engine.model_config import ModelConfig, read_model_config
 from services.engine.peak_memory import peak_bytes
 from services.messages import Sampling
 from tests.checkpoints import VOCAB_SIZE, make_checkpoint
-from tests.engine.harness import GREEDY, Sequence, new_engine, prompt_of, run_together, start_engine
+from tests.engine.harness import (
+    GREEDY,
+    Sequence,
+    new_engine,
+    packed,
+    prompt_of,
+    run_together,
+    start_engine,
+    unpacked,
+)
 
 SAMPLED = Sampling(max_tokens=1, seed=11, temperature=0.9, top_p=0.95)
 
@@ -265,11 +274,11 @@ def test_decode_goes_on_from_transferred_kv(model_dir: Path, segment_tokens: int
     for start in range(0, 50, segment_tokens):
         slot = memoryview(bytearray(1 << 16))
         count = min(segment_tokens, 50 - start)
-        byte_count, digest = prefill.pack(source_pages, start, count, slot, True)
+        byte_count, digest = packed(prefill, source_pages, start, count, slot, True)
         assert byte_count == count * prefill.geometry.token_bytes
         slots.append((start, count, slot, digest))
     for start, count, slot, digest in reversed(slots):
-        decode.unpack(destination_pages, start, count, slot, digest)
+        unpacked(decode, destination_pages, start, count, slot, digest)
     assert prefill.geometry == decode.geometry
 
     joined = Sequence(prompt, destination_pages, SAMPLED)

@@ -158,7 +158,7 @@ def check_decode(
     layout: KvLayout,
     window: int | None,
     splits: int,
-    block_keys: int | None = None,
+    launch: decode.DecodeLaunch | None = None,
 ) -> None:
     layer, dim, size = layout.layers - 1, layout.head_dim, layout.page_size_tokens
     pages = sum(-(-n // size) for n in lengths) + 1
@@ -180,7 +180,7 @@ def check_decode(
         window,
         scales,
         splits=splits,
-        block_keys=block_keys,
+        launch=launch,
     )
     same(found, expected, 0.25)
     plain = decode.decode_attention_reference(
@@ -275,7 +275,7 @@ def test_write() -> None:
 @pytest.mark.parametrize("window", [None, 21])
 def test_decode(window: int | None, splits: int) -> None:
     layout = KvLayout(layers=2, kv_heads=2, page_size_tokens=4, head_dim=24)
-    check_decode(torch.float32, CPU, [37, 0, 1, 64, 17], 6, layout, window, splits, block_keys=16)
+    check_decode(torch.float32, CPU, [37, 0, 1, 64, 17], 6, layout, window, splits)
 
 
 @interpreted

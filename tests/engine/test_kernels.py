@@ -12,8 +12,8 @@ from torch import Tensor
 
 from services.engine.attention_plan import KvLayout
 from services.engine.kv_pool import KvPool
+from services.engine.ops import checksum, kv_segment, qkv, rms_norm, swiglu
 from services.engine.ops import decode_attention as decode
-from services.engine.ops import kv_segment, qkv, rms_norm, swiglu
 from services.engine.ops import prefill_attention as prefill
 from services.engine.rope import rotation
 from tests.engine.interpreter import INTERPRETED, run_interpreted
@@ -22,6 +22,7 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process of
 TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 """Absolute and relative: two roundings of the dtype. Attention gets a quarter of the absolute one, since
 its results are means, and small."""
+SMALL_TILE = decode.DecodeLaunch(block_keys=16)
 EPS = 1e-6
 CPU = torch.device("cpu")
 
@@ -103,7 +104,14 @@ def check_qkv(
         index.view(-1),
     )
     found = qkv.qkv_to_pool_kernel(
-        product, weights, EPS, cos, sin, pool.layer_rows[layer], index.view(-1), block_heads=4
+        product,
+        weights,
+        EPS,
+        cos,
+        sin,
+        pool.layer_rows[layer],
+        index.view(-1),
+        launch=qkv.QkvLaunch(block_heads=4),
     )
     same(found, expected.to(dtype))
     finite_max = torch.finfo(dtype).max
@@ -141,7 +149,7 @@ def check_decode(
     layout: KvLayout,
     window: int | None,
     splits: int,
-    block_keys: int | None,
+    launch: decode.DecodeLaunch | None = None,
 ) -> None:
     size, dim, layer = layout.page_size_tokens, layout.head_dim, layout.layers - 1
     pages = sum(-(-n // size) for n in lengths) + 1
@@ -153,7 +161,7 @@ def check_decode(
         queries, pool, layer, safe(tables, pages), counts, dim**-0.5, window
     )
     found = decode.decode_attention_kernel(
-        queries, pool, layer, tables, counts, dim**-0.5, window, splits=splits, block_keys=block_keys
+        queries, pool, layer, tables, counts, dim**-0.5, window, splits=splits, launch=launch
     )
     same(found, expected, 0.25)
     again = torch.full_like(found, 5.0)
@@ -167,7 +175,7 @@ def check_decode(
         window,
         out=again,
         splits=splits,
-        block_keys=block_keys,
+        launch=launch,
     )
     assert torch.equal(again, found)
 
@@ -234,6 +242,29 @@ def check_segments(
     kv_segment.unpack_segment_kernel(other, pages, first_offset, incoming)
     assert torch.equal(other, pool)
 
+    last = slice(layout.kv_heads - 1, layout.kv_heads)  # one head alone, as between ranks
+    kv_segment.pack_segment_kernel(pool, pages, first_offset, found[last], layout.kv_heads - 1)
+    kv_segment.pack_segment_reference(pool, pages, first_offset, expected)
+    assert torch.equal(found[last], expected[last])
+    kv_segment.unpack_segment_reference(pool, pages, first_offset, incoming[:1] + 1, layout.kv_heads - 1)
+    kv_segment.unpack_segment_kernel(other, pages, first_offset, incoming[:1] + 1, layout.kv_heads - 1)
+    assert torch.equal(other, pool)
+
+
+def check_checksum(device: torch.device, words: int) -> None:
+    """Sums of blocks, the last of which may be short, with bits in every place."""
+    data = torch.randint(-(2**63), 2**63 - 1, (words,), generator=torch.Generator().manual_seed(words))
+    found = checksum.block_sums_kernel(data.to(device)).cpu().sum(dim=1, keepdim=True)
+    whole = words - words % checksum.BLOCK_WORDS
+    expected = [checksum.block_sums_reference(part) for part in (data[:whole], data[whole:]) if len(part)]
+    assert torch.equal(found, torch.cat(expected))
+
+
+@interpreted
+@pytest.mark.parametrize("words", [1, checksum.PART_WORDS, 5000, checksum.BLOCK_WORDS + 3])
+def test_checksums(words: int) -> None:
+    check_checksum(CPU, words)
+
 
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -261,13 +292,13 @@ def test_qkv(dtype: torch.dtype, norm: bool) -> None:
 @pytest.mark.parametrize("window", [None, 1, 21])
 def test_decode(window: int | None, splits: int) -> None:
     layout = KvLayout(layers=2, kv_heads=2, page_size_tokens=4, head_dim=24)
-    check_decode(torch.float32, CPU, [37, 0, 1, 64, 17], 6, layout, window, splits, block_keys=16)
+    check_decode(torch.float32, CPU, [37, 0, 1, 64, 17], 6, layout, window, splits)
 
 
 @interpreted
 def test_decode_in_float16_with_pages_larger_than_a_block() -> None:
     layout = KvLayout(layers=1, kv_heads=1, page_size_tokens=32, head_dim=32)
-    check_decode(torch.float16, CPU, [70, 33], 4, layout, None, splits=2, block_keys=16)
+    check_decode(torch.float16, CPU, [70, 33], 4, layout, None, 2, SMALL_TILE)
 
 
 @interpreted

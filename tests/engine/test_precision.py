@@ -25,7 +25,15 @@ from services.engine.weights import fill_dummy, load_safetensors
 from services.messages import Sampling
 from services.precision import PrecisionError, check_capability, check_precision
 from tests.checkpoints import FAMILIES, YARN_ROPE, Family, make_checkpoint
-from tests.engine.harness import Sequence, prompt_of, run_together, scattered_pages, start_engine
+from tests.engine.harness import (
+    Sequence,
+    packed,
+    prompt_of,
+    run_together,
+    scattered_pages,
+    start_engine,
+    unpacked,
+)
 
 CPU = torch.device("cpu")
 SAMPLED = Sampling(max_tokens=1, seed=11, temperature=0.9, top_p=0.95)
@@ -250,13 +258,13 @@ def test_kv_that_travelled_gives_the_same_tokens(family: Family, quantization: s
     sequence = Sequence(prompt, tables[0], SAMPLED)
     sequence.take(source.execute([sequence.next_row()])[0])
     slot = bytearray(1 << 16)
-    byte_count, checksum = source.pack(sequence.pages, 0, 37, memoryview(slot), True)
+    byte_count, checksum = packed(source, sequence.pages, 0, 37, memoryview(slot), True)
     assert byte_count == 37 * source.geometry.token_bytes == 37 * 2 * 2 * 2 * 16
     assert source.geometry == destination.geometry
     sequence.pages = [9, 3, 7, 5]
-    destination.unpack(sequence.pages, 0, 37, memoryview(slot)[:byte_count], checksum)
+    unpacked(destination, sequence.pages, 0, 37, memoryview(slot)[:byte_count], checksum)
     again = bytearray(1 << 16)
-    assert destination.pack(sequence.pages, 0, 37, memoryview(again), True) == (byte_count, checksum)
+    assert packed(destination, sequence.pages, 0, 37, memoryview(again), True) == (byte_count, checksum)
     assert again == slot
     assert run_together(destination, [sequence], 12)[0] == expected
 

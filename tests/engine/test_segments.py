@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from services.engine.attention_plan import KvLayout
 from services.engine.errors import ChecksumMismatch, SegmentError
 from services.engine.kv_pool import KvPool
+from services.engine.moves import Moves
 from services.engine.ops.checksum import BLOCK_WORDS, checksum
-from services.engine.segments import pack, unpack
+from services.engine.segments import Slot, pack, unpack
 from services.engine.staging_view import StagingError, host_view
 
 CPU = torch.device("cpu")
@@ -21,6 +22,12 @@ def _pool(page_size: int, dtype: torch.dtype = torch.float32, pages: int = 40, s
     pool = KvPool(KvLayout(LAYERS, KV_HEADS, page_size, HEAD_DIM), pages, dtype, CPU)
     pool.data.normal_(generator=torch.Generator().manual_seed(seed))
     return pool
+
+
+def _packed(pool: KvPool, pages: list[int], start: int, count: int, slot: Slot) -> tuple[int, int | None]:
+    move = Moves(pool).pack(pages, start, count, slot, True, None)
+    assert move.is_done
+    return move.byte_count, move.checksum()
 
 
 def _canonical(pool: KvPool, pages: list[int], start: int, count: int) -> bytes:
@@ -58,12 +65,12 @@ def test_round_trip_between_page_sizes(
     random.shuffle(destination_pages)
     slot = bytearray(b"\xee" * 16384)
 
-    byte_count, digest = pack(source, source_pages, start, count, memoryview(slot), True)
+    byte_count, digest = _packed(source, source_pages, start, count, memoryview(slot))
     assert bytes(slot[:byte_count]) == _canonical(source, source_pages, start, count)
     assert set(slot[byte_count:]) <= {0xEE}
 
     before = destination.data.clone()
-    unpack(destination, destination_pages, start, count, memoryview(slot), digest)
+    Moves(destination).unpack(destination_pages, start, count, memoryview(slot), True, None).judge(digest)
     assert _canonical(destination, destination_pages, start, count) == bytes(slot[:byte_count])
     touched = torch.zeros_like(before, dtype=torch.bool)
     for token in range(start, start + count):
@@ -83,22 +90,44 @@ def test_a_head_range_is_contiguous_whatever_the_tokens() -> None:
         np.testing.assert_array_equal(second_head[:, :, token - 3], expected)
 
 
+def test_some_heads_travel_alone() -> None:
+    """What a rank sends to one that shares some of its heads is those heads' range of the whole segment."""
+    pool, other = _pool(4), _pool(8, seed=1)
+    whole, part = bytearray(1 << 14), bytearray(1 << 14)
+    byte_count, _ = pack(pool, list(range(40)), 3, 11, memoryview(whole), False)
+    half_count, _ = pack(pool, list(range(40)), 3, 11, memoryview(part), False, range(1, 2))
+    assert half_count * 2 == byte_count
+    assert part[:half_count] == whole[half_count:byte_count]
+    before = other.data.clone()
+    unpack(other, list(range(40)), 3, 11, memoryview(part), False, range(1))
+    for token in range(3, 14):
+        came = other.data[token // 8, :, :, 0, token % 8]
+        assert torch.equal(came, pool.data[token // 4, :, :, 1, token % 4])
+    assert torch.equal(other.data[:, :, :, 1], before[:, :, :, 1])
+    for heads in (range(2, 3), range(-1, 1), range(1, 1)):
+        with pytest.raises(SegmentError, match="the pool has 2 heads"):
+            pack(pool, [0], 0, 1, memoryview(part), False, heads)
+
+
 def test_non_finite_numbers_do_not_enter_the_pool() -> None:
     pool, slot = _pool(4), bytearray(1 << 14)
     byte_count, _ = pack(pool, [0, 1], 0, 8, memoryview(slot), False)
     np.frombuffer(slot, dtype=np.float32)[: byte_count // 8] = np.nan
-    unpack(pool, [0, 1], 0, 7, memoryview(slot), None)
+    unpack(pool, [0, 1], 0, 7, memoryview(slot), False)
     assert bool(pool.data.isfinite().all())
 
 
-def test_a_wrong_checksum_leaves_the_pages_alone() -> None:
+def test_a_wrong_checksum_is_told_when_it_is_judged() -> None:
     pool, slot = _pool(4), bytearray(1 << 14)
-    _, digest = pack(pool, list(range(4)), 0, 16, memoryview(slot), True)
+    _, digest = _packed(pool, list(range(4)), 0, 16, memoryview(slot))
+    assert digest is not None
+    moves = Moves(pool)
+    moves.unpack(list(range(4, 8)), 0, 16, memoryview(slot), True, None).judge(digest)
     slot[17] ^= 1
-    before = pool.data.clone()
-    with pytest.raises(ChecksumMismatch, match=r"tokens \[0, 16\)"):
-        unpack(pool, list(range(4, 8)), 0, 16, memoryview(slot), digest)
-    assert torch.equal(pool.data, before)
+    with pytest.raises(ChecksumMismatch, match=f"the sender packed {digest:016x}"):
+        moves.unpack(list(range(4, 8)), 0, 16, memoryview(slot), True, None).judge(digest)
+    with pytest.raises(ChecksumMismatch, match="was not computed"):
+        moves.unpack(list(range(4, 8)), 0, 16, memoryview(slot), False, None).judge(digest)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +146,7 @@ def test_impossible_segments_are_refused(pages: list[int], start: int, count: in
     with pytest.raises(SegmentError, match=message):
         pack(pool, pages, start, count, memoryview(slot), False)
     with pytest.raises(SegmentError, match=message):
-        unpack(pool, pages, start, count, memoryview(slot), None)
+        unpack(pool, pages, start, count, memoryview(slot), False)
 
 
 def test_slots_are_views_not_copies() -> None:

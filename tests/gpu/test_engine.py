@@ -9,7 +9,16 @@ from services.engine.ops.checksum import BLOCK_WORDS, checksum
 from services.engine.peak_memory import peak_bytes
 from services.messages import Sampling
 from tests.checkpoints import FAMILIES, Family, make_checkpoint
-from tests.engine.harness import Sequence, new_engine, prompt_of, run_ahead, run_together, start_engine
+from tests.engine.harness import (
+    Sequence,
+    new_engine,
+    packed,
+    prompt_of,
+    run_ahead,
+    run_together,
+    start_engine,
+    unpacked,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -117,12 +126,12 @@ def test_segments_pass_between_devices(dtype: str, tmp_path: Path) -> None:
     sequence = Sequence(prompt_of(30), list(range(10)))
     sequence.take(gpu.execute([sequence.next_row()])[0])
     slot = torch.zeros(1 << 16, dtype=torch.uint8, device="cuda")
-    byte_count, digest = gpu.pack(sequence.pages, 3, 27, slot, True)
+    byte_count, digest = packed(gpu, sequence.pages, 3, 27, slot, True)
     on_host = slot.cpu()
     assert checksum(on_host[:byte_count]) == digest
-    cpu.unpack([4, 5], 3, 27, on_host, digest)
+    unpacked(cpu, [4, 5], 3, 27, on_host, digest)
     again = torch.zeros(1 << 16, dtype=torch.uint8)
-    assert cpu.pack([4, 5], 3, 27, again, True) == (byte_count, digest)
+    assert packed(cpu, [4, 5], 3, 27, again, True) == (byte_count, digest)
     assert torch.equal(again, on_host)
 
 

@@ -11,7 +11,7 @@ from services.engine.ops.fp8 import FP8, quantise_rows_kernel, quantise_rows_ref
 from services.messages import Sampling
 from tests.checkpoints import FAMILIES, Family, make_checkpoint
 from tests.engine import test_fp8_kernels as kernels
-from tests.engine.harness import Sequence, prompt_of, run_together, start_engine
+from tests.engine.harness import Sequence, packed, prompt_of, run_together, start_engine, unpacked
 from tests.engine.test_kernels import random
 
 pytestmark = [
@@ -135,9 +135,9 @@ def test_segments_pass_between_devices(tmp_path: Path) -> None:
     sequence = Sequence(prompt_of(30), list(range(10)))
     sequence.take(gpu.execute([sequence.next_row()])[0])
     slot = torch.zeros(1 << 16, dtype=torch.uint8, device="cuda")
-    byte_count, digest = gpu.pack(sequence.pages, 3, 27, slot, True)
+    byte_count, digest = packed(gpu, sequence.pages, 3, 27, slot, True)
     on_host = slot.cpu()
-    cpu.unpack([4, 5], 3, 27, on_host, digest)
+    unpacked(cpu, [4, 5], 3, 27, on_host, digest)
     again = torch.zeros(1 << 16, dtype=torch.uint8)
-    assert cpu.pack([4, 5], 3, 27, again, True) == (byte_count, digest)
+    assert packed(cpu, [4, 5], 3, 27, again, True) == (byte_count, digest)
     assert torch.equal(again, on_host)

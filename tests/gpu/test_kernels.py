@@ -116,3 +116,8 @@ def test_a_captured_decode_follows_lengths_and_pages(splits: int) -> None:
         lengths.copy_(torch.tensor(now))
         graph.replay()
         kernels.same(found, decode_attention_reference(*arguments), 0.25)
+
+
+@pytest.mark.parametrize("words", [1, 4096, 100_003, 1 << 20])
+def test_checksums(words: int) -> None:
+    kernels.check_checksum(CUDA, words)

@@ -1,4 +1,4 @@
-"""The whole path on a GPU: the same processes, the staging buffers in device memory, NIXL between them."""
+"""The whole path on a GPU: the same processes, the staging buffers in device memory, copies between them."""
 
 from pathlib import Path
 

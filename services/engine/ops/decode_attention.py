@@ -7,6 +7,7 @@ so a CUDA graph of the launch stays right as sequences grow. CUDA tensors go to 
 reference.
 """
 
+import msgspec
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from services.engine.ops.dependent_launch import await_earlier, launch_options, let_next_start
 from services.engine.ops.fp8 import FP8, as_bytes
+from services.engine.ops.tuning import tuned
 
 LOG2_E = 1.4426950408889634
 MAX_SPLITS = 32
@@ -96,6 +98,19 @@ def decode_attention_reference(
     return out
 
 
+class DecodeLaunch(msgspec.Struct, frozen=True):
+    """Tokens of a program's turn, and how it works on them."""
+
+    block_keys: int = 64
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+UNTUNED = DecodeLaunch()
+FLOAT32 = DecodeLaunch(block_keys=16)
+"""Products in float32 run without tensor cores, and larger tiles would spill."""
+
+
 def decode_attention_kernel(
     queries: Tensor,
     pool: Tensor,
@@ -108,11 +123,12 @@ def decode_attention_kernel(
     *,
     out: Tensor | None = None,
     splits: int = 1,
-    block_keys: int | None = None,
-    num_warps: int = 4,
-    num_stages: int = 3,
+    launch: DecodeLaunch | None = None,
 ) -> Tensor:
-    """`decode_attention` in one launch, or two if `splits` > 1. Raises ValueError on what it cannot take."""
+    """`decode_attention` in one launch, or two if `splits` > 1; by default as it was tuned.
+
+    Raises ValueError on what it cannot take.
+    """
     batch, heads, head_dim = queries.shape
     _, _, _, kv_heads, page_size, pool_head_dim = pool.shape
     if pool_head_dim != head_dim or heads % kv_heads:
@@ -137,8 +153,11 @@ def decode_attention_kernel(
         partial = torch.empty((batch, heads, splits, head_dim), dtype=torch.float32, device=queries.device)
         weight = torch.empty((batch, heads, splits), dtype=torch.float32, device=queries.device)
     block_dim = max(16, triton.next_power_of_2(head_dim))  # the least that tl.dot takes
-    if block_keys is None:  # float32 products run without tensor cores, and larger tiles would spill
-        block_keys = 16 if queries.element_size() == 4 else 64
+    if launch is None and queries.element_size() == 4:
+        launch = FLOAT32
+    elif launch is None:
+        shape = (batch, splits, kv_heads, group, head_dim, page_size)
+        launch = tuned("decode_attention", shape, queries.device, UNTUNED)
     options = launch_options(queries)
     _decode[(batch, kv_heads, splits)](
         queries,
@@ -162,12 +181,12 @@ def decode_attention_kernel(
         HEAD_DIM=head_dim,
         BLOCK_DIM=block_dim,
         PAGE_SIZE=page_size,
-        BLOCK_KEYS=block_keys,
+        BLOCK_KEYS=launch.block_keys,
         WINDOW=window or 0,
         SPLITS=splits,
         SCALED=kv_scales is not None,
-        num_warps=num_warps,
-        num_stages=num_stages,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
         **options,
     )
     if splits > 1:

@@ -17,34 +17,40 @@ TILE_BYTES = 16 << 10
 """What one program copies: whole rows of head_dim of one head, layer and kind."""
 
 
-def pack_segment(pool: Tensor, pages: Tensor, first_offset: int, segment: Tensor) -> None:
+def pack_segment(
+    pool: Tensor, pages: Tensor, first_offset: int, segment: Tensor, first_head: int = 0
+) -> None:
     """Gather tokens from `pages` into `segment`.
 
     `pool` is `[pool pages, layers, 2, kv_heads, page_size, head_dim]`, `segment`
-    `[kv_heads, layers, 2, tokens, head_dim]` of the same dtype; its first token is number `first_offset` of
-    `pages[0]`. `pages` is int64 and covers the tokens exactly.
+    `[heads, layers, 2, tokens, head_dim]` of the same dtype; its first head is the pool's `first_head`, its
+    first token number `first_offset` of `pages[0]`. `pages` is int64 and covers the tokens exactly.
     """
     if pool.is_cuda and segment.is_cuda:
-        pack_segment_kernel(pool, pages, first_offset, segment)
+        pack_segment_kernel(pool, pages, first_offset, segment, first_head)
     else:
-        pack_segment_reference(pool, pages, first_offset, segment)
+        pack_segment_reference(pool, pages, first_offset, segment, first_head)
 
 
-def unpack_segment(pool: Tensor, pages: Tensor, first_offset: int, segment: Tensor) -> None:
+def unpack_segment(
+    pool: Tensor, pages: Tensor, first_offset: int, segment: Tensor, first_head: int = 0
+) -> None:
     """Scatter `segment` into `pages`: the inverse of `pack_segment`. Tokens of the first and last page that
     lie outside the segment keep their values. Non-finite numbers are stored as finite ones (see kv_write),
     in fp8 its only NaN as 0."""
     if pool.is_cuda and segment.is_cuda:
-        unpack_segment_kernel(pool, pages, first_offset, segment)
+        unpack_segment_kernel(pool, pages, first_offset, segment, first_head)
     else:
-        unpack_segment_reference(pool, pages, first_offset, segment)
+        unpack_segment_reference(pool, pages, first_offset, segment, first_head)
 
 
-def pack_segment_reference(pool: Tensor, pages: Tensor, first_offset: int, segment: Tensor) -> None:
+def pack_segment_reference(
+    pool: Tensor, pages: Tensor, first_offset: int, segment: Tensor, first_head: int = 0
+) -> None:
     """`pack_segment` by torch operations."""
     tokens = segment.shape[3]
     kv_heads, layers, _, _, head_dim = segment.shape
-    pool, segment = as_bytes(pool), as_bytes(segment)
+    pool, segment = as_bytes(pool)[:, :, :, first_head : first_head + kv_heads], as_bytes(segment)
     gathered = pool.index_select(0, pages).permute(3, 1, 2, 0, 4, 5)
     if first_offset == 0 and tokens == pages.numel() * pool.shape[4]:
         segment.view(kv_heads, layers, 2, pages.numel(), -1, head_dim).copy_(gathered)
@@ -53,13 +59,15 @@ def pack_segment_reference(pool: Tensor, pages: Tensor, first_offset: int, segme
         segment.copy_(dense[:, :, :, first_offset : first_offset + tokens])
 
 
-def unpack_segment_reference(pool: Tensor, pages: Tensor, first_offset: int, segment: Tensor) -> None:
+def unpack_segment_reference(
+    pool: Tensor, pages: Tensor, first_offset: int, segment: Tensor, first_head: int = 0
+) -> None:
     """`unpack_segment` by torch operations."""
     tokens = segment.shape[3]
     kv_heads, layers, _, _, head_dim = segment.shape
     page_size = pool.shape[4]
     incoming = without_nan(segment)
-    pool = as_bytes(pool)
+    pool = as_bytes(pool)[:, :, :, first_head : first_head + kv_heads]
     if first_offset == 0 and tokens == pages.numel() * page_size:
         by_page = incoming.view(kv_heads, layers, 2, pages.numel(), page_size, head_dim)
         pool.index_copy_(0, pages, by_page.permute(3, 1, 2, 0, 4, 5))
@@ -79,25 +87,28 @@ def without_nan(segment: Tensor) -> Tensor:
     return stored.masked_fill((stored & FP8_NAN) == FP8_NAN, 0)
 
 
-def index_of(pages: list[int], device: torch.device) -> Tensor:
-    return torch.tensor(pages, dtype=torch.int64, device=device)
-
-
-def pack_segment_kernel(pool: Tensor, pages: Tensor, first_offset: int, segment: Tensor) -> None:
+def pack_segment_kernel(
+    pool: Tensor, pages: Tensor, first_offset: int, segment: Tensor, first_head: int = 0
+) -> None:
     """`pack_segment` in one launch."""
-    _launch(pool, pages, first_offset, segment, False)
+    _launch(pool, pages, first_offset, segment, first_head, False)
 
 
-def unpack_segment_kernel(pool: Tensor, pages: Tensor, first_offset: int, segment: Tensor) -> None:
+def unpack_segment_kernel(
+    pool: Tensor, pages: Tensor, first_offset: int, segment: Tensor, first_head: int = 0
+) -> None:
     """`unpack_segment` in one launch; a page's other tokens are not touched, not even read."""
-    _launch(pool, pages, first_offset, segment, True)
+    _launch(pool, pages, first_offset, segment, first_head, True)
 
 
-def _launch(pool: Tensor, pages: Tensor, first_offset: int, segment: Tensor, unpack: bool) -> None:
+def _launch(
+    pool: Tensor, pages: Tensor, first_offset: int, segment: Tensor, first_head: int, unpack: bool
+) -> None:
     """Raises ValueError on a layout the kernel cannot take."""
     _, layers, _, kv_heads, page_size, head_dim = pool.shape
-    tokens = segment.shape[3]
-    if segment.shape != (kv_heads, layers, 2, tokens, head_dim) or segment.dtype != pool.dtype:
+    heads, tokens = segment.shape[0], segment.shape[3]
+    fits = first_head >= 0 and first_head + heads <= kv_heads
+    if not fits or segment.shape[1:] != (layers, 2, tokens, head_dim) or segment.dtype != pool.dtype:
         raise ValueError(f"segment {tuple(segment.shape)} does not go with a pool {tuple(pool.shape)}")
     if not (pool.is_contiguous() and segment.is_contiguous() and pages.is_contiguous()):
         raise ValueError("pool, pages and segment must be contiguous")
@@ -107,12 +118,13 @@ def _launch(pool: Tensor, pages: Tensor, first_offset: int, segment: Tensor, unp
     block_tokens = max(1, TILE_BYTES // (block_dim * pool.element_size()))
     block_tokens = min(block_tokens, triton.next_power_of_2(tokens))
     is_fp8 = pool.dtype == FP8
-    _move[(kv_heads * layers * 2, triton.cdiv(tokens, block_tokens))](
+    _move[(heads * layers * 2, triton.cdiv(tokens, block_tokens))](
         as_bytes(pool),
         pages,
         as_bytes(segment),
         first_offset,
         tokens,
+        first_head,
         KV_HEADS=kv_heads,
         LAYERS=layers,
         PAGE_SIZE=page_size,
@@ -126,13 +138,14 @@ def _launch(pool: Tensor, pages: Tensor, first_offset: int, segment: Tensor, unp
     )
 
 
-@triton.jit(do_not_specialize=["first_offset", "tokens"])
+@triton.jit(do_not_specialize=["first_offset", "tokens", "first_head"])
 def _move(
     pool_ptr: tl.tensor,
     pages_ptr: tl.tensor,
     segment_ptr: tl.tensor,
     first_offset: tl.tensor,
     tokens: tl.tensor,
+    first_head: tl.tensor,
     KV_HEADS: tl.constexpr,
     LAYERS: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
@@ -143,8 +156,8 @@ def _move(
     IS_FP8: tl.constexpr,
     FINITE_MAX: tl.constexpr,
 ) -> None:
-    plane = tl.program_id(0).to(tl.int64)  # (kv_head * LAYERS + layer) * 2 + kind, as in the segment
-    kv_head = plane // (2 * LAYERS)
+    plane = tl.program_id(0).to(tl.int64)  # (head * LAYERS + layer) * 2 + kind, as in the segment
+    kv_head = first_head + plane // (2 * LAYERS)
     layer_and_kind = plane % (2 * LAYERS)
     token = tl.program_id(1) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     column = tl.arange(0, BLOCK_DIM)

@@ -4,6 +4,7 @@ and key heads, the rotary embedding, and the write of keys and values into the p
 CUDA tensors go to the kernel, others to the reference, which is made of the separate operations.
 """
 
+import msgspec
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +15,7 @@ from services.engine.ops.fp8 import FP8
 from services.engine.ops.kv_write import write_kv
 from services.engine.ops.rms_norm import head_rms_norm
 from services.engine.ops.rotary import rotate
+from services.engine.ops.tuning import tuned
 
 
 def qkv_to_pool(
@@ -62,6 +64,13 @@ def qkv_to_pool_reference(
     return rotated[:, :heads]
 
 
+class QkvLaunch(msgspec.Struct, frozen=True):
+    """Heads of one token in a program."""
+
+    block_heads: int = 16
+    num_warps: int = 4
+
+
 def qkv_to_pool_kernel(
     qkv: Tensor,
     head_norm: Tensor | None,
@@ -71,11 +80,12 @@ def qkv_to_pool_kernel(
     layer_rows: Tensor,
     write_index: Tensor,
     kv_scales: Tensor | None = None,
-    *,
-    block_heads: int = 16,
-    num_warps: int = 4,
+    launch: QkvLaunch | None = None,
 ) -> Tensor:
-    """`qkv_to_pool` in one launch. Raises ValueError on a shape or layout it cannot take."""
+    """`qkv_to_pool` in one launch, by default as it was tuned.
+
+    Raises ValueError on a shape or layout it cannot take.
+    """
     tokens, all_heads, head_dim = qkv.shape
     kv_heads = write_index.numel() // (2 * tokens) if tokens else 0
     heads = all_heads - 2 * kv_heads
@@ -90,7 +100,9 @@ def qkv_to_pool_kernel(
     queries = torch.empty((tokens, heads, head_dim), dtype=qkv.dtype, device=qkv.device)
     if tokens == 0:
         return queries
-    _qkv_to_pool[(tokens, triton.cdiv(all_heads, block_heads))](
+    if launch is None:
+        launch = tuned("qkv_to_pool", (tokens, all_heads, head_dim), qkv.device, QkvLaunch())
+    _qkv_to_pool[(tokens, triton.cdiv(all_heads, launch.block_heads))](
         qkv,
         qkv if head_norm is None else head_norm,
         cos,
@@ -105,11 +117,11 @@ def qkv_to_pool_kernel(
         KV_HEADS=kv_heads,
         HALF=head_dim // 2,
         BLOCK_HALF=triton.next_power_of_2(head_dim // 2),
-        BLOCK_HEADS=block_heads,
+        BLOCK_HEADS=launch.block_heads,
         NORM=head_norm is not None,
         SCALED=kv_scales is not None,
         FINITE_MAX=torch.finfo(layer_rows.dtype).max,
-        num_warps=num_warps,
+        num_warps=launch.num_warps,
         **launch_options(qkv),
     )
     return queries

@@ -4,6 +4,7 @@ The references are torch's; the kernel takes whole rows, so that each is read an
 once at the end. CUDA tensors go to the kernel, others to the reference.
 """
 
+import msgspec
 import torch
 import torch.nn.functional as F
 import triton
@@ -11,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from services.engine.ops.dependent_launch import await_earlier, launch_options, let_next_start
+from services.engine.ops.tuning import tuned
 
 TILE_ELEMENTS = 4096
 """Short rows (heads) share a program until it holds this many elements."""
@@ -41,22 +43,28 @@ def head_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), None, eps).mul_(weight)
 
 
-def rms_norm_kernel(x: Tensor, weight: Tensor, eps: float, num_warps: int | None = None) -> Tensor:
+class NormLaunch(msgspec.Struct, frozen=True):
+    """How many warps share a program's rows."""
+
+    num_warps: int
+
+
+def rms_norm_kernel(x: Tensor, weight: Tensor, eps: float, launch: NormLaunch | None = None) -> Tensor:
     """`rms_norm` in one launch."""
     rows = _rows(x)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _launch(rows[:, None], None, out.view(rows.shape)[:, None], weight[None], eps, num_warps)
+    _launch(rows[:, None], None, out.view(rows.shape)[:, None], weight[None], eps, launch)
     return out
 
 
 def add_rms_norm_kernel(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, num_warps: int | None = None
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, launch: NormLaunch | None = None
 ) -> tuple[Tensor, Tensor]:
     """`add_rms_norm` in one launch. Raises ValueError if the rows of `residual` are not dense."""
     if residual.stride(-1) != 1:
         raise ValueError("residual is overwritten, so the elements of its rows must be neighbours")
     out = torch.empty_like(residual, memory_format=torch.contiguous_format)
-    _launch(_rows(x)[:, None], residual[:, None], out[:, None], weight[None], eps, num_warps)
+    _launch(_rows(x)[:, None], residual[:, None], out[:, None], weight[None], eps, launch)
     return out, residual
 
 
@@ -74,15 +82,22 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _launch(
-    x: Tensor, residual: Tensor | None, out: Tensor, weight: Tensor, eps: float, num_warps: int | None
+    x: Tensor,
+    residual: Tensor | None,
+    out: Tensor,
+    weight: Tensor,
+    eps: float,
+    launch: NormLaunch | None,
 ) -> None:
-    """All `[tokens, rows, size]` but `weight` `[rows, size]`."""
+    """All `[tokens, rows, size]` but `weight` `[rows, size]`. Without a `launch`, as it was tuned."""
     tokens, rows, size = x.shape
     if tokens == 0:
         return
     block = triton.next_power_of_2(size)
     block_rows = max(1, min(triton.next_power_of_2(rows), TILE_ELEMENTS // block))
-    warps = num_warps or max(1, min(16, block * block_rows // 512))
+    if launch is None:
+        default = NormLaunch(max(1, min(16, block * block_rows // 512)))
+        launch = tuned("rms_norm", (tokens, rows, size), x.device, default)
     added = x if residual is None else residual
     _rms_norm[(tokens, triton.cdiv(rows, block_rows))](
         x,
@@ -100,7 +115,7 @@ def _launch(
         BLOCK=block,
         BLOCK_ROWS=block_rows,
         ADD=residual is not None,
-        num_warps=warps,
+        num_warps=launch.num_warps,
         **launch_options(x),
     )
 

@@ -3,6 +3,7 @@
 CUDA tensors go to the kernel, which reads gate and up once and rounds once; others to the reference.
 """
 
+import msgspec
 import torch
 import torch.nn.functional as F
 import triton
@@ -10,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from services.engine.ops.dependent_launch import await_earlier, launch_options, let_next_start
+from services.engine.ops.tuning import tuned
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -20,15 +22,28 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return F.silu(gate).mul_(up)
 
 
-def silu_mul_kernel(gate_up: Tensor, block: int = 1024, num_warps: int = 4) -> Tensor:
-    """`silu_mul` in one launch of `block` elements a program."""
+class SwigluLaunch(msgspec.Struct, frozen=True):
+    """`block` elements for each program."""
+
+    block: int = 1024
+    num_warps: int = 4
+
+
+def silu_mul_kernel(gate_up: Tensor, launch: SwigluLaunch | None = None) -> Tensor:
+    """`silu_mul` in one launch, by default as it was tuned."""
     rows = gate_up if gate_up.stride(-1) == 1 else gate_up.contiguous()
     tokens, size = rows.shape[0], rows.shape[1] // 2
     out = torch.empty((tokens, size), dtype=rows.dtype, device=rows.device)
     if tokens:
-        grid = (tokens, triton.cdiv(size, block))
-        _silu_mul[grid](
-            rows, out, rows.stride(0), size, BLOCK=block, num_warps=num_warps, **launch_options(rows)
+        launch = launch or tuned("silu_mul", (tokens, size), rows.device, SwigluLaunch())
+        _silu_mul[(tokens, triton.cdiv(size, launch.block))](
+            rows,
+            out,
+            rows.stride(0),
+            size,
+            BLOCK=launch.block,
+            num_warps=launch.num_warps,
+            **launch_options(rows),
         )
     return out
 

@@ -11,12 +11,15 @@ import re
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
+import torch
 
 Shape = tuple[int, ...]
 Config = dict[str, bool | int | str]
 Table = dict[str, dict[Shape, Config]]
+LaunchT = TypeVar("LaunchT", bound=msgspec.Struct)
 SHIPPED = Path(__file__).parent / "tuned"
 
 
@@ -50,6 +53,21 @@ def lookup(kernel: str, shape: Shape, gpu: str) -> Config | None:
     return nearest(_tables(gpu).get(kernel, {}), shape)
 
 
+@lru_cache(maxsize=1 << 14)
+def tuned(kernel: str, shape: Shape, device: torch.device, default: LaunchT) -> LaunchT:
+    """The launch of `kernel` for `shape` on `device`, of the default's type; the default where nothing
+    was measured for this GPU. Raises TuningTableError if a table cannot be read or has other fields."""
+    if device.type != "cuda":
+        return default
+    found = lookup(kernel, shape, torch.cuda.get_device_name(device))
+    if found is None:
+        return default
+    try:
+        return msgspec.convert(found, type(default))
+    except msgspec.ValidationError as error:
+        raise TuningTableError(f"the table of tuned launches has {found} for {kernel}: {error}") from error
+
+
 def user_directory() -> Path:
     """Where a user's own tables lie."""
     base = os.environ.get("BATON_CACHE_DIR")
@@ -73,6 +91,7 @@ def save(table: Table, gpu: str, directory: Path) -> Path:
     partial.write_bytes(msgspec.json.format(msgspec.json.encode(lines), indent=1) + b"\n")
     partial.replace(path)
     lookup.cache_clear()
+    tuned.cache_clear()
     _tables.cache_clear()
     return path
 

@@ -72,7 +72,7 @@ FAILURES = [("invalid", 400), ("overloaded", 429), ("transfer", 503), ("draining
 def test_a_failure_before_the_first_token_has_its_status(
     cluster: Cluster, code: Any, status: int, side: str, stream: bool
 ) -> None:
-    failed = Failed(1, code, "no room", True)
+    failed = Failed(1, code, "no room", False)
     if side == "prefill":
         cluster.use(Script(fail_prefill=failed))
     else:
@@ -103,7 +103,7 @@ def test_a_failure_in_the_middle_ends_the_stream_with_an_error(cluster: Cluster)
 
 
 def test_a_failure_in_the_middle_of_a_whole_answer_is_not_to_be_retried(cluster: Cluster) -> None:
-    cluster.says("Hello", decode_limit=2, fail_decode=Failed(1, "transfer", "lost", True))
+    cluster.says("Hello", decode_limit=2, fail_decode=Failed(1, "transfer", "lost", False))
     with cluster.router.http() as http:
         answer = http.post("/v1/completions", json={"prompt": "a"})
     assert answer.status_code == 503

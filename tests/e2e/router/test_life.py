@@ -19,54 +19,77 @@ from tests.fake_worker import FakeWorker, Script
 
 @pytest.mark.parametrize("how", ["connection closed", "silent"])
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_lost_worker_is_an_error_and_its_return_is_noticed(
+def test_a_request_waits_for_its_lost_worker_to_come_back(
     model_dir: Path, tmp_path: Path, how: str, stream: bool
 ) -> None:
     with small_cluster(model_dir, tmp_path, worker_timeout_s=0.5 if how == "silent" else 60.0) as cluster:
-        cluster.use(Script(decode_limit=1))
-        connection = open_request(cluster.router, {"prompt": "a", "stream": stream})
+        cluster.use(Script(answers=[[39, 40, 41, 42]], decode_limit=1))
+        connection = open_request(cluster.router, {"prompt": "a", "stream": stream, "max_tokens": 4})
         cluster.decode.wait_for(Join)
         until(lambda: cluster.router.get("/cluster")["router"]["phases"].get("decoding"), "decoding")
         if how == "silent":
             cluster.decode.mute = True
         else:
             cluster.decode.stop()
-        received = b""
-        while b"worker_lost" not in received:
-            part = connection.recv(1 << 16)
-            assert part, received
-            received += part
-        assert (b"503" in received) == (not stream)
-        assert b"[DONE]" not in received
-        connection.close()
-        until(lambda: not cluster.router.ready(), "a router that is not ready")
+        until(lambda: cluster.router.get("/cluster")["router"]["phases"].get("queued"), "a waiting request")
+        assert not cluster.router.ready()
         with pytest.raises(openai.InternalServerError) as caught:
             cluster.router.client().completions.create(model="tiny", prompt="a")
         assert caught.value.status_code == 503
-        until(cluster.router.at_rest, "a router at rest")
         if how == "silent":
             cluster.decode.stop()
-        cluster.use(Script())
+        cluster.use(Script(answers=[[39, 40, 41, 42]]))
         with FakeWorker(cluster.decode.endpoint, "decode", cluster.script, epoch=2):
-            until(cluster.router.ready, "a router that has found the new worker")
-            answer = cluster.router.client().completions.create(model="tiny", prompt="a", max_tokens=4)
-            assert answer.choices[0].finish_reason == "length"
+            received = b""
+            end = b"[DONE]" if stream else b"completion_tokens"
+            while end not in received:
+                part = connection.recv(1 << 16)
+                assert part, received
+                received += part
+            assert b"error" not in received and received.count(b'"finish_reason":"length"') == 1
+            connection.close()
+            until(cluster.router.at_rest, "a router at rest")
+        first, again = cluster.prefill.wait_for(Prefill, 2)
+        assert again.work.request_id != first.work.request_id
+        assert again.work.prompt == [*first.work.prompt, 39, 40]
+        assert (again.work.output_tokens, again.work.sampling) == (2, first.work.sampling)
+        with cluster.router.http() as http:
+            assert 'baton_migrations_total{reason="decode_lost"} 1.0' in http.get("/metrics").text
 
 
 def test_a_new_epoch_on_the_same_connection_ends_the_old_life(model_dir: Path, tmp_path: Path) -> None:
     with small_cluster(model_dir, tmp_path) as cluster:
         cluster.use(Script(hold_prefill=True))
         connection = open_request(cluster.router, {"prompt": "a"})
-        cluster.prefill.wait_for(Prefill)
+        first = cluster.prefill.wait_for(Prefill)[0]
+        cluster.use(Script())
         cluster.prefill.epoch = 2
+        received = b""
+        while b"completion_tokens" not in received:
+            part = connection.recv(1 << 16)
+            assert part, received
+            received += part
+        connection.close()
+        assert cluster.decode.wait_for(Cancel)[0].request_id == first.work.request_id
+        assert len(cluster.prefill.wait_for(Prefill, 2)) == 2
+        until(cluster.router.ready, "a greeted new life")
+
+
+def test_without_retries_a_lost_worker_is_an_error(model_dir: Path, tmp_path: Path) -> None:
+    with small_cluster(model_dir, tmp_path, max_retries=0) as cluster:
+        cluster.use(Script(decode_limit=1))
+        connection = open_request(cluster.router, {"prompt": "a"})
+        cluster.decode.wait_for(Join)
+        until(lambda: cluster.router.get("/cluster")["router"]["phases"].get("decoding"), "decoding")
+        cluster.decode.stop()
         received = b""
         while b"worker_lost" not in received:
             part = connection.recv(1 << 16)
             assert part, received
             received += part
+        assert b" 503 " in received and b"retry-after" in received and b"x-should-retry: false" in received
         connection.close()
-        cluster.decode.wait_for(Cancel)
-        until(cluster.router.ready, "a greeted new life")
+        until(cluster.router.at_rest, "a router at rest")
 
 
 def test_a_refused_router_says_why(model_dir: Path, tmp_path: Path) -> None:
@@ -210,3 +233,31 @@ def test_a_bad_start_is_one_message(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", START, json.dumps(given)], capture_output=True, text=True)
     assert done.returncode != 0
     assert f"RouterConfigError: {tmp_path} has no tokenizer: looked for tokenizer.json" in done.stderr
+
+
+def test_a_router_that_was_stopped_reads_before_it_judges(model_dir: Path, tmp_path: Path) -> None:
+    """Its workers were not silent; only it was not listening."""
+    with small_cluster(model_dir, tmp_path, worker_timeout_s=0.5) as cluster:
+        cluster.use(Script(answers=[[39, 40, 41, 42]], hold_decode=True))
+        connection = open_request(cluster.router, {"prompt": "a", "max_tokens": 4})
+        join = cluster.decode.wait_for(Join)[0]
+        pid = cluster.router.process.pid
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            threading.Event().wait(1.5)  # longer than the timeout: that is what is tested
+            for worker in (cluster.prefill, cluster.decode):
+                worker.say([worker.status(None)])
+            until(lambda: not cluster.decode.busy, "both have said so")
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        work = cluster.decode.work_of(join.request_id)
+        cluster.decode.act(lambda: cluster.decode.decode(work, join.first_tokens))
+        received = b""
+        while b"completion_tokens" not in received:
+            part = connection.recv(1 << 16)
+            assert part, received
+            received += part
+        connection.close()
+        assert cluster.prefill.of(Prefill) == cluster.prefill.wait_for(Prefill)
+        with cluster.router.http() as http:
+            assert "baton_migrations_total{" not in http.get("/metrics").text

@@ -115,3 +115,13 @@ def test_a_shape_from_a_file_or_a_directory(tmp_path: Path) -> None:
     assert write_shape(str(file.parent), tmp_path) == file.parent
     with pytest.raises(UserError, match=re.escape("qwen3-8b, llama-3.1-8b")):
         write_shape("qwen3-80b", tmp_path)
+
+
+def test_fp8_layers_run_at_their_own_rate_and_the_output_matrix_does_not(qwen3_8b: ModelCost) -> None:
+    rates = structs.replace(H200, fp8_flop_per_s=2 * H200.matmul_flop_per_s)
+    fp8 = replace(qwen3_8b, fp8_layers=True)
+    by_hand_s = (8192 * 6.946e9 + 2 * 0.622e9 + 4 * 32 * 128 * 36 * 8192 * 8192 / 2) / 781e12
+    assert limit_s(fp8.prefill(Prefill(1, 8192)), rates) == pytest.approx(by_hand_s, rel=2e-3)
+    assert limit_s(fp8.prefill(Prefill(1, 8192)), H200) == limit_s(qwen3_8b.prefill(Prefill(1, 8192)), H200)
+    assert "fp8" in formula(fp8.decode(1, 1024), rates)
+    assert "fp8" not in formula(qwen3_8b.decode(1, 1024), rates)

@@ -28,7 +28,7 @@ def model_dir(tmp_path: Path) -> str:
     [
         (["serve"], "MODEL_DIR is missing"),
         (["serve", "/nowhere"], "MODEL_DIR: /nowhere is not a directory"),
-        (["serve", "MODEL", "--tp", "2"], "--tp: 2 is not supported; only 1 is supported"),
+        (["serve", "MODEL", "--tp", "two"], "--tp: 'two' is not a whole number"),
         (["serve", "MODEL", "--tensor-parallel-size", "0"], "--tp: 0 is out of range"),
         (["serve", "MODEL", "--mem-fraction", "0"], "--mem-fraction: 0 must lie between 0 and 1"),
         (["serve", "MODEL", "--mem-fraction", "nan"], "--mem-fraction: 'nan' is not a finite number"),
@@ -65,7 +65,10 @@ def model_dir(tmp_path: Path) -> str:
         (["frobnicate"], "No such command 'frobnicate'"),
         (["worker", "MODEL", "--listen", "ipc:///x"], "--role is missing"),
         (["worker", "MODEL", "--role", "chief", "--listen", "ipc:///x"], "--role: 'chief' is not one of"),
-        (["worker", "MODEL", "--role", "decode", "--listen", "ipc:///x"], "--transfer is missing"),
+        (
+            ["worker", "MODEL", "--role", "decode", "--listen", "ipc:///x"],
+            "--transfer: a decode worker needs the endpoint of each rank's transfer process: 1, not 0",
+        ),
         (["worker", "MODEL", "--role", "unified", "--listen", "ipc://x"], "must be absolute"),
         (["worker", "MODEL", "--role", "unified", "--listen", "http://x"], "is not an endpoint"),
         (["worker", "MODEL", "--role", "unified", "--listen", "tcp://x:0"], "a port from 1 to 65535"),
@@ -75,6 +78,9 @@ def model_dir(tmp_path: Path) -> str:
         (["worker", "LIST", *WORKER], "does not hold a JSON object"),
         (["serve", "BARE"], "holds neither model.safetensors nor"),
         (["router", "MODEL"], "--worker is missing"),
+        (["router", "MODEL", "--worker", "ipc:///w", "--ttft-slo", "0"], "--ttft-slo: 0 is out of range"),
+        (["router", "MODEL", "--worker", "ipc:///w", "--max-kv-load", "0"], "--max-kv-load: 0 must be above"),
+        (["serve", "MODEL", "--api-key-file", "/nowhere"], "--api-key-file: /nowhere cannot be read: No"),
         (["transfer"], "--listen is missing"),
         (["memory", "--url", "ftp://x"], "--url: 'ftp://x' is not an http:// or https:// address"),
         (["memory", "--url", "http://127.0.0.1:1"], "--url: http://127.0.0.1:1/memory cannot be reached"),
@@ -88,6 +94,40 @@ def model_dir(tmp_path: Path) -> str:
         (["bench", "engine", "--only", "all"], "--only: 'all' is not one of ready, decode, prefill"),
         (["bench", "engine", "--out", "/nowhere/x.json"], "--out: /nowhere is not a directory"),
         (["bench", "engine", "--shrink", "0"], "--shrink: 0 is out of range"),
+        (["bench", "serve", "--url", "ftp://x"], "--url: 'ftp://x' is not an http:// or https:// address"),
+        (["bench", "serve", "--url", "http://127.0.0.1:1/?q"], "must be a base address"),
+        (["bench", "serve", "--url", "http://x:99999"], "--url: 'http://x:99999': Port out of"),
+        (["bench", "serve", "--url", "http://127.0.0.1:1"], "http://127.0.0.1:1/v1/models cannot be reached"),
+        (["bench", "serve", "--rates", "4,2"], "--rates: '4,2': rates must rise, like 2,4,8"),
+        (["bench", "serve", "--rates", "fast"], "--rates: 'fast' is not a number"),
+        (["bench", "serve", "--rates", "0"], "--rates: 0 is out of range"),
+        (["bench", "serve", "--arrivals", "steady"], "--arrivals: 'steady' is not one of poisson, gamma"),
+        (["bench", "serve", "--arrivals", "trace"], "--arrivals trace: --trace is missing"),
+        (["bench", "serve", "--burstiness", "0"], "--burstiness: 0 is out of range"),
+        (["bench", "serve", "--trace", "/nowhere"], "--trace: /nowhere cannot be read: No such file"),
+        (["bench", "serve", "--trace", "MODEL/config.json"], "config.json, line 1: "),
+        (["bench", "serve", "--shrink", "3"], "--shrink: it divides a trace's lengths"),
+        (["bench", "serve", "--input-tokens", "few"], "--input-tokens: 'few': 'few' is not a"),
+        (["bench", "serve", "--output-tokens", "uniform:9:3"], "--output-tokens: 'uniform:9:3': 9 is more"),
+        (["bench", "serve", "--seconds", "0"], "--seconds: 0 is out of range"),
+        (["bench", "serve", "--requests", "0"], "--requests: 0 is out of range"),
+        (["bench", "serve", "--warm-up", "-1"], "--warm-up: -1 is out of range"),
+        (["bench", "serve", "--seed", "x"], "--seed: 'x' is not a whole number"),
+        (["bench", "serve", "--token-ids", "9-3"], "--token-ids: '9-3': the second id must be above"),
+        (["bench", "serve", "--temperature", "3"], "--temperature: 3 is out of range; allowed are 0 to 2"),
+        (["bench", "serve", "--slo-ttft-ms", "0"], "--slo-ttft-ms: 0 is out of range"),
+        (["bench", "serve", "--slo-tpot-ms", "x"], "--slo-tpot-ms: 'x' is not a number"),
+        (["bench", "serve", "--slo-itl-ms", "-5"], "--slo-itl-ms: -5 is out of range"),
+        (["bench", "serve", "--timeout", "0"], "--timeout: 0 is out of range"),
+        (["bench", "serve", "--gpus", "0"], "--gpus: 0 is out of range"),
+        (["bench", "serve", "--out", "/nowhere/x.json"], "--out: /nowhere is not a directory"),
+        (["bench", "serve", "--chart", "/nowhere/x.png"], "--chart: /nowhere is not a directory"),
+        (["bench", "pd"], "MODEL_DIR is missing"),
+        (["bench", "pd", "/nowhere"], "MODEL_DIR: /nowhere is not a directory"),
+        (["bench", "pd", "MODEL", "--prefill", "0"], "--prefill: 0 is out of range"),
+        (["bench", "pd", "MODEL", "--margin", "2"], "--margin: 2 is out of range"),
+        (["bench", "pd", "MODEL", "--log", "/nowhere/x"], "--log: /nowhere is not a directory"),
+        (["bench", "pd", "MODEL", "--device", "cuda"], "--device cuda: no NVIDIA GPU"),
     ],
 )
 def test_one_line_and_code_2(
@@ -115,6 +155,7 @@ def test_one_line_and_code_2(
 
     monkeypatch.setattr("deploy.commands.serve.gpu_count", lambda: 0)
     monkeypatch.setattr("deploy.planning.gpu_facts", no_gpu)
+    places["MODEL/config.json"] = f"{model_dir}/config.json"
     code = run([places.get(argument, argument) for argument in arguments])
     printed = capsys.readouterr()
     assert code == 2
@@ -139,6 +180,7 @@ def test_a_port_in_use(model_dir: str, capsys: pytest.CaptureFixture[str]) -> No
 def test_nothing_heavy_for_nothing() -> None:
     code = (
         "import sys; from deploy.cli import run; assert run(['version']) == 0; assert run(['--help']) == 0;"
+        "import deploy.load.measure, deploy.load.report;"
         "heavy = {'torch', 'transformers', 'fastapi', 'zmq', 'triton', 'uvicorn'} & set(sys.modules);"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
@@ -148,7 +190,8 @@ def test_nothing_heavy_for_nothing() -> None:
 
 
 def test_help_of_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    commands = ("serve", "plan", "memory", "router", "worker", "transfer", "keys", "version", "bench engine")
+    commands = ("serve", "plan", "memory", "router", "worker", "transfer", "keys", "version")
+    commands += ("bench engine", "bench serve", "bench pd")
     for command in commands:
         assert run([*command.split(), "--help"]) == 0
         text = capsys.readouterr().out
@@ -183,7 +226,7 @@ def test_plan_shows_the_ledger(checkpoint: Path, capsys: pytest.CaptureFixture[s
     weights = next(line.split() for line in text.splitlines() if "weights" in line)
     assert parse_bytes("".join(weights[2:4])) == pytest.approx(stored, rel=0.01)
     assert "| mem_fraction" in text
-    assert "16 slots of 1MiB" in text
+    assert "32 slots of 1MiB" in text
     assert "fits: " in text
 
 
@@ -204,7 +247,7 @@ def test_plan_for_a_gpu_that_is_not_here(checkpoint: Path, capsys: pytest.Captur
     assert run(arguments) == 0
     text = capsys.readouterr().out
     assert "cuda graphs" in text
-    assert "16 slots of 16MiB" in text
+    assert "32 slots of 8MiB" in text
 
 
 def test_plan_names_a_context_beyond_the_models(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

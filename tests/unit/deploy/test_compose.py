@@ -10,11 +10,13 @@ import yaml
 from jsonschema import Draft7Validator
 
 from deploy.options import RouterSettings, TransferSettings, WorkerSettings
+from deploy.planning import resolve_slot_bytes
+from kvtransfer.layout import rank_slot_bytes
 from tests.unit.deploy.commandline import parse
 
 ROOT = Path(__file__).parents[3]
 SCHEMA = json.loads((ROOT / "tests/data/compose-spec.json").read_text())
-FILES = ("compose.yaml", "compose.cpu.yaml")
+FILES = ("compose.yaml", "compose.cpu.yaml", "compose.tp.yaml")
 DRAIN_S = 30
 _VARIABLE = re.compile(r"\$\{(\w+)(?::([-?])([^}]*))?\}")
 
@@ -90,11 +92,22 @@ def test_processes_find_each_other(overlay: str | None) -> None:
         worker = parse(services[role]["command"])
         transfer = parse(services[f"{role}-transfer"]["command"])
         assert worker.listen in router.worker
-        assert worker.transfer == transfer.listen
+        assert worker.transfer == (transfer.listen,)
         assert worker.device == transfer.device
         if overlay is None:
             assert worker.device_index == transfer.device_index == gpu
             assert services[f"{role}-transfer-rdma"]["command"] == services[f"{role}-transfer"]["command"]
+
+
+def test_ranks_find_their_transfer_processes() -> None:
+    services = load("compose.tp.yaml")["services"]
+    worker = parse(services["decode"]["command"])
+    transfers = [parse(services[name]["command"]) for name in ("decode-transfer", "decode-transfer-1")]
+    assert worker.transfer == tuple(transfer.listen for transfer in transfers)
+    assert len(worker.transfer) == worker.tp == 2
+    assert [transfer.device_index for transfer in transfers] == [worker.device_index, worker.device_index + 1]
+    slot_bytes = resolve_slot_bytes(None, "cuda")
+    assert {transfer.staging_slot_bytes for transfer in transfers} == {rank_slot_bytes(slot_bytes, 2)}
 
 
 def test_what_gpu_processes_need() -> None:

@@ -59,8 +59,18 @@ def test_command_lines_say_what_was_asked_for() -> None:
         staging_slots=8,
         staging_slot_bytes=4096,
         checksum=True,
+        transfer_timeout=44.5,
+        peer_timeout=3.5,
+        worker_timeout=2.5,
+        max_retries=7,
         prefix_cache=False,
         api_key=("a", "b"),
+        api_key_file=Path("/keys"),
+        max_prompts=4,
+        max_total_choices=5,
+        ttft_slo=2.5,
+        max_kv_load=1.5,
+        stall_timeout=7.0,
         served_model_name="tales",
         drain_timeout=20.0,
     )
@@ -74,8 +84,9 @@ def test_command_lines_say_what_was_asked_for() -> None:
     for transfer, worker in zip(transfers, workers, strict=True):
         assert isinstance(transfer, TransferSettings)
         assert isinstance(worker, WorkerSettings)
-        assert worker.transfer == transfer.listen
+        assert worker.transfer == (transfer.listen,)
         assert (transfer.staging_slots, transfer.staging_slot_bytes, transfer.checksum) == (8, 4096, True)
+        assert (transfer.transfer_timeout, transfer.peer_timeout) == (44.5, 3.5)
         assert (worker.staging_slots, worker.staging_slot_bytes) == (8, 4096)
         assert (worker.dtype, worker.mem_fraction, worker.device_memory) == ("bfloat16", 0.4, 3 << 30)
         assert (worker.max_model_len, worker.page_size, worker.prefix_cache) == (512, 32, False)
@@ -87,6 +98,10 @@ def test_command_lines_say_what_was_asked_for() -> None:
     assert (router.port, router.host, router.served_model_name) == (4321, "127.0.0.1", "tales")
     assert (router.request_timeout, router.max_body_bytes) == (77.5, 1 << 16)
     assert (router.max_choices, router.max_running) == (3, 9)
+    assert (router.max_prompts, router.max_total_choices) == (4, 5)
+    assert (router.ttft_slo, router.max_kv_load, router.stall_timeout) == (2.5, 1.5, 7.0)
+    assert router.api_key_file == Path("/keys")
+    assert (router.worker_timeout, router.max_retries) == (2.5, 7)
     assert not {"a", "b"} & set(specs[6].arguments), "keys are not for everybody to see"
     assert specs[6].secrets == (("BATON_API_KEY", "a,b"),)
     endpoints = [getattr(t, name) for t in transfers for name in ("listen", "peer_listen", "staging_socket")]
@@ -97,7 +112,24 @@ def test_unified_workers_have_no_transfer_process() -> None:
     settings = serve(unified=1)
     specs = child_specs(settings, worker_slots(settings, 0), "cpu", RUN_DIR, 1)
     assert [spec.name for spec in specs] == ["unified-0", "router"]
-    assert parse(list(specs[0].arguments)).transfer is None
+    assert parse(list(specs[0].arguments)).transfer == ()
+
+
+def test_a_rank_has_a_gpu_and_a_transfer_process() -> None:
+    settings = serve(prefill_tp=2, decode=3, tp=1, staging_slot_bytes=4096)
+    slots = worker_slots(settings, 4)
+    assert [slot.device_indices for slot in slots] == [[0, 1], [2], [3], [0]]
+    specs = child_specs(settings, slots, "cuda", RUN_DIR, 1)
+    transfers = [parse(list(spec.arguments)) for spec in specs if spec.kind is Kind.TRANSFER]
+    worker = parse(list(next(spec for spec in specs if spec.kind is Kind.WORKER).arguments))
+    assert isinstance(worker, WorkerSettings)
+    assert [one.device_index for one in transfers] == [0, 1, 2, 3, 0]
+    assert [one.staging_slot_bytes for one in transfers] == [2048, 2048, 4096, 4096, 4096]
+    assert (worker.tp, worker.device_index, worker.staging_slot_bytes) == (2, 0, 4096)
+    assert worker.transfer == tuple(one.listen for one in transfers[:2])
+    assert len({one.peer_listen for one in transfers} | {one.staging_socket for one in transfers}) == 10
+    with pytest.raises(UserError, match="a prefill worker of 2 ranks needs 2 GPUs, and there are 1"):
+        worker_slots(settings, 1)
 
 
 def shared(mem_fraction: float, sharers: int = 2) -> list[WorkerConfig]:

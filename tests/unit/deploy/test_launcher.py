@@ -4,7 +4,6 @@ import asyncio
 import io
 import os
 import signal
-import socket
 import sys
 from pathlib import Path
 
@@ -17,17 +16,11 @@ from deploy.output import Screen
 from deploy.readiness import Welcome
 from deploy.supervision import Kind
 from tests.conftest import MARK
+from tests.ports import free_port
 from tests.unit.deploy import fake_child
 
 PROGRAM = (sys.executable, fake_child.__file__)
 DEADLINE_S = 60.0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 class System:

@@ -118,7 +118,7 @@ def test_the_same_message_from_every_source(tmp_path: Path, monkeypatch: pytest.
         ("port: {a: 1}", "port: must be a single value, not dict"),
         ("port: 99999", "port: 99999 is out of range; allowed are 0 to 65535"),
         ("port:", "port: must be a single value, not NoneType"),
-        ("tp: 2", "tp: 2 is not supported; only 1 is supported"),
+        ("tp: 65", "tp: 65 is out of range; allowed are 1 to 64"),
         ("tp: 1\ntensor-parallel-size: 1", "is given twice"),
         ("- port", "must hold keys and values"),
         ("port: [", "is not YAML"),

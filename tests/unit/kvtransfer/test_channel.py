@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import zmq
 
+from kvtransfer import codec
 from kvtransfer.channel import ChannelKeys, Link, Server, write_new_keys
 from kvtransfer.codecs import WORKER_COMMANDS, WORKER_EVENTS
 from kvtransfer.errors import TransferConfigError
-from kvtransfer.messages import Command, Commit, Event, NotAttached
+from kvtransfer.messages import Command, Commit, Event, NotAttached, Refused
 
 WAIT_MS = 5000
 
@@ -88,6 +89,36 @@ def test_malformed_frames_are_dropped_and_reported(directory: Path) -> None:
         raw.setsockopt(zmq.LINGER, 0)
     assert [messages for _, messages in arrived] == [[]]
     assert drops == ["malformed_frame", "other_version", "malformed_frame", "malformed_frame"]
+    server.close()
+
+
+def test_another_protocol_version_is_named_to_both(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drops: list[str] = []
+    seen: list[str] = []
+
+    def refusal(why: str) -> Event:
+        seen.append(why)
+        return Refused(why)
+
+    server: Server[Command, Event] = Server(
+        f"ipc://{directory}/s", WORKER_COMMANDS, WORKER_EVENTS, on_drop=drops.append, refusal=refusal
+    )
+    link = new_link(server.endpoint, drops)
+    with monkeypatch.context() as newer:
+        newer.setattr(codec, "PROTOCOL_VERSION", 7)
+        link.send([Commit(1)])
+    assert server.socket.poll(WAIT_MS)
+    assert server.receive() == []
+    with monkeypatch.context() as newer:
+        newer.setattr(codec, "PROTOCOL_VERSION", 7)
+        assert link.socket.poll(WAIT_MS)
+        assert link.receive() == []
+    assert seen == ["protocol version 7, this side speaks 1"]
+    assert link.mismatch == "protocol version 1, this side speaks 7"
+    assert drops == ["other_version", "other_version"]
+    link.close()
     server.close()
 
 

@@ -180,6 +180,14 @@ def test_events_about_ended_transfers_are_kept_from_the_worker(scene: Scene) -> 
     assert scene.flushed() == [Freed([B]), Freed([A])]
 
 
+def test_what_has_arrived_is_told_once(scene: Scene) -> None:
+    scene.client.open_receive(2, SOURCE, 0, 8, 9.0)
+    arrived = Arrived(2, [Segment(B.slot, B.generation, 0, 4, 32)])
+    assert scene.hear(arrived, arrived) == [arrived]
+    again = Arrived(2, [Segment(B.slot, B.generation + 1, 4, 4, 32)])
+    assert scene.hear(again) == [again]
+
+
 def test_a_reborn_process_is_attached_again(scene: Scene) -> None:
     client = scene.client
     client.open_send(1, 9.0)
@@ -235,3 +243,24 @@ def test_refusal_is_told() -> None:
             TransferClient(script.server.endpoint, 3, GEOMETRY, timeout_s=0.5)
         helper.join()
         script.server.close()
+
+
+def test_a_transfer_process_that_dies_is_missed_at_once(scene: Scene) -> None:
+    """Its connection ends: no silence is waited for. The next life is attached to."""
+    client, endpoint = scene.client, scene.script.server.endpoint
+    client.open_send(9, 60.0)
+    scene.flushed()
+    scene.script.server.close()
+    until_s = time.monotonic() + WAIT_MS / 1000
+    while client.ready:
+        assert time.monotonic() < until_s
+        client.tick(scene.now_s)
+    assert client.receive(scene.now_s) == [TransferLost(70)]
+    scene.script = Script(Path(endpoint.removeprefix("ipc://")).parent)
+    helper = threading.Thread(target=scene.script.attach, args=(71,))
+    client.tick(scene.now_s + 2)
+    helper.start()
+    assert client.socket.poll(WAIT_MS)
+    assert client.receive(scene.now_s + 2) == []
+    helper.join()
+    assert client.ready and client.address.epoch == 71

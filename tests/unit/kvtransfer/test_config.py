@@ -20,6 +20,7 @@ from kvtransfer.movers.nixl import prepare_environment
 from kvtransfer.movers.select import select_mover
 from kvtransfer.peer_messages import PeerHello
 from kvtransfer.probe import LifeProbe
+from tests.ports import free_port
 
 CONFIG = TransferConfig(
     name="t", listen="ipc:///d/w", peer_listen="ipc:///d/p", staging_socket=Path("/d/s")
@@ -57,7 +58,7 @@ def test_binding_every_interface_needs_an_address_to_tell_peers() -> None:
 
 def test_an_unknown_mover_names_the_flag() -> None:
     with pytest.raises(MoverUnavailable, match="--mover carrier-pigeon"):
-        select_mover(replace(CONFIG, mover="carrier-pigeon"), "a")  # type: ignore[arg-type]
+        select_mover(replace(CONFIG, mover="carrier-pigeon"), "a", None, None)  # type: ignore[arg-type]
 
 
 def test_the_users_transports_are_left_alone() -> None:
@@ -80,12 +81,27 @@ def test_the_users_transports_are_left_alone() -> None:
         ("dtype", {"geometry": msgspec.structs.replace(GEOMETRY, dtype="float16")}),
         ("dtype", {"geometry": msgspec.structs.replace(GEOMETRY, dtype="float8_e4m3fn")}),
         ("mover", {"mover": "nixl/cuda"}),
-        ("slot_bytes", {"slot_bytes": 8192}),
     ],
 )
 def test_what_does_not_fit_is_named(field: str, theirs: dict[str, Any]) -> None:
     reason = mismatch(HELLO, msgspec.structs.replace(HELLO, epoch=2, **theirs))
     assert reason is not None and reason.startswith(f"{field} differs")
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "says"),
+    [
+        ((0, 1), (1, 2), None),
+        ((1, 2), (0, 1), None),
+        ((1, 2), (1, 2), None),
+        ((0, 2), (1, 2), "rank: 0 of 2 here and 1 of 2 there share no head"),
+        ((0, 1), (0, 4), "tp: 1 here and 4 there do not both divide 2 KV heads"),
+    ],
+)
+def test_ranks_that_share_heads_fit(ours: tuple[int, int], theirs: tuple[int, int], says: str | None) -> None:
+    here = msgspec.structs.replace(HELLO, rank=ours[0], tp=ours[1])
+    there = msgspec.structs.replace(HELLO, epoch=2, rank=theirs[0], tp=theirs[1], slot_bytes=2048)
+    assert mismatch(here, there) == says
 
 
 def test_fitting_peers_and_oneself() -> None:
@@ -119,12 +135,6 @@ def test_silence_is_no_death_a_refused_connection_is() -> None:
         assert asked(probe), probe_endpoint
         assert not asked(LifeProbe("tcp://some.name:7000"))  # Looking a name up could block.
         probe.close()
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 def test_the_pure_modules_need_neither_sockets_nor_tensors() -> None:

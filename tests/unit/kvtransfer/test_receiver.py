@@ -29,7 +29,7 @@ def opened(tokens: int = 12, deadline_s: float = 10.0) -> tuple[TransferMachine,
     machine.receiver.source_ready(SOURCE, 0.0)
     machine.settle(0.0)
     (_, offer), (_, grant) = machine.outbox.to_sources
-    assert offer == Offer(1, 0, tokens) and isinstance(grant, Grant)
+    assert offer == Offer(1, 0, tokens, 1, TOKENS_PER_SLOT) and isinstance(grant, Grant)
     machine.outbox.to_sources.clear()
     return machine, list(grant.slots)
 
@@ -197,7 +197,7 @@ def test_an_empty_transfer_may_be_committed_before_the_source_is_there() -> None
     machine.on_command(OpenReceive(1, SOURCE, 7, 7, 10.0), 0.0)
     machine.on_command(Commit(1), 0.0)
     machine.receiver.source_ready(SOURCE, 0.0)
-    assert machine.outbox.to_sources == [(SOURCE, Offer(1, 7, 7)), (SOURCE, Committed(1))]
+    assert machine.outbox.to_sources == [(SOURCE, Offer(1, 7, 7, 1, TOKENS_PER_SLOT)), (SOURCE, Committed(1))]
     machine.on_source(SOURCE, Closed(1), 0.0)
     assert machine.next_deadline_s() is None and machine.outbox.to_worker == []
 

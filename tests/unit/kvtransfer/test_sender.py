@@ -17,7 +17,7 @@ from kvtransfer.messages import (
 )
 from kvtransfer.outbox import Piece, Write
 from kvtransfer.peer_messages import Cancel, Closed, Committed, Grant, Offer, Written
-from tests.unit.kvtransfer.cluster import TOKEN_BYTES, limits
+from tests.unit.kvtransfer.cluster import TOKEN_BYTES, TOKENS_PER_SLOT, limits
 
 HERE, ELSEWHERE = 77, 78
 """Epochs of two destinations."""
@@ -37,7 +37,7 @@ def confirmed(tokens: int = 12, grants: int = 2) -> tuple[TransferMachine, list[
     machine.on_command(OpenSend(1, 10.0), 0.0)
     say(machine, Offer(1, 0, tokens), Grant(1, [SlotUse(i, 5) for i in range(grants)]))
     event, *rest = machine.outbox.to_worker
-    assert event == SendConfirmed(1, 0, tokens)
+    assert event == SendConfirmed(1, 0, tokens, 1, TOKENS_PER_SLOT, 1)
     lent = [use for one in rest if isinstance(one, SendSlots) for use in one.slots]
     machine.outbox.to_worker.clear()
     return machine, lent
@@ -62,7 +62,7 @@ def test_offer_and_open_in_either_order(offer_first: bool) -> None:
     else:
         machine.on_command(OpenSend(1, 10.0), 0.0)
         say(machine, Offer(1, 3, 9))
-    assert machine.outbox.to_worker == [SendConfirmed(1, 3, 9)]
+    assert machine.outbox.to_worker == [SendConfirmed(1, 3, 9, 1, TOKENS_PER_SLOT, 1)]
     assert machine.outbox.drops == {}
 
 
@@ -220,7 +220,7 @@ def test_a_destination_that_needs_nothing_may_commit_before_the_worker_opens() -
     say(machine, Offer(1, 7, 7), Committed(1))
     assert machine.outbox.to_destinations == [(HERE, Closed(1))]
     machine.on_command(OpenSend(1, 10.0), 0.0)
-    assert machine.outbox.to_worker == [SendConfirmed(1, 7, 7), SendCommitted(1)]
+    assert machine.outbox.to_worker == [SendConfirmed(1, 7, 7, 1, TOKENS_PER_SLOT, 1), SendCommitted(1)]
     assert machine.next_deadline_s() is None
 
 
@@ -250,3 +250,28 @@ def test_slots_are_shared_between_sends() -> None:
     machine.settle(0.0)
     lent = {e.transfer_id: len(e.slots) for e in machine.outbox.to_worker if isinstance(e, SendSlots)}
     assert lent == {1: 1, 2: 1, 3: 1, 4: 1}
+
+
+def test_what_is_packed_at_once_goes_out_in_small_writes() -> None:
+    machine = TransferMachine(limits(10))
+    machine.on_command(OpenSend(1, 10.0), 0.0)
+    say(machine, Offer(1, 0, 20), Grant(1, [SlotUse(slot, 5) for slot in range(5)]))
+    lent: list[SlotUse] = []
+    for start, lendable in ((0, 2), (2, 3)):  # Before its first data a transfer is lent two.
+        uses = [e.slots for e in machine.outbox.to_worker if isinstance(e, SendSlots)][-1]
+        assert len(uses) == lendable
+        lent += uses
+        segments = [packed(use, 4 * (start + at)) for at, use in enumerate(uses)]
+        machine.on_command(Filled(1, segments), 0.0)
+        machine.settle(0.0)
+    writes = machine.outbox.writes
+    assert [[piece.local_slot for piece in write.pieces] for write in writes] == [
+        [lent[0].slot, lent[1].slot],
+        [lent[2].slot, lent[3].slot],
+        [lent[4].slot],
+    ]
+    assert [piece.remote_slot for write in writes for piece in write.pieces] == list(range(5))
+    machine.sender.write_done(writes[2].write_id, 0.0)
+    assert machine.pool.free == 6, "each write's end frees its own slots"
+    [(_, said)] = machine.outbox.to_destinations
+    assert isinstance(said, Written) and [s.slot for s in said.segments] == [4]

@@ -99,8 +99,8 @@ def test_the_next_deadline_always_lies_ahead(scene: Scene) -> None:
 
 def test_a_source_that_does_not_fit_is_left_alone(scene: Scene) -> None:
     scene.hear()
-    scene.say(msgspec.structs.replace(THEIRS, slot_bytes=999), 0.0)
-    assert "slot_bytes differs" in scene.reasons[0]
+    scene.say(msgspec.structs.replace(THEIRS, mover="other"), 0.0)
+    assert "mover differs" in scene.reasons[0]
     assert scene.sockets == [] and scene.machine.pool.free == 8
 
 

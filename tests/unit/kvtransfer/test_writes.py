@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvtransfer.errors import MoverError, PeerLostError
+from kvtransfer.errors import MoverBroken, MoverError, PeerLostError
 from kvtransfer.machine import TransferMachine
 from kvtransfer.messages import Aborted, Filled, OpenSend, Segment, SendSlots, SlotUse
 from kvtransfer.movers.base import PieceOfWrite, Progress, Region
@@ -84,6 +84,48 @@ def test_a_write_that_hangs_is_given_up_with_its_peer() -> None:
     assert bench.machine.pool.free == 2
     with pytest.raises(MoverError, match="unknown peer"):
         bench.mover.post("there", [PieceOfWrite(0, 0, 1)])
+
+
+class StoppingMover(LoopbackMover):
+    """One whose writes end some time after their peer was cut."""
+
+    busy = True
+
+    def step(self) -> None: ...
+    def notes(self) -> list[tuple[str, bytes]]:
+        return []
+
+    def faults(self) -> list[tuple[str, str]]:
+        return []
+
+    def cut(self, peer: str) -> None: ...
+    def accept_source(self, peer: str) -> None: ...
+    def leave_source(self, peer: str) -> None: ...
+    def on_note(self, peer: str, note: bytes) -> None: ...
+    def announced(self, peer: str) -> int:
+        return 0
+
+    def landed(self, peer: str) -> int:
+        return 0
+
+
+@pytest.mark.parametrize("stops", [True, False])
+def test_a_write_that_takes_time_to_stop_keeps_its_slots_until_then(
+    stops: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.unit.kvtransfer.test_writes.LoopbackMover", StoppingMover)
+    bench = Bench(Progress.PENDING)
+    bench.writes.post(bench.write, "there", 0.0)
+    bench.writes.poll(5.0)
+    assert bench.disconnected == [DESTINATION]
+    assert len(bench.writes) == 1 and bench.machine.pool.free == 1 and Closed not in bench.said
+    if stops:
+        bench.fate = Progress.FAILED
+        bench.writes.poll(5.1)
+        assert len(bench.writes) == 0 and bench.machine.pool.free == 2
+    else:
+        with pytest.raises(MoverBroken):
+            bench.writes.poll(10.0)
 
 
 def test_loopback_checks_bounds_and_notices_death() -> None:

@@ -2,7 +2,7 @@
 
 from msgspec.structs import replace
 
-from router.policy import Candidate, place
+from router.policy import Candidate, place, place_decode, spare
 from services.messages import Role, TransferAddress
 
 
@@ -75,3 +75,21 @@ def test_a_full_decode_worker_is_the_last_choice_but_still_one() -> None:
 def test_prefill_is_only_paired_with_its_own_model() -> None:
     p1, p2 = worker("p1", "prefill", model_digest="x"), worker("p2", "prefill", queued_tokens=5)
     assert names([p1, p2, worker("d", "decode")]) == ("p2", "d")
+
+
+def test_who_is_avoided_is_taken_only_where_there_is_no_other() -> None:
+    p, d, e = worker("p", "prefill"), worker("d", "decode"), worker("e", "decode")
+    assert spare([p, d, e], frozenset()) == [p, d, e]
+    assert spare([p, d, e], frozenset({"d"})) == [p, e]
+    assert spare([p, d], frozenset({"d"})) == [p, d]
+    assert spare([p, d, replace(e, transfer=None)], frozenset({"d"})) == [p, d, replace(e, transfer=None)]
+    assert spare([p, d, e], frozenset({"d", "e"})) == [p, d, e]
+    assert spare([p, d, e], frozenset({"d", "e"}), strict=True) == [p]
+
+
+def test_held_kv_goes_to_the_emptiest_decode_worker_of_its_model() -> None:
+    p, d = worker("p", "prefill"), worker("d", "decode", live_tokens=800)
+    e, f = worker("e", "decode", live_tokens=16), worker("f", "decode", model_digest="other")
+    assert place_decode([p, d, e, f], "m", 100) == e
+    assert place_decode([p, d, e, f], "other", 100) == f
+    assert place_decode([p, replace(e, transfer=None)], "m", 100) is None

@@ -1,6 +1,7 @@
 """The dispatch state machine, driven by hand: every way a flight can go, and what is sent on the way."""
 
 import pytest
+from msgspec.structs import replace
 
 from router.errors import ApiError
 from router.requests import MOVES, Flight, IllegalPhase, Phase, Send, Times
@@ -13,10 +14,12 @@ from services.messages import (
     Join,
     Prefill,
     PrefillDone,
+    PushAgain,
     Reserve,
     Sampling,
     Tokens,
     TransferAddress,
+    Undelivered,
     Work,
 )
 
@@ -167,24 +170,83 @@ def test_cancel_reaches_every_worker_involved(phase: Phase) -> None:
     assert not recorder.errors
 
 
-@pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize("worker", ["p", "d"])
+def break_one(flight: Flight, worker: str, lost: bool) -> list[Send]:
+    if lost:
+        return list(flight.on_worker_lost(worker, 5.0))
+    return list(flight.on_failed(worker, Failed(7, "transfer", "gone", True), 5.0))
+
+
+@pytest.mark.parametrize(("phase", "worker"), [*((phase, "p") for phase in PHASES), (Phase.DECODING, "d")])
 @pytest.mark.parametrize("lost", [True, False])
 def test_a_failure_of_one_side_cancels_the_other(phase: Phase, worker: str, lost: bool) -> None:
     flight, recorder = in_phase(phase)
     involved = PHASES[phase]
-    if lost:
-        sends = flight.on_worker_lost(worker, 5.0)
-    else:
-        sends = flight.on_failed(worker, Failed(7, "transfer", "gone", True), 5.0)
+    sends = break_one(flight, worker, lost)
     if worker not in involved:
         assert not flight.ended, "the prefill worker's part was over"
         assert not sends
         return
-    assert list(sends) == [Send(other, Cancel(7)) for other in involved if other != worker]
+    assert sends == [Send(other, Cancel(7)) for other in involved if other != worker]
     assert flight.phase is Phase.FAILED
-    assert [error.status for error in recorder.errors] == [503]
-    assert recorder.errors[0].committed == (phase is not Phase.PREFILLING)
+    assert (flight.open_choices, flight.failed_on) == ([0], worker)
+    error = recorder.errors[0]
+    assert error.status == 503
+    role = "decode" if worker == "d" else "prefill"
+    assert error.retry_reason == (f"{role}_lost" if lost else "transfer")
+    assert error.committed == (phase is not Phase.PREFILLING)
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_kv_that_is_held_is_pushed_to_another_decode_worker(lost: bool) -> None:
+    flight, recorder = in_phase(Phase.JOINING)
+    assert not break_one(flight, "d", lost)
+    assert (flight.phase, flight.workers) == (Phase.HELD, ("p",))
+    assert flight.error is not None and flight.error.retry_reason and not recorder.errors
+    work = replace(flight.work, request_id=8)
+    assert list(flight.pair("e", 8, 100, SOURCE)) == [
+        Send("p", PushAgain(7, 100)),
+        Send("e", Reserve(work, 100, SOURCE)),
+        Send("e", Join(8, [FirstToken(0, 10)])),
+    ]
+    assert flight.phase is Phase.JOINING
+    # what the former worker, or the new one under the former id, has to say
+    flight.on_decode_started("d", DecodeStarted(7, 0.1, 0.05, 3, 0), 6.0)
+    flight.on_decode_started("e", DecodeStarted(7, 0.1, 0.05, 3, 0), 6.0)
+    assert not flight.on_failed("e", Failed(7, "transfer", "late", True), 6.0)
+    assert not flight.on_undelivered("p", Undelivered(7, 99, "late"))
+    assert (flight.phase, flight.ignored) == (Phase.JOINING, 4)
+    flight.on_decode_started("e", DecodeStarted(8, 0.1, 0.05, 3, 0), 7.0)
+    assert not flight.on_tokens("e", Tokens(7, 0, [66]), 8.0)
+    assert not flight.on_tokens("e", Tokens(8, 0, [20]), 8.0)
+    assert recorder.tokens == [(0, 10), (0, 20)]
+    assert list(flight.cancel(9.0)) == [Send("e", Cancel(8))]
+
+
+def test_a_prompt_goes_on_while_its_decode_worker_is_replaced() -> None:
+    flight, recorder = make(choices=2)
+    flight.start()
+    assert list(flight.on_undelivered("p", Undelivered(7, 99, "no way through"))) == [Send("d", Cancel(7))]
+    assert flight.phase is Phase.UNPAIRED
+    prefilled(flight)
+    assert not flight.on_tokens("p", Tokens(7, 0, [10]), 1.0)
+    flight.pair("e", 8, 100, SOURCE)
+    assert flight.phase is Phase.PREFILLING
+    assert not flight.on_worker_lost("e", 1.0)
+    assert not flight.on_tokens("p", Tokens(7, 1, [11]), 1.0)
+    assert flight.phase is Phase.HELD
+    firsts = [FirstToken(0, 10), FirstToken(1, 11)]
+    assert list(flight.pair("f", 9, 101, SOURCE))[-1] == Send("f", Join(9, firsts))
+    assert list(flight.on_worker_lost("p", 2.0)) == [Send("f", Cancel(9))]
+    assert flight.phase is Phase.FAILED and recorder.prefilled == 1
+
+
+def test_an_unpaired_flight_may_end_with_its_first_tokens() -> None:
+    flight, _ = make()
+    flight.start()
+    flight.on_worker_lost("d", 1.0)
+    prefilled(flight)
+    assert not flight.on_tokens("p", Tokens(7, 0, [10], None, "length"), 2.0)
+    assert flight.phase is Phase.FINISHED
 
 
 @pytest.mark.parametrize(
@@ -201,7 +263,7 @@ def test_a_failure_of_one_side_cancels_the_other(phase: Phase, worker: str, lost
 )
 def test_failures_have_their_status(code: str, status: int) -> None:
     flight, recorder = in_phase(Phase.PREFILLING)
-    flight.on_failed("d", Failed(7, code, "why", True), 1.0)  # type: ignore[arg-type]
+    flight.on_failed("p", Failed(7, code, "why", True), 1.0)  # type: ignore[arg-type]
     error = recorder.errors[0]
     assert (error.status, error.message) == (status, "why")
     assert (error.retry_after_s is not None) == (status in (429, 503))

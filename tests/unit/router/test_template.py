@@ -1,6 +1,7 @@
 """Chat templates: what they get, and what they cannot do."""
 
 import datetime
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,11 @@ def test_the_default_of_named_templates(tmp_path: Path) -> None:
         "{{ 1 + 'a' }}",
         "{{ 1 // 0 }}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{{ 9 ** (9 ** 9) }}",
+        "{{ 2 ** -100000 }}",
+        "{{ 'x' * 2000000 }}",
+        "{{ 2000000 * [1] }}",
+        "{% set n = namespace(x=3) %}{% for i in range(60) %}{% set n.x = n.x * n.x %}{% endfor %}{{ n.x }}",
     ],
 )
 def test_what_a_template_may_not_do_is_a_client_error(tmp_path: Path, source: str) -> None:
@@ -77,6 +83,35 @@ def test_what_a_template_may_not_do_is_a_client_error(tmp_path: Path, source: st
         made.render(messages, True)
     assert (caught.value.status, caught.value.param) == (400, "messages")
     assert messages == MESSAGES
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for a in range(100) %}{% for b in range(100) %}{% for c in range(100) %}{% endfor %}"
+        "{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(20) }}",
+        "{% for a in [[1]] recursive %}{% for b in range(99999) if loop is defined %}{% endfor %}"
+        "{% endfor %}" * 9,
+        "{% macro f() %}{{ caller() }}{% endmacro %}{% for a in range(900) %}"
+        "{% for b in range(900) %}{% call f() %}{% endcall %}{% endfor %}{% endfor %}",
+    ],
+)
+def test_a_template_that_does_not_end_is_ended(tmp_path: Path, source: str) -> None:
+    ticks = itertools.count()
+    settings = {"chat_template": source}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    made = ChatTemplate(tmp_path, clock=lambda: next(ticks) * 1e-3)
+    for _ in range(2):  # each render has its own time
+        with pytest.raises(ApiError, match=r"does not come to an end: it ran for more than 1 s") as caught:
+            made.render(MESSAGES, True)
+        assert caught.value.status == 400
+    assert next(ticks) < 3e3
+
+
+def test_operators_that_are_bounded_still_work(tmp_path: Path) -> None:
+    source = "{{ 3 * 4 }} {{ 'ab' * 3 }} {{ 2 ** 10 }} {{ 1.5 * 2 }} {{ 2 ** 0.5 > 1 }} {{ '=' * 5 }}"
+    assert template(tmp_path, source).render(MESSAGES, True) == "12 ababab 1024 3.0 True ====="
 
 
 def test_no_template_is_said_when_one_is_needed(tmp_path: Path) -> None:

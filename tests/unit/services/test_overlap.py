@@ -2,7 +2,8 @@
 arrives, is cancelled, ends or runs out of pages meanwhile, and nothing is left at rest."""
 
 from collections import defaultdict
-from itertools import product
+from collections.abc import Iterator
+from itertools import product, repeat
 from random import Random
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.engine.batch import Drawn, Row, RowResult
-from services.kv_pull import Incoming
+from services.kv_pull import Incoming, Settled
 from services.messages import (
     Cancel,
     Failed,
@@ -39,6 +40,25 @@ EOS = frozenset(range(5))
 ROUTER = b"router"
 
 
+class FakeLaunched:
+    """Not known to be done before it has been asked `delay` times."""
+
+    def __init__(self, results: list[RowResult], delay: int, failed: bool) -> None:
+        self.results, self.delay, self.failed = results, delay, failed
+        self.done = None
+
+    @property
+    def is_done(self) -> bool:
+        self.delay -= 1
+        return self.delay < 0
+
+    def collect(self) -> list[RowResult]:
+        assert self.delay < 0, "collected before it was done"
+        if self.failed:
+            raise RuntimeError("the device failed")
+        return self.results
+
+
 class FakeDevice:
     """An engine whose steps are known to the host only when they are collected, but done in order.
 
@@ -53,6 +73,8 @@ class FakeDevice:
         self.launches = 0
         self.fails: set[int] = set()
         """Launches whose collection fails."""
+        self.delays: Iterator[int] = repeat(0)
+        """How often each launch is asked in vain whether it is done."""
 
     def copy_pages(self, pairs: list[tuple[int, int]]) -> None:
         for source, target in pairs:
@@ -66,14 +88,7 @@ class FakeDevice:
         self.launches += 1
         results = [RowResult([Drawn(token) for token in self._row(row)]) for row in rows]
         self.drawn = [drawn.token for result in results for drawn in result.drawn]
-        failed = self.launches in self.fails
-
-        def collect() -> list[RowResult]:
-            if failed:
-                raise RuntimeError("the device failed")
-            return results
-
-        return SimpleNamespace(collect=collect)
+        return FakeLaunched(results, next(self.delays), self.launches in self.fails)
 
     def _row(self, row: Row) -> list[int]:
         tokens = row.tokens if row.drawn_by < 0 else [self.drawn[row.drawn_by]]
@@ -92,7 +107,7 @@ class FakeDevice:
 class FakePull:
     """KV that has arrived as soon as it is asked for."""
 
-    ready = True
+    ready, in_flight = True, False
 
     def __init__(self, device: FakeDevice) -> None:
         self.device = device
@@ -100,6 +115,9 @@ class FakePull:
     def open(self, sequence: Sequence, transfer_id: int, source: object, deadline_s: float) -> Incoming:
         self.device.write(sequence.pages, 0, sequence.tokens)
         return Incoming(transfer_id, sequence, 0)
+
+    def settle(self) -> Settled:
+        return Settled()
 
     def close(self, transfer_id: int, abort_reason: str | None = None) -> bool:
         return False
@@ -236,6 +254,8 @@ def test_every_choice_gets_its_tokens(
 ) -> None:
     random = Random(seed)
     served = Served(kind, pages, overlap)
+    if overlap:
+        served.device.delays = (random.choice((0, 0, 1, 3)) for _ in repeat(None))
     for request_id in range(1, requests + 1):
         served.add(random_work(random, request_id, pages * SIZE))
         for _ in range(random.randrange(6)):

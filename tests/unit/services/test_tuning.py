@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from services.engine.ops import tuning
+from services.engine.ops.rms_norm import NormLaunch
 from services.engine.ops.tuning import Config, Shape, TuningTableError
 
 GPU = "NVIDIA Example 80GB"
@@ -90,3 +92,20 @@ def test_a_broken_table_is_named(directories: tuple[Path, Path], text: str) -> N
     with pytest.raises(TuningTableError):
         tuning.save({"linear": {(1,): {}}}, GPU, own)
     assert path.read_text() == text
+
+
+def test_a_kernel_gets_its_launch_from_the_table_and_its_default_without_one(
+    directories: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, cache = directories
+    default, measured, gpu = NormLaunch(8), NormLaunch(16), torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: GPU)
+    tuning.tuned.cache_clear()
+    assert tuning.tuned("rms_norm", (64, 1, 4096), gpu, default) == default
+    tuning.save({"rms_norm": {(256, 1, 4096): {"num_warps": 16}}}, GPU, cache)
+    assert tuning.tuned("rms_norm", (64, 1, 4096), gpu, default) == measured
+    assert tuning.tuned("rms_norm", (64, 1, 4096), torch.device("cpu"), default) == default
+    tuning.save({"rms_norm": {(256, 1, 4096): {"warps": 16}}}, GPU, cache)
+    with pytest.raises(TuningTableError, match="num_warps"):
+        tuning.tuned("rms_norm", (64, 1, 4096), gpu, default)
+    tuning.tuned.cache_clear()

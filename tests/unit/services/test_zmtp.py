@@ -61,6 +61,7 @@ class Peer:
 
     def __init__(self, path: Path) -> None:
         self.dropped: list[str] = []
+        self.mismatches: list[str] = []
         self.server: Server[Request, Report] = Server(
             f"ipc://{path}", Codec(Request), Codec(Report), on_drop=self.dropped.append
         )
@@ -80,12 +81,15 @@ class Heard:
         self.reports: list[Report] = []
         self.ends = 0
         self.dropped: list[str] = []
+        self.mismatches: list[str] = []
 
     def end(self) -> None:
         self.ends += 1
 
     def wire(self, path: Path) -> UnixWire:
-        return UnixWire(f"ipc://{path}", self.reports.extend, self.end, self.dropped.append)
+        return UnixWire(
+            f"ipc://{path}", self.reports.extend, self.mismatches.append, self.end, self.dropped.append
+        )
 
 
 async def until(done: Callable[[], bool], peer: Peer | None = None) -> None:

@@ -1,0 +1,46 @@
+"""What a transfer process tells its worker about itself."""
+
+import os
+
+import psutil
+
+from kvtransfer.cuda import CudaDevice
+from kvtransfer.machine import TransferMachine
+from kvtransfer.messages import Stats
+from kvtransfer.staging import Staging, device_bytes_of_this_process
+from kvtransfer.writes import Writes
+
+
+class Account:
+    """`device` is None where the staging buffer is host memory."""
+
+    def __init__(
+        self,
+        epoch: int,
+        machine: TransferMachine,
+        writes: Writes,
+        staging: Staging,
+        device: CudaDevice | None,
+    ) -> None:
+        self._epoch, self._machine, self._writes = epoch, machine, writes
+        self._staging, self._device = staging, device
+        self._process = psutil.Process()
+
+    def stats(self, peers: int, now_s: float) -> Stats:
+        machine, writes, device = self._machine, self._writes, self._device
+        return Stats(
+            epoch=self._epoch,
+            pid=os.getpid(),
+            counts=machine.pool.counts(),
+            open_sends=machine.sender.open_transfers,
+            open_receives=machine.receiver.open_transfers,
+            peers=peers,
+            moved_bytes=writes.moved_bytes,
+            moved_segments=writes.moved_segments,
+            move_seconds=writes.move_seconds,
+            oldest_grant_age_s=machine.pool.oldest_grant_age_s(now_s),
+            dropped=dict(machine.outbox.drops),
+            resident_bytes=self._process.memory_info().rss,
+            staging_resident_bytes=self._staging.resident_bytes(),
+            device_bytes=None if device is None else device_bytes_of_this_process(device.uuid),
+        )

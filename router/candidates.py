@@ -1,0 +1,34 @@
+"""What is known of each worker that can take work now, as values to choose from."""
+
+from collections.abc import Mapping
+
+from router.policy import Candidate
+from router.seats import Seats
+from services.client import ClientState, WorkerClient
+
+
+def candidates(clients: Mapping[str, WorkerClient], seats: Seats) -> list[Candidate]:
+    """Workers that are connected and ready, by their last report and the router's own account."""
+    found: list[Candidate] = []
+    for endpoint, client in clients.items():
+        hello, status, seat = client.hello, client.status, seats.of[endpoint]
+        if client.state is not ClientState.READY or hello is None or status is None:
+            continue
+        if status.state != "ready":
+            continue
+        found.append(
+            Candidate(
+                name=endpoint,
+                role=status.role,
+                model_digest=hello.model_digest,
+                transfer=hello.transfer,
+                page_size_tokens=hello.page_size_tokens,
+                pages=hello.pages,
+                reported_queued=status.queued,
+                reported_running=status.running,
+                reported_used_pages=status.pages.used,
+                queued_tokens=seat.queued_tokens,
+                live_tokens=seat.live_tokens,
+            )
+        )
+    return found

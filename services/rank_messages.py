@@ -1,0 +1,151 @@
+"""What the leading rank of a worker and its other ranks say to each other, over a socket pair.
+
+The leader orders (`Order`), in the order in which it calls its own engine; a rank answers (`Answer`) only
+what has an answer. Steps have none: the ranks meet in the step's sums.
+"""
+
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+Rank = Annotated[int, Meta(ge=1, lt=1024)]
+
+
+class StartRank(Struct, frozen=True, tag="start", forbid_unknown_fields=True):
+    """First of all. `config` is the rank's `WorkerConfig` in JSON, `store` the file where ranks meet."""
+
+    config: bytes
+    store: str
+
+
+class Load(Struct, frozen=True, tag="load", forbid_unknown_fields=True):
+    """Answered with the weights' bytes."""
+
+
+class MeasureActivations(Struct, frozen=True, tag="measure", forbid_unknown_fields=True):
+    """Answered with the peak's bytes."""
+
+
+class AllocatePool(Struct, frozen=True, tag="pool", forbid_unknown_fields=True):
+    """Answered with the pool's bytes. The rank caps its allocator at `limit_bytes` first."""
+
+    pages: Annotated[int, Meta(ge=1)]
+    limit_bytes: int
+
+
+class CaptureGraphs(Struct, frozen=True, tag="graphs", forbid_unknown_fields=True):
+    """Answered with the graphs' bytes."""
+
+
+class Grown(Struct, frozen=True, array_like=True):
+    """Page table number `table` goes on with `pages` from its page number `start`; at 0 it is a new one."""
+
+    table: Annotated[int, Meta(ge=0)]
+    start: Annotated[int, Meta(ge=0)]
+    pages: list[int]
+
+
+class StepRow(Struct, frozen=True, array_like=True):
+    """An engine's `Row`, with its page table by number and only the number of its draws: rank 0 draws."""
+
+    tokens: list[int]
+    start: int
+    table: int
+    draws: int
+    targets: list[int]
+    drawn_by: int
+
+
+class Step(Struct, frozen=True, tag="step", forbid_unknown_fields=True):
+    grown: list[Grown]
+    rows: list[StepRow]
+
+
+class CopyPages(Struct, frozen=True, tag="copy", forbid_unknown_fields=True):
+    pairs: list[tuple[int, int]]
+
+
+class MapStaging(Struct, frozen=True, tag="map", forbid_unknown_fields=True):
+    """The staging buffer of the rank's transfer process, in its present life: as a UNIX socket that hands it
+    out, or as a CUDA IPC handle; with neither there is none. A former one is let go."""
+
+    slots: Annotated[int, Meta(ge=0, lt=2**20)]
+    slot_bytes: Annotated[int, Meta(ge=0, lt=2**40)]
+    staging_socket: str | None
+    cuda_ipc_handle: bytes | None
+
+
+class MoveKv(Struct, frozen=True, tag="move", forbid_unknown_fields=True):
+    """Pack tokens into a slot, or unpack them; answered with `Moved` once it is done, in the order of orders.
+
+    `pages` cover the tokens exactly; `first_offset` is the first one's place in them. The heads are counted
+    within the rank.
+    """
+
+    is_pack: bool
+    pages: list[int]
+    first_offset: int
+    token_count: int
+    slot: int
+    with_checksum: bool
+    first_head: int
+    end_head: int
+
+
+class HoldSteps(Struct, frozen=True, tag="hold", forbid_unknown_fields=True):
+    """Steps ordered from now on wait for the moves so far: their pages are given away."""
+
+
+class ReportMemory(Struct, frozen=True, tag="report", forbid_unknown_fields=True):
+    """Answered with `RankMemory`."""
+
+
+class StopRank(Struct, frozen=True, tag="stop", forbid_unknown_fields=True):
+    """The rank leaves its loop."""
+
+
+Order = (
+    StartRank
+    | Load
+    | MeasureActivations
+    | AllocatePool
+    | CaptureGraphs
+    | Step
+    | CopyPages
+    | MapStaging
+    | MoveKv
+    | HoldSteps
+    | ReportMemory
+    | StopRank
+)
+
+
+class Done(Struct, frozen=True, tag="done", forbid_unknown_fields=True):
+    """The answer of an order that has one: a number of bytes."""
+
+    byte_count: int
+
+
+class Moved(Struct, frozen=True, tag="moved", forbid_unknown_fields=True):
+    """A move is done; with the checksum of the slot's bytes if it was asked for."""
+
+    checksum: int | None
+
+
+class RankMemory(Struct, frozen=True, tag="memory", forbid_unknown_fields=True):
+    """What the rank measured of its own lines of the ledger; None where nobody tells."""
+
+    weights_bytes: int
+    kv_pool_bytes: int
+    activation_bytes: int
+    graphs_bytes: int | None
+    context_bytes: int | None
+
+
+class RankFailed(Struct, frozen=True, tag="failed", forbid_unknown_fields=True):
+    """The rank ends, with this message."""
+
+    message: str
+
+
+Answer = Done | Moved | RankMemory | RankFailed

@@ -1,0 +1,70 @@
+"""A transfer client and a rank's moves that only note what they are asked."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvtransfer.messages import Segment, SlotUse, TransferAddress
+from services.engine.moves import Mark, Move
+
+
+@dataclass
+class FakeClient:
+    opened: list[int] = field(default_factory=list)
+    asked: list[tuple[int, str, int]] = field(default_factory=list)
+    """Transfer, source's endpoint and number of heads."""
+    committed: list[int] = field(default_factory=list)
+    aborted: list[int] = field(default_factory=list)
+    packs_idle: Any = None
+    ready: bool = True
+    checksum: bool = False
+
+    def open_send(self, transfer_id: int, deadline_s: float) -> None:
+        self.opened.append(transfer_id)
+
+    def open_receive(
+        self, transfer_id: int, source: TransferAddress, start: int, end: int, deadline_s: float, heads: int
+    ) -> None:
+        self.asked.append((transfer_id, source.endpoint, heads))
+
+    def filled(self, transfer_id: int, segments: list[Segment]) -> None: ...
+
+    def freed(self, slots: list[SlotUse]) -> None: ...
+
+    def commit(self, transfer_id: int) -> None:
+        self.committed.append(transfer_id)
+
+    def abort(self, transfer_id: int, reason: str) -> None:
+        self.aborted.append(transfer_id)
+
+
+@dataclass(frozen=True)
+class Made:
+    start_token: int
+    token_count: int
+    slot: int
+    heads: range
+
+
+@dataclass
+class FakeMoves:
+    made: list[Made] = field(default_factory=list)
+
+    def pack(
+        self,
+        pages: list[int],
+        start_token: int,
+        token_count: int,
+        slot: int,
+        with_checksum: bool,
+        after: Mark | None,
+        heads: range,
+    ) -> Move:
+        self.made.append(Made(start_token, token_count, slot, heads))
+        return Move(64)
+
+    unpack = pack
+
+    def mark(self) -> None:
+        return None
+
+    def hold_steps(self, move: Move) -> None: ...

@@ -1,0 +1,62 @@
+"""Whose device buffer a worker maps, and that it lets go of a dead one."""
+
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import pytest
+
+from services import staging as module
+from services.staging import Staging
+
+SLOT_BYTES = 4
+
+
+class Mapping:
+    """Stands for a mapped buffer: knows its handle and whether it is mapped."""
+
+    mapped: ClassVar[list[bytes]] = []
+
+    def __init__(self, handle: bytes, byte_count: int, device_index: int) -> None:
+        self.handle, self.view = handle, bytes(range(byte_count))
+        self.mapped.append(handle)
+
+    def close(self) -> None:
+        self.mapped.remove(self.handle)
+
+
+@pytest.fixture
+def client(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(module, "CudaStaging", Mapping)
+    monkeypatch.setattr(Mapping, "mapped", [])
+    return SimpleNamespace(
+        attached=SimpleNamespace(cuda_ipc_handle=b"first"),
+        address=SimpleNamespace(epoch=1),
+        slots=3,
+        slot_bytes=SLOT_BYTES,
+    )
+
+
+def test_it_is_mapped_at_start_and_once(client: Any) -> None:
+    staging = Staging(client, 0)
+    assert Mapping.mapped == []
+    staging.open()
+    assert Mapping.mapped == [b"first"]
+    assert staging.slot(1) == bytes(range(4, 8))  # type: ignore[comparison-overlap]
+    assert Mapping.mapped == [b"first"]
+
+
+def test_a_dead_buffer_is_let_go_and_the_next_one_mapped_when_needed(client: Any) -> None:
+    staging = Staging(client, 0)
+    staging.open()
+    staging.close()
+    assert Mapping.mapped == []
+    staging.close()
+    client.attached.cuda_ipc_handle, client.address.epoch = b"second", 2
+    staging.slot(0)
+    assert Mapping.mapped == [b"second"]
+
+
+def test_host_memory_is_not_mapped_here(client: Any) -> None:
+    client.attached.cuda_ipc_handle = None
+    Staging(client, 0).open()
+    assert Mapping.mapped == []
