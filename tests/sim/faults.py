@@ -112,7 +112,8 @@ class Faults:
         if not self._on or not all(isinstance(end, TransferHost) for end in ends):
             return [frame]
         rng = self.rng
-        way = f"{connection.server.endpoint} {upward}"
+        # Of the same sender, in whatever life: who could say another's words could say anything.
+        way = f"{connection.link.owner.name} {connection.server.endpoint} {upward}"
         arrived = [frame]
         if rng.random() < self._loss:
             self.happened["lost or damaged frame"] += 1

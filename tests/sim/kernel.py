@@ -10,6 +10,8 @@ from collections.abc import Callable
 from random import Random
 
 START_S = 1000.0
+MOST_EVENTS = 100_000
+"""Of one seed; a few thousand are usual."""
 LogEntry = tuple[float, str, str, object]
 
 
@@ -49,6 +51,8 @@ class World:
         while self._queue and self._queue[0][0] <= end_s:
             self.now_s, _, action = heapq.heappop(self._queue)
             self.events += 1
+            if self.events > MOST_EVENTS:
+                raise Violation(f"{self.events} events, and no end")
             action()
             if done is not None and done():
                 return True

@@ -30,6 +30,7 @@ class Socket:
         self.monitor: Socket | None = None
         self.monitored: Socket | None = None
         self.disconnects = 0
+        self.closed = False
 
     def getsockopt(self, option: int) -> int:
         if option == zmq.FD:
@@ -51,6 +52,8 @@ class Socket:
         return MONITOR_FRAMES
 
     def disable_monitor(self) -> None:
+        if self.monitor is not None:
+            self.monitor.closed = True
         self.monitor = None
         self.disconnects = 0
 
@@ -91,7 +94,7 @@ class Server:
             if not self.inbox:
                 break
             peer, frame = self.inbox.popleft()
-            messages = decode_frame(self._receives, [frame], self._on_drop)
+            messages = decode_frame(self._receives, [frame], self._on_drop, self._on_drop)
             if messages is not None:
                 arrived.append((peer, messages))
         return arrived
@@ -113,6 +116,7 @@ class Link:
     ) -> None:
         self.network, self.endpoint = network, endpoint
         self.owner = network.owner()
+        self.mismatch = ""
         self._receives, self._sends, self._on_drop = receives, sends, on_drop
         self.inbox: deque[bytes] = deque()
         self.unsent: deque[tuple[bytes, list[Any]]] = deque()
@@ -129,7 +133,7 @@ class Link:
         for _ in range(FRAMES_PER_RECEIVE):
             if not self.inbox:
                 break
-            messages = decode_frame(self._receives, [self.inbox.popleft()], self._on_drop)
+            messages = decode_frame(self._receives, [self.inbox.popleft()], self._on_drop, self._on_drop)
             if messages is not None:
                 arrived.extend(messages)
         return arrived

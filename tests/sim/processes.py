@@ -62,7 +62,9 @@ class TransferHost(Process):
         process, now_s = self.process, self.world.clock_s()
         assert process is not None
         process.step(now_s)
-        return process.next_deadline_s(now_s) - self.offset_s
+        # Whole milliseconds, as its poll takes them: a deadline is never met a rounding error too early.
+        sleep_ms = int(max(process.next_deadline_s(now_s) - now_s, 0.0) * 1000) + 1
+        return self.world.now_s + sleep_ms / 1000
 
     def terminate(self) -> None:
         """What SIGTERM leads to."""
@@ -298,9 +300,9 @@ class RouterHost(Process):
         dispatcher = self.dispatcher
         if dispatcher is None:
             return None
-        seats = [seat for seat in dispatcher._seats.values() if seat.live_requests or seat.live_tokens]
-        queued = [seat for seat in dispatcher._seats.values() if seat.queued_tokens]
-        if dispatcher.live or seats or queued or dispatcher._queued:
+        seats = [seat for seat in dispatcher._seats.of.values() if seat.live_requests or seat.live_tokens]
+        queued = [seat for seat in dispatcher._seats.of.values() if seat.queued_tokens]
+        if dispatcher.live or seats or queued or dispatcher._seats._queued:
             return f"{dispatcher.live} flights, seats {seats + queued}"
         return None
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+import kvtransfer.account
 import kvtransfer.client
 import kvtransfer.process
 import kvtransfer.sources
@@ -101,10 +102,10 @@ class Seams:
             (kvtransfer.process, "HostStaging", SimStaging),
             (kvtransfer.process, "select_mover", self._mover),
             (kvtransfer.process, "StagingDoor", partial(SimDoor, self.doors)),
-            (kvtransfer.process, "psutil", SimpleNamespace(Process=lambda: process_info)),
+            (kvtransfer.account, "psutil", SimpleNamespace(Process=lambda: process_info)),
             (kvtransfer.process, "secrets", SimpleNamespace(randbelow=self.world.rng.randrange)),
             (kvtransfer.process, "time", clock),
-            (kvtransfer.process, "os", SimpleNamespace(getpid=lambda: 1)),
+            (kvtransfer.account, "os", SimpleNamespace(getpid=lambda: 1)),
             (kvtransfer.sources, "Link", self._link),
             (kvtransfer.sources, "LifeProbe", partial(SimProbe, self.network)),
             (kvtransfer.client, "Link", self._link),
@@ -121,13 +122,15 @@ class Seams:
 
     # ------------------------------------------------------------ what stands in for what
 
-    def _server(self, endpoint: str, receives: Any, sends: Any, *, keys: Any = None, on_drop: Any) -> Server:
+    def _server(
+        self, endpoint: str, receives: Any, sends: Any, *, keys: Any = None, on_drop: Any, refusal: Any = None
+    ) -> Server:
         return Server(self.network, endpoint, receives, sends, on_drop)
 
     def _link(self, endpoint: str, receives: Any, sends: Any, *, keys: Any = None, on_drop: Any) -> Link:
         return Link(self.network, endpoint, receives, sends, on_drop)
 
-    def _mover(self, config: TransferConfig, agent_name: str) -> SimMover:
+    def _mover(self, config: TransferConfig, agent_name: str, device: None, ipc_handle: None) -> SimMover:
         return SimMover(self.fabric, agent_name, config.slots * config.slot_bytes, config.slot_bytes)
 
     def _receive_staging(self, path: Path, byte_count: int, timeout_s: float) -> Mapping:

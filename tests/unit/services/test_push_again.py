@@ -132,6 +132,7 @@ def test_held_kv_gives_way_to_a_confirmed_prompt_and_is_computed_again() -> None
     assert [chunk.sequence.work.request_id for chunk in plan.chunks] == [2]
     assert sequence.state is State.WAITING
     scene.role.scheduler.launched(plan)
+    plan.chunks[0].sequence.choices = []  # its first tokens are out
     scene.role.on_transfer(SendCommitted(60))
     assert not scene.role.scheduler.schedule(), "not before somebody takes it"
     scene.role.accept(ROUTER, PushAgain(1, 51))
