@@ -220,7 +220,8 @@ class WorkerClient:
         silent_s = self._loop.time() - self._heard_at_s
         if silent_s > self._timeout_s:
             # If this process was stopped itself, what came meanwhile is still to be read.
-            self._on_readable()
+            if self._wire is not None:
+                self._wire.poll()
             silent_s = self._loop.time() - self._heard_at_s
         if self.state is ClientState.LOST:
             try:

@@ -46,6 +46,9 @@ class Wire(Protocol):
     def send(self, messages: list[Request]) -> bool:
         """One frame. False: too much waits to be sent. Raises ProtocolError if it is too large."""
 
+    def poll(self) -> None:
+        """Takes what has arrived already, before the loop comes round to it."""
+
     def close(self) -> None:
         """Drops what is unsent; no callback follows. Idempotent."""
 
@@ -134,9 +137,9 @@ class UnixWire:
             self._retry_s = min(2 * self._retry_s, RETRY_MAX_S)
             return
         self._socket = connection
-        self._loop.add_reader(connection.fileno(), self._on_readable)
+        self._loop.add_reader(connection.fileno(), self.poll)
 
-    def _on_readable(self) -> None:
+    def poll(self) -> None:
         connection = self._socket
         if connection is None:
             return
@@ -217,7 +220,7 @@ class ZmqWire:
         self._closed = False
         self._loop = asyncio.get_running_loop()
         self._monitor: zmq.Socket[bytes] = self._link.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        self._loop.add_reader(_descriptor(self._link.socket), self._on_readable)
+        self._loop.add_reader(_descriptor(self._link.socket), self.poll)
         self._loop.add_reader(_descriptor(self._monitor), self._on_monitor)
         # A ZMQ descriptor only tells of a change after somebody has looked and found nothing.
         self._loop.call_soon(self._on_monitor)
@@ -226,7 +229,7 @@ class ZmqWire:
         sent = self._link.send(messages)
         # ZMQ's descriptor is edge-triggered and sending may swallow the edge of something that arrived.
         if self._link.pending():
-            self._loop.call_soon(self._on_readable)
+            self._loop.call_soon(self.poll)
         return sent
 
     def close(self) -> None:
@@ -239,7 +242,7 @@ class ZmqWire:
         self._monitor.close(linger=0)
         self._link.close()
 
-    def _on_readable(self) -> None:
+    def poll(self) -> None:
         if self._closed:
             return
         reports = self._link.receive()
@@ -250,7 +253,7 @@ class ZmqWire:
         self._on_reports(reports)
         # One batch a turn, so that a flood of frames does not starve the HTTP side.
         if not self._closed and self._link.pending():
-            self._loop.call_soon(self._on_readable)
+            self._loop.call_soon(self.poll)
 
     def _on_monitor(self) -> None:
         ended = False
@@ -261,6 +264,6 @@ class ZmqWire:
             return
         # Frames that came before the end still count: a last `Failed` says more than "lost".
         while not self._closed and self._link.pending():
-            self._on_readable()
+            self.poll()
         if not self._closed:
             self._on_end()
