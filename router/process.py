@@ -22,6 +22,7 @@ import uvicorn
 from router.app import build_app
 from router.bodies import BodyDecoder
 from router.config import RouterConfig, RouterConfigError
+from router.connection import HttpConnection
 from router.dispatch import Dispatcher
 from router.errors import ApiError
 from router.generate import Service
@@ -65,7 +66,7 @@ def run(config: RouterConfig) -> None:
         uvicorn.Config(
             build_app(service),
             loop="uvloop",
-            http="httptools",
+            http=HttpConnection,
             ws="none",
             lifespan="off",
             access_log=False,

@@ -2,12 +2,15 @@
 
 The library spends its time on Unicode classes, offsets and masks that nobody here asks for. A text of ASCII
 characters needs none of that: added tokens are cut out, the tokenizer's own pattern (with its Unicode classes
-narrowed to ASCII) cuts the rest into words, and each word's tokens are asked of the model once. Other texts,
-and tokenizers of any other make, are the library's. Pure.
+narrowed to ASCII) cuts the rest into words, and each word's tokens are asked of the model once. Where the
+pattern is made of parts that begin a word at every single space, the text is cut there first, and the pattern
+sees only what is met between two spaces for the first time. Other texts, and tokenizers of any other make,
+are the library's. Pure.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -23,6 +26,22 @@ _ASCII_OF_CLASS = {
     "Lt": "", "Lm": "", "Lo": "", "M": "", "Mn": "", "Nl": "", "No": "",
 }  # fmt: skip
 _SAME_ESCAPES = frozenset("rntsSdDwW")
+_CONTRACTIONS = re.compile(r"'?\(\?i?:['\w\[\]|]+\)")
+"""A choice of letters and apostrophes."""
+_STARTS_AT_SPACES = frozenset(
+    (
+        "'s", "'t", "'re", "'ve", "'m", "'ll", "'d", "CONTRACTIONS",
+        r" ?\p{L}+", r" ?\p{N}+", r" ?[^\s\p{L}\p{N}]+",
+        r"[^\r\n\p{L}\p{N}]?\p{L}+", r"\p{N}{1,3}", r"\p{N}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*", r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+CONTRACTIONS?",
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*CONTRACTIONS?",
+        r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+",
+    )
+)  # fmt: skip
+"""Alternatives of GPT-2, Llama 3, Qwen 2 and o200k. A space that follows none and comes before no white space
+is the first character of whatever matches it: those that are not white space alone take a space as their
+first character only, and those that are end before it, just as they end where a text does."""
 _GROUPS = re.compile(r"\((?!\?)|\(\?(?:i?:|!|=)")
 _CLASS_NAME = re.compile(r"\\p\{(\w+)\}")
 _NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD")
@@ -66,21 +85,27 @@ def ascii_pattern(source: str) -> str | None:
     return None if "[]" in pattern or "[^]" in pattern else pattern
 
 
+def starts_at_spaces(source: str) -> bool:
+    """Whether a pattern begins a word at every space that follows none and comes before no white space; False
+    where that is unsure."""
+    return _STARTS_AT_SPACES.issuperset(_CONTRACTIONS.sub("CONTRACTIONS", source).split("|"))
+
+
 def _pattern_of(values: dict[str, Any]) -> str | None:
-    """The pattern that cuts words, where the pre-tokenizer is one pattern and the bytes' stand-ins."""
+    """The tokenizer's own pattern, where the pre-tokenizer is one pattern and the bytes' stand-ins."""
     entry = values.get("pre_tokenizer") or {}
     steps: list[dict[str, Any]] = entry.get("pretokenizers") or [entry]
     last = steps[-1]
     if last.get("type") != "ByteLevel" or last.get("add_prefix_space") is not False:
         return None
     if len(steps) == 1:
-        return ascii_pattern(_GPT2_PATTERN) if last.get("use_regex", True) else None
+        return _GPT2_PATTERN if last.get("use_regex", True) else None
     if len(steps) != 2 or last.get("use_regex", True) or steps[0].get("type") != "Split":
         return None
     if steps[0].get("behavior") != "Isolated" or steps[0].get("invert"):
         return None
     source = (steps[0].get("pattern") or {}).get("Regex")
-    return ascii_pattern(source) if isinstance(source, str) else None
+    return source if isinstance(source, str) else None
 
 
 def _is_understood(values: dict[str, Any]) -> bool:
@@ -109,14 +134,40 @@ def _probes(added: Sequence[str]) -> list[str]:
     ]
 
 
+class _Unsure(Exception):
+    """This way of cutting the text may not be the library's."""
+
+
+class _Memory(dict[str, list[int]]):
+    """Tokens of texts met before; those of another are asked for, and kept if it is short."""
+
+    def __init__(self, ask: Callable[[str], list[int]]) -> None:
+        super().__init__()
+        self._ask = ask
+
+    def __missing__(self, text: str) -> list[int]:
+        tokens = self._ask(text)
+        if len(text) <= MAX_WORD_CHARACTERS:
+            if len(self) >= MAX_WORDS:
+                self.clear()
+            self[text] = tokens
+        return tokens
+
+
 class WordEncoder:
     """The ids that `tokenizer.encode` gives, for ASCII text. `make` is the way to get one.
 
-    `table` maps each ASCII character to its byte's stand-in in the vocabulary.
+    `table` maps each ASCII character to its byte's stand-in in the vocabulary; `at_spaces` is what
+    `starts_at_spaces` says of the pattern.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, pattern: str, added: dict[str, int], table: dict[int, str]
+        self,
+        tokenizer: Tokenizer,
+        pattern: str,
+        added: dict[str, int],
+        table: dict[int, str],
+        at_spaces: bool = False,
     ) -> None:
         self._model, self._table, self._added = tokenizer.model, table, added
         self._words = re.compile(pattern, re.ASCII)
@@ -127,7 +178,9 @@ class WordEncoder:
         starts = [at for at in range(len(whole)) if whole[at : at + len(plain)] == plain]
         self._before = whole[: starts[0]]
         self._after = whole[starts[0] + len(plain) :]
-        self._known: dict[str, list[int]] = {}
+        self._at_spaces = at_spaces
+        self._known = _Memory(self._ask)
+        self._after_space = _Memory(self._ask_after_space)
 
     @classmethod
     def make(
@@ -135,12 +188,13 @@ class WordEncoder:
     ) -> "WordEncoder | None":
         """`values` is the content of `tokenizer.json`. None for a tokenizer that this does not understand, or
         on which it once disagrees with the library."""
-        pattern = _pattern_of(values)
-        if pattern is None or not _is_understood(values):
+        source = _pattern_of(values)
+        pattern = None if source is None else ascii_pattern(source)
+        if source is None or pattern is None or not _is_understood(values):
             return None
         added = {token.content: number for number, token in tokenizer.get_added_tokens_decoder().items()}
         try:
-            encoder = cls(tokenizer, pattern, added, stand_ins)
+            encoder = cls(tokenizer, pattern, added, stand_ins, starts_at_spaces(source))
         except (re.error, IndexError):
             return None
         for probe in _probes(list(added)):
@@ -149,6 +203,7 @@ class WordEncoder:
                 if probe.isascii() and encoder.encode(probe, special) != expected:
                     return None
         encoder._known.clear()
+        encoder._after_space.clear()
         return encoder
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int] | None:
@@ -157,30 +212,42 @@ class WordEncoder:
             return None
         ids = list(self._before) if add_special_tokens else []
         parts = [text] if self._cut is None else self._cut.split(text)
-        for number, part in enumerate(parts):
-            if number % 2:
-                ids.append(self._added[part])
-            elif part and not self._add_words(part, ids):
-                return None
+        try:
+            for number, part in enumerate(parts):
+                if number % 2:
+                    ids.append(self._added[part])
+                elif part:
+                    ids += self._encode_part(part)
+        except _Unsure:
+            return None
         if add_special_tokens:
             ids += self._after
         return ids
 
-    def _add_words(self, text: str, ids: list[int]) -> bool:
-        """False: the pattern leaves something out."""
+    def _encode_part(self, text: str) -> list[int]:
+        """Raises _Unsure if the pattern leaves something out."""
+        if not self._at_spaces:
+            return self._encode_words(text)
+        first, *others = text.split(" ")
+        try:
+            ids = self._encode_words(first)
+            # All in C where everything was met before.
+            ids.extend(chain.from_iterable(map(self._after_space.__getitem__, others)))
+        except _Unsure:
+            return self._encode_words(text)
+        return ids
+
+    def _encode_words(self, text: str) -> list[int]:
         words = self._words.findall(text)
         if len("".join(words)) != len(text):
-            return False
-        known = self._known
-        for word in words:
-            tokens = known.get(word)
-            ids += self._ask(word) if tokens is None else tokens
-        return True
+            raise _Unsure
+        return list(chain.from_iterable(map(self._known.__getitem__, words)))
 
     def _ask(self, word: str) -> list[int]:
-        tokens = [token.id for token in self._model.tokenize(word.translate(self._table))]
-        if len(word) <= MAX_WORD_CHARACTERS:
-            if len(self._known) >= MAX_WORDS:
-                self._known.clear()
-            self._known[word] = tokens
-        return tokens
+        return [token.id for token in self._model.tokenize(word.translate(self._table))]
+
+    def _ask_after_space(self, text: str) -> list[int]:
+        # With more white space the pattern takes them together.
+        if not text or text[0].isspace():
+            raise _Unsure
+        return self._encode_words(" " + text)

@@ -1,11 +1,11 @@
 """The asyncio side of one worker: what a router holds for each of its workers.
 
 Life of a connection:
-1. `start()` opens a link and greets with `RouterHello`.
+1. `start()` opens a wire and greets with `RouterHello`.
 2. `WorkerHello` makes it READY, until that worker's epoch ends; `Refusal` makes it REFUSED.
 3. Every `heartbeat_s` a `StatusRequest` goes out; any frame that comes back proves life.
 4. A closed connection, `timeout_s` of silence or another epoch makes it LOST: everything that was asked of
-   that life is void. The link is thrown away with all it had queued, and a new one begins at 1.
+   that life is void. The wire is thrown away with all it had queued, and a new one begins at 1.
 """
 
 import asyncio
@@ -14,10 +14,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-import zmq
-import zmq.utils.monitor
-
-from kvtransfer.channel import ChannelKeys, Codec, Link
+from kvtransfer.channel import ChannelKeys
 from kvtransfer.errors import BatonTransferError, TransferConfigError
 from services.messages import (
     VERSION,
@@ -29,11 +26,9 @@ from services.messages import (
     StatusRequest,
     WorkerHello,
 )
+from services.wires import Wire, open_wire
 
 logger = logging.getLogger(__name__)
-
-READABLE = int(zmq.POLLIN)
-"""A plain int: the enum's own `&` costs more than asking ZMQ."""
 
 
 class ClientState(enum.Enum):
@@ -73,10 +68,6 @@ def load_keys(key_dir: Path | None) -> ChannelKeys | None:
         raise ClientConfigError(str(error)) from error
 
 
-def _descriptor(socket: "zmq.Socket[bytes]") -> int:
-    return int(socket.getsockopt(zmq.FD))
-
-
 class WorkerClient:
     """One worker, as one event loop sees it. Not thread-safe: everything happens in that loop.
 
@@ -106,9 +97,7 @@ class WorkerClient:
         self._router_epoch = router_epoch
         self._on_reports, self._on_state = on_reports, on_state
         self._keys, self._heartbeat_s, self._timeout_s = keys, heartbeat_s, timeout_s
-        self._receives, self._sends = Codec[Report](Report), Codec[Request](Request)
-        self._link: Link[Report, Request] | None = None
-        self._monitor: zmq.Socket[bytes] | None = None
+        self._wire: Wire | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._heard_at_s = 0.0
         self._ask_id = 0
@@ -128,7 +117,7 @@ class WorkerClient:
             return
         if self._timer is not None:
             self._timer.cancel()
-        self._drop_link()
+        self._drop_wire()
         self.hello = self.status = None
         self._move(ClientState.CLOSED, "closed")
 
@@ -138,58 +127,44 @@ class WorkerClient:
             return False
         return self._send(messages)
 
-    # -- the link
+    # -- the wire
 
     def _open(self) -> None:
-        self._link = Link(self.endpoint, self._receives, self._sends, keys=self._keys, on_drop=self._on_drop)
-        socket = self._link.socket
-        self._monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        self._loop.add_reader(_descriptor(socket), self._on_readable)
-        self._loop.add_reader(_descriptor(self._monitor), self._on_monitor)
+        self._wire = open_wire(
+            self.endpoint,
+            self._keys,
+            on_reports=self._on_arrived,
+            on_mismatch=self._on_mismatch,
+            on_end=self._on_end,
+            on_drop=self._on_drop,
+        )
         self._heard_at_s = self._loop.time()
         self._move(ClientState.CONNECTING, "connecting")
-        # A ZMQ descriptor only tells of a change after somebody has looked and found nothing.
-        self._on_monitor()
         self._send([RouterHello(VERSION, self._router_epoch)])
 
-    def _drop_link(self) -> None:
-        link, monitor = self._link, self._monitor
-        self._link = self._monitor = None
-        if link is None or monitor is None:
-            return
-        self._loop.remove_reader(_descriptor(link.socket))
-        self._loop.remove_reader(_descriptor(monitor))
-        link.socket.disable_monitor()
-        monitor.close(linger=0)
-        link.close()
+    def _drop_wire(self) -> None:
+        wire, self._wire = self._wire, None
+        if wire is not None:
+            wire.close()
 
     def _send(self, messages: list[Request]) -> bool:
-        link = self._link
-        if link is None:
+        if self._wire is None:
             return False
         try:
-            sent = link.send(messages)
+            return self._wire.send(messages)
         except BatonTransferError as error:
             logger.error("worker %s: %s", self.endpoint, error)
             return False
-        # ZMQ's descriptor is edge-triggered and sending may swallow the edge of something that arrived.
-        if link.pending():
-            self._loop.call_soon(self._on_readable)
-        return sent
 
     def _on_drop(self, reason: str) -> None:
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
 
-    def _on_readable(self) -> None:
-        link = self._link
-        if link is None:
-            return
-        reports = link.receive()
-        if link.mismatch and self.state is ClientState.CONNECTING:
-            self._move(ClientState.REFUSED, f"the worker speaks {link.mismatch}")
-            return
-        if not reports:
-            return
+    def _on_mismatch(self, versions: str) -> None:
+        if self.state is ClientState.CONNECTING:
+            self._move(ClientState.REFUSED, f"the worker speaks {versions}")
+
+    def _on_arrived(self, reports: list[Report]) -> None:
+        wire = self._wire
         self._heard_at_s = self._loop.time()
         passed_on: list[Report] = []
         for report in reports:
@@ -198,7 +173,7 @@ class WorkerClient:
                     self._on_reports(self, passed_on)
                     passed_on = []
                 self._on_own(report)
-                if self._link is not link:
+                if self._wire is not wire:
                     return
             elif self.state is ClientState.READY:
                 passed_on.append(report)
@@ -206,9 +181,6 @@ class WorkerClient:
                 self._on_drop("report_without_hello")
         if passed_on:
             self._on_reports(self, passed_on)
-        # One batch a turn, so that a flood of frames does not starve the HTTP side.
-        if self._link is link and link.pending():
-            self._loop.call_soon(self._on_readable)
 
     def _on_own(self, report: WorkerHello | Refusal | Status) -> None:
         if isinstance(report, Refusal):
@@ -237,17 +209,9 @@ class WorkerClient:
             return
         self.status, self.status_at_s = report, self._loop.time()
 
-    def _on_monitor(self) -> None:
-        closed = False
-        while self._monitor is not None and int(self._monitor.getsockopt(zmq.EVENTS)) & READABLE:
-            zmq.utils.monitor.recv_monitor_message(self._monitor, zmq.NOBLOCK)
-            closed = True
-        if closed:
-            # Frames that came before the end still count: a last `Failed` says more than "lost".
-            while self._link is not None and self._link.pending():
-                self._on_readable()
-            if self.state not in (ClientState.LOST, ClientState.CLOSED):
-                self._lose("the connection was closed")
+    def _on_end(self) -> None:
+        if self.state not in (ClientState.LOST, ClientState.CLOSED):
+            self._lose("the connection was closed")
 
     # -- life and death
 
@@ -256,7 +220,8 @@ class WorkerClient:
         silent_s = self._loop.time() - self._heard_at_s
         if silent_s > self._timeout_s:
             # If this process was stopped itself, what came meanwhile is still to be read.
-            self._on_readable()
+            if self._wire is not None:
+                self._wire.poll()
             silent_s = self._loop.time() - self._heard_at_s
         if self.state is ClientState.LOST:
             try:
@@ -273,7 +238,7 @@ class WorkerClient:
         self._send([StatusRequest(self._ask_id)])
 
     def _lose(self, why: str) -> None:
-        self._drop_link()
+        self._drop_wire()
         self.hello = self.status = None
         self._move(ClientState.LOST, why)
 

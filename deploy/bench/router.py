@@ -3,10 +3,11 @@
 Two processes: the router on a core of its own, and this one on another, with the clients and with workers
 that answer at once, all in one thread (`router_client.py`, `router_worker.py`). Measured:
 
-- latency at 200 requests a second (Poisson). `GET /version` shows what HTTP and the machine cost without any
-  of ours; the first token's time is from the client's write to its first frame. In between, the worker stamps
-  when it has `Prefill` and when it begins to answer: what is before and after is the router's own, as far as
-  anybody outside can tell, with the kernel's work of moving bytes between the processes in it;
+- latency at 200 requests a second, at random times (Poisson), where requests meet, and evenly spaced.
+  `GET /version` shows what HTTP and the machine cost without any of ours; the first token's time is from the
+  client's write to its first frame. In between, the worker stamps when it has `Prefill` and when it begins to
+  answer: what is before and after is the router's own, as far as anybody outside can tell, with the kernel's
+  work of moving bytes between the processes in it;
 - the streaming ceiling: many streams fed one token each a step, faster and faster, until the client no longer
   gets them in time. Tokens a second by the clock, and by the router process's CPU time.
 """
@@ -33,6 +34,7 @@ SLICE_S = 2.0
 WARM_UP_REQUESTS = 200
 LIMIT_S = 120.0
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
+SPACINGS = ("poisson", "even")
 TOKEN_RATES = (10_000, 25_000, 50_000, 100_000)
 TOKEN_RATE_S = 3.0
 STREAMING_REST_S = 0.0005
@@ -50,10 +52,11 @@ class Load:
 
 
 class Arrivals:
-    """Requests of one kind, sent at random times over as many connections as are needed."""
+    """Requests of one kind, sent at random or evenly spaced times over as many connections as are needed."""
 
-    def __init__(self, at: Cluster, rate: float, prompts: Prompts | None) -> None:
+    def __init__(self, at: Cluster, rate: float, spacing: str, prompts: Prompts | None) -> None:
         self._cluster, self._rate, self._prompts = at, rate, prompts
+        self._is_even = spacing == "even"
         self._random = random.Random(1)
         self._seeds = 0
         self._idle: list[Connection] = []
@@ -73,7 +76,7 @@ class Arrivals:
             if now_s < end_s:
                 load.stamps.append(Stamps())
                 self._send(load.stamps[-1])
-            return now_s + self._random.expovariate(self._rate)
+            return now_s + (1 / self._rate if self._is_even else self._random.expovariate(self._rate))
 
         self._cluster.loop.run(lambda: self._open == 0 and time.monotonic() >= end_s, LIMIT_S, at)
         load.cpu_s += self._cluster.cpu_s() - before_s
@@ -99,12 +102,12 @@ def _quantiles_ms(nanoseconds: list[int]) -> dict[str, float]:
     return {name: ordered[int(len(ordered) * share)] / 1e6 for name, share in QUANTILES.items()}
 
 
-def measure_latency(cores: Cores, rate: float, seconds: float) -> dict[str, Any]:
+def measure_latency(cores: Cores, rate: float, spacing: str, seconds: float) -> dict[str, Any]:
     """Quantiles in ms by what they measure, and the router's CPU time for each request."""
     bare, real = Load(), Load()
     with cluster("pair", cores) as one:
-        gets = Arrivals(one, rate, None)
-        tokens = Arrivals(one, rate, Prompts(PROMPT_CHARACTERS, seed=1))
+        gets = Arrivals(one, rate, spacing, None)
+        tokens = Arrivals(one, rate, spacing, Prompts(PROMPT_CHARACTERS, seed=1))
         gets.warm_up()
         tokens.warm_up()
         others_s, started_s = one.others_cpu_s(), time.monotonic()
@@ -118,6 +121,7 @@ def measure_latency(cores: Cores, rate: float, seconds: float) -> dict[str, Any]
     first = _quantiles_ms([one.first_ns - one.written_ns for one in real.stamps])
     return {
         "rate": rate,
+        "spacing": spacing,
         "others_share": others,
         "requests": {"get": len(bare.stamps), "first_token": len(real.stamps)},
         "get_ms": get,
@@ -170,7 +174,8 @@ def measure_streaming(cores: Cores, streams: int, offered: int) -> Streamed:
 
 
 def _latency_table(latency: dict[str, Any]) -> Table:
-    table = Table(title=f"{latency['rate']:g} requests/s, the router on one core, times in ms")
+    times = {"poisson": "at random times (Poisson)", "even": "evenly spaced"}[latency["spacing"]]
+    table = Table(title=f"{latency['rate']:g} requests/s {times}, the router on one core, times in ms")
     for column in ("", *QUANTILES, "router CPU each"):
         table.add_column(column, justify="right" if column else "left")
     cpu = latency["cpu_ms_each"]
@@ -202,10 +207,11 @@ def main() -> None:
         "machine": {"cores": os.cpu_count(), "python": platform.python_version(), "used": asdict(cores)}
     }
     if given.only != "streaming":
-        figures["latency"] = measure_latency(cores, given.rate, given.seconds)
-        console.print(_latency_table(figures["latency"]))
-        others = figures["latency"]["others_share"]
-        console.print(f"other processes had {others:.1%} of the router's core meanwhile")
+        figures["latency"] = {}
+        for spacing in SPACINGS:
+            latency = figures["latency"][spacing] = measure_latency(cores, given.rate, spacing, given.seconds)
+            console.print(_latency_table(latency))
+            console.print(f"other processes had {latency['others_share']:.1%} of the router's core meanwhile")
     if given.only != "latency":
         table = Table(title=f"streaming, {given.streams} streams, one SSE frame for each token")
         for column in ("offered tok/s", "by the clock", "per CPU second", "router CPU", "aim"):

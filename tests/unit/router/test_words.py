@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 import router.words
 from router.tokenizer import _bytes_of_byte_level
-from router.words import MAX_WORD_CHARACTERS, WordEncoder, ascii_pattern
+from router.words import MAX_WORD_CHARACTERS, WordEncoder, ascii_pattern, starts_at_spaces
 
 STAND_INS = {byte: text for text, byte in _bytes_of_byte_level().items()}
 PATTERNS = {
@@ -52,7 +52,10 @@ def words_of(tokenizer: Tokenizer) -> WordEncoder | None:
 
 ENCODERS = {name: (made := make(pattern), words_of(made)) for name, pattern in PATTERNS.items()}
 PIECES = st.sampled_from(
-    ["<|a|>", "<|a|>b", "<s>", "it's", "DON'T", "  ", "\r\n", "12345", " baton", "\x1c", "'"]
+    [
+        *("<|a|>", "<|a|>b", "<s>", "it's", "DON'T", "12345", " baton", "\x1c", "'"),
+        *(" ", "  ", "\n ", " \n", "\r\n"),
+    ]
 )
 TEXTS = st.lists(PIECES | st.text(st.characters(max_codepoint=127), max_size=8), max_size=12).map("".join)
 
@@ -64,6 +67,25 @@ def test_any_ascii_text_gives_what_the_library_gives(name: str, text: str, speci
     assert words is not None
     for _ in range(2):  # the second time from memory
         assert words.encode(text, special) == tokenizer.encode(text, add_special_tokens=special).ids
+
+
+def test_texts_are_cut_at_spaces_only_where_every_alternative_is_known() -> None:
+    for name, pattern in PATTERNS.items():
+        encoder = ENCODERS[name][1]
+        assert encoder is not None
+        assert encoder._at_spaces
+        assert pattern is None or starts_at_spaces(pattern)
+        assert pattern is None or not starts_at_spaces(pattern + r"|\p{L}+ \p{L}+")
+    assert not starts_at_spaces(r" ?\p{L}+ ?\p{L}+|\s+")
+    assert not starts_at_spaces(r"(?i:a b|'s)|\s+")
+
+
+def test_a_pattern_that_joins_words_is_never_cut_at_spaces() -> None:
+    tokenizer = make(r"[a-z]+ [a-z]+|\s+|\S")
+    words = words_of(tokenizer)
+    assert words is not None
+    for text in ("one two three four", "x y  z"):
+        assert words.encode(text, False) == tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def test_other_texts_are_the_librarys() -> None:
@@ -127,5 +149,6 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert words is not None
     for text in ("one two three four five", "x" * (MAX_WORD_CHARACTERS + 1), "one two three four five"):
         assert words.encode(text, False) == tokenizer.encode(text, add_special_tokens=False).ids
-        assert len(words._known) <= 3
-        assert all(len(word) <= MAX_WORD_CHARACTERS for word in words._known)
+        for memory in (words._known, words._after_space):
+            assert 0 < len(memory) <= 3 or memory is words._after_space
+            assert all(len(word) <= MAX_WORD_CHARACTERS for word in memory)
