@@ -56,6 +56,7 @@ def run_round(round_: Round, plans: list[Plan], right: dict[int, Answer], report
         report.violate("unrest", f"{round_.layout}: {error}")
     finally:
         cluster.kill()
+    report.growth.append(f"{round_.layout}: {watched.growth()}")
     for what in watched.grown():
         report.violate("leak", what)
     for what in watched.left():

@@ -22,6 +22,8 @@ from tests.e2e.cluster import Cluster
 KINDS = {"prefill": 3, "decode": 4, "prefill-transfer": 2, "decode-transfer": 2, "router": 1}
 """How often each is drawn, relative to the others."""
 KILLS_SHARE = 0.6
+CALM_SHARE = 0.5
+"""Of the faults, those that wait until all is well again. The others come on top of what went before."""
 PAUSE_S = (0.3, 4.0)
 STOP_S = (0.1, 6.0)
 ROUTER_STOP_S = (0.1, 3.0)
@@ -53,7 +55,9 @@ class Faults:
     async def run(self, until_s: float) -> None:
         """Returns at `until_s` of `time.monotonic`; what is stopped then goes on."""
         while True:
-            pause_s = self._random.uniform(*PAUSE_S)
+            pause_s, waits = self._random.uniform(*PAUSE_S), self._random.random() < CALM_SHARE
+            while waits and self._outages.lasts and time.monotonic() < until_s:
+                await asyncio.sleep(LOOK_S)
             if time.monotonic() + pause_s > until_s:
                 break
             await asyncio.sleep(pause_s)

@@ -53,6 +53,13 @@ class Watched:
                 found.append(f"{first.name}: resident MiB {[one.resident_bytes >> 20 for one in sizes]}")
         return found
 
+    def growth(self) -> str:
+        """The most that one process grew between its first and its last look."""
+        pairs = [(sizes[0], sizes[-1]) for sizes in self.sizes.values() if len(sizes) > 1]
+        descriptors = max((last.descriptors - first.descriptors for first, last in pairs), default=0)
+        grown_bytes = max((last.resident_bytes - first.resident_bytes for first, last in pairs), default=0)
+        return f"{len(pairs)} lived on and grew by at most {descriptors} descriptors, {grown_bytes >> 20} MiB"
+
     def left(self) -> list[str]:
         """After the cluster has stopped."""
         found = [f"{path} is left" for path in self.shared if path.exists()]

@@ -15,6 +15,8 @@ from tests.chaos.requests import Plan
 CLIENTS = 10
 END_S = 90.0
 """A request that has no end by then never gets one: above every time-out of the cluster that is in use."""
+REFUSED_S = 180.0
+"""A request that is refused for longer finds a cluster that does not come back."""
 LONGEST_WAIT_S = 1.0
 """A client would wait for `retry-after`; more requests in an outage are worth more here."""
 NOT_READ_S = 0.1
@@ -36,7 +38,7 @@ class Load:
         """Returns once `end` was called and every request has ended."""
         self._ended.clear()
         limits = httpx.Limits(max_connections=CLIENTS)
-        async with httpx.AsyncClient(base_url=self._url, timeout=END_S, limits=limits) as http:
+        async with httpx.AsyncClient(base_url=self._url, timeout=None, limits=limits) as http:
             await asyncio.gather(*(self._client(http, Random(f"{seed} {one}")) for one in range(CLIENTS)))
         self._report.pauses_s += [_pauses(at_s, streams) for at_s, streams in self._met]
         self._met.clear()
@@ -53,12 +55,14 @@ class Load:
             await self._until_answered(http, random.choice(self._plans))
 
     async def _until_answered(self, http: httpx.AsyncClient, plan: Plan) -> None:
-        wait_s: float | None = 0.0
-        while wait_s is not None:
+        began_s = time.monotonic()
+        while (wait_s := await self.attempt(http, plan)) is not None:
+            if time.monotonic() - began_s > REFUSED_S:
+                self._report.violate("endless", f"plan {plan.number} was refused for {REFUSED_S:g} s")
+                return
             await asyncio.sleep(wait_s)
-            wait_s = await self._attempt(http, plan)
 
-    async def _attempt(self, http: httpx.AsyncClient, plan: Plan) -> float | None:
+    async def attempt(self, http: httpx.AsyncClient, plan: Plan) -> float | None:
         """Seconds to wait before the next attempt; None if there is nothing more to try."""
         answer = Answer(0)
         began_s = time.monotonic()

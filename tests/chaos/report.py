@@ -22,6 +22,7 @@ class Report:
     faults: Counter[str] = field(default_factory=Counter)
     violations: list[tuple[str, str]] = field(default_factory=list)
     pauses_s: list[list[float]] = field(default_factory=list)
+    growth: list[str] = field(default_factory=list)
 
     def violate(self, kind: str, what: str) -> None:
         self.violations.append((kind, what))
@@ -31,7 +32,8 @@ class Report:
 
     def details(self) -> list[str]:
         """A line for each kill of a decode worker that met streams, and for each violation."""
-        lines = [
+        lines = [*self.growth]
+        lines += [
             f"decode worker killed: {len(pauses)} streams paused, p50 {median(pauses):.2f} s, "
             f"max {max(pauses):.2f} s"
             for pauses in self.pauses_s
