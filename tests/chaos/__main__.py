@@ -1,6 +1,7 @@
 """`python -m tests.chaos --seconds 600 --seed 7`: processes are killed and stopped under load.
 
-Checks every answer and all that must be left as it was. Ends with 1 at any violation. The last line says what happened.
+Checks every answer and all that must be left as it was; ends with 1 at any violation. The last
+line says what happened.
 """
 
 import argparse

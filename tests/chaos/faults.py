@@ -56,7 +56,7 @@ class Faults:
         """Returns at `until_s` of `time.monotonic`; what is stopped then goes on."""
         while True:
             pause_s, waits = self._random.uniform(*PAUSE_S), self._random.random() < CALM_SHARE
-            while waits and self._outages.lasts and time.monotonic() < until_s:
+            while waits and self._outages.lasts and time.monotonic() < until_s:  # noqa: ASYNC110  (other processes)
                 await asyncio.sleep(LOOK_S)
             if time.monotonic() + pause_s > until_s:
                 break

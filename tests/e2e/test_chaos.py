@@ -1,4 +1,4 @@
-"""A short run of `make chaos`: some faults under load, every answer compared, everything at rest at the end."""
+"""A short run of `make chaos`: some faults under load, every answer compared, all at rest at the end."""
 
 from pathlib import Path
 
