@@ -8,19 +8,22 @@ BATON_PORT ?= 8000
 DEMO_MODEL := deploy/demo/model
 BATON_MODEL ?= $(DEMO_MODEL)
 TEST_PROCESSES ?= 2
+CHAOS_S ?= 600
+CHAOS_SEED ?=
 
 # A GPU gets the torch that its driver runs, everything else the one without.
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 CONSTRAINTS := $(if $(HAS_GPU),constraints-cuda.txt,constraints.txt)
 EXTRA_INDEX := $(if $(BATON_TORCH_INDEX),--extra-index-url $(BATON_TORCH_INDEX))
 
-.PHONY: help setup serve test check bench-cpu clean
+.PHONY: help setup serve test check chaos bench-cpu clean
 
 help:
 	@echo "make setup      a virtual environment in $(VENV) with everything needed"
 	@echo "make serve      serve BATON_MODEL ($(BATON_MODEL)) at BATON_PORT ($(BATON_PORT))"
 	@echo "make test       all tests that this machine can run"
 	@echo "make check      linter, types, rules of the code base"
+	@echo "make chaos      kill and stop processes under load for CHAOS_S ($(CHAOS_S)) seconds, check every token"
 	@echo "make bench-cpu  router, scheduler and mover by the clock, without a GPU"
 	@echo "make clean      remove caches and build outputs; 'rm -r $(VENV)' removes the environment"
 
@@ -46,6 +49,9 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/unit/test_rules.py
+
+chaos: $(STAMP)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos --seconds $(CHAOS_S) $(if $(CHAOS_SEED),--seed $(CHAOS_SEED))
 
 bench-cpu: $(STAMP)
 	$(BIN)/python -m deploy.bench.scheduler

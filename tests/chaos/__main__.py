@@ -1,0 +1,37 @@
+"""`python -m tests.chaos --seconds 600 --seed 7`: processes are killed and stopped under load.
+
+Checks every answer and all that must be left as it was; ends with 1 at any violation. The last
+line says what happened.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.chaos.cluster_round import LAYOUTS
+from tests.chaos.run import run_chaos
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=60.0, help="under faults; the rest comes on top")
+    parser.add_argument("--seed", type=int, default=int(time.time()), help="of requests and faults")
+    parser.add_argument("--layout", choices=sorted(LAYOUTS), help="default: one after the other")
+    parser.add_argument("--requests", type=int, default=60, help="how many different ones")
+    parser.add_argument("--logs", type=Path, help="a new directory to keep the processes' output in")
+    chosen = parser.parse_args()
+    layouts = [chosen.layout] if chosen.layout else sorted(LAYOUTS)
+    with tempfile.TemporaryDirectory(prefix="chaos-") as scratch:
+        directory = chosen.logs or Path(scratch) / "logs"
+        directory.mkdir(parents=True)
+        report = run_chaos(directory, chosen.seconds, chosen.seed, layouts, chosen.requests)
+    for line in report.details():
+        print(line)
+    print(report.summary(), flush=True)
+    return 1 if report.violations else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""One cluster's time under load and faults: several phases, each of which ends with everything at rest."""
+
+import asyncio
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+
+from tests.chaos.client import Answer
+from tests.chaos.faults import Faults, children, is_complete
+from tests.chaos.leaks import Watched
+from tests.chaos.load import Load
+from tests.chaos.outages import Outages
+from tests.chaos.report import Report
+from tests.chaos.requests import MODEL, Plan
+from tests.e2e.cluster import Cluster, wait_until
+
+LAYOUTS = {"1P2D": (1, 2), "2P1D": (2, 1)}
+PHASE_S = 50.0
+WARM_UP_S = 2.0
+COMPLETE_S = 90.0
+"""Longest wait of a restart after three deaths in a row, and the start of a worker on a busy machine."""
+MEET_S = 0.25
+RETRIES = "30"
+"""Of one request: with a fault every two seconds it may well lose more workers than the default allows."""
+
+
+@dataclass(frozen=True)
+class Round:
+    layout: str
+    seconds: float
+    seed: str
+    model_dir: Path
+    log_dir: Path
+
+
+def run_round(round_: Round, plans: list[Plan], right: dict[int, Answer], report: Report) -> None:
+    """Adds what it finds to `report`."""
+    round_.log_dir.mkdir()
+    prefill, decode = LAYOUTS[round_.layout]
+    flags = ["--served-model-name", MODEL, "--prefill", str(prefill), "--decode", str(decode)]
+    flags += ["--worker-timeout", "3", "--peer-timeout", "3", "--max-retries", RETRIES]
+    flags += ["--max-chunk-tokens", "256", "--staging-slots", "8", "--staging-slot-bytes", "65536"]
+    watched = Watched()
+    cluster = Cluster(round_.model_dir, round_.log_dir, *flags)
+    outages = Outages()
+    load = Load(cluster.url, plans, right, outages, report)
+    faults = Faults(cluster, prefill + decode, round_.seed, outages, report, load.meet)
+    try:
+        cluster.wait_ready()
+        asyncio.run(_phases(round_, cluster, load, faults, watched))
+        cluster.stop()
+    except AssertionError as error:
+        report.violate("unrest", f"{round_.layout}: {error}")
+    finally:
+        cluster.kill()
+    report.growth.append(f"{round_.layout}: {watched.growth()}")
+    for what in watched.grown():
+        report.violate("leak", what)
+    for what in watched.left():
+        report.violate("left", what)
+
+
+async def _phases(round_: Round, cluster: Cluster, load: Load, faults: Faults, watched: Watched) -> None:
+    beside = [asyncio.create_task(faults.watch()), asyncio.create_task(_meet(cluster, watched))]
+    count = max(1, round(round_.seconds / PHASE_S))
+    try:
+        for phase in range(count + 1):  # the first one is without faults
+            asking = asyncio.create_task(load.run(f"{round_.seed} {phase}"))
+            if phase == 0:
+                await asyncio.sleep(WARM_UP_S)
+            else:
+                await faults.run(time.monotonic() + round_.seconds / count)
+            load.end()
+            await asking
+            await asyncio.to_thread(_wait_complete, cluster, faults.workers)
+            await asyncio.to_thread(cluster.assert_at_rest)
+            watched.look({"launcher": psutil.Process(cluster.launcher.pid), **children(cluster)})
+    finally:
+        for task in beside:
+            task.cancel()
+        await asyncio.gather(*beside, return_exceptions=True)
+
+
+def _wait_complete(cluster: Cluster, workers: int) -> None:
+    asked_s = time.monotonic()
+
+    def complete() -> bool:
+        try:
+            return is_complete(cluster.cluster(), workers, time.monotonic() - asked_s)
+        except httpx.TransportError:
+            return False
+
+    wait_until(f"all {workers} workers are back", complete, COMPLETE_S)
+
+
+async def _meet(cluster: Cluster, watched: Watched) -> None:
+    while True:
+        watched.meet(cluster.processes())
+        await asyncio.sleep(MEET_S)

@@ -1,0 +1,170 @@
+"""Kills and stops the processes of a running cluster at random times, all drawn from the seed.
+
+The launcher starts again what was killed, later each time, and gives up on a child that ends five times
+without ever living for half a minute. Here no child dies more often than three times in a row that fast.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Callable
+from random import Random
+from typing import Any
+
+import httpx
+import psutil
+
+from tests.chaos.outages import Outages
+from tests.chaos.report import Report
+from tests.e2e.cluster import Cluster
+
+KINDS = {"prefill": 3, "decode": 4, "prefill-transfer": 2, "decode-transfer": 2, "router": 1}
+"""How often each is drawn, relative to the others."""
+KILLS_SHARE = 0.6
+CALM_SHARE = 0.5
+"""Of the faults, those that wait until all is well again. The others come on top of what went before."""
+PAUSE_S = (0.3, 4.0)
+STOP_S = (0.1, 6.0)
+ROUTER_STOP_S = (0.1, 3.0)
+LASTED_S = 30.0
+SHORT_LIVES = 3
+LOOK_S = 0.2
+
+
+class Faults:
+    """`on_decode_kill` gets the time just before the signal."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        workers: int,
+        seed: str,
+        outages: Outages,
+        report: Report,
+        on_decode_kill: Callable[[float], None],
+    ) -> None:
+        self._cluster, self.workers = cluster, workers
+        self._random = Random(f"faults {seed}")
+        self._outages, self._report = outages, report
+        self._on_decode_kill = on_decode_kill
+        self._short: Counter[str] = Counter()
+        self._stopped: dict[int, asyncio.Task[None]] = {}
+        self._changed_s = 0.0
+
+    async def run(self, until_s: float) -> None:
+        """Returns at `until_s` of `time.monotonic`; what is stopped then goes on."""
+        while True:
+            pause_s, waits = self._random.uniform(*PAUSE_S), self._random.random() < CALM_SHARE
+            while waits and self._outages.lasts and time.monotonic() < until_s:  # noqa: ASYNC110  (other processes)
+                await asyncio.sleep(LOOK_S)
+            if time.monotonic() + pause_s > until_s:
+                break
+            await asyncio.sleep(pause_s)
+            self._one()
+        for task in self._stopped.values():
+            task.cancel()
+        await asyncio.gather(*self._stopped.values(), return_exceptions=True)
+        self._stopped.clear()
+
+    async def watch(self) -> None:
+        """Sees the ends of outages. Runs until it is cancelled."""
+        async with httpx.AsyncClient(base_url=self._cluster.url, timeout=5) as http:
+            while True:
+                await asyncio.sleep(LOOK_S)
+                asked_s = time.monotonic()
+                if self._outages.lasts and not self._stopped and await self._is_well(http, asked_s):
+                    self._outages.end(time.monotonic())
+
+    # ------------------------------------------------------------ faults
+
+    def _one(self) -> None:
+        kind = self._random.choices(list(KINDS), list(KINDS.values()))[0]
+        kills, share = self._random.random() < KILLS_SHARE, self._random.random()
+        found = sorted(children(self._cluster).items())
+        able = [(name, one) for name, one in found if kind_of(name) == kind and one.pid not in self._stopped]
+        if not able:
+            return
+        name, process = able[self._random.randrange(len(able))]
+        with contextlib.suppress(psutil.NoSuchProcess):  # it is just being restarted
+            if kills:
+                self._kill(kind, name, process)
+            else:
+                low_s, high_s = ROUTER_STOP_S if kind == "router" else STOP_S
+                self._stop(kind, process, low_s + share * (high_s - low_s))
+
+    def _kill(self, kind: str, name: str, process: psutil.Process) -> None:
+        if time.time() - process.create_time() >= LASTED_S:
+            self._short[name] = 0
+        elif self._short[name] >= SHORT_LIVES:
+            return
+        self._short[name] += 1
+        self._begin(f"kill {kind}", router_dies=kind == "router")
+        if kind == "decode":
+            self._on_decode_kill(self._changed_s)
+        process.kill()
+
+    def _stop(self, kind: str, process: psutil.Process, for_s: float) -> None:
+        self._begin(f"stop {kind}", router_dies=False)
+        process.suspend()
+        self._stopped[process.pid] = asyncio.create_task(self._resume(process, for_s))
+
+    async def _resume(self, process: psutil.Process, after_s: float) -> None:
+        try:
+            await asyncio.sleep(after_s)
+        finally:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.resume()
+            self._changed_s = time.monotonic()
+            self._stopped.pop(process.pid, None)
+
+    def _begin(self, what: str, *, router_dies: bool) -> None:
+        self._report.faults[what] += 1
+        self._changed_s = time.monotonic()
+        self._outages.begin(self._changed_s, router_dies)
+
+    # ------------------------------------------------------------ is all well?
+
+    async def _is_well(self, http: httpx.AsyncClient, asked_s: float) -> bool:
+        """By accounts that were made after the last fault and the last SIGCONT."""
+        try:
+            answer = await http.get("/cluster")
+        except httpx.TransportError:
+            return False
+        return (
+            answer.status_code == 200
+            and self._changed_s < asked_s
+            and is_complete(answer.json(), self.workers, time.monotonic() - self._changed_s)
+        )
+
+
+def is_complete(cluster: dict[str, Any], workers: int, since_s: float) -> bool:
+    """Every worker is ready and has a transfer process, by accounts at most `since_s` old."""
+    statuses = [one["status"] for one in cluster["workers"] if one["status"] is not None]
+    return (
+        cluster["ready"]
+        and len(statuses) == workers
+        and all(one["state"] == "ready" for one in statuses)
+        and all(one["connection"] == "ready" for one in cluster["workers"])
+        and all(one["status_age_s"] + one["status"]["slots_age_s"] < since_s for one in cluster["workers"])
+    )
+
+
+def children(cluster: Cluster) -> dict[str, psutil.Process]:
+    """The launcher's children by the names it gave them."""
+    found = {}
+    for process in cluster.processes():
+        try:
+            arguments = process.cmdline()
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):
+            continue
+        if "--name" in arguments:
+            found[arguments[arguments.index("--name") + 1]] = process
+        elif "router" in arguments:
+            found["router"] = process
+    return found
+
+
+def kind_of(name: str) -> str:
+    """`decode-1-transfer` is a decode-transfer."""
+    return "-".join(part for part in name.split("-") if not part.isdigit())
