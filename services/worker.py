@@ -9,6 +9,7 @@
 5. SIGTERM: refuse new work, finish what runs within the drain time, leave.
 """
 
+import gc
 import logging
 import os
 import secrets
@@ -72,12 +73,19 @@ def run(config: WorkerConfig, progress: Callable[[int, int], None] = lambda done
     worker_epoch = secrets.randbits(62) | 1
     prepared = prepare(config, worker_epoch, progress)
     worker = Worker(prepared, worker_epoch)
+    keep_for_good()
     signal.signal(signal.SIGTERM, worker.on_signal)
     signal.signal(signal.SIGINT, worker.on_signal)
     try:
         worker.serve()
     finally:
         worker.close()
+
+
+def keep_for_good() -> None:
+    """Whatever exists now stays: a full collection would look at all of it, between two steps, in vain."""
+    gc.collect()
+    gc.freeze()
 
 
 class Worker:

@@ -43,6 +43,7 @@ from services.config import WorkerConfig
 from services.memory.measure import gpu_facts
 from services.memory.render import table as ledger_table
 from services.startup import Prepared, measure_now, prepare
+from services.worker import keep_for_good
 
 TRACE_TABLE_ROWS = 12
 READY_ROW, READY_AGAIN_ROW = "start to ready", "start to ready, kernels compiled"
@@ -142,6 +143,7 @@ class _Bench:
         cost = model_cost(model, config.dtype, inputs.weights_bytes, kv_token_bytes, fp8_layers)
         self._add(Row(PREPARE_ROW, "s", prepare_s, note="the same in this process, after its imports"))
         loop = Loop(prepared)
+        keep_for_good()
         try:
             if self.marks is not None:
                 self.marks.start(prepared)
