@@ -5,6 +5,7 @@ line says what happened.
 """
 
 import argparse
+import signal
 import sys
 import tempfile
 import time
@@ -22,6 +23,7 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=60, help="how many different ones")
     parser.add_argument("--logs", type=Path, help="a new directory to keep the processes' output in")
     chosen = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # the cluster ends with it
     layouts = [chosen.layout] if chosen.layout else sorted(LAYOUTS)
     with tempfile.TemporaryDirectory(prefix="chaos-") as scratch:
         directory = chosen.logs or Path(scratch) / "logs"

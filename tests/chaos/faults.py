@@ -49,7 +49,7 @@ class Faults:
         self._outages, self._report = outages, report
         self._on_decode_kill = on_decode_kill
         self._short: Counter[str] = Counter()
-        self._stopped: dict[int, asyncio.Task[None]] = {}
+        self._stopped: dict[int, tuple[psutil.Process, asyncio.TimerHandle]] = {}
         self._changed_s = 0.0
 
     async def run(self, until_s: float) -> None:
@@ -62,10 +62,9 @@ class Faults:
                 break
             await asyncio.sleep(pause_s)
             self._one()
-        for task in self._stopped.values():
-            task.cancel()
-        await asyncio.gather(*self._stopped.values(), return_exceptions=True)
-        self._stopped.clear()
+        for process, timer in list(self._stopped.values()):
+            timer.cancel()
+            self._resume(process)
 
     async def watch(self) -> None:
         """Sees the ends of outages. Runs until it is cancelled."""
@@ -107,16 +106,14 @@ class Faults:
     def _stop(self, kind: str, process: psutil.Process, for_s: float) -> None:
         self._begin(f"stop {kind}", router_dies=False)
         process.suspend()
-        self._stopped[process.pid] = asyncio.create_task(self._resume(process, for_s))
+        timer = asyncio.get_running_loop().call_later(for_s, self._resume, process)
+        self._stopped[process.pid] = process, timer
 
-    async def _resume(self, process: psutil.Process, after_s: float) -> None:
-        try:
-            await asyncio.sleep(after_s)
-        finally:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.resume()
-            self._changed_s = time.monotonic()
-            self._stopped.pop(process.pid, None)
+    def _resume(self, process: psutil.Process) -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.resume()
+        self._changed_s = time.monotonic()
+        del self._stopped[process.pid]
 
     def _begin(self, what: str, *, router_dies: bool) -> None:
         self._report.faults[what] += 1
