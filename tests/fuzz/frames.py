@@ -48,6 +48,9 @@ def value_of(hint: Any, rng: Random, bounds: tuple[msgspec.Meta, ...] = ()) -> A
     if origin is list:
         least = max((meta.min_length or 0 for meta in bounds), default=0)
         return [value_of(arguments[0], rng) for _ in range(least + rng.randint(0, 3))]
+    if origin is tuple:
+        least = max((meta.min_length or 0 for meta in bounds), default=0)
+        return tuple(value_of(arguments[0], rng) for _ in range(least + rng.randint(0, 3)))
     if origin is dict:
         return {value_of(arguments[0], rng): value_of(arguments[1], rng) for _ in range(rng.randint(0, 3))}
     if hint is bool:

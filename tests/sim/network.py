@@ -133,7 +133,8 @@ class Link:
         for _ in range(FRAMES_PER_RECEIVE):
             if not self.inbox:
                 break
-            messages = decode_frame(self._receives, [self.inbox.popleft()], self._on_drop, self._on_drop)
+            frame = self.inbox.popleft()
+            messages = decode_frame(self._receives, [frame], self._on_drop, self._note_mismatch)
             if messages is not None:
                 arrived.extend(messages)
         return arrived
@@ -145,6 +146,9 @@ class Link:
             return self.network.send(self.connection, True, frame, messages)
         self.unsent.append((frame, messages))
         return True
+
+    def _note_mismatch(self, what: str) -> None:
+        self.mismatch = what
 
     def close(self) -> None:
         self.closed = True

@@ -14,6 +14,7 @@ import kvtransfer.client
 import kvtransfer.process
 import kvtransfer.sources
 import services.client
+import services.wires
 import services.worker
 from kvtransfer.client import TransferClient
 from kvtransfer.config import TransferConfig
@@ -113,7 +114,8 @@ class Seams:
             (services.worker, "Server", self._server),
             (services.worker, "time", clock),
             (services.worker, "os", SimpleNamespace(getpid=lambda: 1)),
-            (services.client, "Link", self._link),
+            (services.client, "open_wire", services.wires.ZmqWire),
+            (services.wires, "Link", self._link),
         ]
         with ExitStack() as stack:
             for owner, name, value in replaced:
