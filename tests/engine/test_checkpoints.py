@@ -105,7 +105,7 @@ def test_dummy_weights_are_the_same_every_time_and_finite(tmp_path: Path) -> Non
     for _ in range(2):
         parameters = Parameters(torch.bfloat16, torch.device("cpu"))
         make_decoder(model, parameters)
-        fill_dummy(parameters, _ignore)
+        fill_dummy(model, parameters, _ignore)
         filled.append(parameters.views)
     for name, view in filled[0].items():
         assert torch.equal(view, filled[1][name])

@@ -87,7 +87,8 @@ def test_a_worker_that_cannot_is_replaced_by_one_that_can(served: tuple[Fakes, R
     for bad in (0, 1):
         fakes.use(good, *[failing(code) if number == bad else good for number in (0, 1)])
         Asking(router).check()
-    assert len(fakes.prefill.of(Prefill)) == 1 and fakes.of(Join)
+    until(lambda: fakes.of(Join), "a join")
+    assert len(fakes.prefill.of(Prefill)) == 1
 
 
 def test_nobody_is_asked_again_who_is_overloaded(served: tuple[Fakes, Router]) -> None:
