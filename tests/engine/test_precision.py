@@ -133,7 +133,7 @@ def test_dummy_weights_are_those_of_the_model_without_quantization(tmp_path: Pat
     for quantization in ("none", "fp8"):
         parameters = Parameters(torch.bfloat16, CPU, quantization)  # type: ignore[arg-type]
         make_decoder(model, parameters)
-        fill_dummy(parameters, _ignore)
+        fill_dummy(model, parameters, _ignore)
         filled.append(parameters)
     plain, quantised = filled
     for name, view in plain.views.items():
