@@ -53,7 +53,8 @@ def test_frequencies_equal_transformers(name: str) -> None:
 def test_rotation_turns_each_pair_by_its_angle() -> None:
     """Against complex multiplication: dimension i and i + half are one complex number."""
     positions = torch.tensor([0, 1, 17, 4000])
-    frequencies, _ = inverse_frequencies(_rope({"rope_type": "default", "rope_theta": 10000.0}, Path("config.json")), HEAD_DIM)
+    plain = _rope({"rope_type": "default", "rope_theta": 10000.0}, Path("config.json"))
+    frequencies, _ = inverse_frequencies(plain, HEAD_DIM)
     heads = torch.randn(4, 3, HEAD_DIM, generator=torch.Generator().manual_seed(0))
     cos, sin = rotation(positions, frequencies, 1.0)
     half = HEAD_DIM // 2
