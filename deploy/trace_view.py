@@ -8,44 +8,12 @@ from typing import Any
 
 from msgspec import Struct
 
+from router.traces import PromptTrace, RequestTrace
+from services.messages import Span
+
 STAGES = ("compute", "pack", "send", "arrive", "unpack", "commit")
 _NAME_CHARACTERS = 28
 _LEAST_BARS = 10
-
-
-class Span(Struct, frozen=True, array_like=True):
-    """What was done with tokens `[start_token, start_token + token_count)`, from when to when."""
-
-    stage: str
-    start_token: int
-    token_count: int
-    start_s: float
-    end_s: float
-
-
-class ProcessTrace(Struct, frozen=True):
-    """`offset_s` has been added to the times already, give or take `error_s`; 0 on the router's host."""
-
-    process: str
-    offset_s: float
-    error_s: float
-    spans: list[Span]
-
-
-class PromptTrace(Struct, frozen=True):
-    prompt_tokens: int
-    prefill: str | None
-    decode: str
-    first_token_s: float | None
-    decode_started_s: float | None
-    ended_s: float | None
-    processes: list[ProcessTrace]
-    missing: list[str]
-
-
-class RequestTrace(Struct, frozen=True):
-    id: str
-    prompts: list[PromptTrace]
 
 
 class Row(Struct, frozen=True):

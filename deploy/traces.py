@@ -6,7 +6,7 @@ import urllib.request
 
 import msgspec
 
-from deploy.trace_view import RequestTrace
+from router.traces import RequestTrace
 
 _TIMEOUT_S = 60.0
 _MAX_BYTES = 64 << 20

@@ -8,7 +8,9 @@ import msgspec
 import pytest
 
 from deploy.cli import run
-from deploy.trace_view import ProcessTrace, PromptTrace, RequestTrace, Span, chrome_trace, exposed_s, text
+from deploy.trace_view import chrome_trace, exposed_s, text
+from router.traces import ProcessTrace, PromptTrace, RequestTrace
+from services.messages import Span
 from tests.unit.deploy.test_ledgers import serving
 
 PREFILL = ProcessTrace(
