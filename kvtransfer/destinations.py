@@ -148,6 +148,14 @@ class Destinations:
 
     def _greet(self, identity: bytes, theirs: PeerHello, now_s: float) -> None:
         ours = self._hello(None)
+        former = self._by_identity.get(identity)
+        if former is not None and former.hello.epoch != theirs.epoch:
+            # A connection is one process's, and that has one life: one of the two hellos is not its own, and
+            # nobody can say which. It greets again, on another connection.
+            reason = "this connection has spoken for another life"
+            self.lose(former.hello.epoch, reason, now_s)
+            self._refuse(identity, theirs, reason, [])
+            return
         if ours is None:
             self._refuse(identity, theirs, "no worker is attached here", [])
             return
@@ -163,9 +171,6 @@ class Destinations:
         former = self._by_epoch.get(theirs.epoch)
         if former is not None and former.identity != identity:
             self.lose(theirs.epoch, "connected anew", now_s)
-        impostor = self._by_identity.get(identity)
-        if impostor is not None and impostor.hello.epoch != theirs.epoch:
-            self.lose(impostor.hello.epoch, "its connection speaks for another life now", now_s)
         self._leaving.pop(theirs.epoch, None)
         peer = _Peer(identity, theirs, now_s, now_s)
         self._by_identity[identity] = peer

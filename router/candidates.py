@@ -1,7 +1,9 @@
 """What is known of each worker that can take work now, as values to choose from."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
+from router.config import RouterConfig
+from router.parameters import Limits
 from router.policy import Candidate
 from router.seats import Seats
 from services.client import ClientState, WorkerClient
@@ -32,3 +34,18 @@ def candidates(clients: Mapping[str, WorkerClient], seats: Seats) -> list[Candid
             )
         )
     return found
+
+
+def common_limits(clients: Iterable[WorkerClient], config: RouterConfig) -> Limits | None:
+    """What every connected worker can take; None while there is none."""
+    hellos = [client.hello for client in clients if client.hello is not None]
+    if not hellos:
+        return None
+    return Limits(
+        vocab_size=min(hello.vocab_size for hello in hellos),
+        max_model_len=min(hello.max_model_len for hello in hellos),
+        max_sequence_tokens=min(hello.max_sequence_tokens for hello in hellos),
+        max_choices=config.max_choices,
+        max_prompts=config.max_prompts,
+        max_total_choices=config.max_total_choices,
+    )

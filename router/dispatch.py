@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 
 from router.admission import Admission
-from router.candidates import candidates
+from router.candidates import candidates, common_limits
 from router.config import RouterConfig
 from router.errors import ApiError
 from router.ids import draw_number
@@ -25,8 +25,10 @@ from router.traces import Traces
 from router.waiting import SWEEP_S, WaitingRoom
 from services.client import ClientState, WorkerClient, load_keys
 from services.messages import (
+    Cancel,
     DecodeStarted,
     Failed,
+    Holding,
     PrefillDone,
     Report,
     Request,
@@ -127,22 +129,8 @@ class Dispatcher:
     def limits(self) -> Limits | None:
         """What every connected worker can take; None while there is none."""
         if self._limits is None:
-            self._limits = self._limits_now()
+            self._limits = common_limits(self.clients.values(), self._config)
         return self._limits
-
-    def _limits_now(self) -> Limits | None:
-        hellos = [client.hello for client in self.clients.values() if client.hello is not None]
-        if not hellos:
-            return None
-        config = self._config
-        return Limits(
-            vocab_size=min(hello.vocab_size for hello in hellos),
-            max_model_len=min(hello.max_model_len for hello in hellos),
-            max_sequence_tokens=min(hello.max_sequence_tokens for hello in hellos),
-            max_choices=config.max_choices,
-            max_prompts=config.max_prompts,
-            max_total_choices=config.max_total_choices,
-        )
 
     def snapshot(self) -> Snapshot:
         waiting = sum(journey.times.first_token_s is None for journey in self._journeys)
@@ -329,10 +317,7 @@ class Dispatcher:
         for report in reports:
             flight = flights.get(report.request_id)  # type: ignore[union-attr]
             if flight is None:
-                if isinstance(report, TraceReply):
-                    self.traces.on_reply(report)
-                else:
-                    self._metrics.ignored_reports += 1
+                self._on_unknown(worker, report)
                 continue
             if isinstance(report, Tokens):
                 tokens += len(report.tokens)
@@ -351,6 +336,8 @@ class Dispatcher:
             elif isinstance(report, Undelivered):
                 self._queue(flight.on_undelivered(worker, report))
                 self._settle(flight, now_s)
+            elif isinstance(report, Holding):
+                self._queue(flight.on_holding(worker))
             elif isinstance(report, TraceReply):
                 self.traces.on_reply(report)
             if flight.ended:
@@ -358,6 +345,15 @@ class Dispatcher:
         if tokens:
             self._metrics.rate.add(tokens, now_s)
         self._flush()
+
+    def _on_unknown(self, worker: str, report: Report) -> None:
+        """Of a flight that has ended here: who still holds KV for it need not."""
+        if isinstance(report, TraceReply):
+            self.traces.on_reply(report)
+        elif isinstance(report, Holding | Undelivered):
+            self._queue((Send(worker, Cancel(report.request_id)),))
+        else:
+            self._metrics.ignored_reports += 1
 
     def _on_state(self, client: WorkerClient, old: ClientState, new: ClientState) -> None:
         self._limits = None

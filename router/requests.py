@@ -266,6 +266,8 @@ class Flight:
 
     def on_undelivered(self, worker: str, report: Undelivered) -> Sequence[Send]:
         """The prefill worker goes on without its decode worker, who is told to forget the request."""
+        if self.phase is Phase.DECODING:  # delivered it was: only the word of it was lost
+            return self.on_holding(worker)
         paired = self.phase is Phase.PREFILLING or self.phase is Phase.JOINING
         if not paired or worker != self.prefill or report.transfer_id != self.transfer_id:
             self.ignored += 1
@@ -273,6 +275,12 @@ class Flight:
         failed = Failed(report.request_id, "transfer", report.message, True)
         self._unpair(error_of(failed, self.retry_after_s, self._committed))
         return self._cancels((self.decode,))
+
+    def on_holding(self, worker: str) -> Sequence[Send]:
+        """A worker that still has the KV is told to let it go where nobody will ask for it again."""
+        if worker in self.workers:
+            return _NOTHING
+        return (Send(worker, Cancel(self.work.request_id)),)
 
     def on_failed(self, worker: str, report: Failed, now_s: float) -> Sequence[Send]:
         id_there = self.decode_id if worker == self.decode else self.work.request_id

@@ -255,6 +255,13 @@ class Undelivered(Struct, frozen=True, array_like=True, tag="u"):
     message: str
 
 
+class Holding(Struct, frozen=True, array_like=True, tag="h"):
+    """A prefill worker still holds a request's KV, long after its first tokens. The lease is renewed by
+    silence; a router that has no use for the KV any more answers `Cancel`."""
+
+    request_id: int
+
+
 class Failed(Struct, frozen=True, array_like=True, tag="f"):
     """The request has ended here with an error; nothing more will come for it.
 
@@ -355,6 +362,7 @@ Report = (
     | PrefillDone
     | DecodeStarted
     | Undelivered
+    | Holding
     | Failed
     | Status
     | TraceReply

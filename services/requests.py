@@ -16,6 +16,8 @@ class Live:
     transfer_id: int | None = None
     started_s: float | None = None
     joined_s: float | None = None
+    lease_until_s: float | None = None
+    """While KV is held for it: when its router is asked whether that is still wanted."""
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
 
 

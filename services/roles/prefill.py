@@ -8,6 +8,8 @@
    first token is released immediately.
 6. KV that cannot be delivered (the decode worker or a transfer process is gone) is held as well, until the
    router names another transfer by `PushAgain`, or cancels: nothing is computed a second time.
+7. What is held for longer than `LEASE_S` is reported. The word that the KV has arrived dies with a transfer
+   process, and then only the router knows that the request went on without us.
 
 No turn waits for the device: up to `MAX_FLIGHTS` steps are queued, and collected once they are done.
 """
@@ -18,7 +20,7 @@ from kvtransfer.client import TransferLost
 from kvtransfer.messages import WITHDRAWN, Aborted, Event, SendCommitted, SendConfirmed
 from services.engine.batch import RowResult
 from services.kv_push_parts import PushParts
-from services.messages import Cancel, Failed, Prefill, PushAgain, Request, Undelivered
+from services.messages import Cancel, Failed, Holding, Prefill, PushAgain, Request, Undelivered
 from services.requests import Live
 from services.roles.role import Flight, Occupancy, Parts, Role
 from services.scheduler.prefill import PrefillScheduler
@@ -26,6 +28,8 @@ from services.scheduler.sequence import Chunk
 
 MAX_FLIGHTS = 2
 """One runs, and the next one starts without a gap. More would only make what arrives wait."""
+LEASE_S = 5.0
+"""Well above what a hand-over takes, well below a request's deadline."""
 
 
 class PrefillRole(Role):
@@ -99,6 +103,15 @@ class PrefillRole(Role):
     def preemptions(self) -> int:
         return self.scheduler.batch.preemptions
 
+    def sweep(self) -> None:
+        """As every role, and asks after leases that have run out."""
+        super().sweep()
+        now_s = self.parts.clock()
+        for live in self.parts.requests.all():
+            if live.lease_until_s is not None and live.lease_until_s <= now_s:
+                live.lease_until_s = now_s + LEASE_S
+                self.parts.outbox.add(live.router, Holding(live.work.request_id))
+
     def release(self, request_id: int, reason: str) -> None:
         live = self.parts.requests.get(request_id)
         if live is not None and live.transfer_id is not None:
@@ -158,6 +171,7 @@ class PrefillRole(Role):
         for choice, drawn in zip(chunk.draws, result.drawn, strict=True):
             ended += self.report_token(live, choice, live.work.output_tokens + 1, drawn)
         sequence.choices = []
+        live.lease_until_s = self.parts.clock() + LEASE_S
         if ended == len(chunk.draws) or live.work.request_id in self._committed:
             self.end(live.work.request_id, WITHDRAWN)
 

@@ -20,7 +20,9 @@ WEIGHTS = (3, 3, 3, 1, 2, 3, 1, 1)
 class Faults:
     """`happened` counts them by kind."""
 
-    def __init__(self, world: World, seams: Seams, any_at_all: bool, hostile: str | None = None) -> None:
+    def __init__(
+        self, world: World, seams: Seams, any_at_all: bool, lossy: bool, hostile: str | None = None
+    ) -> None:
         self.world, self.seams, self.any = world, seams, any_at_all
         self._hostile = hostile
         self.rng = rng = world.rng
@@ -33,7 +35,7 @@ class Faults:
         self._corruption = rng.choice((0.0, 0.0, 0.05))
         self._repetition = rng.choice((0.0, 0.0, 0.05))
         self._replay = rng.choice((0.0, 0.0, 0.05))
-        self._loss = rng.choice((0.0, 0.0, 0.02))
+        self._loss = 0.02 if lossy else 0.0
         self._old: list[tuple[str, bytes]] = []
         seams.fabric.fate = self._fate
 
