@@ -42,6 +42,7 @@ from kvtransfer.messages import (
     Ping,
     Refused,
     Segment,
+    SendReady,
     SlotUse,
     Stats,
     TransferAddress,
@@ -197,6 +198,10 @@ class TransferClient:
     def open_send(self, transfer_id: int, deadline_s: float) -> None:
         self._book.open_send(transfer_id)
         self._queue(OpenSend(transfer_id, deadline_s))
+
+    def send_ready(self, transfer_id: int) -> None:
+        """The prompt has its pages, and keeps them: slots may be lent."""
+        self._queue(SendReady(transfer_id))
 
     def filled(self, transfer_id: int, segments: list[Segment]) -> None:
         """Hands over packed send slots; they must not be written any more."""

@@ -11,9 +11,9 @@ from kvtransfer.slots import Direction, SlotPool
 def lend(
     pool: SlotPool, limits: Limits, transfers: Iterable[Send], now_s: float
 ) -> dict[int, list[SlotUse]]:
-    """Takes free slots for confirmed transfers, each slot against one of its grants: one at a time, to who
-    has fewest, oldest first. The slots by transfer."""
-    wanting = [t for t in transfers if t.state is SendState.CONFIRMED and t.wants_slots()]
+    """Takes free slots for confirmed transfers whose prompts have pages, each slot against one of its grants:
+    one at a time, to who has fewest, oldest first. The slots by transfer."""
+    wanting = [t for t in transfers if t.state is SendState.CONFIRMED and t.ready and t.wants_slots()]
     lent: dict[int, list[SlotUse]] = {}
     while wanting and pool.free:
         transfer = min(wanting, key=lambda t: len(t.lent))

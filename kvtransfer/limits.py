@@ -14,6 +14,9 @@ class Limits:
     `receive_slots` is below the pool's size, so that one slot is always left to send with: two processes
     that receive from each other could otherwise grant everything away and wait for each other.
 
+    `unready_slots` is what all transfers together may hold whose prompts wait for pages at the source. The
+    others of `receive_slots` are for those that surely move: so somebody always does.
+
     `token_bytes` and `tokens_per_slot` are of all `kv_heads` that the worker's rank, one of `tp`, has; of
     fewer heads there is less in a token, and there are more tokens in a slot.
     """
@@ -24,6 +27,7 @@ class Limits:
     slots_per_transfer: int
     idle_slots_per_transfer: int
     receive_slots: int
+    unready_slots: int
     offer_hold_s: float
     resend_s: float
     quarantine_s: float
@@ -52,6 +56,7 @@ class Limits:
             slots_per_transfer=per_transfer,
             idle_slots_per_transfer=min(2, per_transfer),
             receive_slots=max(1, slots - 1),
+            unready_slots=max(1, slots - 1) // 2,
             offer_hold_s=transfer_timeout_s,
             resend_s=1.0,
             quarantine_s=2 * transfer_timeout_s,

@@ -6,14 +6,23 @@ for sending comes back by our own doing, one granted to a peer only by the peer'
 """
 
 from kvtransfer.limits import Limits
-from kvtransfer.messages import Abort, Commit, Filled, Freed, OpenReceive, OpenSend, TransferAddress
+from kvtransfer.messages import (
+    Abort,
+    Commit,
+    Filled,
+    Freed,
+    OpenReceive,
+    OpenSend,
+    SendReady,
+    TransferAddress,
+)
 from kvtransfer.outbox import Destination, Outbox
-from kvtransfer.peer_messages import Cancel, Closed, Committed, Grant, Offer, PeerMessage, Written
+from kvtransfer.peer_messages import Cancel, Closed, Committed, Grant, Offer, PeerMessage, Ready, Written
 from kvtransfer.receiver import Receiver
 from kvtransfer.sender import Sender
 from kvtransfer.slots import Direction, SlotPool
 
-TransferCommand = OpenReceive | OpenSend | Filled | Freed | Commit | Abort
+TransferCommand = OpenReceive | OpenSend | SendReady | Filled | Freed | Commit | Abort
 
 
 class TransferMachine:
@@ -36,6 +45,8 @@ class TransferMachine:
             self.sender.filled(command, now_s)
         elif isinstance(command, Freed):
             self._freed(command, now_s)
+        elif isinstance(command, SendReady):
+            self.sender.ready(command.transfer_id)
         elif isinstance(command, OpenReceive):
             self.receiver.open(command, now_s)
         elif isinstance(command, OpenSend):
@@ -67,6 +78,8 @@ class TransferMachine:
         """What a peer that sends to us says."""
         if isinstance(message, Written):
             self.receiver.on_written(source, message, now_s)
+        elif isinstance(message, Ready):
+            self.receiver.on_ready(source, message.transfer_id)
         elif isinstance(message, Closed):
             self.receiver.on_closed(source, message.transfer_id, now_s)
         elif isinstance(message, Cancel):

@@ -149,6 +149,13 @@ class OpenSend(Struct, frozen=True, tag="open_send", forbid_unknown_fields=True)
     deadline_s: Annotated[float, Meta(gt=0, le=86400)]
 
 
+class SendReady(Struct, frozen=True, tag="send_ready", forbid_unknown_fields=True):
+    """The prompt has its pages: what is asked for will be computed whatever becomes of other requests. No
+    slot is lent before, since whoever waits for pages may wait for somebody who waits for that slot."""
+
+    transfer_id: TransferId
+
+
 class Filled(Struct, frozen=True, tag="filled", forbid_unknown_fields=True):
     """The worker has packed these segments into send slots lent by `SendSlots`: move them."""
 
@@ -187,7 +194,9 @@ class AskSpans(Struct, frozen=True, tag="ask_spans", forbid_unknown_fields=True)
     transfer_id: TransferId
 
 
-Command = AttachWorker | OpenReceive | OpenSend | Filled | Freed | Commit | Abort | Ping | AskSpans
+Command = (
+    AttachWorker | OpenReceive | OpenSend | SendReady | Filled | Freed | Commit | Abort | Ping | AskSpans
+)
 
 
 # ---------------------------------------------------------------- transfer process -> worker

@@ -77,6 +77,12 @@ class Grant(Struct, frozen=True, tag="grant", forbid_unknown_fields=True):
     slots: SlotUses
 
 
+class Ready(Struct, frozen=True, tag="ready", forbid_unknown_fields=True):
+    """Sender to receiver: what is granted from now on is written without waiting for other transfers."""
+
+    transfer_id: TransferId
+
+
 class Written(Struct, frozen=True, tag="written", forbid_unknown_fields=True):
     """Sender to receiver: these segments lie in the granted slots (slot numbers are the receiver's)."""
 
@@ -111,5 +117,15 @@ class MoverNote(Struct, frozen=True, tag="mover", forbid_unknown_fields=True):
 
 
 PeerMessage = (
-    PeerHello | PeerRefused | PeerPing | Offer | Grant | Written | Committed | Cancel | Closed | MoverNote
+    PeerHello
+    | PeerRefused
+    | PeerPing
+    | Offer
+    | Grant
+    | Ready
+    | Written
+    | Committed
+    | Cancel
+    | Closed
+    | MoverNote
 )

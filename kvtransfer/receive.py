@@ -44,6 +44,8 @@ class Receive:
     """The most tokens of one segment, as far as our own slots go."""
     state: ReceiveState = ReceiveState.CONNECTING
     arrived: TokenRanges = field(default_factory=TokenRanges)
+    ready: bool = False
+    """The source will write what is granted without waiting for other transfers."""
     granted: dict[int, SlotUse] = field(default_factory=dict)
     """By slot number; while CLOSING, these are the quarantined ones."""
     reason: str = ""

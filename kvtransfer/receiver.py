@@ -134,6 +134,11 @@ class Receiver:
         for transfer in self._of(source):
             self._end(transfer, now_s)
 
+    def on_ready(self, source: TransferAddress, transfer_id: int) -> None:
+        transfer = self._find(source, transfer_id, "ready")
+        if transfer is not None:
+            transfer.ready = True
+
     def on_written(self, source: TransferAddress, message: Written, now_s: float) -> None:
         transfer = self._find(source, message.transfer_id, "written")
         if transfer is None:
@@ -150,6 +155,7 @@ class Receiver:
             use = transfer.granted.pop(segment.slot)
             transfer.arrived.add(segment.start_token, segment.start_token + segment.token_count)
             self._pool.fill(use, now_s)
+            transfer.ready = True
             accepted.append(segment)
             self._out.spans.note(
                 transfer.transfer_id, "arrive", segment.start_token, segment.token_count, now_s, now_s
@@ -193,19 +199,23 @@ class Receiver:
         )
 
     def grant(self, now_s: float) -> None:
-        """Hands free slots to the open transfers, one at a time, fewest-holding first, oldest first."""
+        """Hands free slots to the open transfers, one at a time: to those that are ready first, then to who
+        holds fewest, oldest first."""
         pool, limits = self._pool, self.limits
         wanting = [
             t
             for t in self._transfers.values()
             if t.state is ReceiveState.OPEN and t.needs_slots() > 0
         ]
+        unready_slots = sum(len(t.granted) for t in self._transfers.values() if not t.ready)
         given: dict[int, list[SlotUse]] = {}
         while wanting and pool.free and pool.held(Direction.RECEIVE) < limits.receive_slots:
-            transfer = min(wanting, key=lambda t: len(t.granted))
-            if len(transfer.granted) >= self._may_hold(transfer):
+            transfer = min(wanting, key=lambda t: (not t.ready, len(t.granted)))
+            full = not transfer.ready and unready_slots >= limits.unready_slots
+            if full or len(transfer.granted) >= self._may_hold(transfer):
                 wanting.remove(transfer)
                 continue
+            unready_slots += not transfer.ready
             use = pool.take(transfer.transfer_id, Direction.RECEIVE, now_s)
             transfer.granted[use.slot] = use
             given.setdefault(transfer.transfer_id, []).append(use)

@@ -48,6 +48,8 @@ class Send:
     segment_tokens: int = 0
     """The most tokens of one segment: they fit a slot on both sides."""
     tp: int = 1
+    ready: bool = False
+    """The worker has pages for the prompt. They stay with it."""
     grants: deque[SlotUse] = field(default_factory=deque)
     """Remote slots that may be written and are not yet."""
     grant_generations: dict[int, int] = field(default_factory=dict)

@@ -2,8 +2,9 @@
 
     1. `open` and `on_offer`, in either order       WAITING or OFFERED → CONFIRMED
     2. `on_grant`          remote slots that may be written, kept first come first served
-    3. `lend`              a local slot goes to the worker only against a grant, so that what is packed can
-                           always be moved: no two transfers can ever wait for each other's slots
+    3. `lend`              a local slot goes to the worker only against a grant and only for a prompt that
+                           has pages: what is lent will be packed, and what is packed can be moved. No two
+                           transfers can ever wait for each other's slots
     4. `filled`            packed segments are paired with grants and posted, a few to a write
     5. `write_done`        local slots are free, the destination is told what lies where
     6. `on_committed`      the worker may let its KV go                              CONFIRMED → ENDED
@@ -28,7 +29,7 @@ from kvtransfer.messages import (
     SlotUse,
 )
 from kvtransfer.outbox import Destination, Outbox, Piece, Write
-from kvtransfer.peer_messages import Cancel, Closed, Grant, Offer, Written
+from kvtransfer.peer_messages import Cancel, Closed, Grant, Offer, Ready, Written
 from kvtransfer.send import HELD_OFFERS, InFlight, Send, SendState, placed
 from kvtransfer.slots import SlotPool
 
@@ -77,6 +78,17 @@ class Sender:
             self._confirm(transfer)
         else:
             self._out.drops["send_open_twice"] += 1
+
+    def ready(self, transfer_id: int) -> None:
+        """The worker has pages for the prompt."""
+        transfer = self._transfers.get(transfer_id)
+        if transfer is None:
+            if transfer_id not in self._ended:
+                self._out.drops["ready_unknown"] += 1
+        elif not transfer.ready:
+            transfer.ready = True
+            if transfer.state is SendState.CONFIRMED:
+                self._say_ready(transfer)
 
     def filled(self, command: Filled, now_s: float) -> None:
         """Posts what the worker has packed; a segment that does not fit the transfer fails it."""
@@ -287,6 +299,12 @@ class Sender:
             self._end(transfer, say_closed=False)
         else:
             transfer.move(SendState.CONFIRMED)
+            if transfer.ready:
+                self._say_ready(transfer)
+
+    def _say_ready(self, transfer: Send) -> None:
+        if transfer.end_token > transfer.start_token:  # else it may have ended there
+            self._say(transfer.destination, Ready(transfer.transfer_id))
 
     def _fail(
         self,
@@ -356,5 +374,5 @@ class Sender:
         if len(self._ended) > REMEMBERED_ENDS:
             self._ended.popitem(last=False)
 
-    def _say(self, destination: Destination, message: Cancel | Closed | Written) -> None:
+    def _say(self, destination: Destination, message: Cancel | Closed | Ready | Written) -> None:
         self._out.to_destinations.append((destination, message))

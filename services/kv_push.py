@@ -105,6 +105,11 @@ class KvPush:
         outgoing.heads, outgoing.segment_tokens = heads, event.segment_tokens
         return True
 
+    def ready(self, transfer_id: int) -> None:
+        """The sequence has its pages, and nothing takes them away from a confirmed one."""
+        if transfer_id in self._outgoing:
+            self._client.send_ready(transfer_id)
+
     def lend(self, event: SendSlots) -> None:
         """Slots for a transfer that has ended are returned by its abort, not one by one."""
         outgoing = self._outgoing.get(event.transfer_id)

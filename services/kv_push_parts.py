@@ -84,6 +84,12 @@ class PushParts:
             case _:
                 return event
 
+    def ready(self, transfer_id: int) -> None:
+        """A confirmed transfer's sequence has its pages."""
+        joined = self._joined.get(transfer_id)
+        for part_id, part in joined.parts.items() if joined is not None else ():
+            self._lane(part).ready(part_id)
+
     def launched(self, chunks: list[Chunk], mark: Mark | None) -> None:
         """A step with these chunks is queued; `mark` passes when it is done on rank 0."""
         for lane in self._lanes:

@@ -90,6 +90,7 @@ class PrefillRole(Role):
         worked |= self.push.pack() + self.push.deliver() > 0
         if len(self._flights) < MAX_FLIGHTS:
             worked |= self._launch_next()
+        self._tell_ready()
         return worked or self.in_flight
 
     def occupancy(self) -> Occupancy:
@@ -136,6 +137,12 @@ class PrefillRole(Role):
             self._collect_done()
             self.push.deliver()
         return True
+
+    def _tell_ready(self) -> None:
+        for request_id in self.scheduler.take_ready():
+            live = self.parts.requests.get(request_id)
+            if live is not None and live.transfer_id is not None:
+                self.push.ready(live.transfer_id)
 
     def _collect_done(self) -> bool:
         """Take the results of the steps that are done."""

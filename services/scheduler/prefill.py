@@ -9,7 +9,7 @@ from services.messages import Work
 from services.scheduler.batch import RunningBatch
 from services.scheduler.chunks import DEFAULT_TAIL_TOKENS
 from services.scheduler.pages import PagePool
-from services.scheduler.sequence import Sequence, StepPlan, prompt_sequence
+from services.scheduler.sequence import Sequence, State, StepPlan, prompt_sequence
 
 
 class PrefillScheduler:
@@ -20,6 +20,7 @@ class PrefillScheduler:
         self.waiting: list[Sequence] = []
         self.holding: dict[int, Sequence] = {}
         self._confirmed: set[int] = set()
+        self._ready: list[int] = []
         self._sequences: dict[int, Sequence] = {}
 
     def __len__(self) -> int:
@@ -34,8 +35,16 @@ class PrefillScheduler:
 
     def confirm(self, request_id: int) -> None:
         """The decode worker has pages for this request. Unknown ids have ended meanwhile."""
-        if request_id in self._sequences:
+        sequence = self._sequences.get(request_id)
+        if sequence is not None:
             self._confirmed.add(request_id)
+            if sequence.state is not State.WAITING:
+                self._ready.append(request_id)
+
+    def take_ready(self) -> list[int]:
+        """Requests that are confirmed and have pages since the last call. Some may have ended."""
+        ready, self._ready = self._ready, []
+        return ready
 
     def unconfirm(self, request_id: int) -> None:
         """The decode worker is lost: what is computed stays as long as nobody who is confirmed needs its
@@ -91,6 +100,7 @@ class PrefillScheduler:
             self.waiting.append(unconfirmed)
             self.waiting.sort(key=lambda one: one.arrival)
         self.waiting.remove(sequence)
+        self._ready.append(sequence.work.request_id)
         return True
 
     def _admit_unconfirmed(self) -> bool:

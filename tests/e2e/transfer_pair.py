@@ -97,6 +97,7 @@ class Worker:
     def send(self, transfer_id: int, content: bytes, deadline_s: float = 30.0) -> None:
         self.content[transfer_id], self.sent_tokens[transfer_id] = content, 0
         self.client.open_send(transfer_id, deadline_s)
+        self.client.send_ready(transfer_id)
         self.client.flush()
 
     def receive(self, transfer_id: int, source: "Worker", tokens: int, deadline_s: float = 30.0) -> None:

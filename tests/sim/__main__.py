@@ -17,13 +17,12 @@ def main() -> int:
     parser.add_argument("--from", type=int, default=0, dest="first", help="the first one")
     parser.add_argument("--jobs", type=int, default=1, help="processes to run them in")
     parser.add_argument("--log", action="store_true", help="print all that happens in the first seed")
-    parser.add_argument("--tight", action="store_true", help="prefill workers with few pages, too")
     chosen = parser.parse_args()
     if chosen.log:
-        print(text_of(run_seed(chosen.first, chosen.tight)))
-    total = run_all(chosen.first, chosen.seeds, chosen.jobs, chosen.tight)
+        print(text_of(run_seed(chosen.first)))
+    total = run_all(chosen.first, chosen.seeds, chosen.jobs)
     if total.broken:
-        print(text_of(run_seed(total.broken[0][0], chosen.tight)))
+        print(text_of(run_seed(total.broken[0][0])))
         for seed, violation in total.broken:
             print(f"violated: seed {seed}: {violation}")
     print(", ".join(f"{name}: {count}" for name, count in sorted(total.counts.items())))

@@ -27,8 +27,6 @@ CLEARED_WITHIN_S = 2.0
 START_WITHIN_S = 20.0
 NOTICED_S = 3.0
 """After so long everybody has noticed what happened to the others: pings are a second apart at most."""
-ROOMY_PAGES = 96
-"""More than all prompts of a seed take together."""
 SYSTEM_PROMPT = [(7 * at + 3) % 996 + 1 for at in range(12)]
 
 
@@ -45,16 +43,12 @@ class Outcome:
 
 
 class Scenario:
-    """`tight`: prefill pools are as small as the others. Then prompts wait there for pages, and requests can
-    wait for each other in a ring until their deadlines (docs/simulation.md).
-
-    `hostile` names a boundary ("worker to router") where frames are changed, repeated, replayed and lost; no
-    process is crashed then. What clients get is not looked at, only that they and all processes end well.
+    """`hostile` names a boundary ("worker to router") where frames are changed, repeated, replayed and lost;
+    no process is crashed then. What clients get is not looked at, only that they and all processes end well.
     """
 
-    def __init__(self, seed: int, tight: bool = False, hostile: str | None = None) -> None:
+    def __init__(self, seed: int, hostile: str | None = None) -> None:
         self.world = World(seed)
-        self._tight = tight
         self.rng: Random = self.world.rng
         self.seams = Seams(self.world)
         self.clients: list[Client] = []
@@ -100,8 +94,7 @@ class Scenario:
         def step_s() -> float:
             return self.rng.uniform(0.5, 2.0) * scale_s
 
-        pages = ROOMY_PAGES if role == "prefill" and not self._tight else self.pages
-        self.workers.append(WorkerHost(self.seams, name, role, pages, transfer, step_s))
+        self.workers.append(WorkerHost(self.seams, name, role, self.pages, transfer, step_s))
 
     @property
     def processes(self) -> list[Process]:
@@ -219,10 +212,10 @@ def _whole_pages(prompt: list[int]) -> list[int]:
     return prompt[: len(prompt) // PAGE_TOKENS * PAGE_TOKENS]
 
 
-def run_seed(seed: int, tight: bool = False, hostile: str | None = None) -> Outcome:
+def run_seed(seed: int, hostile: str | None = None) -> Outcome:
     """The whole of one seed, and nothing but the seed decides what happens. See `Scenario`."""
     logging.disable(logging.CRITICAL)
-    scenario = Scenario(seed, tight, hostile)
+    scenario = Scenario(seed, hostile)
     try:
         with scenario.seams.installed():
             scenario.run()

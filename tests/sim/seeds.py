@@ -34,10 +34,10 @@ class Tally:
         self.digests |= other.digests
 
 
-def run_some(first: int, count: int, tight: bool = False) -> Tally:
+def run_some(first: int, count: int) -> Tally:
     tally, digest = Tally(seeds=count), sha256()
     for seed in range(first, first + count):
-        outcome = run_seed(seed, tight)
+        outcome = run_seed(seed)
         tally.events += outcome.events
         tally.virtual_s += outcome.virtual_s
         tally.counts += outcome.ends + outcome.faults
@@ -53,19 +53,19 @@ def chunks(first: int, seeds: int) -> Iterator[tuple[int, int]]:
         yield start, min(CHUNK, first + seeds - start)
 
 
-def run_all(first: int, seeds: int, jobs: int, tight: bool = False) -> Tally:
+def run_all(first: int, seeds: int, jobs: int) -> Tally:
     """In `jobs` processes, until all are done or a chunk has a violation."""
     total, started_s = Tally(), time.monotonic()
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         waiting = chunks(first, seeds)
-        running = [pool.submit(run_some, *chunk, tight) for chunk in islice(waiting, 2 * jobs)]
+        running = [pool.submit(run_some, *chunk) for chunk in islice(waiting, 2 * jobs)]
         while running:
             total.add(running.pop(0).result())
             if total.broken:
                 for future in running:
                     future.cancel()
                 break
-            running += [pool.submit(run_some, *chunk, tight) for chunk in islice(waiting, 1)]
+            running += [pool.submit(run_some, *chunk) for chunk in islice(waiting, 1)]
             if total.seeds % (40 * CHUNK) == 0:
                 print(f"{total.seeds} seeds in {time.monotonic() - started_s:.0f} s", flush=True)
     return total

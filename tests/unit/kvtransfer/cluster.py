@@ -21,6 +21,7 @@ from kvtransfer.messages import (
     Segment,
     SendCommitted,
     SendConfirmed,
+    SendReady,
     SendSlots,
     SlotUse,
     TransferAddress,
@@ -87,6 +88,7 @@ class Node:
         if isinstance(event, SendConfirmed) and event.transfer_id in self.outgoing:
             self.outgoing[event.transfer_id].next_token = event.start_token
             self.outgoing[event.transfer_id].end_token = event.end_token
+            self.commands.append(SendReady(event.transfer_id))
         elif isinstance(event, SendSlots):
             outgoing = self.outgoing.get(event.transfer_id)
             if outgoing is None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from kvtransfer.codec import PROTOCOL_VERSION, Codec
 from kvtransfer.codecs import PEER_MESSAGES, WORKER_COMMANDS
 from kvtransfer.errors import ProtocolError, VersionMismatch
-from kvtransfer.messages import Abort, Command, Commit, Filled, OpenSend, Segment
+from kvtransfer.messages import Abort, Command, Commit, Filled, OpenSend, Segment, SendReady
 
 VERSION = bytes((PROTOCOL_VERSION,))
 PLAIN = st.recursive(
@@ -19,6 +19,7 @@ PLAIN = st.recursive(
 MESSAGES: list[Command] = [
     OpenSend(5, 1.5),
     Filled(5, [Segment(0, 1, 0, 4, 16, None), Segment(1, 2, 4, 4, 16, 77)]),
+    SendReady(5),
     Commit(2**63 - 1),
     Abort(1, "a reason"),
 ]

@@ -15,6 +15,7 @@ from kvtransfer.messages import (
     OpenSend,
     Segment,
     SendConfirmed,
+    SendReady,
     SendSlots,
     SlotUse,
     TransferAddress,
@@ -78,6 +79,7 @@ def test_a_segment_fits_the_smaller_slot(theirs: int, together: int) -> None:
     """Our slots hold 8 tokens of half of our heads, theirs as many as they say."""
     sending = machine(tp=1, slot_tokens=4)
     sending.on_command(OpenSend(1, 10.0), 0.0)
+    sending.on_command(SendReady(1), 0.0)
     sending.on_destination(HERE, Offer(1, 0, 20, kv_heads=4, segment_tokens=theirs, tp=2), 8, 0.0)
     sending.on_destination(HERE, Grant(1, [SlotUse(slot, 1) for slot in range(8)]), 8, 0.0)
     sending.settle(0.0)

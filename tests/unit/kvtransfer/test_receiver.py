@@ -13,7 +13,7 @@ from kvtransfer.messages import (
     SlotUse,
     TransferAddress,
 )
-from kvtransfer.peer_messages import Cancel, Closed, Committed, Grant, Offer, PeerPing, Written
+from kvtransfer.peer_messages import Cancel, Closed, Committed, Grant, Offer, PeerPing, Ready, Written
 from tests.unit.kvtransfer.cluster import TOKEN_BYTES, TOKENS_PER_SLOT, limits
 
 SOURCE = TransferAddress("ipc:///source", 5)
@@ -61,11 +61,31 @@ def test_never_more_grants_than_tokens_need() -> None:
     assert machine.outbox.to_sources == []
 
 
+def test_what_may_wait_for_pages_does_not_get_all_slots() -> None:
+    machine = TransferMachine(limits(SLOTS))
+    for transfer_id in range(1, 12):
+        machine.on_command(OpenReceive(transfer_id, SOURCE, 0, 400, 10.0), 0.0)
+    machine.receiver.source_ready(SOURCE, 0.0)
+    machine.settle(0.0)
+    assert SLOTS - machine.pool.free == (SLOTS - 1) // 2
+    machine.outbox.to_sources.clear()
+    machine.on_source(OTHER, Ready(11), 0.0)
+    machine.settle(0.0)
+    assert machine.outbox.to_sources == []
+    machine.on_source(SOURCE, Ready(11), 0.0)
+    machine.settle(0.0)
+    [(_, grant)] = machine.outbox.to_sources
+    assert isinstance(grant, Grant) and grant.transfer_id == 11
+    assert machine.outbox.drops == {"ready_wrong_peer": 1}
+
+
 def test_many_open_transfers_share_the_pool() -> None:
     machine = TransferMachine(limits(SLOTS))
     for transfer_id in range(1, 8):
         machine.on_command(OpenReceive(transfer_id, SOURCE, 0, 400, 10.0), 0.0)
     machine.receiver.source_ready(SOURCE, 0.0)
+    for transfer_id in range(1, 8):
+        machine.on_source(SOURCE, Ready(transfer_id), 0.0)
     machine.settle(0.0)
     grants = {m.transfer_id: len(m.slots) for _, m in machine.outbox.to_sources if isinstance(m, Grant)}
     assert grants == dict.fromkeys(range(1, 8), 1)  # And one slot is left to send with.

@@ -12,11 +12,12 @@ from kvtransfer.messages import (
     Segment,
     SendCommitted,
     SendConfirmed,
+    SendReady,
     SendSlots,
     SlotUse,
 )
 from kvtransfer.outbox import Piece, Write
-from kvtransfer.peer_messages import Cancel, Closed, Committed, Grant, Offer, Written
+from kvtransfer.peer_messages import Cancel, Closed, Committed, Grant, Offer, Ready, Written
 from tests.unit.kvtransfer.cluster import TOKEN_BYTES, TOKENS_PER_SLOT, limits
 
 HERE, ELSEWHERE = 77, 78
@@ -35,7 +36,10 @@ def confirmed(tokens: int = 12, grants: int = 2) -> tuple[TransferMachine, list[
     """A machine with one confirmed send, id 1, and the slots lent for it."""
     machine = TransferMachine(limits(SLOTS))
     machine.on_command(OpenSend(1, 10.0), 0.0)
+    machine.on_command(SendReady(1), 0.0)
     say(machine, Offer(1, 0, tokens), Grant(1, [SlotUse(i, 5) for i in range(grants)]))
+    assert machine.outbox.to_destinations == [(HERE, Ready(1))]
+    machine.outbox.to_destinations.clear()
     event, *rest = machine.outbox.to_worker
     assert event == SendConfirmed(1, 0, tokens, 1, TOKENS_PER_SLOT, 1)
     lent = [use for one in rest if isinstance(one, SendSlots) for use in one.slots]
@@ -72,6 +76,23 @@ def test_no_slot_is_lent_without_a_grant() -> None:
     say(machine, Grant(1, [SlotUse(3, 1)]))
     [event] = machine.outbox.to_worker
     assert isinstance(event, SendSlots) and len(event.slots) == 1
+
+
+def test_no_slot_is_lent_to_a_prompt_that_waits_for_pages() -> None:
+    """It may wait for another, which waits for that slot."""
+    machine = TransferMachine(limits(SLOTS))
+    for transfer_id in (1, 2, 3):
+        machine.on_command(OpenSend(transfer_id, 10.0), 0.0)
+        grants = [SlotUse(slot, transfer_id) for slot in range(3)]
+        say(machine, Offer(transfer_id, 0, 40), Grant(transfer_id, grants))
+    assert machine.pool.free == SLOTS
+    machine.on_command(SendReady(2), 0.0)
+    machine.on_command(SendReady(2), 0.0)
+    machine.on_command(SendReady(9), 0.0)
+    machine.settle(0.0)
+    assert machine.outbox.to_destinations == [(HERE, Ready(2))]
+    slots = [event for event in machine.outbox.to_worker if isinstance(event, SendSlots)]
+    assert [event.transfer_id for event in slots] == [2] and machine.outbox.drops == {"ready_unknown": 1}
 
 
 def test_a_packed_segment_is_written_and_reported_where_it_lies() -> None:
@@ -244,6 +265,7 @@ def test_slots_are_shared_between_sends() -> None:
     machine = TransferMachine(limits(SLOTS))
     for transfer_id in (1, 2, 3, 4):
         machine.on_command(OpenSend(transfer_id, 10.0), 0.0)
+        machine.on_command(SendReady(transfer_id), 0.0)
         machine.on_destination(HERE, Offer(transfer_id, 0, 400), REMOTE_SLOTS, 0.0)
         grants = [SlotUse(i, transfer_id) for i in range(4)]
         machine.on_destination(HERE, Grant(transfer_id, grants), REMOTE_SLOTS, 0.0)
@@ -255,6 +277,7 @@ def test_slots_are_shared_between_sends() -> None:
 def test_what_is_packed_at_once_goes_out_in_small_writes() -> None:
     machine = TransferMachine(limits(10))
     machine.on_command(OpenSend(1, 10.0), 0.0)
+    machine.on_command(SendReady(1), 0.0)
     say(machine, Offer(1, 0, 20), Grant(1, [SlotUse(slot, 5) for slot in range(5)]))
     lent: list[SlotUse] = []
     for start, lendable in ((0, 2), (2, 3)):  # Before its first data a transfer is lent two.
@@ -273,5 +296,5 @@ def test_what_is_packed_at_once_goes_out_in_small_writes() -> None:
     assert [piece.remote_slot for write in writes for piece in write.pieces] == list(range(5))
     machine.sender.write_done(writes[2].write_id, 0.0)
     assert machine.pool.free == 6, "each write's end frees its own slots"
-    [(_, said)] = machine.outbox.to_destinations
+    _, (_, said) = machine.outbox.to_destinations
     assert isinstance(said, Written) and [s.slot for s in said.segments] == [4]

@@ -4,7 +4,7 @@ import pytest
 
 from kvtransfer.errors import MoverBroken, MoverError, PeerLostError
 from kvtransfer.machine import TransferMachine
-from kvtransfer.messages import Aborted, Filled, OpenSend, Segment, SendSlots, SlotUse
+from kvtransfer.messages import Aborted, Filled, OpenSend, Segment, SendReady, SendSlots, SlotUse
 from kvtransfer.movers.base import PieceOfWrite, Progress, Region
 from kvtransfer.movers.loopback import LoopbackFabric, LoopbackMover
 from kvtransfer.peer_messages import Closed, Grant, Offer, Written
@@ -32,6 +32,7 @@ class Bench:
             self.mover, self.machine.sender, SLOT_BYTES, 5.0, lambda d, *_: self.disconnected.append(d)
         )
         self.machine.on_command(OpenSend(1, 1000.0), 0.0)
+        self.machine.on_command(SendReady(1), 0.0)
         self.machine.on_destination(DESTINATION, Offer(1, 0, 4), 2, 0.0)
         self.machine.on_destination(DESTINATION, Grant(1, [SlotUse(1, 3)]), 2, 0.0)
         self.machine.settle(0.0)
@@ -41,6 +42,7 @@ class Bench:
         segment = Segment(use.slot, use.generation, 0, 4, 4 * TOKEN_BYTES)
         self.machine.on_command(Filled(1, [segment]), 0.0)
         [self.write] = self.machine.outbox.writes
+        self.machine.outbox.to_destinations.clear()
 
     @property
     def said(self) -> list[type]:

@@ -222,6 +222,21 @@ def test_kv_that_is_held_is_pushed_to_another_decode_worker(lost: bool) -> None:
     assert list(flight.cancel(9.0)) == [Send("e", Cancel(8))]
 
 
+def test_kv_that_nobody_will_ask_for_again_is_let_go() -> None:
+    """The decode worker has it, and the prefill worker has not heard so."""
+    flight, _ = make()
+    flight.start()
+    assert not flight.on_holding("p")
+    prefilled(flight)
+    flight.on_tokens("p", Tokens(7, 0, [10]), 1.0)
+    assert flight.phase is Phase.JOINING and not flight.on_holding("p")
+    flight.on_decode_started("d", DecodeStarted(7, 0.1, 0.05, 3, 0), 2.0)
+    assert list(flight.on_holding("p")) == [Send("p", Cancel(7))]
+    assert list(flight.on_undelivered("p", Undelivered(7, 99, "no word"))) == [Send("p", Cancel(7))]
+    assert flight.phase is Phase.DECODING
+    assert not flight.on_holding("d")
+
+
 def test_a_prompt_goes_on_while_its_decode_worker_is_replaced() -> None:
     flight, recorder = make(choices=2)
     flight.start()

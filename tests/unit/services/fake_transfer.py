@@ -21,6 +21,8 @@ class FakeClient:
     def open_send(self, transfer_id: int, deadline_s: float) -> None:
         self.opened.append(transfer_id)
 
+    def send_ready(self, transfer_id: int) -> None: ...
+
     def open_receive(
         self, transfer_id: int, source: TransferAddress, start: int, end: int, deadline_s: float, heads: int
     ) -> None:

@@ -22,6 +22,8 @@ from kvtransfer.messages import (
     OpenReceive,
     OpenSend,
     SendCommitted,
+    SendConfirmed,
+    SendReady,
     TransferAddress,
 )
 from kvtransfer.spans import Spans
@@ -63,6 +65,9 @@ class Rank:
     def open_send(self, transfer_id: int, deadline_s: float) -> None:
         self.book.open_send(transfer_id)
         self._say(OpenSend(transfer_id, deadline_s))
+
+    def send_ready(self, transfer_id: int) -> None:
+        self._say(SendReady(transfer_id))
 
     def open_receive(
         self, transfer_id: int, source: Any, start: int, end: int, left_s: float, n: int
@@ -172,8 +177,12 @@ class Pair:
                 self.pull.aborted(event)
             elif rank in self.destinations:
                 self.pull.unpack(event)
-            elif isinstance(joined := self.push.join(event), SendCommitted):
-                self.committed.append(joined.transfer_id)
+            else:
+                joined = self.push.join(event)
+                if isinstance(joined, SendConfirmed):
+                    self.push.ready(joined.transfer_id)
+                elif isinstance(joined, SendCommitted):
+                    self.committed.append(joined.transfer_id)
         self.push.pack()
         self.push.deliver()
         self.whole += [one.transfer_id for one in self.pull.settle().whole]

@@ -7,9 +7,22 @@ import pytest
 
 from kvtransfer.client import TransferLost
 from kvtransfer.messages import WITHDRAWN, Aborted, SendCommitted, SendConfirmed
-from services.messages import Cancel, Failed, Prefill, PushAgain, Report, Sampling, Undelivered, Work
+from services.engine.batch import Drawn, RowResult
+from services.messages import (
+    Cancel,
+    Failed,
+    Holding,
+    Prefill,
+    PrefillDone,
+    PushAgain,
+    Report,
+    Sampling,
+    Tokens,
+    Undelivered,
+    Work,
+)
 from services.outbox import Outbox
-from services.roles.prefill import PrefillRole
+from services.roles.prefill import LEASE_S, PrefillRole
 from services.roles.role import Parts
 from services.rules import Limits
 from services.scheduler.pages import PagePool
@@ -25,10 +38,14 @@ class Pushes:
 
     open_ids: dict[int, Sequence] = field(default_factory=dict)
     given_up: list[tuple[int, str]] = field(default_factory=list)
+    ready_ids: list[int] = field(default_factory=list)
 
     def open(self, sequence: Sequence, transfer_id: int, deadline_s: float) -> None:
         assert deadline_s > 0
         self.open_ids[transfer_id] = sequence
+
+    def ready(self, transfer_id: int) -> None:
+        self.ready_ids.append(transfer_id)
 
     def join(self, event: Any) -> Any:
         if isinstance(event, SendCommitted | Aborted):
@@ -71,6 +88,12 @@ class Scene:
         said, self.said = self.said, []
         return said
 
+    def first_token(self) -> None:
+        """The prompt runs, and its first token is reported."""
+        plan = self.role.scheduler.schedule()
+        self.role.scheduler.launched(plan)
+        self.role._report(plan.chunks[0], RowResult([Drawn(7)]))
+
     def compute(self) -> Sequence:
         """The prompt runs, and its first token is out."""
         scheduler = self.role.scheduler
@@ -101,6 +124,43 @@ def test_kv_that_was_not_delivered_is_held_and_pushed_again(how: str) -> None:
     assert not scene.role.scheduler.schedule(), "nothing is computed again"
     scene.role.on_transfer(SendCommitted(51))
     assert sequence.state is State.ENDED and not scene.role.parts.requests and not scene.heard()
+
+
+def test_slots_are_asked_for_once_there_are_pages() -> None:
+    scene = Scene()
+    scene.role.accept(ROUTER, Prefill(Work(2, [6] * 30, Sampling(max_tokens=4, seed=1)), 60))
+    scene.role.on_transfer(SendConfirmed(60, 0, 30, 1, 4, 1))
+    scene.role.on_transfer(SendConfirmed(50, 0, 9, 1, 4, 1))
+    scene.role._tell_ready()
+    assert scene.push.ready_ids == []
+    plan = scene.role.scheduler.schedule()
+    scene.role.scheduler.launched(plan)
+    scene.role._tell_ready()
+    assert scene.push.ready_ids == [50], "the other one waits for pages that are in use"
+    scene.role.on_transfer(Aborted(50, "lost"))
+    scene.role.accept(ROUTER, PushAgain(1, 51))
+    scene.role.on_transfer(SendConfirmed(51, 0, 9, 1, 4, 1))
+    scene.role._tell_ready()
+    assert scene.push.ready_ids == [50, 51]
+
+
+def test_what_is_held_for_long_is_asked_after() -> None:
+    scene = Scene()
+    scene.role.sweep()
+    assert not scene.heard()
+    scene.first_token()
+    scene.now_s = LEASE_S - 0.1
+    scene.role.sweep()
+    assert [type(one) for one in scene.heard()] == [PrefillDone, Tokens]
+    for _ in range(2):
+        scene.now_s += LEASE_S
+        scene.role.sweep()
+        scene.role.sweep()
+        assert scene.heard() == [Holding(1)]
+    scene.role.accept(ROUTER, Cancel(1))
+    scene.now_s += LEASE_S
+    scene.role.sweep()
+    assert not scene.heard() and not scene.role.parts.requests
 
 
 def test_a_push_that_still_goes_on_is_given_up_for_the_next() -> None:
