@@ -19,6 +19,8 @@ from kvtransfer.peer_messages import MoverNote, PeerHello, PeerMessage, PeerPing
 
 log = logging.getLogger(__name__)
 
+OTHER_LIFE = "this connection has spoken for another life"
+
 PeerServer = Server[PeerMessage, PeerMessage]
 
 
@@ -152,9 +154,8 @@ class Destinations:
         if former is not None and former.hello.epoch != theirs.epoch:
             # A connection is one process's, and that has one life: one of the two hellos is not its own, and
             # nobody can say which. It greets again, on another connection.
-            reason = "this connection has spoken for another life"
-            self.lose(former.hello.epoch, reason, now_s)
-            self._refuse(identity, theirs, reason, [])
+            self.lose(former.hello.epoch, OTHER_LIFE, now_s)
+            self._refuse(identity, theirs, OTHER_LIFE, [])
             return
         if ours is None:
             self._refuse(identity, theirs, "no worker is attached here", [])
