@@ -19,6 +19,7 @@ from deploy.values import (
     seconds,
     slot_bytes,
     text,
+    worker_endpoint,
 )
 from kvtransfer.config import MoverName
 from services.memory.sizes import parse_bytes
@@ -193,7 +194,12 @@ class RouterSettings(ChildSettings, HttpSettings):
     """Run the router: the HTTP API in front of workers."""
 
     model_dir: Path = required(path, "Model directory: tokenizer and config.json.", positional=True)
-    worker: tuple[str, ...] = required(endpoint, "Endpoint of a worker; repeatable.", many=True)
+    worker: tuple[str, ...] = setting(
+        (), worker_endpoint, "Endpoint of a worker, or tcp+dns://name:port for many; repeatable.", many=True
+    )
+    workers_file: Path | None = setting(
+        None, path, "File with more, one a line; looked at twice a second, so that workers come and go."
+    )
     key_dir: Path | None = setting(None, path, "CURVE keys for tcp:// endpoints.")
     drain_timeout: float = setting(30.0, seconds(0, 3600), "Seconds that running requests get at the end.")
 
