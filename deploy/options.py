@@ -205,6 +205,17 @@ class RouterSettings(ChildSettings, HttpSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScaleSettings:
+    """Start or drain workers of a running `baton serve` on this host."""
+
+    prefill: int | None = setting(None, _count, "Prefill workers there are to be. (default: as many as now)")
+    decode: int | None = setting(None, _count, "Decode workers there are to be. (default: as many as now)")
+    unified: int | None = setting(None, _count, "Unified workers there are to be. (default: as many as now)")
+    port: int = setting(8000, integer(1, 65535), "Port of its router, to find it by.")
+    run_dir: Path | None = setting(None, path, "Its run directory, in place of the port.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class MemorySettings:
     """Print the memory ledgers of a running system: planned, measured and their difference."""
 
