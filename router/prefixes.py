@@ -10,7 +10,7 @@ collision could only misplace a prompt. The idea is that of SGLang's cache-aware
 (Srivatsa et al., 2024), with a flat index in place of a tree.
 """
 
-from array import array
+import struct
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -20,13 +20,13 @@ MAX_BLOCKS = 512
 """Of one prompt: what is beyond its first 32768 tokens is not looked at."""
 MAX_WORKER_BLOCKS = 1 << 15
 """Of one worker, about 4 MiB of memory, whatever its pool holds."""
-_BLOCK_BYTES = BLOCK_TOKENS * array("q").itemsize
+_BLOCK_BYTES = BLOCK_TOKENS * struct.calcsize("q")
 
 
 def prefix_blocks(prompt: Sequence[int], salt: bytes) -> list[int]:
     """The chain of a prompt's whole blocks. `salt` separates tenants, as it does their caches."""
     count = min(len(prompt) // BLOCK_TOKENS, MAX_BLOCKS)
-    tokens = array("q", prompt[: count * BLOCK_TOKENS]).tobytes()
+    tokens = struct.pack(f"{count * BLOCK_TOKENS}q", *prompt[: count * BLOCK_TOKENS])
     parent, chain = hash(salt), []
     for start in range(0, count * _BLOCK_BYTES, _BLOCK_BYTES):
         parent = hash((parent, tokens[start : start + _BLOCK_BYTES]))

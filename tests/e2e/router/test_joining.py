@@ -139,9 +139,38 @@ def test_a_leaving_worker_keeps_what_it_has_until_its_end(served: tuple[Fakes, R
     until(lambda: set(known(router)) == {"p2", "d3"}, "d2 has left")
 
 
-def ask(router: Router) -> list[int]:
+def ask(router: Router, prompt: str | list[int] = "a") -> list[int]:
     with router.http() as http:
-        answer = http.post("/v1/completions", json=BODY)
+        answer = http.post("/v1/completions", json={**BODY, "prompt": prompt})
     assert answer.status_code == 200, answer.text
     tokens: list[int] = answer.json()["choices"][0]["token_ids"]
     return tokens
+
+
+def test_a_repeated_prefix_goes_where_it_was_until_that_worker_has_a_new_life(
+    served: tuple[Fakes, Router],
+) -> None:
+    fakes, router = served
+    for name in ("p4", "p5", "d4"):
+        fakes.start(name)
+    fakes.list("p4", "p5", "d4")
+    until(lambda: set(known(router)) == {"p4", "p5", "d4"}, "two prefill workers")
+    until(lambda: all(one["status"] for one in known(router).values()), "all are ready")
+
+    def went_to(prompt: list[int]) -> str:
+        for name in ("p4", "p5"):
+            fakes.workers[name].forget()
+        assert ask(router, prompt) == ANSWER
+        (name,) = [name for name in ("p4", "p5") if fakes.workers[name].of(Prefill)]
+        return name
+
+    long = [9] * 200
+    holder = went_to(long)
+    assert [went_to([*long, number]) for number in range(5)] == [holder] * 5
+    assert {went_to([number, *long]) for number in (5, 6)} == {"p4", "p5"}, "they begin otherwise"
+    assert went_to([*long, 6]) == holder
+    fakes.workers[holder].stop()
+    until(lambda: known(router)[holder]["connection"] != "ready", "its end is seen")
+    fakes.start(holder)
+    until(lambda: known(router)[holder]["status"], "its next life")
+    assert went_to([*long, 7]) != holder, "it was given the latest prompt, and has nothing cached"
