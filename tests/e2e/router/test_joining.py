@@ -126,17 +126,19 @@ def test_a_leaving_worker_keeps_what_it_has_until_its_end(served: tuple[Fakes, R
     with ThreadPoolExecutor(1) as pool:
         asking = pool.submit(ask, router)
         (join,) = held.wait_for(Join)
-        fakes.start("d3")
-        fakes.list("p2", "d3")
-        until(lambda: known(router)["d2"]["leaving"], "d2 leaves")
+        for name in ("p3", "d3"):
+            fakes.start(name)
+        fakes.list("p3", "d3")
+        # One has the KV that the other has not taken yet.
+        until(lambda: all(known(router)[name]["leaving"] for name in ("p2", "d2")), "both leave")
         until(router.ready, "a ready router without it")
         assert ask(router) == ANSWER
-        assert len(held.of(Reserve)) == 1, "no new work"
+        assert len(held.of(Reserve)) == len(fakes.workers["p2"].of(Prefill)) == 1, "no new work"
         assert known(router)["d2"]["router_view"]["live_requests"] == 1
         held.script = Script(answers=[ANSWER])
         held.act(lambda: held.decode(held.work_of(join.request_id), join.first_tokens))
         assert asking.result(DEADLINE_S) == ANSWER
-    until(lambda: set(known(router)) == {"p2", "d3"}, "d2 has left")
+    until(lambda: set(known(router)) == {"p3", "d3"}, "both have left")
 
 
 def ask(router: Router, prompt: str | list[int] = "a") -> list[int]:
