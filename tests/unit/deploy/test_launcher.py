@@ -226,4 +226,5 @@ def test_children_are_added_and_dismissed_meanwhile(tmp_path: Path) -> None:
     assert asyncio.run(asyncio.wait_for(change(), DEADLINE_S)) == 0
     assert sorted(system.ended()) == ["more-a", "more-b", "worker-0"]
     assert system.text.count("more-a started") == 1, "a dismissed one is not started again"
+    assert "more-a ended" not in system.text, "its end was wanted"
     assert descendants() == before
