@@ -78,9 +78,10 @@ def _by_queue(worker: Candidate, incoming_tokens: int) -> tuple[bool, int, int, 
 
 
 def _by_pages(worker: Candidate, incoming_tokens: int) -> tuple[bool, float, int, int, str]:
-    full = used_share(worker, incoming_tokens) > 1
-    share = used_share(worker, incoming_tokens - worker.cached_tokens)
-    return (full, share, worker.reported_running, worker.turn, worker.name)
+    whole = share = used_share(worker, incoming_tokens)
+    if worker.cached_tokens:
+        share = used_share(worker, incoming_tokens - worker.cached_tokens)
+    return (whole > 1, share, worker.reported_running, worker.turn, worker.name)
 
 
 def spare(

@@ -14,19 +14,19 @@ import struct
 from collections import OrderedDict
 from collections.abc import Sequence
 
-BLOCK_TOKENS = 64
+BLOCK_TOKENS = 128
 """A shorter common prefix is not worth a choice."""
-MAX_BLOCKS = 512
+MAX_BLOCKS = 256
 """Of one prompt: what is beyond its first 32768 tokens is not looked at."""
-MAX_WORKER_BLOCKS = 1 << 15
-"""Of one worker, about 4 MiB of memory, whatever its pool holds."""
-_BLOCK_BYTES = BLOCK_TOKENS * struct.calcsize("q")
+MAX_WORKER_BLOCKS = 1 << 14
+"""Of one worker, about 2 MiB of memory, whatever its pool holds."""
+_BLOCK_BYTES = BLOCK_TOKENS * struct.calcsize("i")
 
 
 def prefix_blocks(prompt: Sequence[int], salt: bytes) -> list[int]:
     """The chain of a prompt's whole blocks. `salt` separates tenants, as it does their caches."""
     count = min(len(prompt) // BLOCK_TOKENS, MAX_BLOCKS)
-    tokens = struct.pack(f"{count * BLOCK_TOKENS}q", *prompt[: count * BLOCK_TOKENS])
+    tokens = struct.pack(f"{count * BLOCK_TOKENS}i", *prompt[: count * BLOCK_TOKENS])
     parent, chain = hash(salt), []
     for start in range(0, count * _BLOCK_BYTES, _BLOCK_BYTES):
         parent = hash((parent, tokens[start : start + _BLOCK_BYTES]))
@@ -60,8 +60,10 @@ class PrefixIndex:
         known = self._workers.setdefault(worker, OrderedDict())
         # From the end, so that no block is more recent than the one it follows.
         for block in reversed(blocks):
-            known[block] = None
-            known.move_to_end(block)
+            if block in known:
+                known.move_to_end(block)
+            else:
+                known[block] = None
         most = min(room_tokens // BLOCK_TOKENS, MAX_WORKER_BLOCKS)
         while len(known) > most:
             known.popitem(last=False)
