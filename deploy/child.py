@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
+from deploy import run_directory
+
 _PR_SET_PDEATHSIG = 1
 _EXTRA_GRACE_S = 5.0
 
@@ -35,8 +37,7 @@ def child_of_launcher(parent_pid: int | None, run_dir: Path | None, grace_s: flo
         yield
     finally:
         if run_dir is not None:
-            with contextlib.suppress(OSError):
-                run_dir.rmdir()
+            run_directory.leave(run_dir, launcher_lives=os.getppid() == parent_pid)
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

@@ -18,6 +18,7 @@ from deploy.commands import (
     memory,
     plan,
     router,
+    scale,
     serve,
     trace,
     transfer,
@@ -32,6 +33,7 @@ from deploy.options import (
     MemorySettings,
     PlanSettings,
     RouterSettings,
+    ScaleSettings,
     ServeSettings,
     TraceSettings,
     TransferSettings,
@@ -51,6 +53,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 register(app, "serve", ServeSettings, serve.run)
+register(app, "scale", ScaleSettings, scale.run)
 register(app, "plan", PlanSettings, plan.run)
 register(app, "memory", MemorySettings, memory.run)
 register(app, "trace", TraceSettings, trace.run)

@@ -7,6 +7,7 @@ from pathlib import Path
 from deploy.errors import UserError
 from deploy.options import ServeSettings
 from deploy.planning import resolve_dtype, resolve_mem_fraction, resolve_slot_bytes, worker_config
+from deploy.run_directory import WORKERS
 from deploy.supervision import Kind, drain_of
 from kvtransfer.layout import rank_slot_bytes
 from services.config import Device, WorkerConfig
@@ -59,28 +60,39 @@ def worker_slots(settings: ServeSettings, gpus: int) -> list[WorkerSlot]:
     alone = settings.unified > 0
     prefill = (0 if alone else 1) if settings.prefill is None else settings.prefill
     decode = (0 if alone else 1) if settings.decode is None else settings.decode
-    if bool(prefill) != bool(decode):
-        missing, present = ("--decode", "prefill") if prefill else ("--prefill", "decode")
-        raise UserError(f"{missing}: must be at least 1 when there are {present} workers")
-    if prefill + decode + settings.unified == 0:
-        raise UserError("--prefill, --decode, --unified: at least one worker is needed")
+    check_counts(prefill, decode, settings.unified)
     wanted: list[tuple[Role, int]] = [
         *(("prefill", number) for number in range(prefill)),
         *(("decode", number) for number in range(decode)),
         *(("unified", number) for number in range(settings.unified)),
     ]
-    ranks = {"prefill": settings.prefill_tp, "decode": settings.decode_tp, "unified": None}
     slots: list[WorkerSlot] = []
     first = 0
     for role, number in wanted:
-        tp = ranks[role] or settings.tp
-        if gpus and tp > gpus:
-            raise UserError(f"--tp: a {role} worker of {tp} ranks needs {tp} GPUs, and there are {gpus}")
+        tp = ranks_of(settings, role, gpus)
         if first + tp > gpus:
             first = 0
         slots.append(WorkerSlot(role, number, first, tp))
         first += tp if gpus else 0
     return slots
+
+
+def check_counts(prefill: int, decode: int, unified: int) -> None:
+    """Raises UserError if so many workers could not serve."""
+    if bool(prefill) != bool(decode):
+        missing, present = ("--decode", "prefill") if prefill else ("--prefill", "decode")
+        raise UserError(f"{missing}: must be at least 1 when there are {present} workers")
+    if prefill + decode + unified == 0:
+        raise UserError("--prefill, --decode, --unified: at least one worker is needed")
+
+
+def ranks_of(settings: ServeSettings, role: Role, gpus: int) -> int:
+    """Of one worker of the role. Raises UserError if it needs more than there are `gpus` (0: on a CPU)."""
+    given = {"prefill": settings.prefill_tp, "decode": settings.decode_tp, "unified": None}
+    tp = given[role] or settings.tp
+    if gpus and tp > gpus:
+        raise UserError(f"--tp: a {role} worker of {tp} ranks needs {tp} GPUs, and there are {gpus}")
+    return tp
 
 
 def worker_configs(settings: ServeSettings, slots: list[WorkerSlot]) -> list[WorkerConfig]:
@@ -105,16 +117,10 @@ def child_specs(
     settings: ServeSettings, slots: list[WorkerSlot], device: Device, run_dir: Path, port: int
 ) -> list[ChildSpec]:
     """Every child, in the order of starting. All "auto" values are settled here, once for all of them."""
-    family = ("--run-dir", str(run_dir), "--parent-pid", str(os.getpid()))
-    specs = [
-        _transfer(settings, slot, rank, device, run_dir, family)
-        for slot in slots
-        for rank in range(len(slot.transfer_names))
-    ]
-    specs += [_worker(settings, slot, device, run_dir, family) for slot in slots]
+    specs = worker_specs(settings, slots, device, run_dir)
+    family = _family(run_dir)
     router = ["router", str(settings.model_dir), "--host", settings.host, "--port", str(port), *family]
-    for slot in slots:
-        router += ["--worker", _ipc(run_dir, slot.name)]
+    router += ["--workers-file", str(run_dir / WORKERS)]
     router += ["--drain-timeout", _number(drain_of(Kind.ROUTER, settings.drain_timeout))]
     router += ["--request-timeout", _number(settings.request_timeout)]
     router += ["--max-body-bytes", str(settings.max_body_bytes)]
@@ -134,6 +140,28 @@ def child_specs(
     secrets = (("BATON_API_KEY", ",".join(settings.api_key)),) if settings.api_key else ()
     specs.append(ChildSpec("router", Kind.ROUTER, tuple(router), secrets))
     return specs
+
+
+def worker_specs(
+    settings: ServeSettings, slots: list[WorkerSlot], device: Device, run_dir: Path
+) -> list[ChildSpec]:
+    """The transfer processes of these workers, then the workers."""
+    family = _family(run_dir)
+    transfers = [
+        _transfer(settings, slot, rank, device, run_dir, family)
+        for slot in slots
+        for rank in range(len(slot.transfer_names))
+    ]
+    return [*transfers, *(_worker(settings, slot, device, run_dir, family) for slot in slots)]
+
+
+def worker_endpoints(slots: list[WorkerSlot], run_dir: Path) -> list[str]:
+    """Where routers find these workers."""
+    return [_ipc(run_dir, slot.name) for slot in slots]
+
+
+def _family(run_dir: Path) -> tuple[str, ...]:
+    return ("--run-dir", str(run_dir), "--parent-pid", str(os.getpid()))
 
 
 def _transfer(

@@ -5,11 +5,12 @@
    their output line by line.
 3. Poll the router's `/ready`; then show each worker's ledger, the URL and a request to try.
 4. A child that ends is started again, after a back-off. A child that refuses its configuration ends it all.
-5. SIGTERM or SIGINT: stop the router (it drains), the workers, the transfer processes; SIGKILL for what is
+5. Workers may be added and dismissed meanwhile (scaling.py).
+6. SIGTERM or SIGINT: stop the router (it drains), the workers, the transfer processes; SIGKILL for what is
    still there after its grace. A second signal: SIGKILL at once.
-6. Remove the run directory.
+7. Remove the run directory.
 
-If this process itself is killed, step 5 and 6 are the children's own doing (child.py).
+If this process itself is killed, step 6 and 7 are the children's own doing (child.py).
 """
 
 import asyncio
@@ -48,6 +49,11 @@ class Child:
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     started_s: float = 0.0
     last_lines: deque[str] = field(default_factory=lambda: deque(maxlen=_MESSAGE_LINES))
+    on_trial: bool = False
+    """It was added at run time and has never been ready: if it cannot live, only it is given up."""
+    given_up: str = ""
+    """Why, if it was."""
+    dismissed: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def alive(self) -> bool:
@@ -74,6 +80,8 @@ class Launcher:
         program: tuple[str, ...] = (sys.executable, "-m", "deploy"),
     ) -> None:
         self._children = [Child(spec, index) for index, spec in enumerate(specs)]
+        self._added = len(specs)
+        self._tasks: dict[str, asyncio.Task[None]] = {}
         self._run_dir = run_dir
         self._drain_timeout_s = drain_timeout_s
         self._welcome = welcome
@@ -88,7 +96,8 @@ class Launcher:
         loop = asyncio.get_running_loop()
         for number in _STOP_SIGNALS:
             loop.add_signal_handler(number, self._on_signal)
-        tasks = [asyncio.create_task(self._supervise(child)) for child in self._children]
+        for child in self._children:
+            self._watch(child)
         greeting = asyncio.create_task(self._greet())
         try:
             await self._stopping.wait()
@@ -96,7 +105,7 @@ class Launcher:
         finally:
             greeting.cancel()
             self._kill_all()
-            await asyncio.gather(greeting, *tasks, return_exceptions=True)
+            await asyncio.gather(greeting, *self._tasks.values(), return_exceptions=True)
             for number in _STOP_SIGNALS:
                 loop.remove_signal_handler(number)
             run_directory.remove(self._run_dir)
@@ -110,27 +119,69 @@ class Launcher:
         """What a first signal does: everything drains and ends, and `run` returns."""
         self._stopping.set()
 
+    @property
+    def stopping(self) -> asyncio.Event:
+        return self._stopping
+
+    # ------------------------------------------------------------ more and fewer of them
+
+    def add(self, specs: list[ChildSpec]) -> list[Child]:
+        """Starts more children, on trial, while `run` runs."""
+        children = [Child(spec, self._added + number, on_trial=True) for number, spec in enumerate(specs)]
+        self._added += len(specs)
+        self._children += children
+        for child in children:
+            self._watch(child)
+        return children
+
+    async def dismiss(self, names: list[str], grace_s: float) -> None:
+        """Ends children for good: SIGTERM together, and SIGKILL for who is still there after `grace_s`."""
+        members = [child for child in self._children if child.spec.name in names]
+        for child in members:
+            child.dismissed.set()
+            child.on_trial = True  # what becomes of it now concerns nobody else
+        await self._end(members, grace_s)
+        tasks = [self._tasks.pop(child.spec.name) for child in members]
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._children = [child for child in self._children if child not in members]
+
     # ------------------------------------------------------------ one child
+
+    def _watch(self, child: Child) -> None:
+        self._tasks[child.spec.name] = asyncio.create_task(self._supervise(child))
 
     async def _supervise(self, child: Child) -> None:
         try:
             while not self._stopping.is_set():
                 code = await self._live(child)
-                if self._stopping.is_set():
+                if self._stopping.is_set() or child.dismissed.is_set():
                     return
                 lived_s = time.monotonic() - child.started_s
                 decision = child.policy.on_exit(code, lived_s, random.random())
                 if isinstance(decision, GiveUp):
                     reason = f"{child.spec.name} {decision.reason}: {child.message() or _ending(code)}"
+                    if child.on_trial:
+                        child.given_up = reason
+                        return
                     self._give_up(reason, code if code == CONFIGURATION_ERROR else 1)
                     return
                 self._screen.say(
                     f"{child.spec.name} {_ending(code)}; starts again in {decision.delay_s:.1f} s"
                 )
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._stopping.wait(), decision.delay_s)
+                if await self._pause(child, decision.delay_s):
+                    return
         except Exception as error:
             self._give_up(f"{child.spec.name} cannot be supervised: {error!r}")
+
+    async def _pause(self, child: Child, delay_s: float) -> bool:
+        """True: it is not needed any more."""
+        waits = [asyncio.create_task(one.wait()) for one in (self._stopping, child.dismissed)]
+        try:
+            done, _ = await asyncio.wait(waits, timeout=delay_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        return bool(done)
 
     async def _live(self, child: Child) -> int:
         """One life of a child, from start to exit code. Its output is forwarded to the last byte."""
@@ -215,14 +266,17 @@ class Launcher:
         drain_s = 0.0 if self._failure is not None else self._drain_timeout_s
         for stage in shutdown_stages(drain_s):
             members = [child for child in self._children if child.spec.kind is stage.kind]
-            for child in members:
-                _signal(child, signal.SIGTERM)
-            deadline_s = time.monotonic() + stage.grace_s
-            for child in members:
-                await _ended(child, deadline_s)
-                if child.alive:
-                    self._screen.say(f"{child.spec.name} did not end in {stage.grace_s:.1f} s: killed")
-                    _signal(child, signal.SIGKILL)
+            await self._end(members, stage.grace_s)
+
+    async def _end(self, members: list[Child], grace_s: float) -> None:
+        for child in members:
+            _signal(child, signal.SIGTERM)
+        deadline_s = time.monotonic() + grace_s
+        for child in members:
+            await _ended(child, deadline_s)
+            if child.alive:
+                self._screen.say(f"{child.spec.name} did not end in {grace_s:.1f} s: killed")
+                _signal(child, signal.SIGKILL)
 
     def _kill_all(self) -> None:
         for child in self._children:

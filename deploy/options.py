@@ -19,6 +19,7 @@ from deploy.values import (
     seconds,
     slot_bytes,
     text,
+    worker_endpoint,
 )
 from kvtransfer.config import MoverName
 from services.memory.sizes import parse_bytes
@@ -193,9 +194,25 @@ class RouterSettings(ChildSettings, HttpSettings):
     """Run the router: the HTTP API in front of workers."""
 
     model_dir: Path = required(path, "Model directory: tokenizer and config.json.", positional=True)
-    worker: tuple[str, ...] = required(endpoint, "Endpoint of a worker; repeatable.", many=True)
+    worker: tuple[str, ...] = setting(
+        (), worker_endpoint, "Endpoint of a worker, or tcp+dns://name:port for many; repeatable.", many=True
+    )
+    workers_file: Path | None = setting(
+        None, path, "File with more, one a line; looked at twice a second, so that workers come and go."
+    )
     key_dir: Path | None = setting(None, path, "CURVE keys for tcp:// endpoints.")
     drain_timeout: float = setting(30.0, seconds(0, 3600), "Seconds that running requests get at the end.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaleSettings:
+    """Start or drain workers of a running `baton serve` on this host."""
+
+    prefill: int | None = setting(None, _count, "Prefill workers there are to be. (default: as many as now)")
+    decode: int | None = setting(None, _count, "Decode workers there are to be. (default: as many as now)")
+    unified: int | None = setting(None, _count, "Unified workers there are to be. (default: as many as now)")
+    port: int = setting(8000, integer(1, 65535), "Port of its router, to find it by.")
+    run_dir: Path | None = setting(None, path, "Its run directory, in place of the port.")
 
 
 @dataclass(frozen=True, kw_only=True)

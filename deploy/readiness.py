@@ -1,5 +1,6 @@
 """Where a launched system answers, whether it does, and a request to try."""
 
+import http.client
 import json
 import shlex
 import socket
@@ -54,6 +55,29 @@ def is_ready(welcome: Welcome) -> bool:
             return bool(answer.status == 200)
     except (OSError, ValueError):
         return False
+
+
+@dataclass(frozen=True, slots=True)
+class SeenWorker:
+    """A worker as the router sees it. `state` is its own word; None while it has said nothing."""
+
+    state: str | None
+    leaving: bool
+
+
+def seen_workers(welcome: Welcome) -> dict[str, SeenWorker] | None:
+    """By endpoint. None: the router does not answer."""
+    request = urllib.request.Request(f"{welcome.url}/cluster")
+    if welcome.api_key is not None:
+        request.add_header("Authorization", f"Bearer {welcome.api_key}")
+    try:
+        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
+            workers = json.load(answer)["workers"]
+        return {
+            one["endpoint"]: SeenWorker((one["status"] or {}).get("state"), one["leaving"]) for one in workers
+        }
+    except (OSError, ValueError, LookupError, http.client.HTTPException):
+        return None
 
 
 def claim_port(host: str, port: int) -> int:

@@ -13,6 +13,10 @@ import stat
 import tempfile
 from pathlib import Path
 
+WORKERS = "workers"
+"""The file that tells the router who its workers are."""
+_FRESH_WORKERS = "workers.new"
+_CONTROL = "control-"
 _NAME = re.compile(r"baton-(\d+)-(\d+)")
 _LONGEST_SOCKET_NAME = "prefill-63-transfer-63"
 _MAX_SOCKET_PATH_BYTES = 107
@@ -27,6 +31,41 @@ def create(base: Path | None = None) -> Path:
     directory = base / name
     directory.mkdir(mode=0o700)
     return directory
+
+
+def write_workers(directory: Path, endpoints: list[str]) -> None:
+    """Whole, or not at all."""
+    fresh = directory / _FRESH_WORKERS
+    fresh.write_text("".join(f"{endpoint}\n" for endpoint in endpoints), encoding="utf-8")
+    fresh.replace(directory / WORKERS)
+
+
+def control_socket(directory: Path, port: int) -> Path:
+    """Where the launcher whose router listens on `port` takes orders."""
+    return directory / f"{_CONTROL}{port}"
+
+
+def find_control_sockets(port: int, base: Path | None = None) -> list[Path]:
+    """Of this user's launchers, below `base`; some may be dead."""
+    bases = {Path(tempfile.gettempdir()), Path("/tmp")} if base is None else {base}
+    directories = sorted(directory for one in bases for directory in one.glob("baton-*-*"))
+    sockets = [control_socket(directory, port) for directory in directories if _is_ours(directory)]
+    return [one for one in sockets if one.is_socket()]
+
+
+def control_sockets_in(directory: Path) -> list[Path]:
+    return sorted(directory.glob(f"{_CONTROL}*")) if _is_ours(directory) else []
+
+
+def leave(directory: Path, launcher_lives: bool) -> None:
+    """A child ends. The last one after the launcher's death removes the directory, for which what the
+    launcher itself has left must go first."""
+    if not launcher_lives:
+        for file in (directory / WORKERS, directory / _FRESH_WORKERS, *control_sockets_in(directory)):
+            with contextlib.suppress(OSError):
+                file.unlink()
+    with contextlib.suppress(OSError):
+        directory.rmdir()
 
 
 def remove(directory: Path) -> None:

@@ -2,12 +2,15 @@
 ValueError saying what is allowed; the caller names where the text came from."""
 
 import math
+import string
 from collections.abc import Callable
 from pathlib import Path
 
 from services.memory.sizes import parse_bytes
 
 Parser = Callable[[str], object]
+DNS_SCHEME = "tcp+dns://"
+_NAME_CHARACTERS = frozenset(string.ascii_letters + string.digits + "-._")
 
 
 def text(value: str) -> str:
@@ -118,6 +121,18 @@ def endpoint(value: str) -> str:
         port = rest.partition("#")[0].rpartition(":")[2]
         if not port.isdigit() or not 0 < int(port) < 65536:
             raise ValueError(f"{value!r}: a tcp:// endpoint ends with a port from 1 to 65535")
+    return value
+
+
+def worker_endpoint(value: str) -> str:
+    """An `endpoint`, or `tcp+dns://name:port`, which stands for all the addresses that the name has."""
+    if not value.startswith(DNS_SCHEME):
+        return endpoint(value)
+    rest = value.removeprefix(DNS_SCHEME)
+    name = rest.partition("#")[0].rpartition(":")[0]
+    if not name or not set(name) <= _NAME_CHARACTERS:
+        raise ValueError(f"{value!r}: a tcp+dns:// endpoint has a name, as in tcp+dns://prefill.baton.svc:7000")
+    endpoint(f"tcp://{rest}")
     return value
 
 

@@ -1,23 +1,28 @@
 """What is known of each worker that can take work now, as values to choose from."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 
 from router.config import RouterConfig
 from router.parameters import Limits
 from router.policy import Candidate
+from router.prefixes import PrefixIndex
 from router.seats import Seats
 from services.client import ClientState, WorkerClient
 
 
-def candidates(clients: Mapping[str, WorkerClient], seats: Seats) -> list[Candidate]:
-    """Workers that are connected and ready, by their last report and the router's own account."""
+def candidates(
+    clients: Iterable[WorkerClient], seats: Seats, prefixes: PrefixIndex, blocks: Sequence[int]
+) -> list[Candidate]:
+    """Workers that are connected and ready, by their last report and the router's own account; for a prompt
+    of these `blocks`."""
     found: list[Candidate] = []
-    for endpoint, client in clients.items():
-        hello, status, seat = client.hello, client.status, seats.of[endpoint]
+    for client in clients:
+        endpoint, hello, status = client.endpoint, client.hello, client.status
         if client.state is not ClientState.READY or hello is None or status is None:
             continue
         if status.state != "ready":
             continue
+        seat = seats.of[endpoint]
         found.append(
             Candidate(
                 name=endpoint,
@@ -31,6 +36,9 @@ def candidates(clients: Mapping[str, WorkerClient], seats: Seats) -> list[Candid
                 reported_used_pages=status.pages.used,
                 queued_tokens=seat.queued_tokens,
                 live_tokens=seat.live_tokens,
+                uncached_tokens=seat.uncached_tokens,
+                cached_tokens=prefixes.cached_tokens(endpoint, blocks),
+                turn=seat.turn,
             )
         )
     return found

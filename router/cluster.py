@@ -33,6 +33,8 @@ def ledger_values(ledger: Ledger) -> dict[str, Any]:
 def _worker_values(client: WorkerClient, dispatcher: Dispatcher, now_s: float) -> dict[str, Any]:
     seat = dispatcher.seat(client.endpoint)
     values: dict[str, Any] = {
+        "endpoint": client.endpoint,
+        "leaving": client.endpoint in dispatcher.fleet.leaving,
         "connection": client.state.value,
         "message": client.message,
         "hello": None,

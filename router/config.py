@@ -10,7 +10,8 @@ class RouterConfigError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class RouterConfig:
-    """Sizes are in the unit their name ends with; `workers` are ZMQ endpoints (`ipc://` or `tcp://`)."""
+    """Sizes are in the unit their name ends with; `workers` are ZMQ endpoints (`ipc://` or `tcp://`) that
+    stay, `worker_names` are `tcp+dns://` ones, which stand for as many as the name has addresses."""
 
     workers: tuple[str, ...]
     model_dir: Path
@@ -22,6 +23,9 @@ class RouterConfig:
     """Empty: no key is asked for."""
     key_dir: Path | None = None
     """CURVE keys and the allow-list for `tcp://` workers."""
+    workers_file: Path | None = None
+    """More of them, one a line; they come and go with their lines."""
+    worker_names: tuple[str, ...] = ()
     max_body_bytes: int = 8 << 20
     max_choices: int = 16
     """`n` of one prompt."""
@@ -53,8 +57,10 @@ class RouterConfig:
     """Prompts, or choices of them, that wait for a worker to come back."""
 
     def __post_init__(self) -> None:
-        if not self.workers:
-            raise RouterConfigError("workers: at least one worker endpoint is needed")
+        if not self.workers and not self.worker_names and self.workers_file is None:
+            raise RouterConfigError("workers: at least one worker endpoint, or a workers_file, is needed")
+        if self.workers_file is not None and not self.workers_file.parent.is_dir():
+            raise RouterConfigError(f"workers_file: {self.workers_file.parent} is not a directory")
         if len(set(self.workers)) != len(self.workers):
             raise RouterConfigError("workers: an endpoint is given twice")
         if not 0 <= self.port <= 65535:

@@ -10,20 +10,22 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 
 from router.admission import Admission
-from router.candidates import candidates, common_limits
+from router.candidates import common_limits
 from router.config import RouterConfig
+from router.discovery import Discovery, WorkerName, WorkersFile
 from router.errors import ApiError
+from router.fleet import Fleet
 from router.ids import draw_number
 from router.metrics import Metrics, Snapshot
 from router.migration import Journey, Leg
 from router.orders import Order
 from router.parameters import Limits
-from router.policy import Candidate, Pairing, place, place_decode, spare
+from router.policy import Pairing, place, place_decode, spare
 from router.requests import WITHOUT_DECODE, Flight, Phase, Send, Times
-from router.seats import Seat, Seats
+from router.seats import Seat
 from router.traces import Traces
 from router.waiting import SWEEP_S, WaitingRoom
-from services.client import ClientState, WorkerClient, load_keys
+from services.client import ClientState, WorkerClient
 from services.messages import (
     Cancel,
     DecodeStarted,
@@ -57,7 +59,6 @@ class Dispatcher:
         self._journeys: set[Journey] = set()
         self._waiting = WaitingRoom(config.max_waiting)
         self._sweeping: asyncio.TimerHandle | None = None
-        self._seats = Seats(config.workers)
         self._outbox: dict[str, list[Request]] = {}
         self._admission = Admission(config.ttft_slo_s, config.max_kv_load, config.retry_after_s)
         self._limits: Limits | None = None
@@ -65,32 +66,22 @@ class Dispatcher:
         self._idle = asyncio.Event()
         self._idle.set()
         self.draining = False
-        self.traces = Traces(lambda worker, messages: self.clients[worker].send(messages), clock)
-        keys = load_keys(config.key_dir)
-        epoch = draw_id()
-        self.clients: dict[str, WorkerClient] = {
-            endpoint: WorkerClient(
-                endpoint,
-                router_epoch=epoch,
-                on_reports=self._on_reports,
-                on_state=self._on_state,
-                keys=keys,
-                heartbeat_s=config.heartbeat_s,
-                timeout_s=config.worker_timeout_s,
-            )
-            for endpoint in config.workers
-        }
+        self.fleet = Fleet(config, draw_id(), self._on_reports, self._on_state)
+        self.clients, self._seats = self.fleet.clients, self.fleet.seats
+        self.traces = Traces(self.fleet.send, clock)
+        file = None if config.workers_file is None else WorkersFile(config.workers_file)
+        self._discovery = Discovery(file, map(WorkerName, config.worker_names), self._on_found)
 
     def start(self) -> None:
         """Connects to every worker, in the running loop. Raises ClientConfigError."""
-        for client in self.clients.values():
-            client.start()
+        self.fleet.start()
+        self._discovery.start()
 
     def close(self) -> None:
         if self._sweeping is not None:
             self._sweeping.cancel()
-        for client in self.clients.values():
-            client.close()
+        self._discovery.close()
+        self.fleet.close()
 
     # -- what is known
 
@@ -111,20 +102,12 @@ class Dispatcher:
                 counts[phase] = counts.get(phase, 0) + 1
         return counts
 
-    def name_of(self, endpoint: str) -> str:
-        """What the worker calls itself; its endpoint where it has not said so."""
-        hello = self.clients[endpoint].hello
-        return endpoint if hello is None else hello.name
-
     def seat(self, endpoint: str) -> Seat:
         return self._seats.of[endpoint]
 
-    def _candidates(self) -> list[Candidate]:
-        return candidates(self.clients, self._seats)
-
     @property
     def can_take_work(self) -> bool:
-        return not self.draining and place(self._candidates(), 0) is not None
+        return not self.draining and place(self.fleet.candidates(), 0) is not None
 
     def limits(self) -> Limits | None:
         """What every connected worker can take; None while there is none."""
@@ -135,7 +118,7 @@ class Dispatcher:
     def snapshot(self) -> Snapshot:
         waiting = sum(journey.times.first_token_s is None for journey in self._journeys)
         clients = self.clients.items()
-        usable = {candidate.name for candidate in self._candidates()}
+        usable = {candidate.name for candidate in self.fleet.candidates()}
         return Snapshot(
             queued=waiting,
             running=self.live - waiting,
@@ -174,18 +157,12 @@ class Dispatcher:
     def _admit(self, prompts: list[int]) -> None:
         if self._config.ttft_slo_s is None and self._config.max_kv_load is None:
             return
-        placement = place(self._candidates(), sum(prompts))
+        placement = place(self.fleet.candidates(), max(prompts, default=0))
         if placement is not None:
             first = placement.prefill or placement.decode
             self._admission.check(placement, prompts, self._seats.of[first.name].queued_prompts)
 
     def _depart(self, order: Order, now_s: float) -> Journey:
-        placement = place(self._candidates(), len(order.prompt))
-        if placement is None:
-            raise self.unavailable(
-                "No workers are ready: a prefill and a decode worker, or a unified one, are needed.",
-                "no_workers",
-            )
         work = Work(
             request_id=self._draw_id(),
             prompt=order.prompt,
@@ -194,15 +171,24 @@ class Dispatcher:
             salt=order.salt,
             deadline_s=self._config.request_timeout_s,
         )
+        blocks = self.fleet.blocks(work)
+        placement = place(self.fleet.candidates(blocks), len(order.prompt))
+        if placement is None:
+            raise self.unavailable(
+                "No workers are ready: a prefill and a decode worker, or a unified one, are needed.",
+                "no_workers",
+            )
         self._metrics.retries.on_prompt()
         retry_after_s, budget = self._config.retry_after_s, self._metrics.retries
         journey = Journey(work, order.output, Times(now_s), retry_after_s, budget)
         self._journeys.add(journey)
         self._idle.clear()
-        self._fly(journey.legs[0], placement.pairing, work.request_id, now_s)
+        self._fly(journey.legs[0], placement.pairing, blocks, work.request_id, now_s)
         return journey
 
-    def _fly(self, leg: Leg, pairing: Pairing, request_id: int, now_s: float) -> None:
+    def _fly(
+        self, leg: Leg, pairing: Pairing, blocks: Sequence[int], request_id: int, now_s: float
+    ) -> None:
         paired_anew = leg.flight is not None
         transfer_id = self._draw_id() if pairing.prefill is not None else 0
         self._queue(leg.journey.depart(leg, pairing, request_id, transfer_id, now_s))
@@ -211,10 +197,7 @@ class Dispatcher:
             raise RuntimeError("a leg departed without a flight")
         self._flights[request_id] = flight
         self._legs[flight.work.request_id] = leg
-        if paired_anew:
-            self._seats.take_decode(flight)
-        else:
-            self._seats.take(flight)
+        self.fleet.take(flight, blocks, paired_anew)
 
     def end(self, journeys: Iterable[Journey], error: ApiError | None = None) -> None:
         """Cancels what still runs of these journeys, or fails it with `error`. Idempotent."""
@@ -264,9 +247,10 @@ class Dispatcher:
         if leg.over:
             return
         due = leg.not_before_s <= now_s
-        pairing = self._pairing(leg) if due else None
+        blocks = self.fleet.blocks(leg.journey.work) if due else ()
+        pairing = self._pairing(leg, blocks) if due else None
         if pairing is not None:
-            self._fly(leg, pairing, self._draw_id(), now_s)
+            self._fly(leg, pairing, blocks, self._draw_id(), now_s)
         elif (leg.strict and due) or not self._waiting.add(leg):
             self._end(leg.journey, leg.error, now_s)
         else:
@@ -276,8 +260,8 @@ class Dispatcher:
         if self._sweeping is None and len(self._waiting):
             self._sweeping = asyncio.get_running_loop().call_later(SWEEP_S, self._sweep)
 
-    def _pairing(self, leg: Leg) -> Pairing | None:
-        candidates = spare(self._candidates(), leg.avoid, leg.strict)
+    def _pairing(self, leg: Leg, blocks: Sequence[int]) -> Pairing | None:
+        candidates = spare(self.fleet.candidates(blocks), leg.avoid, leg.strict)
         flight = leg.flight
         tokens = len(leg.journey.work.prompt)
         if flight is None or flight.prefill is None:
@@ -368,6 +352,13 @@ class Dispatcher:
                 self._settle(flight, now_s)
         self._flush()
 
+    def _on_found(self, endpoints: list[str]) -> None:
+        """Discovery has looked: workers come and go."""
+        self.fleet.look(endpoints)
+        if self.fleet.leaving:
+            flights = (leg.flight for leg in self._legs.values() if leg.flight is not None)
+            self.fleet.release({worker for flight in flights for worker in flight.workers})
+
     # -- sending
 
     def _queue(self, sends: Iterable[Send]) -> None:
@@ -378,7 +369,7 @@ class Dispatcher:
         while self._outbox:
             outbox, self._outbox = self._outbox, {}
             for worker, messages in outbox.items():
-                if not self.clients[worker].send(messages):
+                if not self.fleet.send(worker, messages):
                     self._not_sent(worker, messages)
 
     def _not_sent(self, worker: str, messages: list[Request]) -> None:

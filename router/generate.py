@@ -111,7 +111,7 @@ class GenerateEndpoint:
         label: bytes = scope["baton.label"]
         flights = [journey.legs[0].flight for journey in journeys]
         departed = [flight for flight in flights if flight is not None]
-        dispatcher.traces.remember(key, label.decode(), departed, dispatcher.name_of)
+        dispatcher.traces.remember(key, label.decode(), departed, dispatcher.fleet.name_of)
         watch = _Watch(dispatcher, journeys, self._service.config.request_timeout_s, receive, call)
         try:
             if call.options.stream:

@@ -102,10 +102,10 @@ def _quantiles_ms(nanoseconds: list[int]) -> dict[str, float]:
     return {name: ordered[int(len(ordered) * share)] / 1e6 for name, share in QUANTILES.items()}
 
 
-def measure_latency(cores: Cores, rate: float, spacing: str, seconds: float) -> dict[str, Any]:
+def measure_latency(cores: Cores, rate: float, spacing: str, seconds: float, pairs: int) -> dict[str, Any]:
     """Quantiles in ms by what they measure, and the router's CPU time for each request."""
     bare, real = Load(), Load()
-    with cluster("pair", cores) as one:
+    with cluster("pair", cores, pairs) as one:
         gets = Arrivals(one, rate, spacing, None)
         tokens = Arrivals(one, rate, spacing, Prompts(PROMPT_CHARACTERS, seed=1))
         gets.warm_up()
@@ -196,6 +196,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The router's added latency and streaming ceiling")
     parser.add_argument("--rate", type=float, default=200.0, help="requests a second")
     parser.add_argument("--seconds", type=float, default=10.0, help="of requests of each kind")
+    parser.add_argument("--pairs", type=int, default=1, help="prefill and decode workers, for latency")
     parser.add_argument("--streams", type=int, default=256)
     parser.add_argument("--only", choices=("latency", "streaming"))
     parser.add_argument("--out", type=Path, metavar="FILE", help="the figures as JSON")
@@ -209,7 +210,9 @@ def main() -> None:
     if given.only != "streaming":
         figures["latency"] = {}
         for spacing in SPACINGS:
-            latency = figures["latency"][spacing] = measure_latency(cores, given.rate, spacing, given.seconds)
+            latency = figures["latency"][spacing] = measure_latency(
+                cores, given.rate, spacing, given.seconds, given.pairs
+            )
             console.print(_latency_table(latency))
             console.print(f"other processes had {latency['others_share']:.1%} of the router's core meanwhile")
     if given.only != "latency":

@@ -98,8 +98,8 @@ def _router(config: RouterConfig, core: int) -> None:
 
 
 @contextlib.contextmanager
-def cluster(kind: str, cores: Cores) -> Iterator[Cluster]:
-    """Raises BenchError if the router does not become ready."""
+def cluster(kind: str, cores: Cores, of_each: int = 1) -> Iterator[Cluster]:
+    """With so many workers of each role. Raises BenchError if the router does not become ready."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
@@ -110,8 +110,10 @@ def cluster(kind: str, cores: Cores) -> Iterator[Cluster]:
             model_dir = directory
         loop = Loop()
         stamps: dict[int, Stamps] = {}
-        workers = [Worker(loop, directory / role, role, stamps) for role in ROLES[kind]]
-        endpoints = tuple(f"ipc://{directory / role}" for role in ROLES[kind])
+        roles = [(role, number) for number in range(of_each) for role in ROLES[kind]]
+        listening = [(directory / f"{role}-{number}", role) for role, number in roles]
+        workers = [Worker(loop, path, role, stamps) for path, role in listening]
+        endpoints = tuple(f"ipc://{path}" for path, _ in listening)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = int(probe.getsockname()[1])

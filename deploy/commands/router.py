@@ -5,17 +5,26 @@ from deploy.child import child_of_launcher, log_to_stderr
 from deploy.errors import UserError
 from deploy.options import RouterSettings
 from deploy.planning import check_model_dir
+from deploy.values import DNS_SCHEME
 
 
 def run(settings: RouterSettings) -> None:
     check_model_dir(settings.model_dir)
+    if not settings.worker and settings.workers_file is None:
+        raise UserError("--worker, --workers-file: one of them is needed, to know who computes")
+    names = tuple(one for one in settings.worker if one.startswith(DNS_SCHEME))
+    file = settings.workers_file
+    if file is not None and not file.parent.is_dir():
+        raise UserError(f"--workers-file: {file.parent} is not a directory; the file itself may come later")
     from kvtransfer.errors import TransferConfigError
     from router.config import RouterConfig, RouterConfigError
     from router.process import run as run_router
 
     try:
         config = RouterConfig(
-            workers=settings.worker,
+            workers=tuple(one for one in settings.worker if one not in names),
+            worker_names=names,
+            workers_file=settings.workers_file,
             model_dir=settings.model_dir,
             served_model_name=settings.served_model_name or settings.model_dir.resolve().name,
             host=settings.host,

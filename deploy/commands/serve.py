@@ -1,13 +1,15 @@
 """`baton serve MODEL_DIR`: a whole system on this host."""
 
 import asyncio
+from pathlib import Path
 
 import typer
 
 from deploy import run_directory
 from deploy.api_keys import api_keys
+from deploy.control import taking_orders
 from deploy.errors import UserError
-from deploy.fleet import WorkerSlot, child_specs, worker_configs, worker_slots
+from deploy.fleet import WorkerSlot, child_specs, worker_configs, worker_endpoints, worker_slots
 from deploy.launcher import Launcher
 from deploy.options import ServeSettings
 from deploy.output import Screen
@@ -19,6 +21,7 @@ from deploy.planning import (
     resolve_device,
 )
 from deploy.readiness import Welcome, claim_port
+from deploy.scaling import Host, Scaling
 from services.config import Device
 from services.memory.measure import gpu_count
 
@@ -39,6 +42,11 @@ def checked_slots(settings: ServeSettings) -> tuple[Device, list[WorkerSlot]]:
     return device, slots
 
 
+async def _serve(launcher: Launcher, scaling: Scaling, control: Path) -> int:
+    async with taking_orders(control, scaling.scale):
+        return await launcher.run()
+
+
 def run(settings: ServeSettings) -> None:
     device, slots = checked_slots(settings)
     keys = api_keys(settings.api_key, settings.api_key_file)
@@ -50,8 +58,12 @@ def run(settings: ServeSettings) -> None:
         screen.say(f"removed {directory.name}, left by a launcher that is gone")
     run_dir = run_directory.create()
     try:
+        run_directory.write_workers(run_dir, worker_endpoints(slots, run_dir))
         specs = child_specs(settings, slots, device, run_dir, port)
-        code = asyncio.run(Launcher(specs, run_dir, settings.drain_timeout, welcome, screen).run())
+        launcher = Launcher(specs, run_dir, settings.drain_timeout, welcome, screen)
+        gpus = gpu_count() if device == "cuda" else 0
+        scaling = Scaling(launcher, Host(settings, device, gpus, run_dir, welcome), slots)
+        code = asyncio.run(_serve(launcher, scaling, run_directory.control_socket(run_dir, port)))
     finally:
         run_directory.remove(run_dir)
     raise typer.Exit(code)

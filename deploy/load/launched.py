@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TextIO, TypeVar
 
 from deploy import run_directory
-from deploy.fleet import WorkerSlot, child_specs
+from deploy.fleet import WorkerSlot, child_specs, worker_endpoints
 from deploy.launcher import Launcher
 from deploy.load.errors import LoadError
 from deploy.options import ServeSettings
@@ -58,6 +58,7 @@ async def with_launched(
     settings = candidate.settings
     run_dir = run_directory.create()
     welcome = Welcome(settings.host, settings.port, settings.model_dir.name, None)
+    run_directory.write_workers(run_dir, worker_endpoints(candidate.slots, run_dir))
     specs = child_specs(settings, candidate.slots, candidate.device, run_dir, settings.port)
     launcher = Launcher(specs, run_dir, settings.drain_timeout, welcome, Screen(log))
     running = asyncio.create_task(launcher.run())

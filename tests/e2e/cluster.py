@@ -45,14 +45,14 @@ class Cluster:
         self.run_root = log_dir / "run"
         self.run_root.mkdir(mode=0o700)
         environment = {name: value for name, value in os.environ.items() if not name.startswith("BATON_")}
-        environment |= {"OMP_NUM_THREADS": str(threads), "TMPDIR": str(self.run_root)}
+        self.environment = environment | {"OMP_NUM_THREADS": str(threads), "TMPDIR": str(self.run_root)}
         command = [sys.executable, "-m", "deploy", "serve", str(model_dir), "--port", str(self.port)]
         command += ["--device", device, "--dtype", "float32", "--checksum", *arguments]
         if device == "cpu" and "--mem-fraction" not in arguments:
             command += ["--mem-fraction", SMALL_FRACTION]
         with self.log_path.open("w") as log:
             self.launcher = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+                command, stdout=log, stderr=subprocess.STDOUT, env=self.environment, start_new_session=True
             )
         self.http = httpx.Client(base_url=self.url, timeout=120)
 

@@ -50,6 +50,8 @@ PURE_MODULES = (
     "kvtransfer/layout.py",
     "router/admission.py",
     "router/policy.py",
+    "router/prefixes.py",
+    "router/roster.py",
     "router/config.py",
     "router/failures.py",
     "router/requests.py",

@@ -24,6 +24,8 @@ from router.process import run
 given = json.loads(sys.argv[1])
 given["workers"], given["model_dir"] = tuple(given["workers"]), pathlib.Path(given["model_dir"])
 given["api_keys"] = tuple(given.get("api_keys", ()))
+if "workers_file" in given:
+    given["workers_file"] = pathlib.Path(given["workers_file"])
 run(RouterConfig(**given))
 """
 

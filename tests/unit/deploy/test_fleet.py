@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from deploy.errors import UserError
-from deploy.fleet import child_specs, worker_configs, worker_slots
+from deploy.fleet import child_specs, worker_configs, worker_endpoints, worker_slots
 from deploy.options import RouterSettings, ServeSettings, TransferSettings, WorkerSettings
 from deploy.planning import check_shared_gpus
 from deploy.supervision import Kind
@@ -94,7 +94,8 @@ def test_command_lines_say_what_was_asked_for() -> None:
         assert worker.drain_timeout < settings.drain_timeout
         assert worker.run_dir == transfer.run_dir == RUN_DIR
     assert isinstance(router, RouterSettings)
-    assert router.worker == tuple(worker.listen for worker in workers)
+    assert router.workers_file == RUN_DIR / "workers"
+    assert worker_endpoints(slots, RUN_DIR) == [worker.listen for worker in workers]
     assert (router.port, router.host, router.served_model_name) == (4321, "127.0.0.1", "tales")
     assert (router.request_timeout, router.max_body_bytes) == (77.5, 1 << 16)
     assert (router.max_choices, router.max_running) == (3, 9)

@@ -180,3 +180,51 @@ def test_children_get_no_settings_of_ours_but_their_secrets(
     assert environment["OTHER"] == "2"
     assert "BATON_PORT" not in environment
     assert "k" not in repr(ChildSpec("router", Kind.ROUTER, (), (("BATON_API_KEY", "k"),))).split("'")
+
+
+def test_children_are_added_and_dismissed_meanwhile(tmp_path: Path) -> None:
+    system = System(tmp_path)
+    system.add_steady("worker-0", Kind.WORKER)
+    more = ("more-a", "more-b")
+    steady = [ChildSpec(name, Kind.WORKER, ("steady", name, str(system.log))) for name in more]
+    refusing = [ChildSpec("bad", Kind.WORKER, ("refuse",))]
+    failing = [ChildSpec("poor", Kind.WORKER, ("crash-once", str(tmp_path / "no" / "where"), "x", "x"))]
+    before = descendants()
+
+    async def change() -> int:
+        launcher = Launcher(
+            system.specs,
+            system.run_dir,
+            30.0,
+            Welcome("127.0.0.1", system.port, "fake"),
+            Screen(system.stream),
+            PROGRAM,
+        )
+        running = asyncio.create_task(launcher.run())
+        await shows("worker-0 is up")
+        launcher.add(steady)
+        await shows("more-a is up")
+        await shows("more-b is up")
+        await launcher.dismiss(["more-a"], 10.0)
+        assert system.ended() == ["more-a"]
+        (bad,) = launcher.add(refusing)
+        while not bad.given_up:  # noqa: ASYNC110  (a process's end)
+            await asyncio.sleep(0.02)
+        assert bad.given_up == "bad refused its configuration: --port: no such port"
+        await launcher.dismiss(["bad"], 10.0)
+        launcher.add(failing)
+        await shows("poor ended with code 1; starts again")
+        await launcher.dismiss(["poor"], 10.0)  # in its back-off
+        assert not launcher.stopping.is_set(), "nothing of it concerns the others"
+        launcher.stop()
+        return await running
+
+    async def shows(text: str) -> None:
+        while text not in system.text:  # noqa: ASYNC110  (a printed line)
+            await asyncio.sleep(0.02)
+
+    assert asyncio.run(asyncio.wait_for(change(), DEADLINE_S)) == 0
+    assert sorted(system.ended()) == ["more-a", "more-b", "worker-0"]
+    assert system.text.count("more-a started") == 1, "a dismissed one is not started again"
+    assert "more-a ended" not in system.text, "its end was wanted"
+    assert descendants() == before

@@ -1,0 +1,60 @@
+"""Who belongs to the cluster, as lists of workers come and change. Pure.
+
+    (listed) ──> MEMBER <──> MISSED ──> LEAVING ──> (released, and forgotten)
+                    ↑____________________│  (listed again)
+
+A list may be read while somebody writes it, and then it is short. So a worker counts from the first list that
+names it, and leaves with the second in a row that does not.
+"""
+
+import enum
+from collections.abc import Collection, Iterable
+
+
+class Standing(enum.Enum):
+    MEMBER = "member"
+    MISSED = "missed"  # not in the latest list; it gets work until the next one says so, too
+    LEAVING = "leaving"  # it gets no new work; what it has goes on to its end
+
+
+_LISTED = dict.fromkeys(Standing, Standing.MEMBER)
+_NOT_LISTED: dict[Standing, Standing] = {
+    Standing.MEMBER: Standing.MISSED,
+    Standing.MISSED: Standing.LEAVING,
+    Standing.LEAVING: Standing.LEAVING,
+}
+
+
+class Roster:
+    def __init__(self, endpoints: Iterable[str] = ()) -> None:
+        self._standings = dict.fromkeys(endpoints, Standing.MEMBER)
+        self.leaving: frozenset[str] = frozenset()
+
+    def standing(self, endpoint: str) -> Standing | None:
+        """None: it is unknown, or forgotten."""
+        return self._standings.get(endpoint)
+
+    def look(self, listed: Collection[str]) -> list[str]:
+        """Takes the list as it is now. Returns who is new, once each, in the order of the list."""
+        for endpoint, standing in self._standings.items():
+            moves = _LISTED if endpoint in listed else _NOT_LISTED
+            self._standings[endpoint] = moves[standing]
+        new = [endpoint for endpoint in dict.fromkeys(listed) if endpoint not in self._standings]
+        self._standings |= dict.fromkeys(new, Standing.MEMBER)
+        self._count()
+        return new
+
+    def release(self, busy: Collection[str]) -> list[str]:
+        """Forgets the leaving ones on which nothing runs, and returns them."""
+        free = sorted(self.leaving.difference(busy))
+        for endpoint in free:
+            self.forget(endpoint)
+        return free
+
+    def forget(self, endpoint: str) -> None:
+        self._standings.pop(endpoint, None)
+        self._count()
+
+    def _count(self) -> None:
+        leaving = (one for one, standing in self._standings.items() if standing is Standing.LEAVING)
+        self.leaving = frozenset(leaving)
