@@ -5,6 +5,7 @@ line says what happened.
 """
 
 import argparse
+import shutil
 import signal
 import sys
 import tempfile
@@ -21,16 +22,24 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of requests and faults")
     parser.add_argument("--layout", choices=sorted(LAYOUTS), help="default: one after the other")
     parser.add_argument("--requests", type=int, default=60, help="how many different ones")
-    parser.add_argument("--logs", type=Path, help="a new directory to keep the processes' output in")
+    parser.add_argument("--logs", type=Path, help="a new directory for the processes' output")
     chosen = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # the cluster ends with it
     layouts = [chosen.layout] if chosen.layout else sorted(LAYOUTS)
-    with tempfile.TemporaryDirectory(prefix="chaos-") as scratch:
-        directory = chosen.logs or Path(scratch) / "logs"
-        directory.mkdir(parents=True)
+    scratch = Path(tempfile.mkdtemp(prefix="chaos-"))
+    directory = chosen.logs or scratch / "logs"
+    directory.mkdir(parents=True)
+    kept = True
+    try:
         report = run_chaos(directory, chosen.seconds, chosen.seed, layouts, chosen.requests)
+        kept = bool(report.violations)
+    finally:
+        if chosen.logs is not None or not kept:
+            shutil.rmtree(scratch, ignore_errors=True)
     for line in report.details():
         print(line)
+    if report.violations:
+        print(f"the processes' output is kept in {directory}")
     print(report.summary(), flush=True)
     return 1 if report.violations else 0
 

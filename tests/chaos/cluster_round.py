@@ -9,6 +9,7 @@ import httpx
 import psutil
 
 from tests.chaos.client import Answer
+from tests.chaos.evidence import evidence
 from tests.chaos.faults import Faults, children, is_complete
 from tests.chaos.leaks import Watched
 from tests.chaos.load import Load
@@ -54,6 +55,7 @@ def run_round(round_: Round, plans: list[Plan], right: dict[int, Answer], report
         cluster.stop()
     except AssertionError as error:
         report.violate("unrest", f"{round_.layout}: {error}")
+        report.evidence += [f"{round_.layout}: {line}" for line in evidence(cluster)]
     finally:
         cluster.kill()
     report.growth.append(f"{round_.layout}: {watched.growth()}")

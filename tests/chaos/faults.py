@@ -33,7 +33,7 @@ LOOK_S = 0.2
 
 
 class Faults:
-    """`on_decode_kill` gets the time just before the signal."""
+    """`on_fault` gets the time just before the signal, and what it does."""
 
     def __init__(
         self,
@@ -42,15 +42,16 @@ class Faults:
         seed: str,
         outages: Outages,
         report: Report,
-        on_decode_kill: Callable[[float], None],
+        on_fault: Callable[[float, str], None],
     ) -> None:
         self._cluster, self.workers = cluster, workers
         self._random = Random(f"faults {seed}")
         self._outages, self._report = outages, report
-        self._on_decode_kill = on_decode_kill
+        self._on_fault = on_fault
         self._short: Counter[str] = Counter()
         self._stopped: dict[int, tuple[psutil.Process, asyncio.TimerHandle]] = {}
         self._changed_s = 0.0
+        self._causes: list[tuple[float, str]] = []
 
     async def run(self, until_s: float) -> None:
         """Returns at `until_s` of `time.monotonic`; what is stopped then goes on."""
@@ -73,7 +74,14 @@ class Faults:
                 await asyncio.sleep(LOOK_S)
                 asked_s = time.monotonic()
                 if self._outages.lasts and not self._stopped and await self._is_well(http, asked_s):
-                    self._outages.end(time.monotonic())
+                    self._end_outage(time.monotonic())
+
+    def _end_outage(self, at_s: float) -> None:
+        self._outages.end(at_s)
+        if len(self._causes) == 1:  # of several, none can be said to have taken so long
+            began_s, what = self._causes[0]
+            self._report.outages_s[what].append(at_s - began_s)
+        self._causes.clear()
 
     # ------------------------------------------------------------ faults
 
@@ -99,8 +107,6 @@ class Faults:
             return
         self._short[name] += 1
         self._begin(f"kill {kind}", router_dies=kind == "router")
-        if kind == "decode":
-            self._on_decode_kill(self._changed_s)
         process.kill()
 
     def _stop(self, kind: str, process: psutil.Process, for_s: float) -> None:
@@ -119,6 +125,8 @@ class Faults:
         self._report.faults[what] += 1
         self._changed_s = time.monotonic()
         self._outages.begin(self._changed_s, router_dies)
+        self._causes.append((self._changed_s, what))
+        self._on_fault(self._changed_s, what)
 
     # ------------------------------------------------------------ is all well?
 
