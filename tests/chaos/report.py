@@ -11,8 +11,8 @@ SHOWN = 20
 @dataclass(slots=True)
 class Report:
     """`violations` are of one of the kinds wrong, failed, endless, unrest, leak, left. By kind of
-    fault, `pauses_s` is how long each stream that it met stood still, and `outages_s` the times from a fault that came alone to
-    the next moment at which everything was seen ready."""
+    fault, `pauses_s` is how long each stream that it met stood still, and `outages_s` the times from a fault
+    that came alone to the next moment at which everything was seen ready."""
 
     seed: int
     requests: int = 0

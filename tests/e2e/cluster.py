@@ -37,9 +37,15 @@ class Cluster:
     """Use it as a context manager; leaving it stops everything and checks that nothing is left behind."""
 
     def __init__(
-        self, model_dir: Path, log_dir: Path, *arguments: str, device: str = "cpu", threads: int = 1
+        self,
+        model_dir: Path,
+        log_dir: Path,
+        *arguments: str,
+        device: str = "cpu",
+        threads: int = 1,
+        port: int | None = None,
     ) -> None:
-        self.port = free_port()
+        self.port = free_port() if port is None else port
         self.url = f"http://127.0.0.1:{self.port}"
         self.log_path = log_dir / "serve.log"
         self.run_root = log_dir / "run"
