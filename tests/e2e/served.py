@@ -64,8 +64,8 @@ class Served:
         wait_until(f"{self.count} workers are ready", complete, BACK_S)
 
     def whole(self, **changes: Any) -> dict[str, Any]:
-        body = {"model": "tiny", "prompt": PROMPT, "max_tokens": len(self.wanted), "temperature": 0, "ignore_eos": True}
-        body |= {"return_token_ids": True, **changes}
+        body = {"model": "tiny", "prompt": PROMPT, "max_tokens": len(self.wanted), "temperature": 0}
+        body |= {"ignore_eos": True, "return_token_ids": True, **changes}
         with httpx.Client(base_url=self.cluster.url, timeout=120) as http:
             answer = http.post("/v1/completions", json=body)
         assert answer.status_code == 200, answer.text
@@ -78,7 +78,8 @@ class Served:
             assert choice["token_ids"] == self.wanted
             assert choice["finish_reason"] == "length"
         usage = answer["usage"]
-        assert (usage["prompt_tokens"], usage["completion_tokens"]) == (len(PROMPT), choices * len(self.wanted))
+        counts = (usage["prompt_tokens"], usage["completion_tokens"])
+        assert counts == (len(PROMPT), choices * len(self.wanted))
 
 
 def stream(served: Served, on_token: Callable[[int], None]) -> tuple[str, list[float], dict[str, int]]:
