@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 
-from tests.e2e.cluster import Cluster, wait_until
+from tests.e2e.cluster import Accounts, wait_until
 from tests.e2e.test_tokens import prompt_of
 
 PROMPT = prompt_of(150, 9)
@@ -17,7 +17,7 @@ BACK_S = 60.0
 class Served:
     """`wanted` are the greedy tokens of `PROMPT`; `count` is how many workers there are."""
 
-    def __init__(self, cluster: Cluster, wanted: list[int], count: int) -> None:
+    def __init__(self, cluster: Accounts, wanted: list[int], count: int) -> None:
         self.cluster, self.wanted, self.count = cluster, wanted, count
 
     def workers(self) -> dict[str, dict[str, Any]]:
