@@ -6,16 +6,16 @@ from typing import Any
 
 import httpx
 
-from tests.e2e.cluster import Cluster
+from tests.chaos.system import System
 
 TAIL_LINES = 25
 COUNTS = ("queued", "running", "reserved", "holding", "open_sends", "open_receives")
 
 
-def evidence(cluster: Cluster) -> list[str]:
+def evidence(cluster: System) -> list[str]:
     """The router's and each restless worker's record, and the ends of their logs. Never raises for a
     cluster that does not answer: then it is about everybody."""
-    log = cluster.log_path.read_text(errors="replace").splitlines()
+    log = cluster.log_lines()
     try:
         with httpx.Client(base_url=cluster.url, timeout=5) as http:
             values = http.get("/cluster").json()

@@ -170,6 +170,9 @@ class Cluster(Accounts):
         wait_until("every process has ended", lambda: not any(_runs(child) for child in children))
         wait_until("the run directory is gone", lambda: not list(self.run_root.iterdir()))
 
+    def log_lines(self) -> list[str]:
+        return self.log_path.read_text(errors="replace").splitlines()
+
     def kill(self) -> None:
         children = self.processes()
         for process in [self.launcher, *children]:

@@ -4,14 +4,18 @@ The first host has the prefill worker, the second the decode worker and the rout
 CURVE keys, and KV goes over TCP by NIXL. Whatever happens, processes and namespaces are gone afterwards.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+import psutil
 
 from tests.e2e.cluster import READY_DEADLINE_S, Accounts, wait_until
 from tests.e2e.wire import NAMESPACES, enter
@@ -20,6 +24,7 @@ DEVICE = "cable"
 ADDRESSES = {"prefill": "10.77.0.1", "decode": "10.77.0.2"}
 HTTP_PORT, WORKER_PORT, PEER_PORT = 8000, 7000, 7001
 MTU_BYTES = 9000
+BACK_OFF_S = 0.5
 OWN_NAMESPACE = Path("/proc/self/ns/net")
 
 
@@ -95,13 +100,16 @@ class TwoHosts(Accounts):
         transfer: tuple[str, ...] = (),
         worker: tuple[str, ...] = (),
         router: tuple[str, ...] = (),
+        revives: bool = False,
     ) -> None:
+        """`revives`: what dies is started again after `BACK_OFF_S`, as a service manager would."""
         super().__init__(f"http://127.0.0.1:{HTTP_PORT}")
         self.model_dir, self.directory = model_dir, directory
         self._flags = {"transfer": transfer, "worker": worker, "router": router}
         self._keys = directory / "keys"
         self._stack = ExitStack()
-        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._revives, self._ending = revives, threading.Event()
+        self._started: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
@@ -126,6 +134,8 @@ class TwoHosts(Accounts):
                 self.start(f"{role}-transfer")
             for name in (*ADDRESSES, "router"):
                 self.start(name)
+            if self._revives:
+                stack.enter_context(self._reviving())
             wait_until("both hosts serve", self.is_ready, READY_DEADLINE_S)
             self._stack = stack.pop_all()
         return self
@@ -134,8 +144,7 @@ class TwoHosts(Accounts):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None:
-            for name in self.processes:
-                print(f"---- {name}\n{self.log_of(name)}")
+            print("\n".join(self.log_lines()))
         self._stack.close()
 
     def start(self, name: str) -> None:
@@ -146,7 +155,7 @@ class TwoHosts(Accounts):
         # Namespaces hide nothing but the network: without this, KV would go through shared memory.
         kept |= {"OMP_NUM_THREADS": "1", "UCX_TLS": "tcp,self", "UCX_NET_DEVICES": DEVICE}
         with (self.directory / f"{name}.log").open("ab") as log:
-            self.processes[name] = subprocess.Popen(
+            self._started[name] = subprocess.Popen(
                 [*command, *self._arguments(name, role)], stdout=log, stderr=subprocess.STDOUT, env=kept
             )
 
@@ -157,8 +166,44 @@ class TwoHosts(Accounts):
     def plug(self, role: str) -> None:
         ip("-n", self._names[role], "link", "set", DEVICE, "up")
 
-    def log_of(self, name: str) -> str:
-        return (self.directory / f"{name}.log").read_text(errors="replace")
+    def processes(self) -> list[psutil.Process]:
+        """Those that run."""
+        found = []
+        for process in list(self._started.values()):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found.append(psutil.Process(process.pid))
+        return found
+
+    def log_lines(self) -> list[str]:
+        logs = {name: self.directory / f"{name}.log" for name in self._started}
+        return [
+            f"[{name}] {line}"
+            for name, path in logs.items()
+            for line in path.read_text(errors="replace").splitlines()
+        ]
+
+    def stop(self) -> None:
+        """SIGTERM to all, each of which must then end well."""
+        self._ending.set()
+        self._end()
+        codes = {name: process.returncode for name, process in self._started.items()}
+        assert set(codes.values()) == {0}, f"exit codes {codes}"
+
+    @contextmanager
+    def _reviving(self) -> Iterator[None]:
+        watching = threading.Thread(target=self._revive, daemon=True)
+        watching.start()
+        try:
+            yield
+        finally:
+            self._ending.set()
+            watching.join()
+
+    def _revive(self) -> None:
+        while not self._ending.wait(BACK_OFF_S):
+            for name, process in list(self._started.items()):
+                if process.poll() is not None:
+                    self.start(name)
 
     def _arguments(self, name: str, role: str) -> list[str]:
         sockets, address = self.directory / role, ADDRESSES[role]
@@ -177,9 +222,10 @@ class TwoHosts(Accounts):
         return ["worker", *model, *common, *listen, *memory, *self._flags["worker"]]
 
     def _end(self) -> None:
-        for process in self.processes.values():
+        """The router first, which waits for what runs."""
+        for name in sorted(self._started, key=lambda name: name != "router"):
+            process = self._started[name]
             process.terminate()
-        for process in self.processes.values():
             try:
                 process.wait(20)
             except subprocess.TimeoutExpired:
