@@ -130,6 +130,7 @@ def child_specs(
     router += ["--max-prompts", str(settings.max_prompts)]
     router += ["--max-total-choices", str(settings.max_total_choices)]
     router += ["--stall-timeout", _number(settings.stall_timeout)]
+    router += ["--upload-timeout", _number(settings.upload_timeout)]
     for flag, limit in (("--ttft-slo", settings.ttft_slo), ("--max-kv-load", settings.max_kv_load)):
         if limit is not None:
             router += [flag, _number(limit)]

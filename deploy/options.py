@@ -132,6 +132,9 @@ class HttpSettings:
     stall_timeout: float = setting(
         60.0, seconds(1, 86400), "Seconds that a client may read nothing before it is cut off."
     )
+    upload_timeout: float = setting(
+        60.0, seconds(1, 86400), "Seconds that a request's head, and then its body, may take to arrive."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from starlette.routing import Route
 
 from router.bodies import DetokenizeBody, TokenizeBody, template_messages
 from router.cluster import cluster_values, memory_values
+from router.config import RouterConfig
 from router.errors import ApiError, crashed, invalid
 from router.formats import encode_json
 from router.generate import GenerateEndpoint, Service
@@ -64,13 +65,14 @@ class Reply:
 class Endpoint:
     """One of the small endpoints: `answer` gets the scope and the whole body."""
 
-    def __init__(self, answer: Answer, max_body_bytes: int) -> None:
-        self._answer, self._max_body_bytes = answer, max_body_bytes
+    def __init__(self, answer: Answer, config: RouterConfig) -> None:
+        self._answer, self._config = answer, config
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         response = Response(scope, send)
         try:
-            reply = await self._answer(scope, await read_body(scope, receive, self._max_body_bytes))
+            limits = self._config.max_body_bytes, self._config.upload_timeout_s
+            reply = await self._answer(scope, await read_body(scope, receive, *limits))
         except ApiError as error:
             await response.error(error)
         except ClientGone:
@@ -275,7 +277,7 @@ class Pages:
 def build_app(service: Service) -> Gate:
     """The whole application, ready to be served."""
     pages = Pages(service)
-    max_body_bytes = service.config.max_body_bytes
+    config = service.config
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(Exception, _on_crash)
@@ -300,9 +302,6 @@ def build_app(service: Service) -> Gate:
     }
     # The gate takes their POSTs; other methods on their paths are answered here, with 405.
     routes = [Route(path, endpoint, methods=["POST"]) for path, endpoint in posts.items()]
-    routes += [
-        Route(path, Endpoint(answer, max_body_bytes), methods=[method]) for method, path, answer in small
-    ]
+    routes += [Route(path, Endpoint(answer, config), methods=[method]) for method, path, answer in small]
     app.router.routes.extend(routes)
-    config = service.config
     return Gate(app, posts, config.api_keys, config.max_running, config.retry_after_s)

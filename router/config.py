@@ -47,6 +47,8 @@ class RouterConfig:
     """Prompt tokens in flight on a decode worker, in multiples of its KV pool; more are refused."""
     stall_timeout_s: float = 60.0
     """How long a client may read nothing of what is waiting for it before its connection is closed."""
+    upload_timeout_s: float = 60.0
+    """How long a request's head may take to arrive, and then its body."""
     max_retries: int = 3
     """How often one prompt (or one choice of it) is run again after a failure; 0: never."""
     retry_share: float = 0.2
@@ -85,7 +87,8 @@ class RouterConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise RouterConfigError(f"{name}: {value} must be above 0")
-        if not 0.001 <= self.stall_timeout_s <= 86400:
-            raise RouterConfigError(f"stall_timeout_s: {self.stall_timeout_s} must be 0.001 to 86400")
+        for name in ("stall_timeout_s", "upload_timeout_s"):
+            if not 0.001 <= getattr(self, name) <= 86400:
+                raise RouterConfigError(f"{name}: {getattr(self, name)} must be 0.001 to 86400")
         if self.drain_timeout_s < 0:
             raise RouterConfigError(f"drain_timeout_s: {self.drain_timeout_s} must not be negative")

@@ -1,4 +1,5 @@
-"""uvicorn's HTTP connection, with a response's head and the first part of its body in one write.
+"""uvicorn's HTTP connection, with a response's head and the first part of its body in one write, and with a
+limit on how long a request may take to arrive.
 
 uvicorn writes them one after the other, and uvloop makes a system call of each. For a client on the same host
 that is a second delivery through the kernel, and a second wake-up of the client, before the first token.
@@ -9,6 +10,12 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from router.errors import ApiError
+
+_LATE = (
+    b"HTTP/1.1 408 Request Timeout\r\ncontent-type: application/json\r\ncontent-length: %d\r\n"
+    b"connection: close\r\n\r\n%s"
+)
 _HEAD = b"HTTP/1.1 "
 _CONTINUE = b"HTTP/1.1 100"
 
@@ -56,5 +63,56 @@ class JoinedHead(asyncio.Transport):
 
 
 class HttpConnection(HttpToolsProtocol):
+    """A request that is not whole after `upload_timeout_s` ends the connection, unless it is being answered:
+    then its body is the endpoint's business (`read_body` in http.py)."""
+
+    upload_timeout_s = 60.0
+    _arrival: asyncio.TimerHandle | None = None
+    _head_arrives = False
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(JoinedHead(transport, self.loop))
+        self._await_request()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._head_arrives = True
+        if self._arrival is None:
+            self._await_request()
+
+    def on_headers_complete(self) -> None:
+        self._head_arrives = False
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._forget_arrival()
+        super().on_message_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._forget_arrival()
+        super().connection_lost(exc)
+
+    def _await_request(self) -> None:
+        self._arrival = self.loop.call_later(self.upload_timeout_s, self._on_late)
+
+    def _forget_arrival(self) -> None:
+        if self._arrival is not None:
+            self._arrival.cancel()
+            self._arrival = None
+
+    def _on_late(self) -> None:
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._await_request()  # an answer is under way: what comes behind it must not cut it off
+            return
+        self._arrival = None
+        if self._head_arrives:
+            body = ApiError(
+                408, f"The request did not arrive within {self.upload_timeout_s:g} s.", code="upload_too_slow"
+            ).body()
+            self.transport.write(_LATE % (len(body), body))
+        self.transport.close()
+
+
+def connection_with(upload_timeout_s: float) -> type[HttpConnection]:
+    """uvicorn makes the connections, and takes a class."""
+    return type("LimitedConnection", (HttpConnection,), {"upload_timeout_s": upload_timeout_s})

@@ -65,7 +65,7 @@ class ApiError(Exception):
             headers.append((b"x-should-retry", b"false"))
         if self.status == 401:
             headers.append((b"www-authenticate", b"Bearer"))
-        if self.status == 413:
+        if self.status in (408, 413):
             # What is left of the body is never read, so the connection cannot be used again.
             headers.append((b"connection", b"close"))
         return headers

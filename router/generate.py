@@ -88,7 +88,8 @@ class GenerateEndpoint:
         outcome = "failed"
         response = Response(scope, send)
         try:
-            raw = await read_body(scope, receive, self._service.config.max_body_bytes)
+            config = self._service.config
+            raw = await read_body(scope, receive, config.max_body_bytes, config.upload_timeout_s)
             outcome = await self._answer(raw, scope, receive, response)
         except ApiError as error:
             outcome = outcome_of(error)

@@ -1,5 +1,6 @@
 """ASGI by hand: bodies read up to a limit, answers written whole, everything in OpenAI's shape."""
 
+import asyncio
 import re
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
@@ -47,12 +48,22 @@ def _too_large(limit_bytes: int) -> ApiError:
     return ApiError(413, f"The request body is over the limit of {limit_bytes} bytes.", code="body_too_large")
 
 
-async def read_body(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:
+async def read_body(scope: Scope, receive: Receive, limit_bytes: int, timeout_s: float) -> bytes:
     """The request's body. Raises ApiError 413 as soon as it is known to be over the limit, with no more than
-    that kept; ClientGone."""
+    that kept, and 408 for one that is not whole after `timeout_s`; ClientGone."""
     length = header(scope, b"content-length")
     if length is not None and length.isdigit() and int(length) > limit_bytes:
         raise _too_large(limit_bytes)
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await _read_parts(receive, limit_bytes)
+    except TimeoutError:
+        raise ApiError(
+            408, f"The request body did not arrive within {timeout_s:g} s.", code="upload_too_slow"
+        ) from None
+
+
+async def _read_parts(receive: Receive, limit_bytes: int) -> bytes:
     parts: list[bytes] = []
     size_bytes = 0
     while True:

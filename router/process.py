@@ -22,7 +22,7 @@ import uvicorn
 from router.app import build_app
 from router.bodies import BodyDecoder
 from router.config import RouterConfig, RouterConfigError
-from router.connection import HttpConnection
+from router.connection import connection_with
 from router.dispatch import Dispatcher
 from router.errors import ApiError
 from router.generate import Service
@@ -66,7 +66,7 @@ def run(config: RouterConfig) -> None:
         uvicorn.Config(
             build_app(service),
             loop="uvloop",
-            http=HttpConnection,
+            http=connection_with(config.upload_timeout_s),
             ws="none",
             lifespan="off",
             access_log=False,

@@ -5,6 +5,7 @@ begin with an underscore, to the file system or to other templates, and cannot c
 """
 
 import datetime
+import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,8 +17,10 @@ from router.checkpoint import read_json
 from router.config import RouterConfigError
 from router.errors import ApiError, invalid
 from router.sandbox import Sandbox, TemplateRefusal, TemplateTimeout
+from router.template_budget import TemplateTooLarge
 
 MAX_PROMPT_CHARACTERS = 64 << 20
+MAX_TIME_FORMAT = 256
 TIME_LIMIT_S = 1.0
 """Nothing else happens in the router while a template runs. Those of known models need microseconds."""
 
@@ -55,6 +58,13 @@ def _special_tokens(model_dir: Path, settings: dict[str, Any]) -> dict[str, Any]
     }
 
 
+def _time_as(form: str, moment: datetime.datetime) -> str:
+    """C's strftime takes widths, of any size."""
+    if len(form) > MAX_TIME_FORMAT or re.search(r"%[^%A-Za-z]*\d{3}", form):
+        raise TemplateTooLarge("a time in a format that is too long")
+    return moment.strftime(form)
+
+
 class ChatTemplate:
     """Renders messages as the prompt the model was trained on.
 
@@ -76,7 +86,7 @@ class ChatTemplate:
         self._names = {**_special_tokens(model_dir, settings), **(special_tokens or {})}
         self._template: jinja2.Template | None = None
         self._sandbox = Sandbox(TIME_LIMIT_S, clock)
-        self._sandbox.globals["strftime_now"] = lambda form: now().strftime(str(form))
+        self._sandbox.globals["strftime_now"] = lambda form: _time_as(str(form), now())
         if source is not None:
             try:
                 self._template = self._sandbox.compiled(source)
@@ -113,6 +123,8 @@ class ChatTemplate:
                 parts.append(part)
         except TemplateRefusal as error:
             raise invalid(f"The chat template refuses these messages: {error}", "messages") from error
+        except TemplateTooLarge as error:
+            raise invalid(f"The chat template makes too much: {error}.", "messages") from error
         except TemplateTimeout as error:
             raise invalid(f"The chat template does not come to an end: {error}.", "messages") from error
         except ApiError:

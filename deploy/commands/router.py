@@ -42,6 +42,7 @@ def run(settings: RouterSettings) -> None:
             ttft_slo_s=settings.ttft_slo,
             max_kv_load=settings.max_kv_load,
             stall_timeout_s=settings.stall_timeout,
+            upload_timeout_s=settings.upload_timeout,
             drain_timeout_s=settings.drain_timeout,
         )
         log_to_stderr()

@@ -6,25 +6,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-import psutil
 
 from tests.chaos.client import Answer
+from tests.chaos.evidence import evidence
 from tests.chaos.faults import Faults, children, is_complete
 from tests.chaos.leaks import Watched
 from tests.chaos.load import Load
 from tests.chaos.outages import Outages
 from tests.chaos.report import Report
-from tests.chaos.requests import MODEL, Plan
-from tests.e2e.cluster import Cluster, wait_until
+from tests.chaos.requests import Plan
+from tests.chaos.system import LAYOUTS, System, lasting, started
+from tests.e2e.cluster import wait_until
 
-LAYOUTS = {"1P2D": (1, 2), "2P1D": (2, 1)}
 PHASE_S = 50.0
 WARM_UP_S = 2.0
 COMPLETE_S = 90.0
 """Longest wait of a restart after three deaths in a row, and the start of a worker on a busy machine."""
 MEET_S = 0.25
-RETRIES = "30"
-"""Of one request: with a fault every two seconds it may well lose more workers than the default allows."""
 
 
 @dataclass(frozen=True)
@@ -37,25 +35,22 @@ class Round:
 
 
 def run_round(round_: Round, plans: list[Plan], right: dict[int, Answer], report: Report) -> None:
-    """Adds what it finds to `report`."""
+    """Adds what it finds to `report`. Raises NoNamespaces for two hosts that cannot be."""
     round_.log_dir.mkdir()
-    prefill, decode = LAYOUTS[round_.layout]
-    flags = ["--served-model-name", MODEL, "--prefill", str(prefill), "--decode", str(decode)]
-    flags += ["--worker-timeout", "3", "--peer-timeout", "3", "--max-retries", RETRIES]
-    flags += ["--max-chunk-tokens", "256", "--staging-slots", "8", "--staging-slot-bytes", "65536"]
-    watched = Watched()
-    cluster = Cluster(round_.model_dir, round_.log_dir, *flags)
-    outages = Outages()
-    load = Load(cluster.url, plans, right, outages, report)
-    faults = Faults(cluster, prefill + decode, round_.seed, outages, report, load.meet)
+    watched, outages = Watched(), Outages()
     try:
-        cluster.wait_ready()
-        asyncio.run(_phases(round_, cluster, load, faults, watched))
-        cluster.stop()
+        with started(round_.layout, round_.model_dir, round_.log_dir) as system:
+            load = Load(system.url, plans, right, outages, report)
+            workers = sum(LAYOUTS[round_.layout])
+            faults = Faults(system, workers, round_.seed, outages, report, load.meet)
+            try:
+                asyncio.run(_phases(round_, system, load, faults, watched))
+                system.stop()
+            except AssertionError:
+                report.evidence += [f"{round_.layout}: {line}" for line in evidence(system)]
+                raise
     except AssertionError as error:
         report.violate("unrest", f"{round_.layout}: {error}")
-    finally:
-        cluster.kill()
     report.growth.append(f"{round_.layout}: {watched.growth()}")
     for what in watched.grown():
         report.violate("leak", what)
@@ -63,7 +58,7 @@ def run_round(round_: Round, plans: list[Plan], right: dict[int, Answer], report
         report.violate("left", what)
 
 
-async def _phases(round_: Round, cluster: Cluster, load: Load, faults: Faults, watched: Watched) -> None:
+async def _phases(round_: Round, cluster: System, load: Load, faults: Faults, watched: Watched) -> None:
     beside = [asyncio.create_task(faults.watch()), asyncio.create_task(_meet(cluster, watched))]
     count = max(1, round(round_.seconds / PHASE_S))
     try:
@@ -77,14 +72,14 @@ async def _phases(round_: Round, cluster: Cluster, load: Load, faults: Faults, w
             await asking
             await asyncio.to_thread(_wait_complete, cluster, faults.workers)
             await asyncio.to_thread(cluster.assert_at_rest)
-            watched.look({"launcher": psutil.Process(cluster.launcher.pid), **children(cluster)})
+            watched.look(lasting(cluster) | children(cluster))
     finally:
         for task in beside:
             task.cancel()
         await asyncio.gather(*beside, return_exceptions=True)
 
 
-def _wait_complete(cluster: Cluster, workers: int) -> None:
+def _wait_complete(cluster: System, workers: int) -> None:
     asked_s = time.monotonic()
 
     def complete() -> bool:
@@ -96,7 +91,7 @@ def _wait_complete(cluster: Cluster, workers: int) -> None:
     wait_until(f"all {workers} workers are back", complete, COMPLETE_S)
 
 
-async def _meet(cluster: Cluster, watched: Watched) -> None:
+async def _meet(cluster: System, watched: Watched) -> None:
     while True:
         watched.meet(cluster.processes())
         await asyncio.sleep(MEET_S)

@@ -17,10 +17,16 @@ import psutil
 
 from tests.chaos.outages import Outages
 from tests.chaos.report import Report
-from tests.e2e.cluster import Cluster
+from tests.chaos.system import System, cable_of
 
 KINDS = {"prefill": 3, "decode": 4, "prefill-transfer": 2, "decode-transfer": 2, "router": 1}
 """How often each is drawn, relative to the others."""
+CABLE = {"cut": 2, "slow": 1, "lossy": 1}
+"""The same of faults of the cable, where there is one."""
+SLOW_S = (0.005, 0.1)
+LOSSY = (0.005, 0.05)
+CABLE_S = (0.2, 8.0)
+"""Until it is mended."""
 KILLS_SHARE = 0.6
 CALM_SHARE = 0.5
 """Of the faults, those that wait until all is well again. The others come on top of what went before."""
@@ -33,24 +39,28 @@ LOOK_S = 0.2
 
 
 class Faults:
-    """`on_decode_kill` gets the time just before the signal."""
+    """`on_fault` gets the time just before the signal, and what it does."""
 
     def __init__(
         self,
-        cluster: Cluster,
+        cluster: System,
         workers: int,
         seed: str,
         outages: Outages,
         report: Report,
-        on_decode_kill: Callable[[float], None],
+        on_fault: Callable[[float, str], None],
     ) -> None:
         self._cluster, self.workers = cluster, workers
         self._random = Random(f"faults {seed}")
         self._outages, self._report = outages, report
-        self._on_decode_kill = on_decode_kill
+        self._on_fault = on_fault
         self._short: Counter[str] = Counter()
         self._stopped: dict[int, tuple[psutil.Process, asyncio.TimerHandle]] = {}
         self._changed_s = 0.0
+        self._causes: list[tuple[float, str]] = []
+        self._cable = cable_of(cluster)
+        self._mending: asyncio.TimerHandle | None = None
+        self._kinds = KINDS | (CABLE if self._cable is not None else {})
 
     async def run(self, until_s: float) -> None:
         """Returns at `until_s` of `time.monotonic`; what is stopped then goes on."""
@@ -65,6 +75,9 @@ class Faults:
         for process, timer in list(self._stopped.values()):
             timer.cancel()
             self._resume(process)
+        if self._mending is not None:
+            self._mending.cancel()
+            self._mend()
 
     async def watch(self) -> None:
         """Sees the ends of outages. Runs until it is cancelled."""
@@ -72,14 +85,24 @@ class Faults:
             while True:
                 await asyncio.sleep(LOOK_S)
                 asked_s = time.monotonic()
-                if self._outages.lasts and not self._stopped and await self._is_well(http, asked_s):
-                    self._outages.end(time.monotonic())
+                if self._outages.lasts and not self._broken and await self._is_well(http, asked_s):
+                    self._end_outage(time.monotonic())
+
+    def _end_outage(self, at_s: float) -> None:
+        self._outages.end(at_s)
+        if len(self._causes) == 1:  # of several, none can be said to have taken so long
+            began_s, what = self._causes[0]
+            self._report.outages_s[what].append(at_s - began_s)
+        self._causes.clear()
 
     # ------------------------------------------------------------ faults
 
     def _one(self) -> None:
-        kind = self._random.choices(list(KINDS), list(KINDS.values()))[0]
+        kind = self._random.choices(list(self._kinds), list(self._kinds.values()))[0]
         kills, share = self._random.random() < KILLS_SHARE, self._random.random()
+        if kind in CABLE:
+            self._disturb(kind, share)
+            return
         found = sorted(children(self._cluster).items())
         able = [(name, one) for name, one in found if kind_of(name) == kind and one.pid not in self._stopped]
         if not able:
@@ -89,8 +112,7 @@ class Faults:
             if kills:
                 self._kill(kind, name, process)
             else:
-                low_s, high_s = ROUTER_STOP_S if kind == "router" else STOP_S
-                self._stop(kind, process, low_s + share * (high_s - low_s))
+                self._stop(kind, process, _between(ROUTER_STOP_S if kind == "router" else STOP_S, share))
 
     def _kill(self, kind: str, name: str, process: psutil.Process) -> None:
         if time.time() - process.create_time() >= LASTED_S:
@@ -99,8 +121,6 @@ class Faults:
             return
         self._short[name] += 1
         self._begin(f"kill {kind}", router_dies=kind == "router")
-        if kind == "decode":
-            self._on_decode_kill(self._changed_s)
         process.kill()
 
     def _stop(self, kind: str, process: psutil.Process, for_s: float) -> None:
@@ -115,10 +135,36 @@ class Faults:
         self._changed_s = time.monotonic()
         del self._stopped[process.pid]
 
+    def _disturb(self, kind: str, share: float) -> None:
+        """Of the cable, until it is mended: one fault at a time."""
+        if self._cable is None or self._mending is not None:
+            return
+        self._begin(f"{kind} cable", router_dies=False)
+        if kind == "cut":
+            self._cable.cut()
+        elif kind == "slow":
+            self._cable.delay(_between(SLOW_S, share))
+        else:
+            self._cable.loss(_between(LOSSY, share))
+        for_s = _between(CABLE_S, self._random.random())
+        self._mending = asyncio.get_running_loop().call_later(for_s, self._mend)
+
+    def _mend(self) -> None:
+        self._mending = None
+        if self._cable is not None:
+            self._cable.mend()
+        self._changed_s = time.monotonic()
+
+    @property
+    def _broken(self) -> bool:
+        return bool(self._stopped) or self._mending is not None
+
     def _begin(self, what: str, *, router_dies: bool) -> None:
         self._report.faults[what] += 1
         self._changed_s = time.monotonic()
         self._outages.begin(self._changed_s, router_dies)
+        self._causes.append((self._changed_s, what))
+        self._on_fault(self._changed_s, what)
 
     # ------------------------------------------------------------ is all well?
 
@@ -147,7 +193,11 @@ def is_complete(cluster: dict[str, Any], workers: int, since_s: float) -> bool:
     )
 
 
-def children(cluster: Cluster) -> dict[str, psutil.Process]:
+def _between(limits: tuple[float, float], share: float) -> float:
+    return limits[0] + share * (limits[1] - limits[0])
+
+
+def children(cluster: System) -> dict[str, psutil.Process]:
     """The launcher's children by the names it gave them."""
     found = {}
     for process in cluster.processes():

@@ -1,15 +1,19 @@
 """What grows in a process that lives long, and what the dead leave behind."""
 
 import contextlib
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
 
 import psutil
 
 DESCRIPTORS = 12
 """A process that talks to all the others may hold a few more connections than at the first look."""
 RESIDENT_BYTES = 96 << 20
+ENDS_S = 60.0
+"""After a SIGKILL of the launcher its children drain first, and are killed after their grace."""
 SHARED_MEMORY = Path("/dev/shm")
 SYSTEM_V = Path("/proc/sysvipc/shm")
 
@@ -60,14 +64,25 @@ class Watched:
         grown_bytes = max((last.resident_bytes - first.resident_bytes for first, last in pairs), default=0)
         return f"{len(pairs)} lived on and grew by at most {descriptors} descriptors, {grown_bytes >> 20} MiB"
 
-    def left(self) -> list[str]:
-        """After the cluster has stopped."""
+    def left(self, ends_s: float = ENDS_S) -> list[str]:
+        """After the cluster has stopped. Waits up to `ends_s` for what is still coming to its end."""
+        pause, until_s = Event(), time.monotonic() + ends_s
+        while self._running() and time.monotonic() < until_s:
+            pause.wait(0.1)
         found = [f"{path} is left" for path in self.shared if path.exists()]
         found += [f"System V segment of process {pid}" for pid in _system_v_owners() if pid in self.seen]
-        for pid, process in self.seen.items():
-            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(f"process {pid} still runs")
+        found += [f"process {pid} still runs" for pid in self._running()]
         return found
+
+    def _running(self) -> list[int]:
+        return [pid for pid, process in self.seen.items() if _runs(process)]
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _shared_memory(pid: int) -> set[Path]:

@@ -30,7 +30,7 @@ class Load:
     ) -> None:
         self._url, self._plans, self._right = url, plans, right
         self._outages, self._report = outages, report
-        self._met: list[tuple[float, list[Answer]]] = []
+        self._met: list[tuple[float, str, list[Answer]]] = []
         self._ended = asyncio.Event()
         self.open: list[Answer] = []
 
@@ -40,15 +40,16 @@ class Load:
         limits = httpx.Limits(max_connections=CLIENTS)
         async with httpx.AsyncClient(base_url=self._url, timeout=None, limits=limits) as http:
             await asyncio.gather(*(self._client(http, Random(f"{seed} {one}")) for one in range(CLIENTS)))
-        self._report.pauses_s += [_pauses(at_s, streams) for at_s, streams in self._met]
+        for at_s, what, streams in self._met:
+            self._report.pauses_s[what] += _pauses(at_s, streams)
         self._met.clear()
 
     def end(self) -> None:
         self._ended.set()
 
-    def meet(self, at_s: float) -> None:
-        """A decode worker is killed now."""
-        self._met.append((at_s, [one for one in self.open if one.arrivals_s]))
+    def meet(self, at_s: float, what: str) -> None:
+        """A fault happens now."""
+        self._met.append((at_s, what, [one for one in self.open if one.arrivals_s]))
 
     async def _client(self, http: httpx.AsyncClient, random: Random) -> None:
         while not self._ended.is_set():
@@ -111,7 +112,7 @@ class Load:
 
 
 def _pauses(at_s: float, streams: list[Answer]) -> list[float]:
-    """How long each stream of the killed worker stood still. Those of another worker, or that had all they
+    """How long each stream that the fault met stood still. Those of another worker, or that had all they
     wanted, are told by their next event: it comes at once, or never."""
     found = []
     for stream in streams:

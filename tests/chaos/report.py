@@ -1,7 +1,8 @@
 """What a run found, and the line that says it."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from math import ceil
 from statistics import median
 
 SHOWN = 20
@@ -9,8 +10,9 @@ SHOWN = 20
 
 @dataclass(slots=True)
 class Report:
-    """`violations` are of one of the kinds wrong, failed, endless, unrest, leak, left. `pauses_s` is one
-    list for each kill of a decode worker: how long each of its streams stood still."""
+    """`violations` are of one of the kinds wrong, failed, endless, unrest, leak, left. By kind of
+    fault, `pauses_s` is how long each stream that it met stood still, and `outages_s` the times from a fault
+    that came alone to the next moment at which everything was seen ready."""
 
     seed: int
     requests: int = 0
@@ -21,7 +23,10 @@ class Report:
     unreachable: int = 0
     faults: Counter[str] = field(default_factory=Counter)
     violations: list[tuple[str, str]] = field(default_factory=list)
-    pauses_s: list[list[float]] = field(default_factory=list)
+    pauses_s: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    outages_s: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    evidence: list[str] = field(default_factory=list)
+    """What was seen of a cluster that did not come to rest."""
     growth: list[str] = field(default_factory=list)
 
     def violate(self, kind: str, what: str) -> None:
@@ -31,21 +36,20 @@ class Report:
         return sum(1 for kind, _ in self.violations if kind in kinds)
 
     def details(self) -> list[str]:
-        """A line for each kill of a decode worker that met streams, and for each violation."""
-        lines = [*self.growth]
-        lines += [
-            f"decode worker killed: {len(pauses)} streams paused, p50 {median(pauses):.2f} s, "
-            f"max {max(pauses):.2f} s"
-            for pauses in self.pauses_s
-            if pauses
-        ]
+        """A line for each kind of fault, what each kind took, and each violation."""
+        lines = [*self.growth, *self.evidence]
+        for what in sorted(self.faults):
+            pauses = _spread(self.pauses_s.get(what, []))
+            outages = _spread(self.outages_s.get(what, []))
+            count = self.faults[what]
+            lines.append(f"{what}: {count}; streams stood still {pauses}; all ready again {outages}")
         lines += [f"violated: {kind}: {what}" for kind, what in self.violations[:SHOWN]]
         if len(self.violations) > SHOWN:
             lines.append(f"and {len(self.violations) - SHOWN} more violations")
         return lines
 
     def summary(self) -> str:
-        pauses = [pause for one in self.pauses_s for pause in one]
+        pauses = self.pauses_s.get("kill decode", [])
         recovery = f"{median(pauses):.2f}/{max(pauses):.2f} s" if pauses else "none"
         faults = ", ".join(f"{name} {count}" for name, count in sorted(self.faults.items())) or "none"
         return (
@@ -55,3 +59,12 @@ class Report:
             f"not at rest {self.count('unrest')}, leaks {self.count('leak', 'left')}, "
             f"recovery p50/max {recovery}, seed {self.seed}"
         )
+
+
+def _spread(values_s: list[float]) -> str:
+    """How many, and p50/p99/max by the nearest rank."""
+    if not values_s:
+        return "0 times"
+    ranked = sorted(values_s)
+    p50_s, p99_s = (ranked[ceil(share * len(ranked)) - 1] for share in (0.5, 0.99))
+    return f"{len(ranked)} times, p50/p99/max {p50_s:.2f}/{p99_s:.2f}/{ranked[-1]:.2f} s"

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from tests.chaos.client import Answer, Choice
+from tests.chaos.evidence import COUNTS, record, restless, tail
 from tests.chaos.leaks import DESCRIPTORS, Watched
 from tests.chaos.load import Load
 from tests.chaos.outages import Outages
@@ -118,11 +119,54 @@ def test_leaks_are_seen() -> None:
         watched.look({"me": psutil.Process()})
         for one in kept:
             os.close(one)
-        assert len(watched.grown()) == 1 and len(watched.left()) == 1
+        assert len(watched.grown()) == 1 and len(watched.left(ends_s=0.0)) == 1
         child.communicate(b"\n")
-    assert watched.left() == []
+    assert watched.left(ends_s=0.0) == []
     watched.shared.add(Path(__file__))
-    assert len(watched.left()) == 1
+    assert len(watched.left(ends_s=0.0)) == 1
+
+
+class Ending(psutil.Process):
+    """This process, which says after two looks that it has ended."""
+
+    looks = 0
+
+    def is_running(self) -> bool:
+        self.looks += 1
+        return self.looks <= 2
+
+
+def test_what_is_still_ending_is_no_leak() -> None:
+    watched = Watched()
+    watched.meet([Ending()])
+    assert len(watched.left(ends_s=0.0)) == 1
+    watched.seen.clear()
+    watched.meet([Ending()])
+    assert watched.left() == []
+
+
+def test_of_a_cluster_without_rest_the_record_and_the_logs_are_shown() -> None:
+    taken = {"free": 7, "total": 8}
+    status = {name: 0 for name in COUNTS} | {"pages": {"used": 0}, "slots": taken, "ledger": {}}
+    rest = {"connection": "ready", "router_view": {"live_requests": 0}, "hello": None}
+    assert restless(rest | {"status": status})
+    assert restless(rest | {"status": None})
+    assert not restless(rest | {"status": status | {"slots": None}})
+    assert "ledger" not in record(rest | {"status": status})["status"]
+    log = ["[decode-1] a", "[decode-10] b", "decode-1 started (pid 1)", "[decode-1-transfer] c", "[router] d"]
+    assert tail(log, "decode-1") == [log[0], log[2], log[3]]
+
+
+def test_recovery_is_told_by_kind_of_fault() -> None:
+    report = Report(seed=0)
+    report.faults["kill decode"] = 2
+    report.pauses_s["kill decode"] += [0.5, 3.0, 1.0]
+    report.outages_s["kill decode"].append(4.0)
+    assert report.details() == [
+        "kill decode: 2; streams stood still 3 times, p50/p99/max 1.00/3.00/3.00 s; "
+        "all ready again 1 times, p50/p99/max 4.00/4.00/4.00 s"
+    ]
+    assert "recovery p50/max 1.00/3.00 s" in report.summary()
 
 
 def test_the_same_seed_draws_the_same_requests() -> None:

@@ -4,88 +4,18 @@ The reference is transformers' greedy tokens of the undisturbed prompt. One clus
 decode workers serves all tests; every test leaves it complete and at rest.
 """
 
-import json
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
-import httpx
 import psutil
 import pytest
 
 from tests.checkpoints import make_checkpoint
 from tests.e2e.cluster import Cluster, wait_until
-from tests.e2e.test_tokens import prompt_of, reference
+from tests.e2e.served import BACK_S, PROMPT, Served, stream
+from tests.e2e.test_tokens import reference
 
 COUNT = 400
-PROMPT = prompt_of(150, 9)
-BACK_S = 60.0
-
-
-class Served:
-    def __init__(self, cluster: Cluster, wanted: list[int]) -> None:
-        self.cluster, self.wanted = cluster, wanted
-
-    def workers(self) -> dict[str, dict[str, Any]]:
-        """By name, those that have a status."""
-        return {one["status"]["name"]: one for one in self.cluster.cluster()["workers"] if one["status"]}
-
-    def status(self, name: str) -> dict[str, Any]:
-        found: dict[str, Any] = self.workers()[name]["status"]
-        return found
-
-    def busy(self, role: str) -> str | None:
-        """A worker of the role on which the router has requests."""
-        for name, worker in self.workers().items():
-            if worker["status"]["role"] == role and any(worker["router_view"].values()):
-                return name
-        return None
-
-    def metric(self, name: str) -> float:
-        for line in self.cluster.http.get("/metrics").text.splitlines():
-            if line.startswith(name):
-                return float(line.split()[-1])
-        return 0.0
-
-    def prefilled(self, counter: str) -> float:
-        """A counter of both prefill workers, by accounts that are made after this call."""
-        asked_s = time.monotonic()
-        total: list[float] = []
-
-        def fresh() -> bool:
-            workers = [self.workers()[f"prefill-{number}"] for number in (0, 1)]
-            if any(one["status_age_s"] > time.monotonic() - asked_s for one in workers):
-                return False
-            total.append(sum(one["status"]["counters"].get(counter, 0) for one in workers))
-            return True
-
-        wait_until("fresh counters", fresh)
-        return total[-1]
-
-    def wait_complete(self) -> None:
-        def complete() -> bool:
-            workers = self.workers().values()
-            return len(workers) == 4 and all(one["status"]["state"] == "ready" for one in workers)
-
-        wait_until("four workers are ready", complete, BACK_S)
-
-    def whole(self, **changes: Any) -> dict[str, Any]:
-        body = {"model": "tiny", "prompt": PROMPT, "max_tokens": COUNT, "temperature": 0, "ignore_eos": True}
-        body |= {"return_token_ids": True, **changes}
-        with httpx.Client(base_url=self.cluster.url, timeout=120) as http:
-            answer = http.post("/v1/completions", json=body)
-        assert answer.status_code == 200, answer.text
-        values: dict[str, Any] = answer.json()
-        return values
-
-    def check(self, answer: dict[str, Any], choices: int = 1) -> None:
-        assert len(answer["choices"]) == choices
-        for choice in answer["choices"]:
-            assert choice["token_ids"] == self.wanted
-            assert choice["finish_reason"] == "length"
-        usage = answer["usage"]
-        assert (usage["prompt_tokens"], usage["completion_tokens"]) == (len(PROMPT), choices * COUNT)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +26,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     flags = ["--served-model-name", "tiny", "--prefill", "2", "--decode", "2", "--worker-timeout", "2"]
     flags += ["--max-chunk-tokens", "64", "--mem-fraction", "0.1", "--no-prefix-cache"]
     with Cluster(model_dir, directory, *flags) as cluster:
-        served = Served(cluster, wanted)
+        served = Served(cluster, wanted, 4)
         served.wait_complete()
         yield served
 
@@ -126,28 +56,6 @@ def running_on(served: Served, role: str) -> str:
 
     wait_until(f"a request on a {role} worker", runs)
     return found[0]
-
-
-def stream(served: Served, on_token: Callable[[int], None]) -> tuple[str, list[float], dict[str, int]]:
-    """Text, log probabilities and usage of a streamed answer; `on_token` gets how many tokens there are."""
-    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": COUNT, "temperature": 0, "ignore_eos": True}
-    body |= {"stream": True, "logprobs": 0, "stream_options": {"include_usage": True}}
-    text, logprobs, usage, done = "", [], {}, False
-    with served.cluster.http.stream("POST", "/v1/completions", json=body) as answer:
-        for line in answer.iter_lines():
-            done |= line == "data: [DONE]"
-            if not line.startswith("data: {"):
-                continue
-            event = json.loads(line[6:])
-            assert "error" not in event, event
-            usage = event["usage"] or usage
-            for choice in event["choices"]:
-                text += choice["text"]
-                if choice["logprobs"]:
-                    logprobs += choice["logprobs"]["token_logprobs"]
-            on_token(len(logprobs))
-    assert done
-    return text, logprobs, usage
 
 
 def test_decode_workers_are_killed_in_mid_stream(served: Served, asking: ThreadPoolExecutor) -> None:

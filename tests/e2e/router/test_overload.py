@@ -4,6 +4,8 @@ import json
 import socket
 from pathlib import Path
 
+import pytest
+
 from services.messages import Cancel, Join, Prefill
 from tests.e2e.router.harness import DEADLINE_S, Cluster, Router, open_request, small_cluster, until
 from tests.fake_worker import Script
@@ -77,9 +79,14 @@ def test_pages_and_open_requests_are_bounded(model_dir: Path, tmp_path: Path) ->
             for one in unfinished:
                 one.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 99\r\n\r\n{")
 
+            # One that comes before those two are read is answered, and does not wait with the first.
+            cluster.use(Script())
+
             def refusal() -> str:
-                answer = http.post("/v1/completions", json={"prompt": [5]})
-                assert answer.status_code in (200, 429) and "retry-after" in answer.headers
+                answer = http.post("/v1/completions", json={"prompt": [5], "max_tokens": 1})
+                if answer.status_code == 200:
+                    return ""
+                assert answer.status_code == 429 and "retry-after" in answer.headers
                 return str(answer.json()["error"]["message"])
 
             until(lambda: "3 requests are open" in refusal(), "bodies that do not end count")
@@ -88,7 +95,6 @@ def test_pages_and_open_requests_are_bounded(model_dir: Path, tmp_path: Path) ->
                 one.close()
         waiting.close()
         until(cluster.router.at_rest, "a router at rest")
-        cluster.use(Script())
 
         def served() -> bool:
             with cluster.router.http() as http:
@@ -96,3 +102,39 @@ def test_pages_and_open_requests_are_bounded(model_dir: Path, tmp_path: Path) ->
 
         until(served, "room again")
 
+
+
+def test_who_sends_too_slowly_is_cut_off(model_dir: Path, tmp_path: Path) -> None:
+    """A body, a head, and nothing at all that do not come to their end; a second request on one connection;
+    and a body that nobody waits for. A request that is answered meanwhile is not touched."""
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 99\r\n\r\n"
+    unknown = head.replace(b"/v1/completions", b"/nowhere")
+    whole = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
+    with small_cluster(model_dir, tmp_path, upload_timeout_s=0.5) as cluster:
+        cluster.use(Script(hold_prefill=True))
+        waiting = open_request(cluster.router, {"prompt": "a"})
+        cluster.prefill.wait_for(Prefill)
+        host, port = cluster.router.url.removeprefix("http://").split(":")
+        sent = {"body": head + b"{", "head": head[:30], "none": b"", "second": whole + head[:30]}
+        sent["unread"] = unknown + b"{"
+        clients = {}
+        for name, data in sent.items():
+            clients[name] = socket.create_connection((host, int(port)), timeout=DEADLINE_S)
+            clients[name].sendall(data)
+        got = {name: _to_end(one) for name, one in clients.items()}
+        assert got["none"] == b""
+        for name in ("body", "head", "second"):
+            assert b"HTTP/1.1 408 " in got[name] and b'"code":"upload_too_slow"' in got[name], got[name]
+            assert b"connection: close" in got[name]
+        assert got["second"].startswith(b"HTTP/1.1 200 ")
+        assert got["unread"].startswith(b"HTTP/1.1 404 ") and b" 408 " not in got["unread"]
+        waiting.settimeout(0.0)
+        with pytest.raises(BlockingIOError):
+            waiting.recv(1)
+        waiting.close()
+        until(cluster.router.at_rest, "a router at rest")
+
+
+def _to_end(connection: socket.socket) -> bytes:
+    with connection:
+        return b"".join(iter(lambda: connection.recv(1 << 16), b""))

@@ -113,7 +113,7 @@ def test_the_same_message_from_every_source(tmp_path: Path, monkeypatch: pytest.
     [
         ("mem-fractoin: 0.5", "unknown key 'mem-fractoin'; did you mean 'mem-fraction'?"),
         ("Port: 1", "unknown key 'Port'; did you mean 'port'?"),
-        ("run-dir: /x", "unknown key 'run-dir'"),
+        ("parent-pid: 1", "unknown key 'parent-pid'"),
         ("port: [1, 2]", "port: must be a single value, not list"),
         ("port: {a: 1}", "port: must be a single value, not dict"),
         ("port: 99999", "port: 99999 is out of range; allowed are 0 to 65535"),

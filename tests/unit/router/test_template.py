@@ -3,11 +3,13 @@
 import datetime
 import itertools
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from router import template_budget
 from router.config import RouterConfigError
 from router.errors import ApiError
 from router.template import ChatTemplate
@@ -107,6 +109,121 @@ def test_a_template_that_does_not_end_is_ended(tmp_path: Path, source: str) -> N
             made.render(MESSAGES, True)
         assert caught.value.status == 400
     assert next(ticks) < 3e3
+
+
+GROW = "{% set n = namespace(s='x' * 1000) %}{% for i in range(60) %}"
+COLLECT = "{% set n = namespace(l=[]) %}{% for i in range(9999) %}"
+MACRO = "{% macro f() %}{% for i in range(99999) %}"
+MEGABYTE = "{% set s = 'x' * 1000000 %}"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        GROW + "{% set n.s = n.s + n.s %}{% endfor %}",
+        GROW + "{% set n.s = n.s ~ n.s %}{% endfor %}",
+        GROW + "{% set n.s = [n.s, n.s] %}{% endfor %}{{ n.s }}",
+        GROW + "{% set n.s = {'a': n.s, 'b': n.s} %}{% endfor %}{{ n.s | tojson }}",
+        GROW + "{% set n.s = (n.s, n.s) %}{% endfor %}{{ n.s | string }}",
+        GROW + "{% set n.s = n.s | replace('x', 'xx') %}{% endfor %}",
+        GROW + "{% set n.s = n.s.replace('x', 'xx') %}{% endfor %}",
+        GROW + "{% set n.s = '%s%s' % (n.s, n.s) %}{% endfor %}",
+        GROW + "{% set n.s = '%s%s' | format(n.s, n.s) %}{% endfor %}",
+        GROW + "{% set n.s = '{0}{0}'.format(n.s) %}{% endfor %}",
+        GROW + "{% set n.s = '{a}{a}'.format_map({'a': n.s}) %}{% endfor %}",
+        GROW + "{% set n.s = ''.join([n.s, n.s]) %}{% endfor %}",
+        GROW + "{% set n.s = [n.s, n.s] | join %}{% endfor %}",
+        GROW + "{% set s %}{{ n.s }}{{ n.s }}{% endset %}{% set n.s = s %}{% endfor %}",
+        "{% macro f(s) %}{{ s }}{{ s }}{% endmacro %}" + GROW + "{% set n.s = f(n.s) %}{% endfor %}",
+        "{% set n = namespace(s=[1]) %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}",
+        MEGABYTE + COLLECT + "{% set n.l = n.l + [s[i:]] %}{% endfor %}",
+        MEGABYTE + COLLECT + "{% set n.l = n.l + [s | upper] %}{% endfor %}",
+        MEGABYTE + "{{ ([s] * 1000000) | map('upper') | list | length }}",
+        MEGABYTE + "{{ ([s] * 1000000) | join | length }}",
+        MEGABYTE + "{{ ([{'a': s}] * 1000000) | join(attribute='a') | length }}",
+        MEGABYTE + "{{ ([s] * 1000000) | string | length }}",
+        MEGABYTE + "{{ ([s] * 1000000) | tojson | length }}",
+        MEGABYTE + "{{ s.join(s) | length }}",
+        MEGABYTE + "{{ s | replace('x', s) | length }}",
+        MEGABYTE + "{{ s.replace('', s) | length }}",
+        MEGABYTE + "{{ ('{0}' * 1000).format(s) | length }}",
+        MEGABYTE + "{{ ('%(a)s' * 1000) % {'a': s} }}",
+        MEGABYTE + "{{ s | replace('x', '\n') | indent(1000000) | length }}",
+        MEGABYTE + "{{ s | replace('x', '\n') | indent(s) | length }}",
+        MEGABYTE + "{{ s.replace('x', '\t').expandtabs(100000) | length }}",
+        MEGABYTE + "{{ s.translate({120: s}) | length }}",
+        MEGABYTE + MACRO + "{{ s }}{% endfor %}{% endmacro %}{{ f() | length }}",
+        MACRO + "x" * 9999 + "{% endfor %}{% endmacro %}{{ f() | length }}",
+        "{{ ([[1] * 1000000] * 1000000) | string | length }}",
+        "{{ ([{'a': ['b'] * 1000000}] * 1000000) | tojson | length }}",
+        "{{ 'x'.ljust(2000000000) | length }}",
+        "{{ 'x'.zfill(width=2000000000) | length }}",
+        "{{ 'x' | center(2000000000) | length }}",
+        "{{ '%2000000000d' % 1 }}",
+        "{{ '%*d' % (2000000000, 1) }}",
+        "{{ '{:>2000000000}'.format(1) }}",
+        "{{ '{:>{w}}'.format(1, w=2000000000) }}",
+        "{{ '%2000000000d' | format(1) }}",
+        "{{ (5).to_bytes(2000000000, 'big') | length }}",
+        "{{ [1] | tojson(indent=2000000000) }}",
+        "{{ strftime_now('%2000000000d') }}",
+        GROW + "{% set n.s = dict(a=n.s, b=n.s) %}{% endfor %}",
+        "{% set n = namespace() %}{% set n.n = n %}{{ n }}",
+    ],
+)
+def test_a_template_that_makes_too_much_is_ended(tmp_path: Path, source: str) -> None:
+    """By what it makes, whatever the clock says."""
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": source}))
+    made = ChatTemplate(tmp_path, clock=lambda: 0.0)
+    with pytest.raises(ApiError, match=r"makes too much") as caught:
+        made.render(MESSAGES, True)
+    assert caught.value.status == 400
+
+
+@pytest.mark.parametrize("grow", ["n.s + n.s", "[n.s | upper] + [n.s]", "n.s | replace('x', 'xx')"])
+def test_too_much_is_never_held(tmp_path: Path, grow: str) -> None:
+    made = template(tmp_path, GROW + "{% set n.s = " + grow + " %}{% endfor %}")
+    tracemalloc.start()
+    try:
+        with pytest.raises(ApiError):
+            made.render(MESSAGES, True)
+        assert tracemalloc.get_traced_memory()[1] < template_budget.MAX_MADE
+    finally:
+        tracemalloc.stop()
+
+
+def test_long_conversations_may_be_looked_through_for_each_message(tmp_path: Path) -> None:
+    source = (
+        "{% set ns = namespace(seen=[]) %}{% for m in messages %}{% set ns.seen = ns.seen + [m] %}"
+        "{% set users = messages | selectattr('role', 'equalto', 'user') | list %}"
+        "{% if messages[loop.index0:] and users[-1] == m %}{{ loop.index }}{% endif %}{% endfor %}"
+    )
+    messages = [{"role": ("assistant", "user")[at % 2], "content": f"{at}"} for at in range(150)]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": source}))
+    made = ChatTemplate(tmp_path, clock=lambda: 0.0)
+    for _ in range(6):  # each has all of its own again
+        assert made.render(messages, True) == "150"
+
+
+def test_what_conversations_need_is_not_too_much(tmp_path: Path) -> None:
+    """A long conversation in the ways of known templates, eight megabytes in all."""
+    source = (
+        "{% set ns = namespace(text='', last='') %}{% for m in messages[0:] %}"
+        "{% set content = m.content.split('</think>')[-1].lstrip('\n') | trim %}"
+        "{{ '<|im_start|>' + m.role + '\n' + content ~ '<|im_end|>\n' }}{% set ns.last = m['content'] %}"
+        "{% endfor %}{{ [ns.last[:5], messages[0].role] | tojson(indent=4) | length }}"
+        "{{ '{} and {:>4}'.format(1, 'b') }}{{ '%s costs 20000 dollars, %-5s|' % ('it', 'a') }}"
+        "{{ messages | map(attribute='role') | unique | join(', ') }}{{ [1, 2] | sum }}"
+        "{{ 'a\nb' | indent(2) }}{{ {'a': [1, 2.5, none, true]} | tojson(separators=(',', ':')) }}"
+        "{{ 'aXbX' | replace('X', '--', 1) }}{{ 'ab'.join(['c', 'd']) }}{{ 'x'.ljust(3) }}|"
+        "{{ namespace(a=1) }}"
+    )
+    messages = [{"role": ("user", "assistant")[at % 2], "content": "y" * 80_000} for at in range(100)]
+    text = template(tmp_path, source).render(messages, True)
+    end = "1 and    bit costs 20000 dollars, a    |user, assistant3a\n  b"
+    end += '{"a":[1,2.5,null,true]}a--bXcabdx  |<Namespace {\'a\': 1}>'
+    assert text.endswith(end)
+    assert len(text) > 8_000_000
 
 
 def test_operators_that_are_bounded_still_work(tmp_path: Path) -> None:
