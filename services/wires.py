@@ -22,7 +22,8 @@ from services.zmtp import GREETING, READY, Incoming, ZmtpError, message
 
 READABLE = int(zmq.POLLIN)
 """A plain int: the enum's own `&` costs more than asking ZMQ."""
-RECEIVE_BYTES = 1 << 18
+RECEIVE_BYTES = 1 << 15
+"""At once. `recv` takes that much memory first, and gives back what it does not need."""
 MAX_UNSENT_BYTES = 64 << 20
 """Of a worker that does not read. One frame more is taken whole, whatever its size."""
 RETRY_S = 0.02
