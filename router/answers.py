@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from msgspec import Struct
+
 from router.choice import LogprobEntry, Writer
 from router.formats import (
     DONE,
@@ -18,8 +20,7 @@ from router.tokenizer import TextTokenizer
 from services.messages import FinishReason
 
 
-@dataclass(frozen=True, slots=True)
-class Heading:
+class Heading(Struct, frozen=True):
     """What every object of one answer begins with."""
 
     answer_id: str

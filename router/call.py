@@ -21,8 +21,10 @@ MAX_UNSENT_FRAMES = 1 << 15
 
 
 class Call:
-    """`outputs` has one entry for each prompt. Ends when all choices have ended, with one `error`, or with
-    the client gone (`left`)."""
+    """Ends when all choices have ended, with one `error`, or with the client gone (`left`).
+
+    The outputs hold the call, and it holds none of them: a request leaves nothing to the garbage collector.
+    """
 
     def __init__(self, options: Options, sheet: Sheet, tokenizer: TextTokenizer, metrics: Metrics) -> None:
         self.options, self.sheet = options, sheet
@@ -30,15 +32,13 @@ class Call:
         self.usage = Usage()
         self.error: ApiError | None = None
         self.left = False
-        self.outputs: list[PromptOutput] = []
-        self._open_choices = 0
+        self._prompts = self._open_choices = 0
         self._waiter: asyncio.Future[None] | None = None
 
     def add_prompt(self, tokens: list[int], text: str | None) -> "PromptOutput":
         """`text` is what `echo` gives back."""
-        first_index = len(self.outputs) * self.options.choices
-        output = PromptOutput(self, tokens, text, first_index)
-        self.outputs.append(output)
+        output = PromptOutput(self, tokens, text, self._prompts * self.options.choices)
+        self._prompts += 1
         self._open_choices += self.options.choices
         self.usage.prompt_tokens += len(tokens)
         return output
@@ -47,10 +47,10 @@ class Call:
     def ended(self) -> bool:
         return self.left or self.error is not None or self._open_choices == 0
 
-    def choice_ended(self) -> None:
+    def choice_ended(self, tokens: int) -> None:
+        self.usage.completion_tokens += tokens
         self._open_choices -= 1
         if self._open_choices == 0:
-            self.usage.completion_tokens = sum(output.completion_tokens for output in self.outputs)
             self.sheet.close(self.usage)
             self.wake()
 
@@ -113,10 +113,6 @@ class PromptOutput:
             for index in range(options.choices)
         ]
 
-    @property
-    def completion_tokens(self) -> int:
-        return sum(choice.token_count for choice in self._choices)
-
     def on_prefilled(self, report: PrefillDone) -> None:
         self._call.usage.cached_tokens += report.cached_tokens
         options = self._call.options
@@ -139,7 +135,7 @@ class PromptOutput:
         else:
             going_on = choice.push(report)
         if not going_on:
-            self._call.choice_ended()
+            self._call.choice_ended(choice.token_count)
         elif self._sheet.frames:
             if len(self._sheet.frames) > MAX_UNSENT_FRAMES:
                 self._call.fail(ApiError(408, "The client reads too slowly.", code="client_too_slow"))

@@ -217,6 +217,7 @@ class Dispatcher:
         for leg in journey.legs:
             if leg.flight is not None:
                 self._forget(leg.flight)
+        journey.close()
         self._metrics.observe_journey(journey)
         if not self._journeys:
             self._idle.set()

@@ -92,6 +92,8 @@ class GenerateEndpoint:
             raw = await read_body(scope, receive, config.max_body_bytes, config.upload_timeout_s)
             outcome = await self._answer(raw, scope, receive, response)
         except ApiError as error:
+            # A call keeps its error, whose traceback would keep the call.
+            error.with_traceback(None)
             outcome = outcome_of(error)
             await response.error(error)
         except ClientGone:
@@ -110,8 +112,8 @@ class GenerateEndpoint:
         dispatcher = self._service.dispatcher
         journeys: list[Journey] = dispatcher.submit(orders)
         label: bytes = scope["baton.label"]
-        flights = [journey.legs[0].flight for journey in journeys]
-        departed = [flight for flight in flights if flight is not None]
+        # A journey whose worker could not be written to may have ended already.
+        departed = [leg.flight for journey in journeys for leg in journey.legs if leg.flight is not None]
         dispatcher.traces.remember(key, label.decode(), departed, dispatcher.fleet.name_of)
         watch = _Watch(dispatcher, journeys, self._service.config.request_timeout_s, receive, call)
         try:
@@ -194,6 +196,7 @@ class _Watch:
         self._timer.cancel()
         if self._task is not None:
             self._task.cancel()
+            self._task = None
 
     def _begin(self, left_s: float) -> None:
         self._task = self._loop.create_task(self._until_gone())

@@ -68,10 +68,12 @@ class TokenRate:
         return sum(count for slot, count in enumerate(self._tokens) if slot != current) / RATE_WINDOW_S
 
     def _turn(self, second: int) -> None:
+        if second <= self._second:
+            return
         size = len(self._tokens)
         for passed in range(max(self._second + 1, second - size + 1), second + 1):
             self._tokens[passed % size] = 0
-        self._second = max(self._second, second)
+        self._second = second
 
 
 @dataclass(slots=True)

@@ -1,13 +1,12 @@
 """What an endpoint asks of the dispatcher."""
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 from router.requests import Output
 from services.messages import Sampling
 
 
-@dataclass(frozen=True, slots=True)
-class Order:
+class Order(Struct, frozen=True):
     """One prompt to run."""
 
     prompt: list[int]

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 import msgspec
+from msgspec import Struct
 
 from router.bodies import ChatBody, CompletionBody, GenerationBody, refuse_unsupported
 from router.errors import ApiError, invalid
@@ -32,8 +33,7 @@ class Limits:
         return min(self.max_model_len, self.max_sequence_tokens)
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
+class Options(Struct, frozen=True):
     """How a request's answer is put together, and `sampling` without the prompt's clip of `max_tokens`.
 
     `max_tokens` None: as many as the context has room for. 0 (with `echo`): nothing is generated.

@@ -43,6 +43,8 @@ from services.messages import (
 
 
 class Phase(enum.Enum):
+    __hash__ = object.__hash__  # Enum's own is Python code, and a flight looks its phase up again and again
+
     QUEUED = "queued"
     PREFILLING = "prefilling"
     UNPAIRED = "unpaired"  # prefilling, without a decode worker

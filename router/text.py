@@ -22,9 +22,6 @@ class Detokenizer(Protocol):
         """What is still held back, with U+FFFD for bytes that never became a character."""
 
 
-_new_utf8_decoder = codecs.getincrementaldecoder("utf-8")
-
-
 class ByteDetokenizer:
     """`pieces[token]` are the bytes a token stands for (empty for special tokens). `strip`: a space that
     begins the text is not part of it.
@@ -33,24 +30,28 @@ class ByteDetokenizer:
     may have been streamed; here only those bytes are replaced.
     """
 
-    __slots__ = ("_decode", "_pieces", "_strip")
+    __slots__ = ("_held", "_pieces", "_strip")
 
     def __init__(self, pieces: list[bytes], strip: bool = False) -> None:
         self._pieces, self._strip = pieces, strip
-        self._decode = _new_utf8_decoder("replace").decode
+        self._held = b""
+        """The beginning of a character whose end has not come."""
 
     def push(self, tokens: Sequence[int]) -> str:
         pieces = self._pieces
         size = len(pieces)
         # A model's vocabulary is often padded beyond the tokenizer's; such tokens have no text.
-        text = self._decode(b"".join([pieces[token] for token in tokens if token < size]))
+        data = self._held + b"".join([pieces[token] for token in tokens if token < size])
+        text, used = codecs.utf_8_decode(data, "replace", False)
+        self._held = data[used:]
         if self._strip and text:
             self._strip = False
             return text.removeprefix(" ")
         return text
 
     def flush(self) -> str:
-        return self._decode(b"", True)
+        held, self._held = self._held, b""
+        return codecs.utf_8_decode(held, "replace", True)[0]
 
 
 class StreamDetokenizer:

@@ -51,8 +51,7 @@ class RequestTrace(Struct, frozen=True):
     prompts: list[PromptTrace]
 
 
-@dataclass(frozen=True, slots=True)
-class _Known:
+class _Known(Struct, frozen=True):
     request_id: int
     transfer_id: int
     prompt_tokens: int

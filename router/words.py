@@ -9,12 +9,14 @@ are the library's. Pure.
 """
 
 import re
-from collections.abc import Callable, Sequence
-from itertools import chain
+from array import array
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from tokenizers import Tokenizer
 
+_FORMAT = "I"
+"""Of packed tokens, for `array` and `memoryview`."""
 MAX_WORDS = 1 << 15
 MAX_WORD_CHARACTERS = 32
 """Longer ones are seldom met twice; without a bound a client could fill the memory with them."""
@@ -134,18 +136,25 @@ def _probes(added: Sequence[str]) -> list[str]:
     ]
 
 
+def _pack(ids: Iterable[int]) -> bytes:
+    return array(_FORMAT, ids).tobytes()
+
+
 class _Unsure(Exception):
     """This way of cutting the text may not be the library's."""
 
 
-class _Memory(dict[str, list[int]]):
-    """Tokens of texts met before; those of another are asked for, and kept if it is short."""
+class _Memory(dict[str, bytes]):
+    """Packed tokens of texts met before; those of another are asked for, and kept if it is short.
 
-    def __init__(self, ask: Callable[[str], list[int]]) -> None:
+    Packed, since thousands of lists lie scattered with their numbers, and are all the garbage collector's.
+    """
+
+    def __init__(self, ask: Callable[[str], bytes]) -> None:
         super().__init__()
         self._ask = ask
 
-    def __missing__(self, text: str) -> list[int]:
+    def __missing__(self, text: str) -> bytes:
         tokens = self._ask(text)
         if len(text) <= MAX_WORD_CHARACTERS:
             if len(self) >= MAX_WORDS:
@@ -169,15 +178,16 @@ class WordEncoder:
         table: dict[int, str],
         at_spaces: bool = False,
     ) -> None:
-        self._model, self._table, self._added = tokenizer.model, table, added
+        self._model, self._table = tokenizer.model, table
+        self._added = {text: _pack((token,)) for text, token in added.items()}
         self._words = re.compile(pattern, re.ASCII)
         longest_first = sorted(added, key=len, reverse=True)
         self._cut = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if added else None
         plain: list[int] = tokenizer.encode("a", add_special_tokens=False).ids
         whole: list[int] = tokenizer.encode("a", add_special_tokens=True).ids
         starts = [at for at in range(len(whole)) if whole[at : at + len(plain)] == plain]
-        self._before = whole[: starts[0]]
-        self._after = whole[starts[0] + len(plain) :]
+        self._before = _pack(whole[: starts[0]])
+        self._after = _pack(whole[starts[0] + len(plain) :])
         self._at_spaces = at_spaces
         self._known = _Memory(self._ask)
         self._after_space = _Memory(self._ask_after_space)
@@ -210,44 +220,42 @@ class WordEncoder:
         """None: the library must do it."""
         if not text.isascii():
             return None
-        ids = list(self._before) if add_special_tokens else []
+        packed = [self._before] if add_special_tokens else []
         parts = [text] if self._cut is None else self._cut.split(text)
         try:
             for number, part in enumerate(parts):
                 if number % 2:
-                    ids.append(self._added[part])
+                    packed.append(self._added[part])
                 elif part:
-                    ids += self._encode_part(part)
+                    packed += self._encode_part(part)
         except _Unsure:
             return None
         if add_special_tokens:
-            ids += self._after
-        return ids
+            packed.append(self._after)
+        return memoryview(b"".join(packed)).cast(_FORMAT).tolist()
 
-    def _encode_part(self, text: str) -> list[int]:
-        """Raises _Unsure if the pattern leaves something out."""
+    def _encode_part(self, text: str) -> list[bytes]:
+        """Packed tokens, in pieces. Raises _Unsure if the pattern leaves something out."""
         if not self._at_spaces:
             return self._encode_words(text)
         first, *others = text.split(" ")
         try:
-            ids = self._encode_words(first)
             # All in C where everything was met before.
-            ids.extend(chain.from_iterable(map(self._after_space.__getitem__, others)))
+            return [*self._encode_words(first), *map(self._after_space.__getitem__, others)]
         except _Unsure:
             return self._encode_words(text)
-        return ids
 
-    def _encode_words(self, text: str) -> list[int]:
+    def _encode_words(self, text: str) -> list[bytes]:
         words = self._words.findall(text)
         if len("".join(words)) != len(text):
             raise _Unsure
-        return list(chain.from_iterable(map(self._known.__getitem__, words)))
+        return list(map(self._known.__getitem__, words))
 
-    def _ask(self, word: str) -> list[int]:
-        return [token.id for token in self._model.tokenize(word.translate(self._table))]
+    def _ask(self, word: str) -> bytes:
+        return _pack(token.id for token in self._model.tokenize(word.translate(self._table)))
 
-    def _ask_after_space(self, text: str) -> list[int]:
+    def _ask_after_space(self, text: str) -> bytes:
         # With more white space the pattern takes them together.
         if not text or text[0].isspace():
             raise _Unsure
-        return self._encode_words(" " + text)
+        return b"".join(self._encode_words(" " + text))

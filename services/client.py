@@ -50,6 +50,10 @@ MOVES: dict[ClientState, frozenset[ClientState]] = {
 }
 
 
+_OWN_REPORTS = (WorkerHello, Refusal, Status)
+"""Of the connection itself. A tuple: `|` between classes would be computed for every token."""
+
+
 class ClientConfigError(ValueError):
     """A worker's endpoint or the keys for it cannot work; the message says why."""
 
@@ -168,7 +172,7 @@ class WorkerClient:
         self._heard_at_s = self._loop.time()
         passed_on: list[Report] = []
         for report in reports:
-            if isinstance(report, WorkerHello | Refusal | Status):
+            if isinstance(report, _OWN_REPORTS):
                 if passed_on:
                     self._on_reports(self, passed_on)
                     passed_on = []

@@ -23,6 +23,7 @@ from services.zmtp import GREETING, READY, Incoming, ZmtpError, message
 READABLE = int(zmq.POLLIN)
 """A plain int: the enum's own `&` costs more than asking ZMQ."""
 RECEIVE_BYTES = 1 << 18
+"""At once: when tokens come faster than they are written, each stream's go out together."""
 MAX_UNSENT_BYTES = 64 << 20
 """Of a worker that does not read. One frame more is taken whole, whatever its size."""
 RETRY_S = 0.02
@@ -89,6 +90,8 @@ class UnixWire:
         self._receives, self._sends = Codec[Report](Report), Codec[Request](Request)
         self._loop = asyncio.get_running_loop()
         self._socket: sockets.socket | None = None
+        # `recv` would take as much memory anew each time.
+        self._received = memoryview(bytearray(RECEIVE_BYTES))
         self._incoming = Incoming(self._receives.max_frame_bytes)
         self._unsent = bytearray()
         """Before the handshake's end: all. Afterwards what the socket's buffer had no room for."""
@@ -144,7 +147,7 @@ class UnixWire:
         if connection is None:
             return
         try:
-            data = connection.recv(RECEIVE_BYTES)
+            data = self._received[: connection.recv_into(self._received)].tobytes()
         except (BlockingIOError, InterruptedError):
             return
         except OSError:

@@ -200,9 +200,12 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=256)
     parser.add_argument("--only", choices=("latency", "streaming"))
     parser.add_argument("--out", type=Path, metavar="FILE", help="the figures as JSON")
+    parser.add_argument(
+        "--real-time", action="store_true", help="the router before all other work on its core (SCHED_FIFO)"
+    )
     given = parser.parse_args()
     console = Console()
-    cores = Cores.pick()
+    cores = Cores.pick(given.real_time)
     os.sched_setaffinity(0, {cores.bench})
     figures: dict[str, Any] = {
         "machine": {"cores": os.cpu_count(), "python": platform.python_version(), "used": asdict(cores)}

@@ -38,13 +38,16 @@ def write_tokenizer(directory: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Cores:
-    """`router` is all that the router's threads may use; `bench` is this process's, which never sleeps."""
+    """`router` is all that the router's threads may use; `bench` is this process's, which never sleeps.
+
+    `real_time`: the router goes before all other work on its core (SCHED_FIFO)."""
 
     router: int
     bench: int
+    real_time: bool = False
 
     @classmethod
-    def pick(cls) -> "Cores":
+    def pick(cls, real_time: bool = False) -> "Cores":
         """The last core for the router, one that shares no execution units with it for the rest.
 
         Raises BenchError where there is only one."""
@@ -53,7 +56,7 @@ class Cores:
             raise BenchError("two cores are needed: one for the router, one for everything else")
         router = usable.pop()
         apart = [core for core in usable if core not in _siblings(router)]
-        return cls(router=router, bench=(apart or usable)[-1])
+        return cls(router=router, bench=(apart or usable)[-1], real_time=real_time)
 
 
 def _siblings(core: int) -> set[int]:
@@ -76,7 +79,7 @@ class Cluster:
     workers: list[Worker]
     stamps: dict[int, Stamps]
     _router: psutil.Process
-    _core: int
+    _cores: Cores
 
     def cpu_s(self) -> float:
         """The router process's CPU time so far, all its threads."""
@@ -85,15 +88,17 @@ class Cluster:
 
     def others_cpu_s(self) -> float:
         """CPU time so far that anything but the router took from the router's core."""
-        times = psutil.cpu_times(percpu=True)[self._core]
+        times = psutil.cpu_times(percpu=True)[self._cores.router]
         return float(sum(times) - times.guest - times.guest_nice - times.idle - times.iowait) - self.cpu_s()
 
     def connect(self) -> Connection:
         return Connection(self.loop, self.port)
 
 
-def _router(config: RouterConfig, core: int) -> None:
-    os.sched_setaffinity(0, {core})
+def _router(config: RouterConfig, cores: Cores) -> None:
+    os.sched_setaffinity(0, {cores.router})
+    if cores.real_time:
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
     run(config)
 
 
@@ -118,7 +123,7 @@ def cluster(kind: str, cores: Cores, of_each: int = 1) -> Iterator[Cluster]:
             probe.bind(("127.0.0.1", 0))
             port = int(probe.getsockname()[1])
         config = RouterConfig(workers=endpoints, model_dir=model_dir, served_model_name="bench", port=port)
-        router = context.Process(target=_router, args=(config, cores.router), daemon=True)
+        router = context.Process(target=_router, args=(config, cores), daemon=True)
         router.start()
         try:
 
@@ -129,7 +134,7 @@ def cluster(kind: str, cores: Cores, of_each: int = 1) -> Iterator[Cluster]:
                 return all(worker.asked >= 2 for worker in workers)
 
             loop.run(is_ready, START_TIMEOUT_S)
-            yield Cluster(loop, port, workers, stamps, psutil.Process(router.pid), cores.router)
+            yield Cluster(loop, port, workers, stamps, psutil.Process(router.pid), cores)
         finally:
             router.terminate()
             router.join(10)

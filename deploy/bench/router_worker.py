@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from deploy.bench.router_client import BenchError, Loop, Stamps
+from deploy.bench.router_client import RECEIVE_BYTES, BenchError, Loop, Stamps
 from kvtransfer.codec import Codec
 from services.messages import (
     VERSION,
@@ -53,7 +53,7 @@ class Peer:
         self.socket.sendall(_GREETING + bytes((_COMMAND, len(_READY))) + _READY)
 
     def on_readable(self) -> None:
-        self._in += self.socket.recv(1 << 20)
+        self._in += self.socket.recv(RECEIVE_BYTES)
         if not self._greeted:
             if len(self._in) < len(_GREETING):
                 return
