@@ -11,11 +11,11 @@ are the library's. Pure.
 import re
 from array import array
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Final
 
 from tokenizers import Tokenizer
 
-_FORMAT = "I"
+_FORMAT: Final = "I"
 """Of packed tokens, for `array` and `memoryview`."""
 MAX_WORDS = 1 << 15
 MAX_WORD_CHARACTERS = 32
