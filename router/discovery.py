@@ -17,6 +17,8 @@ RESOLVE_S = 2.0
 """Between two answers of a name server; also the longest wait for one."""
 MAX_FILE_BYTES = 1 << 20
 MAX_ENDPOINT_CHARACTERS = 512
+MAX_WORKERS = 1024
+"""Of one list: each costs a connection."""
 DNS_SCHEME = "tcp+dns://"
 
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
@@ -54,7 +56,11 @@ class WorkersFile:
         except (OSError, ValueError) as error:
             self._complain({f"cannot be read: {error}"})
             return self._known
-        self._complain({f"not an endpoint, like ipc:///path or tcp://host:port: {one[:80]!r}" for one in bad})
+        complaints = {f"not an endpoint, like ipc:///path or tcp://host:port: {one[:80]!r}" for one in bad}
+        if len(self._known) > MAX_WORKERS:
+            complaints.add(f"more than {MAX_WORKERS} workers; the first ones are taken")
+            self._known = self._known[:MAX_WORKERS]
+        self._complain(complaints)
         return self._known
 
     def _complain(self, complaints: set[str]) -> None:
@@ -84,13 +90,13 @@ class WorkerName:
     async def refresh(self) -> None:
         try:
             found = await asyncio.wait_for(self._resolve(self._name, self._port), RESOLVE_S)
-        except (OSError, TimeoutError) as error:
+        except (OSError, TimeoutError, UnicodeError) as error:  # a label may be too long to be asked for
             if not self._failing:
                 logger.warning("workers at %s: not resolved: %r", self._name, error)
             self._failing = True
             return
         self._failing = False
-        self.endpoints = [f"tcp://{one}:{self._port}{self._suffix}" for one in found]
+        self.endpoints = [f"tcp://{one}:{self._port}{self._suffix}" for one in found[:MAX_WORKERS]]
 
 
 class Discovery:

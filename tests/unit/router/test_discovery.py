@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from router.discovery import MAX_FILE_BYTES, Discovery, WorkerName, WorkersFile, listed_endpoints
+from router.discovery import MAX_FILE_BYTES, MAX_WORKERS, Discovery, WorkerName, WorkersFile, listed_endpoints
 
 TEXT = """
 # prefill workers
@@ -52,6 +52,13 @@ def test_what_is_wrong_with_a_file_is_said_once(tmp_path: Path, caplog: pytest.L
     assert len(warnings(caplog)) == 1, "it was gone, and is new again"
 
 
+def test_a_file_names_so_many_workers_and_no_more(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "workers"
+    path.write_text("".join(f"ipc:///run/{number}\n" for number in range(MAX_WORKERS + 1)))
+    assert WorkersFile(path).look()[-1] == f"ipc:///run/{MAX_WORKERS - 1}"
+    assert len(warnings(caplog)) == 1
+
+
 @pytest.mark.parametrize("content", [None, b"\xff\xfe\n", b"#" * (MAX_FILE_BYTES + 1)])
 def test_a_file_that_cannot_be_read_keeps_what_it_said(
     content: bytes | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -87,14 +94,14 @@ def test_a_name_stands_for_its_addresses_and_keeps_them_while_it_is_not_resolved
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     failure = OSError("no such name")
-    answers = Answers(["10.0.0.1", "10.0.0.2"], failure, TimeoutError(), ["10.0.0.2"])
+    answers = Answers(["10.0.0.1", "10.0.0.2"], failure, TimeoutError(), UnicodeError(), ["10.0.0.2"])
     name = WorkerName("tcp+dns://prefill.baton.svc:7000#baton", answers)
     both = ["tcp://10.0.0.1:7000#baton", "tcp://10.0.0.2:7000#baton"]
     seen = []
-    for _ in range(4):
+    for _ in range(5):
         asyncio.run(name.refresh())
         seen.append(name.endpoints)
-    assert seen == [both, both, both, both[1:]]
+    assert seen == [both, both, both, both, both[1:]]
     assert set(answers.asked) == {("prefill.baton.svc", 7000)}
     assert len(warnings(caplog)) == 1
 
