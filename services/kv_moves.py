@@ -1,42 +1,33 @@
 """Packs and unpacks of one rank as the leader's books see them: its own, or those of another process."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from kvtransfer.client import TransferClient
 from kvtransfer.messages import KvGeometry
 from services.engine.engine import Engine
-from services.engine.moves import Mark, Move
-from services.rank_messages import HoldSteps, MapStaging, MoveKv
+from services.engine.moves import Mark, Marks, Move
+from services.engine.run_table import SlotRun
+from services.rank_messages import HoldSteps, MapStaging, MoveKv, MoveRun
 from services.ranks import Ranks
 from services.staging import Staging
 
 
 class KvMoves(Protocol):
-    """`slot` is a slot's number in the rank's staging buffer, `heads` are counted within the rank."""
+    """Slots are numbers in the rank's staging buffer, heads are counted within the rank.
 
-    def pack(
-        self,
-        pages: list[int],
-        start_token: int,
-        token_count: int,
-        slot: int,
-        with_checksum: bool,
-        after: Mark | None,
-        heads: range,
-    ) -> Move: ...
+    One call is one launch: whoever has several runs hands them over together.
+    """
 
-    def unpack(
-        self,
-        pages: list[int],
-        start_token: int,
-        token_count: int,
-        slot: int,
-        with_checksum: bool,
-        after: Mark | None,
-        heads: range,
-    ) -> Move: ...
+    def pack(self, runs: Sequence[SlotRun], with_checksums: bool, after: Marks | None) -> Move:
+        """It starts when all of `after` have passed; None: when all steps queued so far are done."""
+
+    def unpack(self, runs: Sequence[SlotRun], with_checksums: bool, after: Marks | None) -> Move: ...
 
     def mark(self) -> Mark | None: ...
+
+    def passed(self, mark: Mark | None) -> bool:
+        """Whether what was queued before the mark is done, or waited for anyway; False: nobody knows."""
 
     def hold_steps(self, move: Move) -> None: ...
 
@@ -50,34 +41,17 @@ class OwnMoves:
     def __init__(self, engine: Engine, staging: Staging) -> None:
         self._engine, self._staging = engine, staging
 
-    def pack(
-        self,
-        pages: list[int],
-        start_token: int,
-        token_count: int,
-        slot: int,
-        with_checksum: bool,
-        after: Mark | None,
-        heads: range,
-    ) -> Move:
-        view = self._staging.slot(slot)
-        return self._engine.pack(pages, start_token, token_count, view, with_checksum, after, heads)
+    def pack(self, runs: Sequence[SlotRun], with_checksums: bool, after: Marks | None) -> Move:
+        return self._engine.pack(runs, self._staging.slots(), with_checksums, after)
 
-    def unpack(
-        self,
-        pages: list[int],
-        start_token: int,
-        token_count: int,
-        slot: int,
-        with_checksum: bool,
-        after: Mark | None,
-        heads: range,
-    ) -> Move:
-        view = self._staging.slot(slot)
-        return self._engine.unpack(pages, start_token, token_count, view, with_checksum, after, heads)
+    def unpack(self, runs: Sequence[SlotRun], with_checksums: bool, after: Marks | None) -> Move:
+        return self._engine.unpack(runs, self._staging.slots(), with_checksums, after)
 
     def mark(self) -> Mark | None:
         return self._engine.mark()
+
+    def passed(self, mark: Mark | None) -> bool:
+        return mark is not None and bool(mark.query())  # type: ignore[no-untyped-call]
 
     def hold_steps(self, move: Move) -> None:
         self._engine.hold_steps(move)
@@ -98,32 +72,17 @@ class RankMoves:
         self._page_size_tokens = page_size_tokens
         self._mapped_epoch = 0
 
-    def pack(
-        self,
-        pages: list[int],
-        start_token: int,
-        token_count: int,
-        slot: int,
-        with_checksum: bool,
-        after: Mark | None,
-        heads: range,
-    ) -> Move:
-        return self._move(True, pages, start_token, token_count, slot, with_checksum, heads)
+    def pack(self, runs: Sequence[SlotRun], with_checksums: bool, after: Marks | None) -> Move:
+        return self._move(True, runs, with_checksums)
 
-    def unpack(
-        self,
-        pages: list[int],
-        start_token: int,
-        token_count: int,
-        slot: int,
-        with_checksum: bool,
-        after: Mark | None,
-        heads: range,
-    ) -> Move:
-        return self._move(False, pages, start_token, token_count, slot, with_checksum, heads)
+    def unpack(self, runs: Sequence[SlotRun], with_checksums: bool, after: Marks | None) -> Move:
+        return self._move(False, runs, with_checksums)
 
     def mark(self) -> Mark | None:
         return None
+
+    def passed(self, mark: Mark | None) -> bool:
+        return True
 
     def hold_steps(self, move: Move) -> None:
         self._ranks.tell_one(self._rank, HoldSteps())
@@ -132,33 +91,17 @@ class RankMoves:
         self._ranks.tell_one(self._rank, MapStaging(0, 0, None, None))
         self._mapped_epoch = 0
 
-    def _move(
-        self,
-        is_pack: bool,
-        pages: list[int],
-        start_token: int,
-        token_count: int,
-        slot: int,
-        with_checksum: bool,
-        heads: range,
-    ) -> Move:
+    def _move(self, is_pack: bool, runs: Sequence[SlotRun], with_checksums: bool) -> Move:
         self._map_staging()
         size = self._page_size_tokens
-        first, last = start_token // size, (start_token + token_count - 1) // size
-        order = MoveKv(
-            is_pack,
-            pages[first : last + 1],
-            start_token % size,
-            token_count,
-            slot,
-            with_checksum,
-            heads.start,
-            heads.stop,
-        )
-        answer = self._ranks.move(self._rank, order)
-        byte_count = token_count * len(heads) * self._head_bytes
-        # An answer asked as an event is, and as a checksum that is on its way.
-        return Move(byte_count, answer, answer if with_checksum else None)  # type: ignore[arg-type]
+        sent, byte_counts = [], []
+        for pages, start, count, slot, heads in runs:
+            covering = pages[start // size : (start + count - 1) // size + 1]
+            sent.append(MoveRun(covering, start % size, count, slot, heads.start, heads.stop))
+            byte_counts.append(count * len(heads) * self._head_bytes)
+        answer = self._ranks.move(self._rank, MoveKv(is_pack, sent, with_checksums))
+        # An answer asked as an event is, and as checksums that are on their way.
+        return Move(byte_counts, answer, answer if with_checksums else None)  # type: ignore[arg-type]
 
     def _map_staging(self) -> None:
         """The rank maps the buffer of its transfer process, anew in each life of that."""

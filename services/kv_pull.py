@@ -5,8 +5,9 @@ generation, range and length of each segment and that none overlaps another; her
 and, where checksums are on, each segment's content is judged once its unpack is done, before the commit.
 
 1. `open`    ask for what the prefix cache does not have
-2. `unpack`  queue an unpack for each segment that arrived; nobody waits for it
-3. `settle`  unpacks that are done: their slots go back, transfers that are whole are committed
+2. `unpack`  take notice of segments that have arrived
+3. `settle`  queue the unpacks of all that arrived together, nobody waits for them; of those that are done the
+             slots go back, and transfers that are whole are committed
 """
 
 from collections import deque
@@ -17,7 +18,8 @@ from kvtransfer.client import TransferClient
 from kvtransfer.messages import Arrived, Segment, SlotUse, TransferAddress
 from kvtransfer.spans import Spans
 from services.engine.errors import ChecksumMismatch
-from services.engine.moves import Mark, Move
+from services.engine.moves import Mark, Marks, Move
+from services.engine.run_table import SlotRun
 from services.kv_moves import KvMoves
 from services.scheduler.sequence import Sequence
 
@@ -36,10 +38,14 @@ class Incoming:
     transfer_s: float = 0.0
 
 
+Piece = tuple[Incoming, Segment]
+
+
 @dataclass(frozen=True, slots=True)
 class Unpacking:
-    incoming: Incoming
-    segment: Segment
+    """Slots that are being unpacked by one move; `move`'s run number i is piece number i."""
+
+    pieces: list[Piece]
     move: Move
     queued_s: float
 
@@ -64,6 +70,8 @@ class KvPull:
         self._clock = clock
         self._spans = spans
         self._incoming: dict[int, Incoming] = {}
+        self._arrived: list[Piece] = []
+        """Not queued yet."""
         self._unpacking: deque[Unpacking] = deque()
         """In the order in which they end; also of transfers that have ended meanwhile."""
 
@@ -78,7 +86,7 @@ class KvPull:
     @property
     def in_flight(self) -> bool:
         """Whether an unpack is being waited for."""
-        return bool(self._unpacking)
+        return bool(self._unpacking or self._arrived)
 
     def open(
         self, sequence: Sequence, transfer_id: int, source: TransferAddress, deadline_s: float, heads: range
@@ -97,51 +105,44 @@ class KvPull:
         return incoming
 
     def unpack(self, event: Arrived) -> None:
-        """Take the segments into pages. Those of a transfer that has ended here are only freed."""
+        """The segments are taken into pages with the next `settle`. Those of a transfer that has ended here
+        are only freed."""
         incoming = self._incoming.get(event.transfer_id)
         if incoming is None:
             self._client.freed([SlotUse(one.slot, one.generation) for one in event.segments])
             return
         if incoming.first_arrival_s is None:
             incoming.first_arrival_s = self._clock()
-        for segment in event.segments:
-            move = self._moves.unpack(
-                incoming.sequence.pages,
-                segment.start_token,
-                segment.token_count,
-                segment.slot,
-                segment.checksum is not None,
-                incoming.reserved,
-                incoming.heads,
-            )
-            self._unpacking.append(Unpacking(incoming, segment, move, self._clock()))
+        self._arrived += [(incoming, segment) for segment in event.segments]
 
     def settle(self) -> Settled:
-        """Free the slots whose unpacks are done, and judge what was in them."""
-        settled = Settled()
+        """Queue what has arrived, free the slots whose unpacks are done, and judge what was in them."""
         freed: list[SlotUse] = []
+        if self._arrived:
+            self._queue_arrived(freed)
+        settled = Settled()
         while self._unpacking and self._unpacking[0].move.is_done:
-            done = self._unpacking.popleft()
-            incoming, segment = done.incoming, done.segment
-            freed.append(SlotUse(segment.slot, segment.generation))
-            start_token, token_count, now_s = segment.start_token, segment.token_count, self._clock()
-            self._spans.note(
-                incoming.transfer_id, "unpack", start_token, token_count, done.queued_s, now_s
-            )
-            if self._incoming.get(incoming.transfer_id) is not incoming:
-                continue  # it has ended meanwhile
-            try:
-                done.move.judge(segment.checksum)
-            except ChecksumMismatch as mismatch:
-                reason = f"tokens [{start_token}, {start_token + token_count}): {mismatch}"
-                settled.broken.append((incoming.transfer_id, reason))
-                continue
-            incoming.missing_tokens -= token_count
-            if incoming.missing_tokens == 0:
-                if incoming.first_arrival_s is not None:
-                    incoming.transfer_s = now_s - incoming.first_arrival_s
-                self._finish(incoming)
-                settled.whole.append(incoming)
+            done, now_s = self._unpacking.popleft(), self._clock()
+            for run, (incoming, segment) in enumerate(done.pieces):
+                freed.append(SlotUse(segment.slot, segment.generation))
+                start_token, token_count = segment.start_token, segment.token_count
+                self._spans.note(
+                    incoming.transfer_id, "unpack", start_token, token_count, done.queued_s, now_s
+                )
+                if self._incoming.get(incoming.transfer_id) is not incoming:
+                    continue  # it has ended meanwhile
+                try:
+                    done.move.judge(run, segment.checksum)
+                except ChecksumMismatch as mismatch:
+                    reason = f"tokens [{start_token}, {start_token + token_count}): {mismatch}"
+                    settled.broken.append((incoming.transfer_id, reason))
+                    continue
+                incoming.missing_tokens -= token_count
+                if incoming.missing_tokens == 0:
+                    if incoming.first_arrival_s is not None:
+                        incoming.transfer_s = now_s - incoming.first_arrival_s
+                    self._finish(incoming)
+                    settled.whole.append(incoming)
         if freed:
             self._client.freed(freed)
         return settled
@@ -163,11 +164,48 @@ class KvPull:
         """The transfer process was restarted: its slots are gone, and none is freed."""
         self._give_up(list(self._incoming.values()))
         self._incoming.clear()
+        self._arrived.clear()
         self._unpacking.clear()
+
+    def _queue_arrived(self, freed: list[SlotUse]) -> None:
+        """One move for all whose pages nobody uses any more, one for the others; slots of transfers that have
+        ended meanwhile are only freed."""
+        ready: list[Piece] = []
+        waiting: list[Piece] = []
+        marks: dict[Mark | None, bool] = {}
+        for incoming, segment in self._arrived:
+            if self._incoming.get(incoming.transfer_id) is not incoming:
+                freed.append(SlotUse(segment.slot, segment.generation))
+                continue
+            mark = incoming.reserved
+            if mark not in marks:
+                marks[mark] = self._moves.passed(mark)
+            (ready if marks[mark] else waiting).append((incoming, segment))
+        self._arrived = []
+        if ready:
+            self._queue(ready, ())
+        if waiting:
+            left = [mark for mark, passed in marks.items() if mark is not None and not passed]
+            self._queue(waiting, None if marks.get(None) is False else left)
+
+    def _queue(self, pieces: list[Piece], after: Marks | None) -> None:
+        with_checksums = any(segment.checksum is not None for _, segment in pieces)
+        runs = [
+            SlotRun(
+                incoming.sequence.pages,
+                segment.start_token,
+                segment.token_count,
+                segment.slot,
+                incoming.heads,
+            )
+            for incoming, segment in pieces
+        ]
+        move = self._moves.unpack(runs, with_checksums, after)
+        self._unpacking.append(Unpacking(pieces, move, self._clock()))
 
     def _give_up(self, ended: list[Incoming]) -> None:
         """Their pages may be given away now, and written by a step that must not overtake the unpacks."""
-        running = [one.move for one in self._unpacking if one.incoming in ended]
+        running = [one.move for one in self._unpacking if any(piece[0] in ended for piece in one.pieces)]
         if running:
             self._moves.hold_steps(running[-1])
 

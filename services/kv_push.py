@@ -4,7 +4,8 @@ Packing follows computation chunk by chunk, so that a prompt's head travels whil
 A slot is only lent against a grant of the receiver, so what is packed can always be moved.
 
 1. `launched`  a chunk is on its way: its tokens may be packed behind it
-2. `pack`      a pack is queued for every run of such tokens that has a slot; nobody waits for it
+2. `pack`      packs are queued for all runs of such tokens that have slots, together for all transfers whose
+               tokens are computed, and for each step that is still running; nobody waits for them
 3. `deliver`   slots whose packs are done go to the transfer process
 """
 
@@ -15,18 +16,20 @@ from dataclasses import dataclass, field
 from kvtransfer.client import TransferClient
 from kvtransfer.messages import Segment, SendConfirmed, SendSlots, SlotUse
 from kvtransfer.spans import Spans
-from services.engine.moves import Mark, Move
+from services.engine.moves import Mark, Marks, Move
+from services.engine.run_table import SlotRun
 from services.kv_moves import KvMoves
 from services.scheduler.sequence import Chunk, Sequence
+
+Piece = tuple["Outgoing", SlotUse, int, int]
+"""A transfer, a slot lent for it, and the first and the number of the tokens that go there."""
 
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """A slot that is being packed."""
+    """Slots that are being packed by one move; `move`'s run number i is piece number i."""
 
-    use: SlotUse
-    start_token: int
-    token_count: int
+    pieces: list[Piece]
     move: Move
     queued_s: float
 
@@ -34,7 +37,8 @@ class Packing:
 @dataclass(slots=True, eq=False)
 class Outgoing:
     """One transfer. `next_token` is the first one not packed yet; `end_token`, `heads` (counted
-    within the rank) and `segment_tokens`, the most that fit a slot, are set once confirmed.
+    within the rank) and `segment_tokens`, the most that fit a slot, are set once confirmed. `last_move` is
+    the latest that packs some of it.
 
     `marks` are `(end token, mark)` of the steps that compute the sequence in `pages`.
     """
@@ -46,7 +50,7 @@ class Outgoing:
     heads: range = range(0)
     segment_tokens: int = 0
     slots: deque[SlotUse] = field(default_factory=deque)
-    packing: deque[Packing] = field(default_factory=deque)
+    last_move: Move | None = None
     pages: list[int] = field(default_factory=list)
     marks: deque[tuple[int, Mark | None]] = field(default_factory=deque)
 
@@ -78,8 +82,10 @@ class KvPush:
         self._spans = spans
         self._outgoing: dict[int, Outgoing] = {}
         self._of_request: dict[int, list[Outgoing]] = {}
-        self._given_up: deque[Packing] = deque()
-        """Packs that ran when their transfers ended: their slots go back once they are done."""
+        self._packing: deque[Packing] = deque()
+        """In the order in which they end; also of transfers that have ended meanwhile."""
+        self._given_up: list[Move] = []
+        """Those that ran when a transfer of theirs ended, whose slots go back once they are done."""
         client.packs_idle = self._given_up_are_done
 
     def __len__(self) -> int:
@@ -88,7 +94,7 @@ class KvPush:
     @property
     def in_flight(self) -> bool:
         """Whether a pack is being waited for."""
-        return not self._given_up_are_done() or any(one.packing for one in self._outgoing.values())
+        return bool(self._packing)
 
     def open(self, sequence: Sequence, transfer_id: int, deadline_s: float) -> None:
         outgoing = Outgoing(transfer_id, sequence)
@@ -131,27 +137,53 @@ class KvPush:
 
     def pack(self) -> int:
         """Queue packs for whatever is computed, or being so, and has a slot; returns how many tokens."""
-        return sum(self._pack_one(one) for one in self._outgoing.values() if one.slots)
+        ready: list[Piece] = []
+        running: dict[Mark | None, list[Piece]] = {}
+        passed: dict[Mark | None, bool] = {}
+        packed = 0
+        for outgoing in self._outgoing.values():
+            end_token = min(outgoing.sequence.computed_tokens, outgoing.end_token)
+            slots, most, start = outgoing.slots, outgoing.segment_tokens, outgoing.next_token
+            first = start
+            while slots and start < end_token:
+                count = min(end_token - start, most)
+                mark = outgoing.mark_of(start + count)
+                if mark not in passed:
+                    passed[mark] = self._moves.passed(mark)
+                pieces = ready if passed[mark] else running.setdefault(mark, [])
+                pieces.append((outgoing, slots.popleft(), start, count))
+                start += count
+            outgoing.next_token = start
+            packed += start - first
+        if ready:
+            self._queue(ready, ())
+        everything = running.pop(None, None)  # comes last: what is queued behind it waits as well
+        for mark, pieces in running.items():
+            if mark is not None:
+                self._queue(pieces, (mark,))
+        if everything is not None:
+            self._queue(everything, None)
+        return packed
 
     def deliver(self) -> int:
         """Hand over the slots whose packs are done; returns how many."""
+        filled: dict[int, list[Segment]] = {}
         delivered = 0
-        for outgoing in self._outgoing.values():
-            segments = []
-            while outgoing.packing and outgoing.packing[0].move.is_done:
-                packed = outgoing.packing.popleft()
-                segments.append(_segment(packed))
-                self._spans.note(
-                    outgoing.transfer_id,
-                    "pack",
-                    packed.start_token,
-                    packed.token_count,
-                    packed.queued_s,
-                    self._clock(),
+        while self._packing and self._packing[0].move.is_done:
+            done, now_s = self._packing.popleft(), self._clock()
+            move, byte_counts = done.move, done.move.byte_counts
+            for run, (outgoing, use, start, count) in enumerate(done.pieces):
+                transfer_id = outgoing.transfer_id
+                if self._outgoing.get(transfer_id) is not outgoing:
+                    continue  # it has ended meanwhile
+                segment = Segment(
+                    use.slot, use.generation, start, count, byte_counts[run], move.checksum(run)
                 )
-            if segments:
-                self._client.filled(outgoing.transfer_id, segments)
-                delivered += len(segments)
+                filled.setdefault(transfer_id, []).append(segment)
+                self._spans.note(transfer_id, "pack", start, count, done.queued_s, now_s)
+                delivered += 1
+        for transfer_id, segments in filled.items():
+            self._client.filled(transfer_id, segments)
         return delivered
 
     def close(self, transfer_id: int, abort_reason: str | None = None) -> None:
@@ -176,41 +208,23 @@ class KvPush:
         self._outgoing.clear()
         self._of_request.clear()
 
-    def _pack_one(self, outgoing: Outgoing) -> int:
-        sequence, packed = outgoing.sequence, 0
-        ready = min(sequence.computed_tokens, outgoing.end_token)
-        while outgoing.slots and outgoing.next_token < ready:
-            start, count = outgoing.next_token, min(ready - outgoing.next_token, outgoing.segment_tokens)
-            use = outgoing.slots.popleft()
-            move = self._moves.pack(
-                sequence.pages,
-                start,
-                count,
-                use.slot,
-                self._client.checksum,
-                outgoing.mark_of(start + count),
-                outgoing.heads,
-            )
-            outgoing.packing.append(Packing(use, start, count, move, self._clock()))
-            outgoing.next_token += count
-            packed += count
-        return packed
+    def _queue(self, pieces: list[Piece], after: Marks | None) -> None:
+        runs = [
+            SlotRun(outgoing.sequence.pages, start, count, use.slot, outgoing.heads)
+            for outgoing, use, start, count in pieces
+        ]
+        move = self._moves.pack(runs, self._client.checksum, after)
+        for piece in pieces:
+            piece[0].last_move = move
+        self._packing.append(Packing(pieces, move, self._clock()))
 
     def _give_up(self, outgoing: Outgoing) -> None:
         """Its pages may be given away now, and written by a step that must not overtake the packs."""
-        if outgoing.packing:
-            self._moves.hold_steps(outgoing.packing[-1].move)
-            self._given_up.extend(outgoing.packing)
-            outgoing.packing.clear()
+        move = outgoing.last_move
+        if move is not None and not move.is_done:
+            self._moves.hold_steps(move)
+            self._given_up.append(move)
 
     def _given_up_are_done(self) -> bool:
-        while self._given_up and self._given_up[0].move.is_done:
-            self._given_up.popleft()
+        self._given_up = [move for move in self._given_up if not move.is_done]
         return not self._given_up
-
-
-def _segment(packed: Packing) -> Segment:
-    use, move = packed.use, packed.move
-    return Segment(
-        use.slot, use.generation, packed.start_token, packed.token_count, move.byte_count, move.checksum()
-    )

@@ -22,6 +22,7 @@ from services.engine.engine import Engine
 from services.engine.model_config import read_model_config
 from services.engine.moves import Move
 from services.engine.rank_group import DistributedGroup
+from services.engine.run_table import SlotRun
 from services.memory.measure import NotMeasurable, gpu_process_bytes, host_phase, resident_bytes
 from services.rank_config import decode_config
 from services.rank_link import RankLink, RankLost
@@ -101,7 +102,7 @@ class Rank:
         """Moves are reported as they are done, while orders come."""
         while self._moves:
             while self._moves and self._moves[0].is_done:
-                self._link.send(Moved(self._moves.popleft().checksum()))
+                self._link.send(Moved(self._moves.popleft().checksums()))
             if (order := self._link.poll(MOVE_POLL_S if self._moves else 0.0)) is not None:
                 return order
         return self._link.receive(None)
@@ -166,15 +167,13 @@ class Rank:
 
     def _move(self, order: MoveKv) -> Move:
         move = self._engine.pack if order.is_pack else self._engine.unpack
-        return move(
-            order.pages,
-            order.first_offset,
-            order.token_count,
-            self._staging.slot(order.slot),
-            order.with_checksum,
-            None,
-            range(order.first_head, order.end_head),
-        )
+        runs = [
+            SlotRun(
+                run.pages, run.first_offset, run.token_count, run.slot, range(run.first_head, run.end_head)
+            )
+            for run in order.runs
+        ]
+        return move(runs, self._staging.slots(), order.with_checksums)
 
 
 def _end_with_leader(leader_pid: int) -> None:

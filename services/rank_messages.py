@@ -75,21 +75,25 @@ class MapStaging(Struct, frozen=True, tag="map", forbid_unknown_fields=True):
     cuda_ipc_handle: bytes | None
 
 
-class MoveKv(Struct, frozen=True, tag="move", forbid_unknown_fields=True):
-    """Pack tokens into a slot, or unpack them; answered with `Moved` once it is done, in the order of orders.
+class MoveRun(Struct, frozen=True, array_like=True):
+    """Tokens and their slot. `pages` cover the tokens exactly; `first_offset` is the first one's place in
+    them. The heads are counted within the rank."""
 
-    `pages` cover the tokens exactly; `first_offset` is the first one's place in them. The heads are counted
-    within the rank.
-    """
-
-    is_pack: bool
     pages: list[int]
     first_offset: int
     token_count: int
     slot: int
-    with_checksum: bool
     first_head: int
     end_head: int
+
+
+class MoveKv(Struct, frozen=True, tag="move", forbid_unknown_fields=True):
+    """Pack runs into their slots, or unpack them; answered with `Moved` once it is done, in the order of
+    orders."""
+
+    is_pack: bool
+    runs: list[MoveRun]
+    with_checksums: bool
 
 
 class HoldSteps(Struct, frozen=True, tag="hold", forbid_unknown_fields=True):
@@ -127,9 +131,9 @@ class Done(Struct, frozen=True, tag="done", forbid_unknown_fields=True):
 
 
 class Moved(Struct, frozen=True, tag="moved", forbid_unknown_fields=True):
-    """A move is done; with the checksum of the slot's bytes if it was asked for."""
+    """A move is done; with the checksum of each run's bytes if they were asked for."""
 
-    checksum: int | None
+    checksums: list[int] | None
 
 
 class RankMemory(Struct, frozen=True, tag="memory", forbid_unknown_fields=True):

@@ -44,16 +44,16 @@ class RankError(Exception):
 
 
 class MoveAnswer:
-    """A move of another rank, asked like an event of a device, and like a checksum that is on its way."""
+    """A move of another rank, asked like an event of a device, and like checksums that are on their way."""
 
     def __init__(self, ranks: "Ranks", rank: int) -> None:
         self._ranks, self._rank = ranks, rank
         self.ordered_s = time.monotonic()
         self._is_done = False
-        self._checksum: int | None = None
+        self._checksums: list[int] | None = None
 
-    def done(self, checksum: int | None) -> None:
-        self._is_done, self._checksum = True, checksum
+    def done(self, checksums: list[int] | None) -> None:
+        self._is_done, self._checksums = True, checksums
 
     def query(self) -> bool:
         """Raises `RankError` if the rank cannot answer any more."""
@@ -65,8 +65,8 @@ class MoveAnswer:
         while not self._is_done:
             self._ranks.take_moves(self._rank, STEP_TIMEOUT_S)
 
-    def value(self) -> int | None:
-        return self._checksum
+    def values(self) -> list[int] | None:
+        return self._checksums
 
 
 class Ranks:
@@ -146,7 +146,7 @@ class Ranks:
             while waiting and (answer := link.poll(timeout_s)) is not None:
                 if not isinstance(answer, Moved):
                     raise self._fault(rank, f"it answers a move with {answer!r}")
-                waiting.popleft().done(answer.checksum)
+                waiting.popleft().done(answer.checksums)
                 timeout_s = 0.0
         except RankLost as error:
             raise self._fault(rank, str(error)) from error

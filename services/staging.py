@@ -1,12 +1,13 @@
-"""One slot of the staging buffer, wherever it lies: mapped host memory, or device memory opened by IPC."""
+"""The slots of the staging buffer, wherever it lies: mapped host memory, or device memory opened by IPC."""
 
 import mmap
 from pathlib import Path
 
 from kvtransfer.client import TransferClient
+from kvtransfer.errors import AttachError
 from kvtransfer.staging import receive_staging
-from services.engine.segments import Slot
-from services.engine.staging_view import CudaStaging
+from services.engine.segments import SlotBuffer
+from services.engine.staging_view import CudaStaging, StagingError
 from services.rank_messages import MapStaging
 
 
@@ -26,17 +27,17 @@ class Staging:
         if handle is not None:
             self._open(handle)
 
-    def slot(self, index: int) -> Slot:
-        """The whole slot. Raises StagingError if device memory cannot be mapped."""
+    def slots(self) -> SlotBuffer:
+        """To be asked for anew each time. Raises StagingError if device memory cannot be mapped, AttachError
+        if nothing is attached."""
         handle = self._client.attached.cuda_ipc_handle
-        if handle is None:
-            return self._client.slot_view(index)
-        size = self._client.slot_bytes
-        view = self._open(handle).view
-        return view[index * size : (index + 1) * size]
+        memory = self._client.staging if handle is None else self._open(handle).view
+        if memory is None:
+            raise AttachError("there is no host staging buffer")
+        return SlotBuffer(memory, self._client.slot_bytes)
 
     def close(self) -> None:
-        """Unmaps device memory; a later `slot` maps what is attached then."""
+        """Unmaps device memory; a later `slots` maps what is attached then."""
         if self._opened is not None:
             self._opened.close()
             self._opened = None
@@ -72,16 +73,13 @@ class RankStaging:
         elif order.staging_socket is not None:
             self._map = receive_staging(Path(order.staging_socket), size_bytes, self.MAP_TIMEOUT_S)
 
-    def slot(self, index: int) -> Slot:
-        """The whole slot. Raises IndexError if there is none of that number, or no buffer."""
-        if not 0 <= index < self._slots:
-            raise IndexError(f"slot {index}: there are {self._slots}")
-        part = slice(index * self._slot_bytes, (index + 1) * self._slot_bytes)
+    def slots(self) -> SlotBuffer:
+        """To be asked for anew each time. Raises StagingError if no buffer is mapped."""
         if self._opened is not None:
-            return self._opened.view[part]
+            return SlotBuffer(self._opened.view, self._slot_bytes)
         if self._map is None:
-            raise IndexError("no staging buffer is mapped")
-        return memoryview(self._map)[part]
+            raise StagingError("no staging buffer is mapped")
+        return SlotBuffer(memoryview(self._map), self._slot_bytes)
 
     def close(self) -> None:
         """Views of slots keep host memory mapped until they are dropped. Idempotent."""

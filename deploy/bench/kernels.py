@@ -40,6 +40,7 @@ from deploy.bench.kernel_times import (
     rows,
     tables_of,
 )
+from services.engine.attention_plan import KvLayout
 from services.engine.ops import tuning
 from services.engine.ops.decode_attention import (
     UNTUNED,
@@ -47,13 +48,15 @@ from services.engine.ops.decode_attention import (
     decode_attention_kernel,
     decode_splits,
 )
-from services.engine.ops.kv_segment import pack_segment_kernel, unpack_segment_kernel
+from services.engine.ops.kv_segment import move_runs_kernel
 from services.engine.ops.prefill_attention import prefill_attention, prefill_attention_kernel
 from services.engine.ops.qkv import QkvLaunch, qkv_to_pool_kernel
 from services.engine.ops.rms_norm import NormLaunch, add_rms_norm_kernel
 from services.engine.ops.swiglu import SwigluLaunch, silu_mul_kernel
+from services.engine.run_table import RunTables, SlotRun
 
 EPS = 1e-6
+SLOT_BYTES = 8 << 20
 DECODE_SHAPES = ((1, 1024), (8, 1024), (64, 1024), (256, 1024), (1, 16384))
 SPLITS = (1, 2, 4, 8, 16, 32)
 DECODE_LAUNCHES = (
@@ -200,15 +203,21 @@ def attend(backend: SDPBackend, queries: Tensor, keys: Tensor, values: Tensor) -
 
 
 def bench_segments(bench: Bench, memory: Tensor) -> None:
-    for tokens in (256, 1024, 4096):
-        segment = rows(KV_HEADS, LAYERS, 2, tokens, HEAD_DIM)
+    """Slots of 8 MiB, some of them in one launch, whose tokens follow each other."""
+    for slots in (1, 4, 10, 32):
+        staging = torch.zeros(slots * SLOT_BYTES, dtype=torch.uint8, device="cuda")
         for size in PAGE_SIZES:
             pool = pool_of(memory, size)
-            pages = tables_of(pool, 1, tokens)[0].long()
-            moved = 2 * segment.numel() * segment.element_size()
-            for name, kernel in (("pack", pack_segment_kernel), ("unpack", unpack_segment_kernel)):
-                calls: list[Call] = [partial(kernel, pool, pages, 0, segment)] * 4
-                bench.bytes(name, f"tokens {tokens}", f"page {size}", calls, moved)
+            tables = RunTables(KvLayout(LAYERS, KV_HEADS, size, HEAD_DIM), pool.shape[0], pool.element_size())
+            tokens = SLOT_BYTES // (KV_HEADS * tables.head_bytes)
+            pages = tables_of(pool, 1, slots * tokens)[0].tolist()
+            runs = [SlotRun(pages, at * tokens, tokens, at, range(KV_HEADS)) for at in range(slots)]
+            table = tables.of(runs, slots, SLOT_BYTES)
+            sent = torch.frombuffer(table.words, dtype=torch.int32).cuda()
+            for name, unpack in (("pack", False), ("unpack", True)):
+                call = partial(move_runs_kernel, pool, staging, SLOT_BYTES, sent, table, unpack)
+                moved = 2 * sum(table.byte_counts)
+                bench.bytes(name, f"{slots} slots of {tokens}", f"page {size}", [call] * 4, moved)
 
 
 MEASURES = {

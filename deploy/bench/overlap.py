@@ -1,8 +1,9 @@
 """What packs and unpacks beside decode steps cost them: `python -m deploy.bench.overlap`.
 
 Steps of a full batch are launched one ahead, as a worker does; beside them slots of the staging buffer's size
-are packed, or unpacked, at a given rate, from and into pages that no sequence of the batch uses. A row says
-what a step took, what it took more than without moves, what rate was met, and what the host paid for a move.
+are packed, or unpacked, at a given rate, some by each launch, from and into pages that no sequence of the
+batch uses. A row says what a step took, what it took more than without moves, what rate was met, and what the
+host paid for a slot.
 """
 
 import argparse
@@ -24,17 +25,20 @@ from services.engine.engine import Engine
 from services.engine.launched import Launched
 from services.engine.model_config import read_model_config
 from services.engine.moves import Move
+from services.engine.run_table import SlotRun
+from services.engine.segments import SlotBuffer
 from services.messages import Sampling
 
 RATES_BYTES_PER_S = (0.0, 6e9, 25e9, 50e9, 100e9, 340e9)
 """None; what one H200 computes in prefill; a 200 and a 400 Gb/s NIC; two; NVLink."""
-MOST_IN_FLIGHT = 16
+MOST_IN_FLIGHT = 4
+"""Launches."""
 WARM_STEPS = 5
 SAMPLING = Sampling(max_tokens=1, seed=0, temperature=0.0)
 
 
 class Measured(msgspec.Struct, frozen=True):
-    """`host_s` is what the host paid to queue one move."""
+    """`host_s` is what the host paid to queue one slot."""
 
     kind: str
     wanted_bytes_per_s: float
@@ -51,6 +55,7 @@ class Report(msgspec.Struct, frozen=True):
     context_tokens: int
     steps: int
     slot_bytes: int
+    slots_a_launch: int
     rows: list[Measured]
 
 
@@ -92,7 +97,7 @@ class Moving:
         self._queue, self._rate = queue, rate_bytes_per_s
         self._flying: deque[Move] = deque()
         self._started_s = time.perf_counter()
-        self.moved_bytes, self.moves, self.host_s = 0, 0, 0.0
+        self.moved_bytes, self.moves, self.slots, self.host_s = 0, 0, 0, 0.0
 
     def __call__(self) -> None:
         while self._flying and self._flying[0].is_done:
@@ -103,7 +108,8 @@ class Moving:
             move = self._queue(self.moves % MOST_IN_FLIGHT)
             self.host_s += time.perf_counter() - before_s
             self._flying.append(move)
-            self.moved_bytes += move.byte_count
+            self.moved_bytes += sum(move.byte_counts)
+            self.slots += len(move.byte_counts)
             self.moves += 1
 
     def rate_bytes_per_s(self) -> float:
@@ -114,19 +120,24 @@ def measure(engine: Engine, arguments: argparse.Namespace) -> list[Measured]:
     stepping = Stepping(engine, arguments.batch, arguments.context)
     slot_bytes: int = arguments.slot_bytes
     tokens = max(1, slot_bytes // engine.geometry.token_bytes)
-    spare = -(-tokens // engine.config.page_size_tokens)
+    together: int = arguments.slots_a_launch
+    spare = -(-together * tokens // engine.config.page_size_tokens)
     engine.allocate_pool(stepping.pages_used + MOST_IN_FLIGHT * spare)
     engine.capture_graphs()
-    staging = torch.zeros((MOST_IN_FLIGHT, slot_bytes), dtype=torch.uint8, device=engine.device)
-    first = stepping.pages_used
-    tables = [list(range(first + at * spare, first + (at + 1) * spare)) for at in range(MOST_IN_FLIGHT)]
-    mark = engine.mark()
+    staging = torch.zeros(MOST_IN_FLIGHT * together * slot_bytes, dtype=torch.uint8, device=engine.device)
+    buffer, heads, used = SlotBuffer(staging, slot_bytes), range(engine.layout.kv_heads), stepping.pages_used
+    tables = [list(range(used + at * spare, used + (at + 1) * spare)) for at in range(MOST_IN_FLIGHT)]
+
+    def runs(at: int) -> list[SlotRun]:
+        """Of one sequence, one slot after the other."""
+        first = at * together
+        return [SlotRun(tables[at], one * tokens, tokens, first + one, heads) for one in range(together)]
 
     def pack(at: int) -> Move:
-        return engine.pack(tables[at], 0, tokens, staging[at], False, mark)
+        return engine.pack(runs(at), buffer, False, ())
 
     def unpack(at: int) -> Move:
-        return engine.unpack(tables[at], 0, tokens, staging[at], False, mark)
+        return engine.unpack(runs(at), buffer, False, ())
 
     found: list[Measured] = []
     for kind, queue in (("pack", pack), ("unpack", unpack)):
@@ -136,7 +147,7 @@ def measure(engine: Engine, arguments: argparse.Namespace) -> list[Measured]:
             moving = Moving(queue, rate)
             step_s = stepping.run(arguments.steps, moving)
             alone_s = alone_s or step_s
-            host_s = moving.host_s / max(1, moving.moves)
+            host_s = moving.host_s / max(1, moving.slots)
             found.append(
                 Measured(kind, rate, moving.rate_bytes_per_s(), step_s, step_s / alone_s - 1, host_s)
             )
@@ -147,10 +158,11 @@ def measure(engine: Engine, arguments: argparse.Namespace) -> list[Measured]:
 def show(report: Report) -> None:
     title = (
         f"{report.device}, {report.model}: decode steps at batch {report.batch}, context "
-        f"{report.context_tokens}, beside slots of {report.slot_bytes >> 10} KiB"
+        f"{report.context_tokens}, beside slots of {report.slot_bytes >> 10} KiB, "
+        f"{report.slots_a_launch} a launch"
     )
     table = Table(title=title)
-    for column in ("beside", "wanted GB/s", "met GB/s", "step ms", "slower", "host µs a move"):
+    for column in ("beside", "wanted GB/s", "met GB/s", "step ms", "slower", "host µs a slot"):
         table.add_column(column, justify="left" if column == "beside" else "right")
     for row in report.rows:
         table.add_row(
@@ -172,6 +184,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--slot-bytes", type=int, default=8 << 20)
+    parser.add_argument("--slots-a-launch", type=int, default=10, help="a chunk of 512 tokens has 10")
     parser.add_argument("--out", type=Path, help="also write the figures as JSON to this file")
     arguments = parser.parse_args()
     device: Device = arguments.device
@@ -198,6 +211,7 @@ def main() -> None:
             context_tokens=arguments.context,
             steps=arguments.steps,
             slot_bytes=arguments.slot_bytes,
+            slots_a_launch=arguments.slots_a_launch,
             rows=measure(engine, arguments),
         )
     show(report)

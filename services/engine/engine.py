@@ -14,7 +14,7 @@ its `Launched` says so, a pack or an unpack when its `Move` does, which comes be
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
 
 import torch
@@ -33,12 +33,13 @@ from services.engine.launched import Launched
 from services.engine.layers import Decoder
 from services.engine.model_config import ModelConfig
 from services.engine.models.registry import make_decoder
-from services.engine.moves import Mark, Move, Moves
+from services.engine.moves import Mark, Marks, Move, Moves
 from services.engine.ops.fp8 import FP8
 from services.engine.parameters import Parameters
 from services.engine.peak_memory import peak_bytes
 from services.engine.rank_group import RankGroup
-from services.engine.segments import Slot
+from services.engine.run_table import SlotRun
+from services.engine.segments import SlotBuffer
 from services.engine.sharding import rank_shape
 from services.engine.steps import PROMPT_LOGPROB_ROWS, Steps
 from services.engine.weights import fill_dummy, load_safetensors
@@ -164,10 +165,13 @@ class Engine:
         layers = min(self.model.layers, max(2, widest + 1))
 
         moves, slot = Moves(scratch), torch.empty(self.page_bytes, dtype=torch.uint8, device=self.device)
+        buffer, run = SlotBuffer(slot, self.page_bytes), SlotRun([0], 0, 1, 0, range(self.layout.kv_heads))
 
         def work() -> None:
             self.steps.launch(rows, scratch, layers=layers).collect()
-            moves.pack([0], 0, 1, slot, True, None).wait()  # its stream keeps a little memory of its own
+            # Their stream keeps a little memory of its own, and no request waits for kernels to be compiled.
+            for move in (moves.pack, moves.unpack):
+                move([run], buffer, True, None).wait()
 
         return peak_bytes(work, self.device)
 
@@ -242,35 +246,25 @@ class Engine:
     @torch.inference_mode()
     def pack(
         self,
-        pages: list[int],
-        start_token: int,
-        token_count: int,
-        slot: Slot,
-        with_checksum: bool,
-        after: Mark | None = None,
-        heads: range | None = None,
+        runs: Sequence[SlotRun],
+        buffer: SlotBuffer,
+        with_checksums: bool,
+        after: Marks | None = None,
     ) -> Move:
-        """Queue the gathering of a run of a sequence's tokens into a slot (uint8, host memory or a tensor of
-        the device), after the steps up to `after`, or all that are queued.
-
-        `pages` is the sequence's page table from its first token, `heads` those of this rank's heads that are
-        meant; None: all. Raises `SegmentError`.
-        """
-        return self.moves.pack(pages, start_token, token_count, slot, with_checksum, after, heads)
+        """Queue the gathering of runs of sequences' tokens into slots by one launch, after the steps up to
+        all of `after`, or all that are queued. No two runs may share a slot. Raises `SegmentError`."""
+        return self.moves.pack(runs, buffer, with_checksums, after)
 
     @torch.inference_mode()
     def unpack(
         self,
-        pages: list[int],
-        start_token: int,
-        token_count: int,
-        slot: Slot,
-        with_checksum: bool,
-        after: Mark | None = None,
-        heads: range | None = None,
+        runs: Sequence[SlotRun],
+        buffer: SlotBuffer,
+        with_checksums: bool,
+        after: Marks | None = None,
     ) -> Move:
-        """Queue the scattering of a slot into a sequence's pages. Raises `SegmentError`."""
-        return self.moves.unpack(pages, start_token, token_count, slot, with_checksum, after, heads)
+        """Queue the scattering of slots into sequences' pages. Raises `SegmentError`."""
+        return self.moves.unpack(runs, buffer, with_checksums, after)
 
     def hold_steps(self, move: Move) -> None:
         """Steps and copies queued from now on wait for a move, on the device: its pages are given away."""

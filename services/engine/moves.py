@@ -7,9 +7,11 @@ What orders the two streams is events, and the host waits for none of them:
                them; its slot is given back, and its sequence may be computed with, once it is done
     a step     starts after a move that was given up while it ran, whose pages somebody else may have by now
 
-Moves are done in the order in which they were queued. On a CPU each is done when the call returns.
+A move is one launch for any number of runs, of one transfer or of several, with one event behind it. Moves
+are done in the order in which they were queued. On a CPU each is done when the call returns.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -17,20 +19,23 @@ import torch
 
 from services.engine.errors import ChecksumMismatch
 from services.engine.kv_pool import KvPool
-from services.engine.ops.checksum import QueuedChecksum
-from services.engine.segments import Slot, pack, unpack
+from services.engine.ops.checksum import QueuedChecksums
+from services.engine.run_table import SlotRun
+from services.engine.segments import Segments, SlotBuffer
 
 Mark = torch.cuda.Event
 """A place in the steps' stream."""
+Marks = Sequence[Mark]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Move:
-    """A pack or an unpack of `byte_count` bytes that was handed to the device."""
+    """Packs or unpacks that were handed to the device together; `byte_counts[i]` is what run `i` has."""
 
-    byte_count: int
+    byte_counts: list[int]
     _done: Mark | None = None
-    _checksum: QueuedChecksum | None = None
+    _queued: QueuedChecksums | None = None
+    _checksums: list[int] | None = None
 
     @property
     def is_done(self) -> bool:
@@ -41,20 +46,29 @@ class Move:
         if self._done is not None:
             self._done.synchronize()
 
-    def checksum(self) -> int | None:
-        """Of the slot's bytes, if it was asked for. Only of a move that is done."""
-        return None if self._checksum is None else self._checksum.value()
+    def checksum(self, run: int) -> int | None:
+        """Of a run's bytes in its slot, if it was asked for. Only of a move that is done."""
+        found = self.checksums()
+        return None if found is None else found[run]
 
-    def judge(self, expected: int | None) -> None:
+    def checksums(self) -> list[int] | None:
+        """Of all runs; see `checksum`."""
+        if self._checksums is None and self._queued is not None:
+            self._checksums = self._queued.values()
+        return self._checksums
+
+    def judge(self, run: int, expected: int | None) -> None:
         """Compare what an unpack that is done has read with what the sender packed; None: nothing is known.
 
         Raises `ChecksumMismatch`.
         """
-        found = self.checksum()
-        if expected is not None and found != expected:
+        if expected is None:
+            return
+        found = self.checksum(run)
+        if found != expected:
             was = "was not computed" if found is None else f"is {found:016x}"
             raise ChecksumMismatch(
-                f"the checksum of {self.byte_count} bytes {was}, the sender packed {expected:016x}"
+                f"the checksum of {self.byte_counts[run]} bytes {was}, the sender packed {expected:016x}"
             )
 
 
@@ -63,7 +77,7 @@ class Moves:
     `hold_steps` are called."""
 
     def __init__(self, pool: KvPool) -> None:
-        self._pool = pool
+        self._segments = Segments(pool)
         device = pool.data.device
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
@@ -75,53 +89,48 @@ class Moves:
 
     def pack(
         self,
-        pages: list[int],
-        start_token: int,
-        token_count: int,
-        slot: Slot,
-        with_checksum: bool,
-        after: Mark | None,
-        heads: range | None = None,
+        runs: Sequence[SlotRun],
+        buffer: SlotBuffer,
+        with_checksums: bool,
+        after: Marks | None,
     ) -> Move:
-        """See `segments.pack`. It starts when `after` has passed; None: when all queued steps are done."""
+        """See `Segments.pack`. It starts when all of `after` have passed; None: when all queued steps are
+        done."""
         with self._beside(after):
-            byte_count, queued = pack(
-                self._pool, pages, start_token, token_count, slot, with_checksum, heads
-            )
-        return Move(byte_count, self._recorded(), queued)
+            byte_counts, queued = self._segments.pack(runs, buffer, with_checksums)
+        return self._queued(byte_counts, queued)
 
     def unpack(
         self,
-        pages: list[int],
-        start_token: int,
-        token_count: int,
-        slot: Slot,
-        with_checksum: bool,
-        after: Mark | None,
-        heads: range | None = None,
+        runs: Sequence[SlotRun],
+        buffer: SlotBuffer,
+        with_checksums: bool,
+        after: Marks | None,
     ) -> Move:
-        """See `segments.unpack`, and `pack` for `after`."""
+        """See `Segments.unpack`, and `pack` for `after`."""
         with self._beside(after):
-            byte_count, queued = unpack(
-                self._pool, pages, start_token, token_count, slot, with_checksum, heads
-            )
-        return Move(byte_count, self._recorded(), queued)
+            byte_counts, queued = self._segments.unpack(runs, buffer, with_checksums)
+        return self._queued(byte_counts, queued)
 
     def hold_steps(self, move: Move) -> None:
         """Steps queued from now on start after this move."""
         if self._stream is not None and move._done is not None:
             torch.cuda.current_stream(self._stream.device).wait_event(move._done)
 
-    def _beside(self, after: Mark | None) -> AbstractContextManager[object]:
+    def _beside(self, after: Marks | None) -> AbstractContextManager[object]:
         """What is queued within runs beside the steps, after `after` or all that are queued."""
-        mark = after or self.mark()
-        if self._stream is None or mark is None:
+        if self._stream is None:
             return nullcontext()
-        self._stream.wait_event(mark)
+        if after is None:
+            after = (_recorded(torch.cuda.current_stream(self._stream.device)),)
+        for mark in after:
+            self._stream.wait_event(mark)
         return torch.cuda.stream(self._stream)
 
-    def _recorded(self) -> Mark | None:
-        return None if self._stream is None else _recorded(self._stream)
+    def _queued(self, byte_counts: list[int], queued: QueuedChecksums | None) -> Move:
+        done = None if self._stream is None else _recorded(self._stream)
+        self._segments.ring.used(done)
+        return Move(byte_counts, done, queued)
 
 
 def _recorded(stream: torch.cuda.Stream) -> Mark:

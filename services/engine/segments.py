@@ -1,84 +1,78 @@
-"""Moves a run of a sequence's tokens between its pages and a staging slot, with an optional checksum.
+"""Moves runs of sequences' tokens between their pages and staging slots, all of them by one launch, with
+optional checksums.
 
 Everything is queued on the current stream; nothing here waits for a device.
 """
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from services.engine.errors import SegmentError
-from services.engine.host_copy import indices, to_device
 from services.engine.kv_pool import KvPool
-from services.engine.ops.checksum import QueuedChecksum, queue_checksum
-from services.engine.ops.kv_segment import pack_segment, unpack_segment
+from services.engine.ops.checksum import QueuedChecksums, queue_checksums
+from services.engine.ops.kv_segment import pack_runs, unpack_runs
+from services.engine.run_table import RunTables, SlotRun
 from services.engine.staging_view import host_view
+from services.engine.table_ring import TableRing
 
-Slot = memoryview | Tensor
-
-
-def pack(
-    pool: KvPool,
-    pages: list[int],
-    start_token: int,
-    token_count: int,
-    slot: Slot,
-    with_checksum: bool,
-    heads: range | None = None,
-) -> tuple[int, QueuedChecksum | None]:
-    """Write tokens `[start_token, start_token + token_count)` to the head of `slot`, canonically laid out.
-
-    `pages` is the sequence's page table from its first token, `heads` those of the pool's heads that are
-    meant; None: all. Returns the bytes written and, if asked for,
-    their checksum. Raises `SegmentError`.
-    """
-    data, used, first_offset, segment = _resolve(pool, pages, start_token, token_count, slot, heads)
-    pack_segment(pool.data, used, first_offset, segment, 0 if heads is None else heads.start)
-    return data.numel(), queue_checksum(data) if with_checksum else None
+Memory = memoryview | Tensor
 
 
-def unpack(
-    pool: KvPool,
-    pages: list[int],
-    start_token: int,
-    token_count: int,
-    slot: Slot,
-    with_checksum: bool,
-    heads: range | None = None,
-) -> tuple[int, QueuedChecksum | None]:
-    """The inverse of `pack`, from the head of `slot`. Returns the bytes read and, if asked for, their
-    checksum: the pages must not be used before it was compared. Raises `SegmentError`."""
-    data, used, first_offset, segment = _resolve(pool, pages, start_token, token_count, slot, heads)
-    queued = queue_checksum(data) if with_checksum else None
-    unpack_segment(pool.data, used, first_offset, segment, 0 if heads is None else heads.start)
-    return data.numel(), queued
+@dataclass(frozen=True, slots=True)
+class SlotBuffer:
+    """A staging buffer: equal slots one behind the other, in mapped host memory or as uint8 of a device."""
+
+    memory: Memory
+    slot_bytes: int
+
+    @property
+    def slots(self) -> int:
+        return len(self.memory) // self.slot_bytes
+
+    def tensor(self) -> Tensor:
+        """uint8 `[bytes]`. Raises `SegmentError` if it is none."""
+        whole = self.memory if isinstance(self.memory, Tensor) else host_view(self.memory)
+        if whole.dtype != torch.uint8 or whole.dim() != 1:
+            raise SegmentError(f"slots are uint8 [bytes], not {whole.dtype} {tuple(whole.shape)}")
+        return whole
 
 
-def _resolve(
-    pool: KvPool, pages: list[int], start_token: int, token_count: int, slot: Slot, heads: range | None
-) -> tuple[Tensor, Tensor, int, Tensor]:
-    """The slot's used bytes, the pages concerned (int64), the first token's place in them, and the typed
-    view of the bytes."""
-    layout = pool.layout
-    if start_token < 0 or token_count < 1:
-        raise SegmentError(f"segment needs start >= 0 and tokens >= 1, has {start_token} and {token_count}")
-    first_page = start_token // layout.page_size_tokens
-    last_page = (start_token + token_count - 1) // layout.page_size_tokens
-    if last_page >= len(pages):
-        raise SegmentError(f"{len(pages)} pages do not cover tokens up to {start_token + token_count - 1}")
-    used = pages[first_page : last_page + 1]
-    if min(used) < 0 or max(used) >= pool.pages:
-        raise SegmentError(f"page out of range: the pool has {pool.pages}")
-    if heads is None:
-        heads = range(layout.kv_heads)
-    if not heads or heads.start < 0 or heads.stop > layout.kv_heads:
-        raise SegmentError(f"{heads} out of range: the pool has {layout.kv_heads} heads")
-    shape = (len(heads), layout.layers, 2, token_count, layout.head_dim)
-    byte_count = torch.Size(shape).numel() * pool.data.element_size()
-    whole = slot if isinstance(slot, Tensor) else host_view(slot)
-    if whole.dtype != torch.uint8 or whole.dim() != 1 or whole.numel() < byte_count:
-        raise SegmentError(
-            f"segment of {byte_count} bytes does not fit the slot ({tuple(whole.shape)} {whole.dtype})"
-        )
-    data = whole[:byte_count]
-    sent = to_device({"pages": indices(used)}, pool.data.device)["pages"]
-    return data, sent, start_token % layout.page_size_tokens, data.view(pool.data.dtype).view(shape)
+class Segments:
+    """Packs and unpacks of one pool, queued on one stream."""
+
+    def __init__(self, pool: KvPool) -> None:
+        self._pool = pool
+        self._tables = RunTables(pool.layout, pool.pages, pool.data.element_size())
+        self.ring = TableRing(pool.data.device)
+
+    def pack(
+        self, runs: Sequence[SlotRun], buffer: SlotBuffer, with_checksums: bool
+    ) -> tuple[list[int], QueuedChecksums | None]:
+        """Write each run to the head of its slot, as `[head][layer][k|v][token][head_dim]`.
+
+        No two runs may share a slot. Returns the bytes written for each and, if asked for, their checksums.
+        Raises `SegmentError`; then nothing was queued.
+        """
+        table = self._tables.of(runs, buffer.slots, buffer.slot_bytes)
+        staging, sent = buffer.tensor(), self.ring.send(table.words)
+        pack_runs(self._pool.data, staging, buffer.slot_bytes, sent, table)
+        queued = None
+        if with_checksums:
+            queued = queue_checksums(staging, buffer.slot_bytes, sent, table)
+        return table.byte_counts, queued
+
+    def unpack(
+        self, runs: Sequence[SlotRun], buffer: SlotBuffer, with_checksums: bool
+    ) -> tuple[list[int], QueuedChecksums | None]:
+        """The inverse of `pack`; no two runs may share a token of a page. Returns the bytes read for each
+        and, if asked for, their checksums: the pages must not be used before those were compared."""
+        table = self._tables.of(runs, buffer.slots, buffer.slot_bytes)
+        staging, sent = buffer.tensor(), self.ring.send(table.words)
+        queued = None
+        if with_checksums:
+            queued = queue_checksums(staging, buffer.slot_bytes, sent, table)
+        unpack_runs(self._pool.data, staging, buffer.slot_bytes, sent, table)
+        return table.byte_counts, queued

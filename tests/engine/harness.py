@@ -10,7 +10,8 @@ from services.engine.batch import Draw, Row, RowResult
 from services.engine.engine import Engine
 from services.engine.launched import Launched
 from services.engine.model_config import read_model_config
-from services.engine.segments import Slot
+from services.engine.run_table import SlotRun
+from services.engine.segments import Memory, SlotBuffer
 from services.messages import Sampling
 
 GREEDY = Sampling(max_tokens=1, seed=1, temperature=0.0)
@@ -109,21 +110,23 @@ def run_ahead(engine: Engine, sequences: list[Sequence], output_tokens: int) -> 
 
 
 def packed(
-    engine: Engine, pages: list[int], start: int, count: int, slot: Slot, with_checksum: bool = True
+    engine: Engine, pages: list[int], start: int, count: int, slot: Memory, with_checksum: bool = True
 ) -> tuple[int, int | None]:
     """A pack that is waited for: its bytes and their checksum."""
-    move = engine.pack(pages, start, count, slot, with_checksum)
+    run = SlotRun(pages, start, count, 0, range(engine.layout.kv_heads))
+    move = engine.pack([run], SlotBuffer(slot, len(slot)), with_checksum)
     move.wait()
-    return move.byte_count, move.checksum()
+    return move.byte_counts[0], move.checksum(0)
 
 
 def unpacked(
-    engine: Engine, pages: list[int], start: int, count: int, slot: Slot, expected: int | None
+    engine: Engine, pages: list[int], start: int, count: int, slot: Memory, expected: int | None
 ) -> None:
     """An unpack that is waited for and judged."""
-    move = engine.unpack(pages, start, count, slot, expected is not None)
+    run = SlotRun(pages, start, count, 0, range(engine.layout.kv_heads))
+    move = engine.unpack([run], SlotBuffer(slot, len(slot)), expected is not None)
     move.wait()
-    move.judge(expected)
+    move.judge(0, expected)
 
 
 def scattered_pages(count: int, sequences: int, pool_pages: int) -> list[list[int]]:

@@ -16,6 +16,7 @@ from services.engine.ops import decode_attention as decode
 from services.engine.ops import fp8, kv_segment, qkv
 from services.engine.ops import prefill_attention as prefill
 from services.engine.rope import rotation
+from services.engine.run_table import RunTables
 from tests.engine.interpreter import INTERPRETED, run_interpreted
 from tests.engine.test_kernels import (
     CPU,
@@ -24,6 +25,7 @@ from tests.engine.test_kernels import (
     interpreted,
     page_tables,
     random,
+    random_runs,
     safe,
     same,
 )
@@ -236,25 +238,31 @@ def check_prefill(
     same(plain, expected, 0.25)
 
 
-def check_segments(device: torch.device, layout: KvLayout, first_offset: int, tokens: int) -> None:
-    count = -(-(first_offset + tokens) // layout.page_size_tokens)
-    pool, _ = fp8_pool(layout, count + 2, device)
-    pages = torch.randperm(count + 2, generator=torch.Generator().manual_seed(5))[:count].to(device)
-    shape = (layout.kv_heads, layout.layers, 2, tokens, layout.head_dim)
-    expected, found = (torch.zeros(shape, dtype=fp8.FP8, device=device) for _ in range(2))
-    kv_segment.pack_segment_reference(pool.data, pages, first_offset, expected)
-    kv_segment.pack_segment_kernel(pool.data, pages, first_offset, found)
-    assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
+def check_segments(device: torch.device, layout: KvLayout, seed: int, largest: int) -> None:
+    runs, pages, slots = random_runs(layout, seed, largest)
+    tables = RunTables(layout, pages, 1)
+    slot_bytes = max(len(run.heads) * run.token_count for run in runs) * tables.head_bytes + 16
+    table = tables.of(runs, slots, slot_bytes)
+    sent = torch.frombuffer(table.words, dtype=torch.int32).to(device)
+    pool, _ = fp8_pool(layout, pages, device)
+    expected, found = (torch.zeros(slots * slot_bytes, dtype=torch.uint8, device=device) for _ in range(2))
+    kv_segment.move_runs_reference(pool.data, expected, slot_bytes, sent, table, unpack=False)
+    kv_segment.move_runs_kernel(pool.data, found, slot_bytes, sent, table, unpack=False)
+    assert torch.equal(found, expected) and bool(found.any())
 
-    incoming = torch.arange(found.numel(), device=device).to(torch.uint8).view(fp8.FP8).view(shape)
+    incoming = torch.arange(found.numel(), device=device).to(torch.uint8)
     other = pool.data.clone()
-    kv_segment.unpack_segment_reference(pool.data, pages, first_offset, incoming)
-    kv_segment.unpack_segment_kernel(other, pages, first_offset, incoming)
+    kv_segment.move_runs_reference(pool.data, incoming, slot_bytes, sent, table, unpack=True)
+    kv_segment.move_runs_kernel(other, incoming, slot_bytes, sent, table, unpack=True)
     assert torch.equal(other.view(torch.uint8), pool.data.view(torch.uint8))
     assert bool(other.float().isfinite().all())
-    kv_segment.pack_segment_reference(other, pages, first_offset, found)
-    sent, kept = incoming.float(), found.float()
-    assert torch.equal(kept, torch.where(sent.isfinite(), sent, 0.0))
+    found.copy_(incoming)
+    kv_segment.move_runs_reference(other, found, slot_bytes, sent, table, unpack=False)
+    sent_numbers, kept = incoming.view(fp8.FP8).float(), found.view(fp8.FP8).float()
+    for run, byte_count in zip(runs, table.byte_counts, strict=True):
+        part = slice(run.slot * slot_bytes, run.slot * slot_bytes + byte_count)
+        numbers = sent_numbers[part]
+        assert torch.equal(kept[part], torch.where(numbers.isfinite(), numbers, 0.0))
 
 
 # ---------------------------------------------------------------- interpreted
@@ -286,10 +294,10 @@ def test_prefill(window: int | None) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize(("first_offset", "tokens"), [(0, 12), (3, 7), (1, 2)])
-def test_segments(first_offset: int, tokens: int) -> None:
+@pytest.mark.parametrize("seed", range(3))
+def test_segments(seed: int) -> None:
     layout = KvLayout(layers=2, kv_heads=3, page_size_tokens=4, head_dim=24)
-    check_segments(CPU, layout, first_offset, tokens)
+    check_segments(CPU, layout, seed, largest=12)
 
 
 @interpreted

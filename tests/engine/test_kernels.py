@@ -5,6 +5,9 @@ its own; the checks also serve the tests on a GPU (tests/gpu/test_kernels.py), c
 The interpreter cannot multiply matrices of bfloat16, so attention is tried here in float32 and float16.
 """
 
+from array import array
+from itertools import chain
+from random import Random
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from services.engine.ops import checksum, kv_segment, qkv, rms_norm, swiglu
 from services.engine.ops import decode_attention as decode
 from services.engine.ops import prefill_attention as prefill
 from services.engine.rope import rotation
+from services.engine.run_table import RUN_FIELDS, RunTable, RunTables, SlotRun
 from tests.engine.interpreter import INTERPRETED, run_interpreted
 
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process of test_in_the_interpreter")
@@ -222,42 +226,78 @@ def check_prefill(
     same(found, expected, 0.25)
 
 
+def random_runs(layout: KvLayout, seed: int, largest: int) -> tuple[list[SlotRun], int, int]:
+    """Runs of several sequences, some of them next to each other on one page, with ranges of heads; the pages
+    and the slots that they need."""
+    rng = Random(seed)
+    size = layout.page_size_tokens
+    runs: list[SlotRun] = []
+    tables: list[list[int]] = []
+    for _ in range(rng.randint(1, 4)):
+        start, first_head = rng.randrange(2 * size), rng.randrange(layout.kv_heads)
+        heads = range(first_head, rng.randint(first_head + 1, layout.kv_heads))
+        pages: list[int] = []
+        tables.append(pages)
+        for _ in range(rng.randint(1, 3)):
+            count = rng.choice((1, rng.randint(1, size), largest, rng.randint(1, largest)))
+            runs.append(SlotRun(pages, start, count, 0, heads))
+            start += count
+        pages += range(-(-start // size))
+    order = list(range(sum(map(len, tables)) + 2))
+    rng.shuffle(order)
+    for pages in tables:
+        pages[:] = [order.pop() for _ in pages]
+    rng.shuffle(runs)
+    slots = rng.sample(range(len(runs) + 3), len(runs))
+    page_count = sum(map(len, tables)) + 2
+    return [run._replace(slot=slot) for run, slot in zip(runs, slots, strict=True)], page_count, len(runs) + 3
+
+
 def check_segments(
-    dtype: torch.dtype, device: torch.device, layout: KvLayout, first_offset: int, tokens: int
+    dtype: torch.dtype, device: torch.device, layout: KvLayout, seed: int, largest: int
 ) -> None:
-    size, dim = layout.page_size_tokens, layout.head_dim
-    count = -(-(first_offset + tokens) // size)
-    pool = filled_pool(layout, count + 2, dtype, device)
-    pages = torch.randperm(count + 2, generator=torch.Generator().manual_seed(5))[:count].to(device)
-    shape = (layout.kv_heads, layout.layers, 2, tokens, dim)
-    expected, found = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
-    kv_segment.pack_segment_reference(pool, pages, first_offset, expected)
-    kv_segment.pack_segment_kernel(pool, pages, first_offset, found)
-    assert torch.equal(found, expected)
+    """One launch for all runs; no other byte of slots and pages is touched."""
+    runs, pages, slots = random_runs(layout, seed, largest)
+    tables = RunTables(layout, pages, dtype.itemsize)
+    slot_bytes = max(len(run.heads) * run.token_count for run in runs) * tables.head_bytes + 16
+    table = tables.of(runs, slots, slot_bytes)
+    sent = torch.frombuffer(table.words, dtype=torch.int32).to(device)
+    pool = filled_pool(layout, pages, dtype, device)
+    expected = torch.randint(0, 256, (slots * slot_bytes,), dtype=torch.uint8).to(device)
+    found = expected.clone()
+    before = expected.clone()
+    kv_segment.move_runs_reference(pool, expected, slot_bytes, sent, table, unpack=False)
+    kv_segment.move_runs_kernel(pool, found, slot_bytes, sent, table, unpack=False)
+    assert torch.equal(found, expected) and not torch.equal(found, before)
 
-    incoming = random(*shape, dtype=dtype, device=device, seed=9)
-    incoming[-1, -1, -1, -1, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
-    other = pool.clone()
-    kv_segment.unpack_segment_reference(pool, pages, first_offset, incoming)
-    kv_segment.unpack_segment_kernel(other, pages, first_offset, incoming)
-    assert torch.equal(other, pool)
-
-    last = slice(layout.kv_heads - 1, layout.kv_heads)  # one head alone, as between ranks
-    kv_segment.pack_segment_kernel(pool, pages, first_offset, found[last], layout.kv_heads - 1)
-    kv_segment.pack_segment_reference(pool, pages, first_offset, expected)
-    assert torch.equal(found[last], expected[last])
-    kv_segment.unpack_segment_reference(pool, pages, first_offset, incoming[:1] + 1, layout.kv_heads - 1)
-    kv_segment.unpack_segment_kernel(other, pages, first_offset, incoming[:1] + 1, layout.kv_heads - 1)
-    assert torch.equal(other, pool)
+    numbers = random(slots * slot_bytes // dtype.itemsize, dtype=dtype, device=device, seed=9)
+    numbers[::101] = torch.nan
+    numbers[1::101] = torch.inf
+    numbers[2::101] = -torch.inf
+    staging, other, former = numbers.view(torch.uint8), pool.clone(), pool.clone()
+    kv_segment.move_runs_reference(pool, staging, slot_bytes, sent, table, unpack=True)
+    kv_segment.move_runs_kernel(other, staging, slot_bytes, sent, table, unpack=True)
+    assert torch.equal(other, pool) and not torch.equal(pool, former)
 
 
 def check_checksum(device: torch.device, words: int) -> None:
-    """Sums of blocks, the last of which may be short, with bits in every place."""
-    data = torch.randint(-(2**63), 2**63 - 1, (words,), generator=torch.Generator().manual_seed(words))
-    found = checksum.block_sums_kernel(data.to(device)).cpu().sum(dim=1, keepdim=True)
-    whole = words - words % checksum.BLOCK_WORDS
-    expected = [checksum.block_sums_reference(part) for part in (data[:whole], data[whole:]) if len(part)]
-    assert torch.equal(found, torch.cat(expected))
+    """Sums of blocks, the last of which may be short, with bits in every place; of slots of all lengths."""
+    counts, slot_words = [words, 1, -(-words // 2)], words + 2
+    fields = [(2 - at, count, *[0] * (RUN_FIELDS - 2)) for at, count in enumerate(counts)]
+    table = RunTable(array("i", chain.from_iterable(fields)), [8 * count for count in counts], 1, 1)
+    data = torch.randint(
+        -(2**63), 2**63 - 1, (3 * slot_words,), generator=torch.Generator().manual_seed(words)
+    )
+    sent = torch.frombuffer(table.words, dtype=torch.int32).to(device)
+    found = checksum.slot_sums_kernel(data.to(device), slot_words, sent, table).cpu().sum(dim=2, keepdim=True)
+    assert torch.equal(found, checksum.slot_sums_reference(data.view(torch.uint8), 8 * slot_words, table))
+    for at, count in enumerate(counts):
+        first = (2 - at) * slot_words
+        whole = count - count % checksum.BLOCK_WORDS
+        parts = data[first : first + whole], data[first + whole : first + count]
+        expected = torch.cat([checksum.block_sums_reference(part) for part in parts if len(part)])
+        assert torch.equal(found[at, : len(expected)], expected)
+        assert not found[at, len(expected) :].any()
 
 
 @interpreted
@@ -316,11 +356,17 @@ def test_prefill_in_float16_with_pages_larger_than_a_block() -> None:
 
 
 @interpreted
-@pytest.mark.parametrize(("first_offset", "tokens"), [(0, 12), (3, 7), (1, 2), (0, 5)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_segments(dtype: torch.dtype, first_offset: int, tokens: int) -> None:
-    layout = KvLayout(layers=2, kv_heads=3, page_size_tokens=4, head_dim=24)
-    check_segments(dtype, CPU, layout, first_offset, tokens)
+@pytest.mark.parametrize("seed", range(10))
+def test_segments(seed: int) -> None:
+    dtype = (torch.float32, torch.bfloat16)[seed % 2]
+    layout = KvLayout(layers=2, kv_heads=3, page_size_tokens=(4, 1, 16)[seed % 3], head_dim=24)
+    check_segments(dtype, CPU, layout, seed, largest=9)
+
+
+@interpreted
+def test_a_run_longer_than_a_program_copies() -> None:
+    layout = KvLayout(layers=1, kv_heads=1, page_size_tokens=16, head_dim=64)
+    check_segments(torch.float32, CPU, layout, 3, largest=150)
 
 
 @pytest.mark.parametrize(

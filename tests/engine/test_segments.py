@@ -1,5 +1,7 @@
 """Pack and unpack against an independent numpy statement of the canonical layout."""
 
+from random import Random
+
 import numpy as np
 import pytest
 import torch
@@ -9,13 +11,16 @@ from hypothesis import strategies as st
 from services.engine.attention_plan import KvLayout
 from services.engine.errors import ChecksumMismatch, SegmentError
 from services.engine.kv_pool import KvPool
-from services.engine.moves import Moves
+from services.engine.moves import Move, Moves
 from services.engine.ops.checksum import BLOCK_WORDS, checksum
-from services.engine.segments import Slot, pack, unpack
+from services.engine.run_table import SlotRun
+from services.engine.segments import SlotBuffer
 from services.engine.staging_view import StagingError, host_view
 
 CPU = torch.device("cpu")
 LAYERS, KV_HEADS, HEAD_DIM = 3, 2, 4
+HEADS = range(KV_HEADS)
+SLOT_BYTES = 2048
 
 
 def _pool(page_size: int, dtype: torch.dtype = torch.float32, pages: int = 40, seed: int = 0) -> KvPool:
@@ -24,64 +29,111 @@ def _pool(page_size: int, dtype: torch.dtype = torch.float32, pages: int = 40, s
     return pool
 
 
-def _packed(pool: KvPool, pages: list[int], start: int, count: int, slot: Slot) -> tuple[int, int | None]:
-    move = Moves(pool).pack(pages, start, count, slot, True, None)
+def _run(pages: list[int], start: int, count: int, slot: int = 0, heads: range = HEADS) -> SlotRun:
+    return SlotRun(pages, start, count, slot, heads)
+
+
+def _buffer(memory: bytearray | None = None, slots: int = 1) -> SlotBuffer:
+    memory = bytearray(b"\xee" * (slots * SLOT_BYTES)) if memory is None else memory
+    return SlotBuffer(memoryview(memory), len(memory) // slots)
+
+
+def _bytes(buffer: SlotBuffer, slot: int) -> bytes:
+    assert isinstance(buffer.memory, memoryview)
+    return bytes(buffer.memory[slot * buffer.slot_bytes : (slot + 1) * buffer.slot_bytes])
+
+
+def _pack(pool: KvPool, buffer: SlotBuffer, *runs: SlotRun) -> Move:
+    move = Moves(pool).pack(runs, buffer, True, None)
     assert move.is_done
-    return move.byte_count, move.checksum()
+    return move
 
 
-def _canonical(pool: KvPool, pages: list[int], start: int, count: int) -> bytes:
+def _canonical(pool: KvPool, run: SlotRun) -> bytes:
     """The layout, spelled out one element vector at a time."""
     data, size = pool.data.view(torch.uint8).numpy(), pool.layout.page_size_tokens
-    runs = [
-        data[pages[token // size], layer, side, head, token % size].tobytes()
-        for head in range(KV_HEADS)
+    vectors = [
+        data[run.pages[token // size], layer, side, head, token % size].tobytes()
+        for head in run.heads
         for layer in range(LAYERS)
         for side in range(2)
-        for token in range(start, start + count)
+        for token in range(run.start_token, run.start_token + run.token_count)
     ]
-    return b"".join(runs)
+    return b"".join(vectors)
 
 
 @st.composite
-def _runs(draw: st.DrawFn) -> tuple[int, int, int, int]:
-    start = draw(st.integers(0, 30))
-    return draw(st.integers(1, 17)), draw(st.integers(1, 17)), start, draw(st.integers(1, 40 - start))
+def _cuts(draw: st.DrawFn) -> list[tuple[int, int]]:
+    """Adjacent runs of one sequence: first tokens and numbers of tokens."""
+    start = draw(st.integers(0, 20))
+    runs = []
+    for count in draw(st.lists(st.integers(1, 9), min_size=1, max_size=3)):
+        runs.append((start, count))
+        start += count
+    return runs
 
 
 @settings(max_examples=150, deadline=None)
 @given(
-    _runs(),
+    st.integers(1, 17),
+    st.integers(1, 17),
+    st.lists(st.tuples(_cuts(), st.sampled_from([range(2), range(1), range(1, 2)])), min_size=1, max_size=3),
     st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     st.randoms(use_true_random=False),
 )
 def test_round_trip_between_page_sizes(
-    run: tuple[int, int, int, int], dtype: torch.dtype, random: np.random.Generator
+    from_size: int,
+    to_size: int,
+    sequences: list[tuple[list[tuple[int, int]], range]],
+    dtype: torch.dtype,
+    random: Random,
 ) -> None:
-    from_size, to_size, start, count = run
-    source, destination = _pool(from_size, dtype), _pool(to_size, dtype, seed=1)
-    source_pages, destination_pages = list(range(40)), list(range(40))
-    random.shuffle(source_pages)
-    random.shuffle(destination_pages)
-    slot = bytearray(b"\xee" * 16384)
+    """Of several sequences at once, with ranges of heads that have other numbers on the other side."""
+    pages_each = 50
+    source, destination = (
+        _pool(size, dtype, pages=pages_each * len(sequences), seed=size) for size in (from_size, to_size)
+    )
+    slots = sum(len(cuts) for cuts, _ in sequences) + 1
+    order = random.sample(range(slots), slots)
+    packs: list[SlotRun] = []
+    unpacks: list[SlotRun] = []
+    tables = [random.sample(range(source.pages), source.pages) for _ in range(2)]
+    for at, (cuts, heads) in enumerate(sequences):
+        own = slice(at * pages_each, (at + 1) * pages_each)
+        there = heads if len(heads) == 2 else range(1 - heads.start, 2 - heads.start)
+        for start, count in cuts:
+            slot = order[len(packs)]
+            packs.append(SlotRun(tables[0][own], start, count, slot, heads))
+            unpacks.append(SlotRun(tables[1][own], start, count, slot, there))
+    random.shuffle(unpacks)
 
-    byte_count, digest = _packed(source, source_pages, start, count, memoryview(slot))
-    assert bytes(slot[:byte_count]) == _canonical(source, source_pages, start, count)
-    assert set(slot[byte_count:]) <= {0xEE}
+    buffer = _buffer(slots=slots)
+    packed = _pack(source, buffer, *packs)
+    for number, run in enumerate(packs):
+        expected = _canonical(source, run)
+        assert packed.byte_counts[number] == len(expected)
+        found = _bytes(buffer, run.slot)
+        assert found == expected + b"\xee" * (SLOT_BYTES - len(expected))
+        assert packed.checksum(number) == checksum(torch.frombuffer(bytearray(expected), dtype=torch.uint8))
+    assert set(_bytes(buffer, order[-1])) == {0xEE}
 
     before = destination.data.clone()
-    Moves(destination).unpack(destination_pages, start, count, memoryview(slot), True, None).judge(digest)
-    assert _canonical(destination, destination_pages, start, count) == bytes(slot[:byte_count])
+    unpacked = Moves(destination).unpack(unpacks, buffer, True, None)
     touched = torch.zeros_like(before, dtype=torch.bool)
-    for token in range(start, start + count):
-        touched[destination_pages[token // to_size], :, :, :, token % to_size] = True
+    for number, run in enumerate(unpacks):
+        unpacked.judge(number, packed.checksum([one.slot for one in packs].index(run.slot)))
+        expected = _canonical(destination, run)
+        assert expected == _bytes(buffer, run.slot)[: len(expected)]
+        for token in range(run.start_token, run.start_token + run.token_count):
+            page = run.pages[token // to_size]
+            touched[page, :, :, run.heads.start : run.heads.stop, token % to_size] = True
     assert torch.equal(destination.data[~touched], before[~touched])
 
 
 def test_a_head_range_is_contiguous_whatever_the_tokens() -> None:
     """What lets ranks of different tensor parallelism exchange whole regions."""
     pool, slot = _pool(4), bytearray(1 << 14)
-    byte_count, _ = pack(pool, list(range(40)), 3, 11, memoryview(slot), False)
+    (byte_count,) = _pack(pool, _buffer(slot), _run(list(range(40)), 3, 11)).byte_counts
     second_head = np.frombuffer(slot[byte_count // 2 : byte_count], dtype=np.float32).reshape(
         LAYERS, 2, 11, HEAD_DIM
     )
@@ -90,63 +142,60 @@ def test_a_head_range_is_contiguous_whatever_the_tokens() -> None:
         np.testing.assert_array_equal(second_head[:, :, token - 3], expected)
 
 
-def test_some_heads_travel_alone() -> None:
-    """What a rank sends to one that shares some of its heads is those heads' range of the whole segment."""
-    pool, other = _pool(4), _pool(8, seed=1)
-    whole, part = bytearray(1 << 14), bytearray(1 << 14)
-    byte_count, _ = pack(pool, list(range(40)), 3, 11, memoryview(whole), False)
-    half_count, _ = pack(pool, list(range(40)), 3, 11, memoryview(part), False, range(1, 2))
-    assert half_count * 2 == byte_count
-    assert part[:half_count] == whole[half_count:byte_count]
-    before = other.data.clone()
-    unpack(other, list(range(40)), 3, 11, memoryview(part), False, range(1))
-    for token in range(3, 14):
-        came = other.data[token // 8, :, :, 0, token % 8]
-        assert torch.equal(came, pool.data[token // 4, :, :, 1, token % 4])
-    assert torch.equal(other.data[:, :, :, 1], before[:, :, :, 1])
-    for heads in (range(2, 3), range(-1, 1), range(1, 1)):
-        with pytest.raises(SegmentError, match="the pool has 2 heads"):
-            pack(pool, [0], 0, 1, memoryview(part), False, heads)
-
-
 def test_non_finite_numbers_do_not_enter_the_pool() -> None:
     pool, slot = _pool(4), bytearray(1 << 14)
-    byte_count, _ = pack(pool, [0, 1], 0, 8, memoryview(slot), False)
+    (byte_count,) = _pack(pool, _buffer(slot), _run([0, 1], 0, 8)).byte_counts
     np.frombuffer(slot, dtype=np.float32)[: byte_count // 8] = np.nan
-    unpack(pool, [0, 1], 0, 7, memoryview(slot), False)
+    Moves(pool).unpack([_run([0, 1], 0, 7)], _buffer(slot), False, None)
     assert bool(pool.data.isfinite().all())
 
 
 def test_a_wrong_checksum_is_told_when_it_is_judged() -> None:
-    pool, slot = _pool(4), bytearray(1 << 14)
-    _, digest = _packed(pool, list(range(4)), 0, 16, memoryview(slot))
-    assert digest is not None
-    moves = Moves(pool)
-    moves.unpack(list(range(4, 8)), 0, 16, memoryview(slot), True, None).judge(digest)
-    slot[17] ^= 1
-    with pytest.raises(ChecksumMismatch, match=f"the sender packed {digest:016x}"):
-        moves.unpack(list(range(4, 8)), 0, 16, memoryview(slot), True, None).judge(digest)
+    """By the number of the run: the others are judged by what is in their own slots."""
+    pool, memory = _pool(4), bytearray(1 << 14)
+    buffer, pages = _buffer(memory, slots=2), list(range(4))
+    digests = _pack(pool, buffer, _run(pages, 0, 8, 1), _run(pages, 8, 8, 0)).checksums()
+    assert digests is not None and len(set(digests)) == 2
+    moves, runs = Moves(pool), [_run([4, 5, 6, 7], 0, 8, 1), _run([4, 5, 6, 7], 8, 8, 0)]
+    moved = moves.unpack(runs, buffer, True, None)
+    for run, digest in enumerate(digests):
+        moved.judge(run, digest)
+    memory[17] ^= 1
+    moved = moves.unpack(runs, buffer, True, None)
+    moved.judge(0, digests[0])
+    with pytest.raises(ChecksumMismatch, match=f"the sender packed {digests[1]:016x}"):
+        moved.judge(1, digests[1])
+    moved.judge(1, None)
     with pytest.raises(ChecksumMismatch, match="was not computed"):
-        moves.unpack(list(range(4, 8)), 0, 16, memoryview(slot), False, None).judge(digest)
+        moves.unpack(runs, buffer, False, None).judge(0, digests[0])
 
 
 @pytest.mark.parametrize(
-    ("pages", "start", "count", "message"),
+    ("run", "message"),
     [
-        ([0, 1], 0, 9, "2 pages do not cover tokens up to 8"),
-        ([0, 40], 0, 8, "page out of range: the pool has 40"),
-        ([0, -1], 0, 8, "page out of range"),
-        ([0], -1, 1, "start >= 0"),
-        ([0], 0, 0, "tokens >= 1"),
-        (list(range(40)), 0, 160, "does not fit the slot"),
+        (_run([0, 1], 0, 9), "2 pages do not cover tokens up to 8"),
+        (_run([0, 40], 0, 8), "page out of range: the pool has 40"),
+        (_run([0, -1], 0, 8), "page out of range"),
+        (_run([0], -1, 1), "start >= 0"),
+        (_run([0], 0, 0), "tokens >= 1"),
+        (_run(list(range(40)), 0, 160), "does not fit the slot"),
+        (_run([0], 0, 1, slot=2), "does not fit the slot: 2 of 2 slots"),
+        (_run([0], 0, 1, slot=-1), "does not fit the slot"),
+        (_run([0], 0, 1, heads=range(2, 3)), "the pool has 2 heads"),
+        (_run([0], 0, 1, heads=range(-1, 1)), "the pool has 2 heads"),
+        (_run([0], 0, 1, heads=range(1, 1)), "the pool has 2 heads"),
     ],
 )
-def test_impossible_segments_are_refused(pages: list[int], start: int, count: int, message: str) -> None:
-    pool, slot = _pool(4), bytearray(4096)
-    with pytest.raises(SegmentError, match=message):
-        pack(pool, pages, start, count, memoryview(slot), False)
-    with pytest.raises(SegmentError, match=message):
-        unpack(pool, pages, start, count, memoryview(slot), False)
+def test_impossible_segments_are_refused(run: SlotRun, message: str) -> None:
+    """And none of those beside it is moved."""
+    pool, memory = _pool(4), bytearray(8192)
+    before = pool.data.clone()
+    for move in (Moves(pool).pack, Moves(pool).unpack):
+        with pytest.raises(SegmentError, match=message):
+            move([_run([3], 0, 1, slot=0), run], _buffer(memory, slots=2), False, None)
+    assert not any(memory) and torch.equal(pool.data, before)
+    with pytest.raises(SegmentError, match="no runs"):
+        Moves(pool).pack([], _buffer(memory), False, None)
 
 
 def test_slots_are_views_not_copies() -> None:

@@ -91,10 +91,10 @@ def test_the_prefill_that_the_device_prefers(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("first_offset", "tokens"), [(0, 1024), (5, 700), (15, 2)])
-def test_segments(dtype: torch.dtype, first_offset: int, tokens: int) -> None:
-    layout = KvLayout(layers=5, kv_heads=8, page_size_tokens=16, head_dim=128)
-    kernels.check_segments(dtype, CUDA, layout, first_offset, tokens)
+@pytest.mark.parametrize("seed", range(6))
+def test_segments(dtype: torch.dtype, seed: int) -> None:
+    layout = KvLayout(layers=5, kv_heads=8, page_size_tokens=(16, 64)[seed % 2], head_dim=128)
+    kernels.check_segments(dtype, CUDA, layout, seed, largest=500)
 
 
 @pytest.mark.parametrize("splits", [1, 8])

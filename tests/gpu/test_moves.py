@@ -1,5 +1,6 @@
 """Packs and unpacks on a stream of their own: exact beside steps, ordered by events, never waited for."""
 
+from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -7,7 +8,12 @@ import pytest
 import torch
 
 from services.engine.engine import Engine
-from services.engine.moves import Move
+from services.engine.kv_pool import KvPool
+from services.engine.moves import Move, Moves
+from services.engine.ops import kv_segment
+from services.engine.run_table import SlotRun
+from services.engine.segments import SlotBuffer
+from services.engine.table_ring import FIRST_TABLES, FIRST_WORDS, TableRing
 from services.messages import Sampling
 from tests.checkpoints import make_checkpoint
 from tests.engine.harness import Sequence, prompt_of, run_ahead, start_engine
@@ -21,6 +27,7 @@ SLEEP_CYCLES = 200_000_000
 """About a tenth of a second: longer than anything that must not wait for it."""
 PAGES = list(range(10))
 TOKENS = 30
+SLOT_BYTES = 1 << 16
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +43,38 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
 def warm(engine: Engine) -> None:
     """Kernels are compiled and pools have blocks before anything is timed or forbidden to wait."""
     slot = new_slot()
-    engine.pack(PAGES, 0, TOKENS, slot, True).wait()
-    engine.unpack(PAGES, 0, TOKENS, slot, True).wait()
+    pack(engine, PAGES, TOKENS, slot, True).wait()
+    unpack(engine, PAGES, TOKENS, slot, True).wait()
     run_ahead(engine, [Sequence(prompt_of(9), list(range(100, 110)), SAMPLED)], 3)
 
 
-def new_slot() -> torch.Tensor:
-    return torch.zeros(1 << 16, dtype=torch.uint8, device="cuda")
+def new_slot(slots: int = 1) -> torch.Tensor:
+    return torch.zeros(slots * SLOT_BYTES, dtype=torch.uint8, device="cuda")
+
+
+def pack(
+    engine: Engine,
+    pages: list[int],
+    tokens: int,
+    slot: torch.Tensor,
+    checked: bool = False,
+    after: torch.cuda.Event | None = None,
+) -> Move:
+    """One run from the sequence's first token into a buffer of one slot."""
+    run = SlotRun(pages, 0, tokens, 0, range(engine.layout.kv_heads))
+    return engine.pack([run], SlotBuffer(slot, SLOT_BYTES), checked, None if after is None else [after])
+
+
+def unpack(
+    engine: Engine,
+    pages: list[int],
+    tokens: int,
+    slot: torch.Tensor,
+    checked: bool = False,
+    after: torch.cuda.Event | None = None,
+) -> Move:
+    run = SlotRun(pages, 0, tokens, 0, range(engine.layout.kv_heads))
+    return engine.unpack([run], SlotBuffer(slot, SLOT_BYTES), checked, None if after is None else [after])
 
 
 def fill_pages(engine: Engine, seed: int) -> None:
@@ -94,8 +126,8 @@ def test_tokens_are_the_same_while_segments_move(engine: Engine) -> None:
         mark = engine.mark()
         launched = launch(rows)
         slot = slots[len(moves) // 2 % 4]
-        moves.append(engine.pack(moved.pages, 0, TOKENS, slot, True, mark))
-        moves.append(engine.unpack(target, 0, TOKENS, slot, True, mark))
+        moves.append(pack(engine, moved.pages, TOKENS, slot, True, mark))
+        moves.append(unpack(engine, target, TOKENS, slot, True, mark))
         return launched
 
     engine.launch = launch_beside  # type: ignore[method-assign]
@@ -105,7 +137,7 @@ def test_tokens_are_the_same_while_segments_move(engine: Engine) -> None:
         engine.launch = launch  # type: ignore[method-assign]
     assert len(moves) >= 40
     moves[-1].wait()
-    assert len({move.checksum() for move in moves}) == 1
+    assert len({move.checksum(0) for move in moves}) == 1
     copy = Sequence(moved.prompt, target, SAMPLED)
     copy.done_tokens, copy.output = TOKENS, list(kept)
     assert run_ahead(engine, [copy], 8) == run_ahead(engine, [moved], 8)
@@ -121,22 +153,22 @@ def test_the_host_waits_for_none_of_it(engine: Engine) -> None:
     with nothing_may_wait():
         torch.cuda._sleep(SLEEP_CYCLES)
         launched = engine.launch([row])
-        packed = engine.pack(PAGES, 0, TOKENS, slot, True, launched.done)
-        unpacked = engine.unpack(list(range(20, 30)), 0, TOKENS, other, True, launched.done)
+        packed = pack(engine, PAGES, TOKENS, slot, True, launched.done)
+        unpacked = unpack(engine, list(range(20, 30)), TOKENS, other, True, launched.done)
         engine.hold_steps(unpacked)
         later = engine.mark()
         assert not (launched.is_done or packed.is_done or unpacked.is_done)
         assert later is not None and not later.query()
     launched.collect()
     unpacked.wait()
-    assert packed.is_done and packed.checksum() is not None
+    assert packed.is_done and packed.checksum(0) is not None
 
 
 def test_a_pack_starts_after_its_mark_and_needs_no_later_step(engine: Engine) -> None:
     fill_pages(engine, 2)
-    engine.pack(PAGES, 0, TOKENS, expected := new_slot(), False).wait()
+    pack(engine, PAGES, TOKENS, expected := new_slot()).wait()
     fill_pages(engine, 3)
-    engine.pack(PAGES, 0, TOKENS, other := new_slot(), False).wait()
+    pack(engine, PAGES, TOKENS, other := new_slot()).wait()
     assert not torch.equal(expected, other)
 
     pages = torch.tensor(PAGES, device="cuda")
@@ -149,7 +181,7 @@ def test_a_pack_starts_after_its_mark_and_needs_no_later_step(engine: Engine) ->
     torch.cuda._sleep(SLEEP_CYCLES)  # the next one
     end = engine.mark()
     found = new_slot_beside()
-    move = engine.pack(PAGES, 0, TOKENS, found, False, mark)
+    move = pack(engine, PAGES, TOKENS, found, after=mark)
     move.wait()
     assert end is not None and not end.query(), "it waited for the step after its own"
     torch.cuda.synchronize()
@@ -170,13 +202,116 @@ def test_a_step_does_not_overtake_a_move_that_was_given_up(engine: Engine, held:
     """Pages whose unpack still runs get a new owner, who writes them. Unheld, the unpack comes last: that is
     what makes the first case mean anything."""
     fill_pages(engine, 4)
-    engine.pack(PAGES, 0, 4, slot := new_slot(), False).wait()
+    pack(engine, PAGES, 4, slot := new_slot()).wait()
     page, source = 30, 31
     engine.pool.data[source] = 1.0
     torch.cuda.synchronize()
-    move: Move = engine.unpack([page], 0, 4, slot, False, busy_elsewhere())
+    move: Move = unpack(engine, [page], 4, slot, after=busy_elsewhere())
     if held:
         engine.hold_steps(move)
     engine.copy_pages([(source, page)])
     torch.cuda.synchronize()
     assert bool((engine.pool.data[page] == 1.0).all()) == held
+
+
+SLOTS = 24
+HEADS_OF = (slice(None), slice(0, 1), slice(1, 2))
+
+
+def many_runs(engine: Engine, first_page: int) -> list[SlotRun]:
+    """Eight runs of each of three sequences, of which one moves all its heads, and each a page that is shared
+    by runs."""
+    every = range(engine.layout.kv_heads)
+    size = engine.layout.page_size_tokens
+    runs = []
+    for at, heads in enumerate(HEADS_OF):
+        pages = list(range(first_page + 20 * at, first_page + 20 * (at + 1)))
+        for one in range(8):
+            start = one * (size + 1)
+            count = size + 1 if one < 7 else 1
+            runs.append(SlotRun(pages, start, count, at * 8 + one, every[heads]))
+    return runs
+
+
+def test_many_slots_take_one_launch_and_no_wait(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several sequences with ranges of heads, there and back, beside a device that is busy."""
+    pages = list(range(128))
+    data = engine.pool.data
+    data[pages] = torch.randn(data[pages].shape, device="cuda").to(data.dtype)
+    former = data.clone()
+    buffer = SlotBuffer(new_slot(SLOTS), SLOT_BYTES)
+    packs, unpacks = many_runs(engine, 0), many_runs(engine, 64)
+    launches = []
+    launch = kv_segment.move_runs_kernel
+
+    def counted(*arguments: object, **options: object) -> None:
+        launches.append(options)
+        launch(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(kv_segment, "move_runs_kernel", counted)
+    torch.cuda.synchronize()
+    with nothing_may_wait():
+        torch.cuda._sleep(SLEEP_CYCLES)
+        packed = engine.pack(packs, buffer, True)
+        unpacked = engine.unpack(unpacks, buffer, True, ())
+        assert not packed.is_done and not unpacked.is_done
+    assert launches == [{"unpack": False}, {"unpack": True}]
+    unpacked.wait()
+    sums = packed.checksums()
+    assert sums is not None and len(set(sums)) == SLOTS
+    for run, expected in enumerate(sums):
+        unpacked.judge(run, expected)
+    size = engine.layout.page_size_tokens
+    moved = torch.zeros(data.shape, dtype=torch.bool, device="cuda")
+    for one, other in zip(packs, unpacks, strict=True):
+        for token in range(one.start_token, one.start_token + one.token_count):
+            heads = slice(one.heads.start, one.heads.stop)
+            source = former[one.pages[token // size], :, :, heads, token % size]
+            page = other.pages[token // size]
+            assert torch.equal(data[page, :, :, heads, token % size], source)
+            moved[page, :, :, heads, token % size] = True
+    assert torch.equal(data[~moved], former[~moved])
+
+
+def test_tables_that_are_still_read_are_not_written_again(engine: Engine) -> None:
+    """Forty launches queued behind a busy device, each with a table of its own; then as many again, which
+    find the former ones' memory."""
+    pool = KvPool(engine.layout, 64, engine.kv_dtype, engine.device)
+    pool.data[:] = torch.arange(64, device="cuda").view(64, 1, 1, 1, 1, 1).to(pool.data.dtype)
+    moves, heads = Moves(pool), range(engine.layout.kv_heads)
+    memories = [new_slot() for _ in range(40)]
+    torch.cuda.synchronize()
+    rings = []
+    for rounds in range(2):
+        held = busy_elsewhere()
+        queued = [
+            moves.pack(
+                [SlotRun([at + rounds], 0, 1, 0, heads)], SlotBuffer(memory, SLOT_BYTES), False, [held]
+            )
+            for at, memory in enumerate(memories)
+        ]
+        assert not queued[0].is_done
+        queued[-1].wait()
+        used = queued[0].byte_counts[0]
+        found = [memory[:used].view(pool.data.dtype).unique().tolist() for memory in memories]
+        assert found == [[at + rounds] for at in range(40)]
+        rings.append(len(moves._segments.ring))
+    assert rings[0] == rings[1] == 40
+
+
+def test_a_table_longer_than_all_before_gets_memory_that_is_large_enough() -> None:
+    ring = TableRing(torch.device("cuda"))
+    sizes = []
+    for count in (3, 3 * FIRST_WORDS, *[1] * FIRST_TABLES):
+        words = array("i", range(count))
+        sent = ring.send(words)
+        done = torch.cuda.Event()
+        done.record()
+        ring.used(done)
+        torch.cuda.synchronize()
+        assert sent[: len(words)].tolist() == list(words)
+        sizes.append(len(sent))
+    assert len(ring) == FIRST_TABLES
+    assert [at for at, size in enumerate(sizes) if size == 4 * FIRST_WORDS] == [1, 1 + FIRST_TABLES]

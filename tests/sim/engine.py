@@ -8,12 +8,15 @@ that `continuation` knows every right answer from the prompt alone.
 
 import struct
 import zlib
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 from kvtransfer.messages import KvGeometry
 from services.engine.batch import Draw, Drawn, Row, RowResult
 from services.engine.moves import Move
+from services.engine.run_table import SlotRun
+from services.engine.segments import SlotBuffer
 from tests.sim.kernel import Violation
 
 VOCABULARY = 997
@@ -95,38 +98,31 @@ class SimEngine:
         """Nothing is held."""
 
     def pack(
-        self,
-        pages: list[int],
-        start_token: int,
-        token_count: int,
-        slot: memoryview,
-        with_checksum: bool,
-        after: None,
-        heads: range,
+        self, runs: Sequence[SlotRun], buffer: SlotBuffer, with_checksums: bool, after: object
     ) -> Move:
-        cells = self._read(pages, start_token + token_count)[start_token:]
-        data = b"".join(struct.pack("<q", cell) * COPIES for cell in cells)
-        slot[: len(data)] = data
-        return _moved(data, with_checksum)
+        contents = []
+        for run in runs:
+            cells = self._read(run.pages, run.start_token + run.token_count)[run.start_token :]
+            data = b"".join(struct.pack("<q", cell) * COPIES for cell in cells)
+            _slot(buffer, run.slot)[: len(data)] = data
+            contents.append(data)
+        return _moved(contents, with_checksums)
 
     def unpack(
-        self,
-        pages: list[int],
-        start_token: int,
-        token_count: int,
-        slot: memoryview,
-        with_checksum: bool,
-        after: None,
-        heads: range,
+        self, runs: Sequence[SlotRun], buffer: SlotBuffer, with_checksums: bool, after: object
     ) -> Move:
-        """With a checksum, what arrives in pieces is for whoever judges the move."""
-        data = bytes(slot[: token_count * CELL_BYTES])
-        for index, at in enumerate(range(0, len(data), CELL_BYTES)):
-            copies = set(struct.unpack_from(f"<{COPIES}q", data, at))
-            if len(copies) != 1 and not with_checksum:
-                raise Violation(f"token {start_token + index} arrives in pieces of different writes")
-            self._write(pages, start_token + index, copies.pop() if len(copies) == 1 else EMPTY)
-        return _moved(data, with_checksum)
+        """With checksums, what arrives in pieces is for whoever judges the move."""
+        contents = []
+        for run in runs:
+            data = bytes(_slot(buffer, run.slot)[: run.token_count * CELL_BYTES])
+            for index, at in enumerate(range(0, len(data), CELL_BYTES)):
+                copies = set(struct.unpack_from(f"<{COPIES}q", data, at))
+                token = run.start_token + index
+                if len(copies) != 1 and not with_checksums:
+                    raise Violation(f"token {token} arrives in pieces of different writes")
+                self._write(run.pages, token, copies.pop() if len(copies) == 1 else EMPTY)
+            contents.append(data)
+        return _moved(contents, with_checksums)
 
     def synchronize(self) -> None:
         """Everything is done when its call returns."""
@@ -167,7 +163,12 @@ class SimEngine:
         self._cells[pages[position // PAGE_TOKENS] * PAGE_TOKENS + position % PAGE_TOKENS] = cell
 
 
-def _moved(data: bytes, with_checksum: bool) -> Move:
-    found = zlib.crc32(data)
-    checksum: Any = SimpleNamespace(value=lambda: found) if with_checksum else None
-    return Move(len(data), None, checksum)
+def _slot(buffer: SlotBuffer, slot: int) -> memoryview:
+    assert isinstance(buffer.memory, memoryview)
+    return buffer.memory[slot * buffer.slot_bytes : (slot + 1) * buffer.slot_bytes]
+
+
+def _moved(contents: list[bytes], with_checksums: bool) -> Move:
+    found = [zlib.crc32(data) for data in contents]
+    checksums: Any = SimpleNamespace(values=lambda: found) if with_checksums else None
+    return Move([len(data) for data in contents], None, checksums)

@@ -1,10 +1,12 @@
 """A transfer client and a rank's moves that only note what they are asked."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from kvtransfer.messages import Segment, SlotUse, TransferAddress
-from services.engine.moves import Mark, Move
+from services.engine.moves import Mark, Marks, Move
+from services.engine.run_table import SlotRun
 
 
 @dataclass
@@ -51,22 +53,16 @@ class Made:
 class FakeMoves:
     made: list[Made] = field(default_factory=list)
 
-    def pack(
-        self,
-        pages: list[int],
-        start_token: int,
-        token_count: int,
-        slot: int,
-        with_checksum: bool,
-        after: Mark | None,
-        heads: range,
-    ) -> Move:
-        self.made.append(Made(start_token, token_count, slot, heads))
-        return Move(64)
+    def pack(self, runs: Sequence[SlotRun], with_checksums: bool, after: Marks | None) -> Move:
+        self.made += [Made(run.start_token, run.token_count, run.slot, run.heads) for run in runs]
+        return Move([64] * len(runs))
 
     unpack = pack
 
     def mark(self) -> None:
         return None
+
+    def passed(self, mark: Mark | None) -> bool:
+        return False
 
     def hold_steps(self, move: Move) -> None: ...

@@ -17,6 +17,7 @@ from kvtransfer.messages import (
 )
 from kvtransfer.spans import Spans
 from services.engine.errors import ChecksumMismatch
+from services.engine.run_table import SlotRun
 from services.kv_pull import KvPull
 from services.kv_push import KvPush
 from services.kv_push_parts import PushParts
@@ -35,19 +36,24 @@ TOKENS_PER_SLOT = 4
 
 @dataclass(eq=False)
 class FakeMove:
-    start: int
-    count: int
+    runs: list[tuple[int, int, int]]
+    """First token, tokens, slot."""
     after: object
+    with_checksums: bool
     is_done: bool = False
     found: int | None = 5
-    byte_count: int = 64
 
-    def checksum(self) -> int | None:
+    @property
+    def byte_counts(self) -> list[int]:
+        return [64 + slot for _, _, slot in self.runs]
+
+    def checksum(self, run: int) -> int | None:
         assert self.is_done, "judged before it was done"
         return self.found
 
-    def judge(self, expected: int | None) -> None:
-        if expected is not None and self.checksum() != expected:
+    def judge(self, run: int, expected: int | None) -> None:
+        assert self.runs[run]
+        if expected is not None and self.checksum(run) != expected:
             raise ChecksumMismatch("differs")
 
 
@@ -59,19 +65,22 @@ class FakeMoves(FakeDevice):
         self.moves: list[FakeMove] = []
         self.held: list[FakeMove] = []
         self.marks = 0
+        self.passed_marks: set[object] = set()
 
     def mark(self) -> int:
         self.marks += 1
         return self.marks
 
-    def pack(
-        self, pages: Any, start: int, count: int, slot: int, checked: bool, after: object, heads: range
-    ) -> FakeMove:
-        assert heads == range(1)
-        self.moves.append(FakeMove(start, count, after))
+    def pack(self, runs: list[SlotRun], with_checksums: bool, after: object) -> FakeMove:
+        assert {run.heads for run in runs} == {range(1)}
+        moved = [(run.start_token, run.token_count, run.slot) for run in runs]
+        self.moves.append(FakeMove(moved, after, with_checksums))
         return self.moves[-1]
 
     unpack = pack
+
+    def passed(self, mark: object) -> bool:
+        return mark in self.passed_marks
 
     def hold_steps(self, move: FakeMove) -> None:
         self.held.append(move)
@@ -123,21 +132,22 @@ def compute(push: KvPush, sequence: Sequence, count: int, mark: object) -> None:
 
 def test_a_slot_is_handed_over_when_its_pack_is_done() -> None:
     sequence = running(12)
-    push, engine, client = pushing(sequence, 3)
+    push, engine, client = pushing(sequence, 2)
     compute(push, sequence, 12, "step")
-    assert push.pack() == 12 and push.deliver() == 0 and client.said == [] and push.in_flight
+    assert push.pack() == 8 and push.deliver() == 0 and client.said == [] and push.in_flight
+    push.lend(SendSlots(7, [SlotUse(2, 1)]))
+    assert push.pack() == 4
     engine.done(1)
     assert push.deliver() == 0, "the packs end in their order"
     engine.done(0)
-    assert push.deliver() == 2
+    assert push.deliver() == 3 and not push.in_flight
     ((_, transfer_id, segments),) = client.said
     assert transfer_id == 7
-    assert [(one.slot, one.start_token, one.token_count, one.checksum) for one in segments] == [
-        (0, 0, 4, 5),
-        (1, 4, 4, 5),
+    assert segments == [
+        Segment(0, 1, 0, 4, 64, 5),
+        Segment(1, 1, 4, 4, 65, 5),
+        Segment(2, 1, 8, 4, 66, 5),
     ]
-    engine.done()
-    assert push.deliver() == 1 and not push.in_flight
 
 
 def test_a_pack_waits_for_the_step_that_computed_its_tokens_and_no_later_one() -> None:
@@ -149,11 +159,10 @@ def test_a_pack_waits_for_the_step_that_computed_its_tokens_and_no_later_one() -
     compute(push, sequence, 4, "third")
     push.lend(SendSlots(7, [SlotUse(slot, 2) for slot in range(4)]))
     push.pack()
-    assert [(move.start, move.count, move.after) for move in engine.moves] == [
-        (0, 4, "first"),
-        (4, 4, "second"),  # the first computed only a part of it
-        (8, 4, "second"),
-        (12, 4, "third"),
+    assert [(move.runs, move.after) for move in engine.moves] == [
+        ([(0, 4, 0)], ("first",)),
+        ([(4, 4, 0), (8, 4, 1)], ("second",)),  # the first computed only a part of the former
+        ([(12, 4, 2)], ("third",)),
     ]
 
 
@@ -166,14 +175,16 @@ def test_marks_of_pages_that_were_taken_away_are_not_believed() -> None:
     assert [move.after for move in engine.moves] == [None], "everything queued so far"
     compute(push, sequence, 4, "anew")
     push.pack()
-    assert engine.moves[1].after == "anew"
+    assert engine.moves[1].after == ("anew",)
 
 
 @pytest.mark.parametrize("how", ["aborted", "lost"])
 def test_a_transfer_that_ends_under_its_packs_keeps_pages_and_slots_until_they_are_done(how: str) -> None:
     sequence = running(8)
-    push, engine, client = pushing(sequence, 2)
+    push, engine, client = pushing(sequence, 1)
     compute(push, sequence, 8, "step")
+    push.pack()
+    push.lend(SendSlots(7, [SlotUse(1, 1)]))
     push.pack()
     if how == "aborted":
         push.close(7, abort_reason="gone")
@@ -185,7 +196,8 @@ def test_a_transfer_that_ends_under_its_packs_keeps_pages_and_slots_until_they_a
     engine.done(0)
     assert not client.packs_idle()
     engine.done(1)
-    assert client.packs_idle() and not push.in_flight and push.deliver() == 0
+    assert client.packs_idle() and push.deliver() == 0 and not push.in_flight
+    assert not [said for said in client.said if said[0] == "filled"]
 
 
 def pulling(sequence: Sequence) -> tuple[KvPull, FakeMoves, FakeClient]:
@@ -205,11 +217,17 @@ def test_a_transfer_is_committed_when_its_unpacks_are_done_and_judged() -> None:
     sequence = running(12)
     pull, engine, client = pulling(sequence)
     engine.mark()
-    pull.unpack(arrived(0, 4))
-    pull.unpack(arrived(8))
-    assert {move.after for move in engine.moves} == {1}, "steps queued after the pages were taken"
+    pull.unpack(arrived(0))
+    pull.unpack(arrived(4))
+    assert pull.in_flight and not engine.moves
     assert pull.settle().whole == [] and client.said == [] and pull.in_flight
-    engine.done(0, 1)
+    pull.unpack(arrived(8))
+    assert pull.settle().whole == []
+    assert [(move.runs, move.after) for move in engine.moves] == [
+        ([(0, 4, 0), (4, 4, 1)], [1]),
+        ([(8, 4, 2)], [1]),  # steps queued when the pages were taken
+    ]
+    engine.done(0)
     assert pull.settle().whole == []
     assert client.said == [("freed", [SlotUse(0, 1), SlotUse(1, 1)])]
     engine.done()
@@ -222,6 +240,8 @@ def test_a_wrong_checksum_is_never_committed() -> None:
     pull, engine, client = pulling(running(8))
     pull.unpack(arrived(0))
     pull.unpack(arrived(4, checksum=6))
+    pull.settle()
+    assert engine.moves[0].with_checksums
     engine.done()
     settled = pull.settle()
     assert settled.whole == [] and settled.broken == [(7, "tokens [4, 8): differs")]
@@ -231,6 +251,7 @@ def test_a_wrong_checksum_is_never_committed() -> None:
 def test_a_transfer_that_ends_under_its_unpacks_gives_slots_back_when_they_are_done() -> None:
     pull, engine, client = pulling(running(8))
     pull.unpack(arrived(0))
+    pull.settle()
     assert pull.close(7, abort_reason="gone")
     assert engine.held == [engine.moves[0]], "its pages may be another's in the next step"
     pull.unpack(arrived(4))  # had crossed the abort
@@ -243,6 +264,8 @@ def test_a_transfer_that_ends_under_its_unpacks_gives_slots_back_when_they_are_d
 def test_a_lost_transfer_process_is_given_nothing_back() -> None:
     pull, engine, client = pulling(running(8))
     pull.unpack(arrived(0))
+    pull.settle()
+    pull.unpack(arrived(4))
     pull.clear()
     engine.done()
     assert engine.held == [engine.moves[0]] and not pull.in_flight
@@ -299,9 +322,9 @@ def test_chunks_are_packed_while_the_next_one_runs() -> None:
     for _ in range(4):
         assert served.step()
     assert served.engine.launches == MAX_FLIGHTS
-    assert [move.start for move in served.engine.moves] == [0, 4, 8, 12]
+    assert [move.runs for move in served.engine.moves] == [[(0, 4, 0), (4, 4, 1)], [(8, 4, 2), (12, 4, 3)]]
     assert not [said for said in served.client.said if said[0] == "filled"]
-    served.engine.done(0, 1)
+    served.engine.done(0)
     served.step()
     assert [one.start_token for one in served.client.said[-1][2]] == [0, 4]
 

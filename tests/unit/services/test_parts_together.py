@@ -2,6 +2,7 @@
 every token of every head arrives once and where it belongs, and everything is given back."""
 
 import struct
+from collections.abc import Sequence
 from random import Random
 from typing import Any
 
@@ -28,6 +29,7 @@ from kvtransfer.messages import (
 )
 from kvtransfer.spans import Spans
 from services.engine.moves import Mark, Move
+from services.engine.run_table import SlotRun
 from services.kv_pull import KvPull
 from services.kv_pull_parts import PullParts
 from services.kv_push import KvPush
@@ -105,31 +107,34 @@ class Rank:
 
     # ------------------------------------------------------------ as the rank's moves
 
-    def pack(
-        self, pages: list[int], start: int, count: int, slot: int, checked: bool, after: Any, heads: range
-    ) -> Move:
-        data = b"".join(
-            CELL.pack(token, self.heads[head], pages[0])
-            for head in heads
-            for token in range(start, start + count)
-        )
-        assert len(data) <= self.slot_bytes
-        self.buffer[slot * self.slot_bytes : slot * self.slot_bytes + len(data)] = data
-        return Move(len(data))
+    def pack(self, runs: Sequence[SlotRun], with_checksums: bool, after: Any) -> Move:
+        byte_counts = []
+        for pages, start, count, slot, heads in runs:
+            data = b"".join(
+                CELL.pack(token, self.heads[head], pages[0])
+                for head in heads
+                for token in range(start, start + count)
+            )
+            assert len(data) <= self.slot_bytes
+            self.buffer[slot * self.slot_bytes : slot * self.slot_bytes + len(data)] = data
+            byte_counts.append(len(data))
+        return Move(byte_counts)
 
-    def unpack(
-        self, pages: list[int], start: int, count: int, slot: int, checked: bool, after: Any, heads: range
-    ) -> Move:
-        at = slot * self.slot_bytes
-        for head in heads:
-            for token in range(start, start + count):
-                assert CELL.unpack_from(self.buffer, at) == (token, self.heads[head], pages[0])
-                self.arrived.append((pages[0], token, self.heads[head]))
-                at += CELL.size
-        return Move(at)
+    def unpack(self, runs: Sequence[SlotRun], with_checksums: bool, after: Any) -> Move:
+        for pages, start, count, slot, heads in runs:
+            at = slot * self.slot_bytes
+            for head in heads:
+                for token in range(start, start + count):
+                    assert CELL.unpack_from(self.buffer, at) == (token, self.heads[head], pages[0])
+                    self.arrived.append((pages[0], token, self.heads[head]))
+                    at += CELL.size
+        return Move([run.token_count for run in runs])
 
     def mark(self) -> Mark | None:
         return None
+
+    def passed(self, mark: Mark | None) -> bool:
+        return True
 
     def hold_steps(self, move: Move) -> None: ...
 

@@ -14,7 +14,7 @@ import logging, sys, threading
 from pathlib import Path
 import services.ranks
 from services.config import WorkerConfig
-from services.rank_messages import Load, MoveKv
+from services.rank_messages import Load, MoveKv, MoveRun
 logging.basicConfig(level=logging.WARNING)
 services.ranks.sys.executable = sys.argv[1]
 services.ranks.STEP_TIMEOUT_S = services.ranks.VERDICT_S = 0.2
@@ -57,7 +57,8 @@ def lead(tmp_path: Path, rank: str, then: str) -> tuple[int, str]:
         ),
         (
             OBEDIENT,
-            "move = ranks.move(2, MoveKv(True, [0], 0, 1, 0, False, 0, 1))\nwhile not move.query(): ...",
+            "run = MoveRun([0], 0, 1, 0, 0, 1)\n"
+            "move = ranks.move(2, MoveKv(True, [run], False))\nwhile not move.query(): ...",
             "RankError: rank 2 of one: a move is not done after 0.2 s",
         ),
     ],

@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 import pytest
 
+from kvtransfer.errors import AttachError
 from services import staging as module
 from services.staging import Staging
 
@@ -41,7 +42,8 @@ def test_it_is_mapped_at_start_and_once(client: Any) -> None:
     assert Mapping.mapped == []
     staging.open()
     assert Mapping.mapped == [b"first"]
-    assert staging.slot(1) == bytes(range(4, 8))  # type: ignore[comparison-overlap]
+    slots = staging.slots()
+    assert slots.memory == bytes(range(12)) and slots.slot_bytes == SLOT_BYTES  # type: ignore[comparison-overlap]
     assert Mapping.mapped == [b"first"]
 
 
@@ -52,11 +54,17 @@ def test_a_dead_buffer_is_let_go_and_the_next_one_mapped_when_needed(client: Any
     assert Mapping.mapped == []
     staging.close()
     client.attached.cuda_ipc_handle, client.address.epoch = b"second", 2
-    staging.slot(0)
+    staging.slots()
     assert Mapping.mapped == [b"second"]
 
 
 def test_host_memory_is_not_mapped_here(client: Any) -> None:
     client.attached.cuda_ipc_handle = None
-    Staging(client, 0).open()
+    client.staging = memoryview(bytearray(12))
+    staging = Staging(client, 0)
+    staging.open()
+    assert staging.slots().memory is client.staging and staging.slots().slots == 3
     assert Mapping.mapped == []
+    client.staging = None
+    with pytest.raises(AttachError, match="no host staging buffer"):
+        staging.slots()

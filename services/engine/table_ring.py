@@ -1,0 +1,75 @@
+"""Small int32 tables on their way to a device: written to pinned memory, copied, and never waited for.
+
+Every table that may still be read has memory of its own, on both sides. Used memory comes round again once
+the launch that read it is done; while the oldest is not, there is more of it. Launches end in the order in
+which they were queued, so the oldest tells for all.
+"""
+
+from array import array
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+FIRST_WORDS = 1024
+"""4 KiB: what some hundred runs of a page or two take."""
+FIRST_TABLES = 8
+"""So many launches may be in flight before pinned memory is asked for, which takes the driver a while."""
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    words: npt.NDArray[np.int32]
+    """The pinned memory."""
+    host: Tensor
+    device: Tensor
+    read: torch.cuda.Event | None = None
+    """Passes when nobody reads it any more."""
+
+
+class TableRing:
+    """Tables of one device and one stream, which is the current one whenever `send` is called."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._entries: deque[_Entry] = deque()
+        """The one that was used the longest ago first."""
+        if device.type == "cuda":
+            self._entries.extend(self._new(FIRST_WORDS) for _ in range(FIRST_TABLES))
+        self._sent: _Entry | None = None
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def send(self, words: "array[int]") -> Tensor:
+        """int32 on the device, the table first; to be followed by `used`. On a CPU the words themselves."""
+        if self._device.type != "cuda":
+            return torch.frombuffer(words, dtype=torch.int32)
+        entry = self._free(len(words))
+        entry.words[: len(words)] = words
+        entry.device.copy_(entry.host, non_blocking=True)
+        self._sent = entry
+        return entry.device
+
+    def used(self, read: torch.cuda.Event | None) -> None:
+        """What was sent last is read by launches that are done when `read` passes."""
+        if self._sent is not None:
+            self._sent.read = read
+            self._entries.append(self._sent)
+            self._sent = None
+
+    def _free(self, count: int) -> _Entry:
+        if self._entries:
+            read = self._entries[0].read
+            if read is None or read.query():  # type: ignore[no-untyped-call]
+                entry = self._entries.popleft()
+                if len(entry.words) >= count:
+                    return entry  # else a larger one takes its place
+        return self._new(max(FIRST_WORDS, 1 << (count - 1).bit_length()))
+
+    def _new(self, size: int) -> _Entry:
+        host = torch.empty(size, dtype=torch.int32, pin_memory=True)
+        return _Entry(host.numpy(), host, torch.empty(size, dtype=torch.int32, device=self._device))
