@@ -1,9 +1,11 @@
-"""The framing of every ZMQ edge: one byte of protocol version, then a msgpack list of tagged structs.
+"""The framing of every ZMQ edge: one byte of protocol version, then a msgpack list of tagged structs. Between
+the two, a sealed frame has the CRC-32 of the list, in little-endian order.
 
 A list, so that a step costs one message however many things it says. Decoding is strict: types, bounds and
 list lengths are checked while decoding, and nothing but `ProtocolError` comes out of it.
 """
 
+import zlib
 from typing import Annotated, Any, Generic, TypeVar
 
 import msgspec
@@ -13,6 +15,7 @@ from kvtransfer.errors import ProtocolError, VersionMismatch
 PROTOCOL_VERSION = 1
 MAX_FRAME_BYTES = 256 << 20
 MAX_MESSAGES_PER_FRAME = 1 << 16
+SEAL_BYTES = 4
 
 Message = TypeVar("Message")
 
@@ -20,18 +23,22 @@ Message = TypeVar("Message")
 class Codec(Generic[Message]):
     """Encodes and decodes frames of one union of tagged structs: `Codec[Command](Command)`.
 
-    `max_frame_bytes` bounds what is decoded, and what the socket accepts at all.
+    `max_frame_bytes` bounds what is decoded, and what the socket accepts at all. `sealed`: no frame that was
+    changed on its way is taken for another that could have been said.
     """
 
-    def __init__(self, union: Any, max_frame_bytes: int = MAX_FRAME_BYTES) -> None:
+    def __init__(self, union: Any, max_frame_bytes: int = MAX_FRAME_BYTES, sealed: bool = False) -> None:
         self.max_frame_bytes = max_frame_bytes
+        self._sealed = sealed
         bounded = Annotated[list[union], msgspec.Meta(max_length=MAX_MESSAGES_PER_FRAME)]
         self._decoder: msgspec.msgpack.Decoder[list[Message]] = msgspec.msgpack.Decoder(bounded)
         self._encoder = msgspec.msgpack.Encoder()
 
     def encode(self, messages: list[Message]) -> bytes:
         """One frame. Raises ProtocolError if it would be larger than the other side accepts."""
-        frame = bytes((PROTOCOL_VERSION,)) + self._encoder.encode(messages)
+        said = self._encoder.encode(messages)
+        seal = zlib.crc32(said).to_bytes(SEAL_BYTES, "little") if self._sealed else b""
+        frame = bytes((PROTOCOL_VERSION,)) + seal + said
         if len(frame) > self.max_frame_bytes:
             raise ProtocolError(f"a frame of {len(frame)} bytes is over the limit of {self.max_frame_bytes}")
         return frame
@@ -44,8 +51,13 @@ class Codec(Generic[Message]):
             raise ProtocolError(f"a frame of {len(frame)} bytes is over the limit of {self.max_frame_bytes}")
         if frame[0] != PROTOCOL_VERSION:
             raise VersionMismatch(f"protocol version {frame[0]}, this side speaks {PROTOCOL_VERSION}")
+        said = memoryview(frame)[1:]
+        if self._sealed:
+            seal, said = said[:SEAL_BYTES], said[SEAL_BYTES:]
+            if zlib.crc32(said).to_bytes(SEAL_BYTES, "little") != seal:
+                raise ProtocolError("a frame was changed on its way")
         try:
-            return self._decoder.decode(memoryview(frame)[1:])
+            return self._decoder.decode(said)
         except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError) as error:
             # Beside msgspec's own errors, bad UTF-8 raises ValueError and deep nesting RecursionError.
             raise ProtocolError(f"malformed frame: {error}") from error

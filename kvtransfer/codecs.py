@@ -6,4 +6,5 @@ from kvtransfer.peer_messages import PeerMessage
 
 WORKER_COMMANDS: Codec[Command] = Codec(Command, 64 << 20)
 WORKER_EVENTS: Codec[Event] = Codec(Event, 64 << 20)
-PEER_MESSAGES: Codec[PeerMessage] = Codec(PeerMessage, 8 << 20)
+PEER_MESSAGES: Codec[PeerMessage] = Codec(PeerMessage, 8 << 20, sealed=True)
+"""Sealed, since a grant with another number in it is leave to write where something else lies."""

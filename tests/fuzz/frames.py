@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import msgspec
 
 from kvtransfer.codec import PROTOCOL_VERSION, Codec
-from kvtransfer.codecs import PEER_MESSAGES, WORKER_COMMANDS, WORKER_EVENTS
+from kvtransfer.codecs import WORKER_COMMANDS, WORKER_EVENTS
 from kvtransfer.messages import Command, Event
 from kvtransfer.peer_messages import PeerMessage
 from services.messages import Report, Request
@@ -18,8 +18,9 @@ BOUNDARIES: dict[str, tuple[Any, Codec[Any]]] = {
     "worker to router": (Report, Codec(Report)),
     "worker to transfer": (Command, WORKER_COMMANDS),
     "transfer to worker": (Event, WORKER_EVENTS),
-    "transfer to transfer": (PeerMessage, PEER_MESSAGES),
+    "transfer to transfer": (PeerMessage, Codec(PeerMessage)),
 }
+"""Without seals, which would keep all damage from the decoders."""
 Kind = TypeVar("Kind")
 
 
