@@ -1,5 +1,7 @@
 """Pack and unpack against an independent numpy statement of the canonical layout."""
 
+from array import array
+from itertools import chain
 from random import Random
 
 import numpy as np
@@ -12,8 +14,8 @@ from services.engine.attention_plan import KvLayout
 from services.engine.errors import ChecksumMismatch, SegmentError
 from services.engine.kv_pool import KvPool
 from services.engine.moves import Move, Moves
-from services.engine.ops.checksum import BLOCK_WORDS, checksum
-from services.engine.run_table import SlotRun
+from services.engine.ops.checksum import BLOCK_WORDS, checksum, queue_checksums
+from services.engine.run_table import RUN_FIELDS, RunTable, SlotRun
 from services.engine.segments import SlotBuffer
 from services.engine.staging_view import StagingError, host_view
 
@@ -246,6 +248,17 @@ def test_checksum_sees_swaps_and_cancelling_changes() -> None:
         cancelling[10] += change
         cancelling[20] -= change
         assert checksum(cancelling.view(torch.uint8)) != whole
+
+
+def test_a_slot_has_the_same_checksum_whatever_lies_in_others() -> None:
+    """Of fewer blocks, and of bytes that fill no word, beside longer ones."""
+    slot_bytes, counts = 24 * BLOCK_WORDS + 8, [24 * BLOCK_WORDS, 5, 8 * BLOCK_WORDS + 3]
+    staging = _random_bytes(3 * slot_bytes)
+    fields = [(2 - at, count >> 3, *[0] * (RUN_FIELDS - 2)) for at, count in enumerate(counts)]
+    table = RunTable(array("i", chain.from_iterable(fields)), counts, 1, 1)
+    found = queue_checksums(staging, slot_bytes, torch.empty(0, dtype=torch.int32), table).values()
+    slots = staging.view(3, slot_bytes).flip(0)
+    assert found == [checksum(slot[:count]) for slot, count in zip(slots, counts, strict=True)]
 
 
 def test_checksum_tells_lengths_of_zeros_apart() -> None:

@@ -41,7 +41,6 @@ class FakeMove:
     after: object
     with_checksums: bool
     is_done: bool = False
-    found: int | None = 5
 
     @property
     def byte_counts(self) -> list[int]:
@@ -49,10 +48,9 @@ class FakeMove:
 
     def checksum(self, run: int) -> int | None:
         assert self.is_done, "judged before it was done"
-        return self.found
+        return 5 + self.runs[run][2]
 
     def judge(self, run: int, expected: int | None) -> None:
-        assert self.runs[run]
         if expected is not None and self.checksum(run) != expected:
             raise ChecksumMismatch("differs")
 
@@ -145,8 +143,8 @@ def test_a_slot_is_handed_over_when_its_pack_is_done() -> None:
     assert transfer_id == 7
     assert segments == [
         Segment(0, 1, 0, 4, 64, 5),
-        Segment(1, 1, 4, 4, 65, 5),
-        Segment(2, 1, 8, 4, 66, 5),
+        Segment(1, 1, 4, 4, 65, 6),
+        Segment(2, 1, 8, 4, 66, 7),
     ]
 
 
@@ -208,8 +206,8 @@ def pulling(sequence: Sequence) -> tuple[KvPull, FakeMoves, FakeClient]:
     return pull, engine, client
 
 
-def arrived(*starts: int, checksum: int | None = 5) -> Arrived:
-    segments = [Segment(start // 4, 1, start, 4, 64, checksum) for start in starts]
+def arrived(*starts: int, off_by: int = 0) -> Arrived:
+    segments = [Segment(start // 4, 1, start, 4, 64, 5 + start // 4 + off_by) for start in starts]
     return Arrived(7, segments)
 
 
@@ -239,7 +237,7 @@ def test_a_transfer_is_committed_when_its_unpacks_are_done_and_judged() -> None:
 def test_a_wrong_checksum_is_never_committed() -> None:
     pull, engine, client = pulling(running(8))
     pull.unpack(arrived(0))
-    pull.unpack(arrived(4, checksum=6))
+    pull.unpack(arrived(4, off_by=1))
     pull.settle()
     assert engine.moves[0].with_checksums
     engine.done()
