@@ -25,6 +25,7 @@ from router.traces import Traces
 from router.waiting import SWEEP_S, WaitingRoom
 from services.client import ClientState, WorkerClient, load_keys
 from services.messages import (
+    Cancel,
     DecodeStarted,
     Failed,
     PrefillDone,
@@ -331,8 +332,11 @@ class Dispatcher:
             if flight is None:
                 if isinstance(report, TraceReply):
                     self.traces.on_reply(report)
-                else:
-                    self._metrics.ignored_reports += 1
+                    continue
+                self._metrics.ignored_reports += 1
+                if isinstance(report, Undelivered):
+                    # It would be held for somebody to come, until its deadline.
+                    self._queue((Send(worker, Cancel(report.request_id)),))
                 continue
             if isinstance(report, Tokens):
                 tokens += len(report.tokens)

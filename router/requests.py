@@ -265,7 +265,10 @@ class Flight:
         self._move(Phase.DECODING)
 
     def on_undelivered(self, worker: str, report: Undelivered) -> Sequence[Send]:
-        """The prefill worker goes on without its decode worker, who is told to forget the request."""
+        """The prefill worker goes on without its decode worker, who is told to forget the request. Unless that
+        one decodes already: then the KV was taken and only the word of it was lost, and nobody needs it held."""
+        if self.phase is Phase.DECODING and worker == self.prefill:
+            return self._cancels((self.prefill,))
         paired = self.phase is Phase.PREFILLING or self.phase is Phase.JOINING
         if not paired or worker != self.prefill or report.transfer_id != self.transfer_id:
             self.ignored += 1

@@ -222,6 +222,15 @@ def test_kv_that_is_held_is_pushed_to_another_decode_worker(lost: bool) -> None:
     assert list(flight.cancel(9.0)) == [Send("e", Cancel(8))]
 
 
+def test_kv_that_was_taken_is_not_held_when_the_word_of_it_is_lost() -> None:
+    """The decode worker has committed and decodes; its transfer process, or the way back, was lost then."""
+    flight, recorder = decoding()
+    assert list(flight.on_undelivered("p", Undelivered(7, 99, "lost"))) == [Send("p", Cancel(7))]
+    assert flight.phase is Phase.DECODING and not flight.on_undelivered("x", Undelivered(7, 99, "lost"))
+    flight.on_tokens("d", Tokens(7, 0, [20], finish="length"), 3.0)
+    assert flight.phase is Phase.FINISHED and not recorder.errors
+
+
 def test_a_prompt_goes_on_while_its_decode_worker_is_replaced() -> None:
     flight, recorder = make(choices=2)
     flight.start()
