@@ -265,8 +265,8 @@ class Flight:
         self._move(Phase.DECODING)
 
     def on_undelivered(self, worker: str, report: Undelivered) -> Sequence[Send]:
-        """The prefill worker goes on without its decode worker, who is told to forget the request. Unless that
-        one decodes already: then the KV was taken and only the word of it was lost, and nobody needs it held."""
+        """The prefill worker goes on without its decode worker, who is told to forget the request. If that one
+        decodes already, the KV was taken and only the word of it was lost: nobody needs it held."""
         if self.phase is Phase.DECODING and worker == self.prefill:
             return self._cancels((self.prefill,))
         paired = self.phase is Phase.PREFILLING or self.phase is Phase.JOINING
