@@ -265,7 +265,7 @@ class Flight:
         self._move(Phase.DECODING)
 
     def on_undelivered(self, worker: str, report: Undelivered) -> Sequence[Send]:
-        """The prefill worker goes on without its decode worker, who is told to forget the request. If that one
+        """The prefill worker goes on without its decode worker, who is told to forget it. If that one
         decodes already, the KV was taken and only the word of it was lost: nobody needs it held."""
         if self.phase is Phase.DECODING and worker == self.prefill:
             return self._cancels((self.prefill,))
