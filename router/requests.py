@@ -313,6 +313,9 @@ class Flight:
         if self.ended:
             return _NOTHING
         holders = [worker for worker in self.workers if worker != gone]
+        if self.phase is Phase.DECODING and gone == self.decode and self.prefill is not None:
+            # The word that the KV was taken may have died with who took it.
+            holders.append(self.prefill)
         self.error, self.failed_on = error, gone
         self._end(Phase.FAILED, now_s)
         self.output.on_failed(error)

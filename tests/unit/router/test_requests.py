@@ -186,7 +186,9 @@ def test_a_failure_of_one_side_cancels_the_other(phase: Phase, worker: str, lost
         assert not flight.ended, "the prefill worker's part was over"
         assert not sends
         return
-    assert sends == [Send(other, Cancel(7)) for other in involved if other != worker]
+    # The prefill worker may not have heard that its KV was taken by one who is gone now.
+    told = ("p", *involved) if phase is Phase.DECODING else involved
+    assert sends == [Send(other, Cancel(7)) for other in told if other != worker]
     assert flight.phase is Phase.FAILED
     assert (flight.open_choices, flight.failed_on) == ([0], worker)
     error = recorder.errors[0]
