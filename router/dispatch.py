@@ -332,10 +332,9 @@ class Dispatcher:
             if flight is None:
                 if isinstance(report, TraceReply):
                     self.traces.on_reply(report)
-                    continue
-                self._metrics.ignored_reports += 1
-                if isinstance(report, Undelivered):
-                    # It would be held for somebody to come, until its deadline.
+                else:
+                    self._metrics.ignored_reports += 1
+                if isinstance(report, Undelivered):  # held for somebody to come, until its deadline
                     self._queue((Send(worker, Cancel(report.request_id)),))
                 continue
             if isinstance(report, Tokens):
