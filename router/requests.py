@@ -267,8 +267,9 @@ class Flight:
         self._move(Phase.DECODING)
 
     def on_undelivered(self, worker: str, report: Undelivered) -> Sequence[Send]:
-        """The prefill worker goes on without its decode worker, who is told to forget the request."""
-        if self.phase is Phase.DECODING:  # delivered it was: only the word of it was lost
+        """The prefill worker goes on without its decode worker, who is told to forget the request. If that one
+        decodes already, the KV was taken and only the word of it was lost: nobody needs it held."""
+        if self.phase is Phase.DECODING and worker == self.prefill:
             return self.on_holding(worker)
         paired = self.phase is Phase.PREFILLING or self.phase is Phase.JOINING
         if not paired or worker != self.prefill or report.transfer_id != self.transfer_id:
@@ -320,6 +321,9 @@ class Flight:
         if self.ended:
             return _NOTHING
         holders = [worker for worker in self.workers if worker != gone]
+        if self.phase is Phase.DECODING and gone == self.decode and self.prefill is not None:
+            # The word that the KV was taken may have died with who took it.
+            holders.append(self.prefill)
         self.error, self.failed_on = error, gone
         self._end(Phase.FAILED, now_s)
         self.output.on_failed(error)

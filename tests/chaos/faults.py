@@ -58,6 +58,7 @@ class Faults:
         self._stopped: dict[int, tuple[psutil.Process, asyncio.TimerHandle]] = {}
         self._changed_s = 0.0
         self._causes: list[tuple[float, str]] = []
+        self._began_s = time.monotonic()
         self._cable = cable_of(cluster)
         self._mending: asyncio.TimerHandle | None = None
         self._kinds = KINDS | (CABLE if self._cable is not None else {})
@@ -90,6 +91,7 @@ class Faults:
 
     def _end_outage(self, at_s: float) -> None:
         self._outages.end(at_s)
+        self._note("all is ready", at_s)
         if len(self._causes) == 1:  # of several, none can be said to have taken so long
             began_s, what = self._causes[0]
             self._report.outages_s[what].append(at_s - began_s)
@@ -133,6 +135,7 @@ class Faults:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.resume()
         self._changed_s = time.monotonic()
+        self._note("one that was stopped goes on", self._changed_s)
         del self._stopped[process.pid]
 
     def _disturb(self, kind: str, share: float) -> None:
@@ -154,16 +157,21 @@ class Faults:
         if self._cable is not None:
             self._cable.mend()
         self._changed_s = time.monotonic()
+        self._note("the cable is mended", self._changed_s)
 
     @property
     def _broken(self) -> bool:
         return bool(self._stopped) or self._mending is not None
+
+    def _note(self, what: str, at_s: float) -> None:
+        self._report.timeline.append(f"{at_s - self._began_s:7.2f} s: {what}")
 
     def _begin(self, what: str, *, router_dies: bool) -> None:
         self._report.faults[what] += 1
         self._changed_s = time.monotonic()
         self._outages.begin(self._changed_s, router_dies)
         self._causes.append((self._changed_s, what))
+        self._note(what, self._changed_s)
         self._on_fault(self._changed_s, what)
 
     # ------------------------------------------------------------ is all well?

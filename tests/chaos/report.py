@@ -25,6 +25,8 @@ class Report:
     violations: list[tuple[str, str]] = field(default_factory=list)
     pauses_s: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     outages_s: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    timeline: list[str] = field(default_factory=list)
+    """What was done when."""
     evidence: list[str] = field(default_factory=list)
     """What was seen of a cluster that did not come to rest."""
     growth: list[str] = field(default_factory=list)
@@ -43,6 +45,8 @@ class Report:
             outages = _spread(self.outages_s.get(what, []))
             count = self.faults[what]
             lines.append(f"{what}: {count}; streams stood still {pauses}; all ready again {outages}")
+        if self.violations:
+            lines += self.timeline
         lines += [f"violated: {kind}: {what}" for kind, what in self.violations[:SHOWN]]
         if len(self.violations) > SHOWN:
             lines.append(f"and {len(self.violations) - SHOWN} more violations")

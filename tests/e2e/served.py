@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import httpx
 
@@ -12,12 +12,13 @@ from tests.e2e.test_tokens import prompt_of
 
 PROMPT = prompt_of(150, 9)
 BACK_S = 60.0
+System = TypeVar("System", bound=Accounts)
 
 
-class Served:
+class Served(Generic[System]):
     """`wanted` are the greedy tokens of `PROMPT`; `count` is how many workers there are."""
 
-    def __init__(self, cluster: Accounts, wanted: list[int], count: int) -> None:
+    def __init__(self, cluster: System, wanted: list[int], count: int) -> None:
         self.cluster, self.wanted, self.count = cluster, wanted, count
 
     def workers(self) -> dict[str, dict[str, Any]]:
@@ -82,7 +83,7 @@ class Served:
         assert counts == (len(PROMPT), choices * len(self.wanted))
 
 
-def stream(served: Served, on_token: Callable[[int], None]) -> tuple[str, list[float], dict[str, int]]:
+def stream(served: "Served[Any]", on_token: Callable[[int], None]) -> tuple[str, list[float], dict[str, int]]:
     """Text, log probabilities and usage of a streamed answer; `on_token` gets how many tokens there are."""
     body = {"model": "tiny", "prompt": PROMPT, "max_tokens": len(served.wanted), "temperature": 0}
     body |= {"ignore_eos": True}

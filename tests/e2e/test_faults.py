@@ -34,7 +34,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def served(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served[Cluster]]:
     wanted = reference(model_dir, [PROMPT], COUNT)[0]
     cluster = Cluster(model_dir, tmp_path_factory.mktemp("first"), "--decode", "2", *FLAGS)
     served = Served(cluster, wanted, WORKERS)
@@ -53,16 +53,16 @@ def asking() -> Iterator[ThreadPoolExecutor]:
         yield pool
 
 
-def at_rest(served: Served) -> None:
+def at_rest(served: Served[Cluster]) -> None:
     served.wait_complete()
     served.cluster.assert_at_rest()
 
 
-def phase(served: Served, name: str) -> int:
+def phase(served: Served[Cluster], name: str) -> int:
     return int(served.cluster.cluster()["router"]["phases"].get(name, 0))
 
 
-def test_the_router_is_killed_in_mid_stream(served: Served) -> None:
+def test_the_router_is_killed_in_mid_stream(served: Served[Cluster]) -> None:
     """Its connections close; the workers drop what it asked for; its successor listens at the same port."""
     old = served.cluster.cluster()["router"]["pid"]
     seen: list[int] = []
@@ -82,7 +82,7 @@ def test_the_router_is_killed_in_mid_stream(served: Served) -> None:
 
 
 def test_a_prefill_worker_stops_before_the_first_token_and_goes_on(
-    served: Served, asking: ThreadPoolExecutor
+    served: Served[Cluster], asking: ThreadPoolExecutor
 ) -> None:
     """The router gives it up; there is no other, so the request waits until it is heard of again."""
     prefill = psutil.Process(served.status("prefill-0")["pid"])
@@ -97,7 +97,7 @@ def test_a_prefill_worker_stops_before_the_first_token_and_goes_on(
     assert served.metric('baton_migrations_total{reason="prefill_lost"}') >= 1
 
 
-def test_a_transfer_process_stops_for_a_moment(served: Served, asking: ThreadPoolExecutor) -> None:
+def test_a_transfer_process_stops_for_a_moment(served: Served[Cluster], asking: ThreadPoolExecutor) -> None:
     """For less than anybody's patience: nothing is said or done a second time."""
     migrations = served.metric("baton_migrations_total")
     pid = served.status("prefill-0")["transfer_pid"]
@@ -113,7 +113,7 @@ def test_a_transfer_process_stops_for_a_moment(served: Served, asking: ThreadPoo
 
 
 def test_transfer_processes_stop_for_longer_than_their_peers_wait(
-    served: Served, asking: ThreadPoolExecutor
+    served: Served[Cluster], asking: ThreadPoolExecutor
 ) -> None:
     """The KV stays where it was computed, and is pushed again when the other side is back."""
     computed, pushed = served.prefilled("prompt_tokens"), served.prefilled("pushes_again")
@@ -133,12 +133,12 @@ def test_transfer_processes_stop_for_longer_than_their_peers_wait(
     at_rest(served)
 
 
-def decodes(served: Served) -> list[dict[str, object]]:
+def decodes(served: Served[Cluster]) -> list[dict[str, object]]:
     return [one["status"] for name, one in served.workers().items() if name.startswith("decode")]
 
 
 def test_two_slots_serve_many_long_prompts(
-    served: Served, model_dir: Path, asking: ThreadPoolExecutor
+    served: Served[Cluster], model_dir: Path, asking: ThreadPoolExecutor
 ) -> None:
     """Whoever finds no slot waits; nobody fails, and nobody gets another's KV."""
     prompts = [prompt_of(LONG + number, 11) for number in range(AT_ONCE)]
@@ -151,7 +151,7 @@ def test_two_slots_serve_many_long_prompts(
     at_rest(served)
 
 
-def test_a_launcher_stops_and_goes_on(served: Served, asking: ThreadPoolExecutor) -> None:
+def test_a_launcher_stops_and_goes_on(served: Served[Cluster], asking: ThreadPoolExecutor) -> None:
     """Its children serve without it. One that dies meanwhile is missed only when it goes on."""
     old = served.status("prefill-0")["pid"]
     launcher = psutil.Process(served.cluster.launcher.pid)
@@ -172,11 +172,12 @@ def test_a_launcher_stops_and_goes_on(served: Served, asking: ThreadPoolExecutor
 
 
 def test_a_launcher_is_killed_and_started_again_at_the_same_port(
-    served: Served, model_dir: Path, tmp_path: Path
+    served: Served[Cluster], model_dir: Path, tmp_path: Path
 ) -> None:
     """While its children drain, the port is theirs; then the next launcher takes it."""
     first = served.cluster
-    children, killed = first.processes(), []
+    children = first.processes()
+    killed: list[int] = []
 
     def kill(count: int) -> None:
         if count >= 20 and not killed:

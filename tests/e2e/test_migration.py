@@ -19,7 +19,7 @@ COUNT = 400
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served[Cluster]]:
     directory = tmp_path_factory.mktemp("migration")
     model_dir = make_checkpoint("llama", directory / "model", seed=3, eos=False)
     wanted = reference(model_dir, [PROMPT], COUNT)[0]
@@ -32,7 +32,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 
 @pytest.fixture(autouse=True)
-def left_as_found(served: Served) -> Iterator[None]:
+def left_as_found(served: Served[Cluster]) -> Iterator[None]:
     yield
     served.wait_complete()
     served.cluster.assert_at_rest()
@@ -44,7 +44,7 @@ def asking() -> Iterator[ThreadPoolExecutor]:
         yield pool
 
 
-def running_on(served: Served, role: str) -> str:
+def running_on(served: Served[Cluster], role: str) -> str:
     found: list[str] = []
 
     def runs() -> bool:
@@ -58,7 +58,7 @@ def running_on(served: Served, role: str) -> str:
     return found[0]
 
 
-def test_decode_workers_are_killed_in_mid_stream(served: Served, asking: ThreadPoolExecutor) -> None:
+def test_decode_workers_are_killed_in_mid_stream(served: Served[Cluster], asking: ThreadPoolExecutor) -> None:
     """A greedy stream, and both choices of a sampled request with penalties. Both workers die, so that the
     requests wait for the launcher to start another."""
     options = {"n": 2, "temperature": 1.0, "seed": 5, "presence_penalty": 0.5, "frequency_penalty": 0.2}
@@ -85,7 +85,9 @@ def test_decode_workers_are_killed_in_mid_stream(served: Served, asking: ThreadP
     assert served.metric('baton_migrations_total{reason="decode_lost"}') >= 2
 
 
-def test_held_kv_is_pushed_again_and_not_computed_again(served: Served, asking: ThreadPoolExecutor) -> None:
+def test_held_kv_is_pushed_again_and_not_computed_again(
+    served: Served[Cluster], asking: ThreadPoolExecutor
+) -> None:
     """Every decode worker is stopped, so that the KV cannot be committed, and then killed."""
     decodes = [served.status(name)["pid"] for name in ("decode-0", "decode-1")]
     computed, pushed = served.prefilled("prompt_tokens"), served.prefilled("pushes_again")
@@ -100,7 +102,7 @@ def test_held_kv_is_pushed_again_and_not_computed_again(served: Served, asking: 
     assert served.prefilled("pushes_again") > pushed
 
 
-def test_a_prefill_worker_is_killed(served: Served, asking: ThreadPoolExecutor) -> None:
+def test_a_prefill_worker_is_killed(served: Served[Cluster], asking: ThreadPoolExecutor) -> None:
     """Stopped first, so that the prompt cannot be through before it dies."""
     pids = {name: served.status(name)["pid"] for name in ("prefill-0", "prefill-1")}
     for pid in pids.values():
@@ -115,7 +117,7 @@ def test_a_prefill_worker_is_killed(served: Served, asking: ThreadPoolExecutor) 
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
-def test_a_transfer_process_is_killed(served: Served, role: str, asking: ThreadPoolExecutor) -> None:
+def test_a_transfer_process_is_killed(served: Served[Cluster], role: str, asking: ThreadPoolExecutor) -> None:
     """Stopped decode workers cannot commit; when they go on, the former transfer is lost to both sides."""
     decodes = [served.status(name)["pid"] for name in ("decode-0", "decode-1")]
     computed = served.prefilled("prompt_tokens")
@@ -133,7 +135,7 @@ def test_a_transfer_process_is_killed(served: Served, role: str, asking: ThreadP
 
 
 def test_a_stopped_worker_is_left_and_its_late_work_dropped(
-    served: Served, asking: ThreadPoolExecutor
+    served: Served[Cluster], asking: ThreadPoolExecutor
 ) -> None:
     answer = asking.submit(served.whole)
     name = running_on(served, "decode")

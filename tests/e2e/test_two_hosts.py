@@ -27,7 +27,7 @@ FLOAT_BYTES = 4
 STAGING = ("--staging-slots", "4", "--staging-slot-bytes", "64KiB")
 
 
-class Hosts(Served):
+class Hosts(Served[TwoHosts]):
     def __init__(self, hosts: TwoHosts, model_dir: Path) -> None:
         short, long = (reference(model_dir, [prompt], COUNT)[0] for prompt in (PROMPT, LONG))
         super().__init__(hosts, short, 2)

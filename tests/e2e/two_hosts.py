@@ -32,14 +32,23 @@ class NoNamespaces(Exception):
     """This machine lets nobody make network namespaces and TAP devices; the message says what failed."""
 
 
-def ip(*arguments: str) -> None:
+def ip(*arguments: str) -> str:
     """Raises NoNamespaces."""
     try:
-        subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
+        return subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True).stdout
     except FileNotFoundError as error:
         raise NoNamespaces("there is no `ip` command") from error
     except subprocess.CalledProcessError as error:
         raise NoNamespaces(f"ip {' '.join(arguments)}: {error.stderr.strip()}") from error
+
+
+def sweep() -> None:
+    """Removes the hosts of test runs that were killed, and what still runs on them."""
+    for path in NAMESPACES.glob("baton-*-*"):
+        if not psutil.pid_exists(int(path.name.split("-")[1])):
+            for pid in ip("netns", "pids", path.name).split():
+                psutil.Process(int(pid)).kill()
+            ip("netns", "delete", path.name)
 
 
 class Cable:
@@ -114,6 +123,7 @@ class TwoHosts(Accounts):
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             stack.callback(self.http.close)
+            sweep()
             names = {role: f"baton-{os.getpid()}-{role}" for role in ADDRESSES}
             self._names = names
             for role, name in names.items():

@@ -121,6 +121,17 @@ def test_undelivered_kv_is_pushed_again_and_its_former_worker_told(served: tuple
     assert (first[0], Cancel(old.work.request_id)) in fakes.of(Cancel)
 
 
+def test_who_holds_kv_of_a_request_that_is_over_is_told(served: tuple[Fakes, Router]) -> None:
+    """The decode worker had it all the time; only the prefill worker has not heard of it."""
+    fakes, router = served
+    good = Script(answers=[ANSWER])
+    fakes.use(good, good, good)
+    Asking(router).check()
+    prefill = fakes.prefill.of(Prefill)[0]
+    fakes.prefill.say([Undelivered(prefill.work.request_id, prefill.transfer_id, "lost")])
+    assert fakes.prefill.wait_for(Cancel)[-1] == Cancel(prefill.work.request_id)
+
+
 def test_held_kv_goes_to_the_worker_that_is_left(served: tuple[Fakes, Router]) -> None:
     fakes, router = served
     silent = Script(answers=[ANSWER], hold_decode=True)
