@@ -267,8 +267,8 @@ class Flight:
         self._move(Phase.DECODING)
 
     def on_undelivered(self, worker: str, report: Undelivered) -> Sequence[Send]:
-        """The prefill worker goes on without its decode worker, who is told to forget the request. If that one
-        decodes already, the KV was taken and only the word of it was lost: nobody needs it held."""
+        """The prefill worker goes on without its decode worker, who is told to forget the request. If that
+        one decodes already, the KV was taken and only the word of it was lost: nobody needs it held."""
         if self.phase is Phase.DECODING and worker == self.prefill:
             return self.on_holding(worker)
         paired = self.phase is Phase.PREFILLING or self.phase is Phase.JOINING
