@@ -4,7 +4,8 @@ import asyncio
 import contextlib
 import json
 import socket
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -98,20 +99,27 @@ def test_nobody_listens(tmp_path: Path) -> None:
         list(give_order([tmp_path / "c"], Scale(1)))
 
 
-def test_a_launcher_is_found_by_its_port_or_its_directory(tmp_path: Path) -> None:
-    directory = run_directory.create(tmp_path)
-    assert run_directory.find_control_sockets(8123, tmp_path) == []
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """Where a socket's whole path fits what the kernel takes; pytest's own directories are too deep."""
+    with tempfile.TemporaryDirectory(prefix="baton-test-", dir="/tmp") as name:
+        yield Path(name)
+
+
+def test_a_launcher_is_found_by_its_port_or_its_directory(short_path: Path) -> None:
+    directory = run_directory.create(short_path)
+    assert run_directory.find_control_sockets(8123, short_path) == []
     path = run_directory.control_socket(directory, 8123)
     with socket.socket(socket.AF_UNIX) as control:
         control.bind(str(path))
-        assert run_directory.find_control_sockets(8123, tmp_path) == [path]
-        assert run_directory.find_control_sockets(8124, tmp_path) == []
+        assert run_directory.find_control_sockets(8123, short_path) == [path]
+        assert run_directory.find_control_sockets(8124, short_path) == []
         assert run_directory.control_sockets_in(directory) == [path]
-        assert run_directory.control_sockets_in(tmp_path / "nowhere") == []
+        assert run_directory.control_sockets_in(short_path / "nowhere") == []
 
 
-def test_the_last_child_after_the_launchers_death_leaves_no_directory(tmp_path: Path) -> None:
-    directory = run_directory.create(tmp_path)
+def test_the_last_child_after_the_launchers_death_leaves_no_directory(short_path: Path) -> None:
+    directory = run_directory.create(short_path)
     run_directory.write_workers(directory, ["ipc:///a", "ipc:///b"])
     assert (directory / "workers").read_text() == "ipc:///a\nipc:///b\n"
     with socket.socket(socket.AF_UNIX) as control:
