@@ -4,8 +4,7 @@ import asyncio
 import contextlib
 import json
 import socket
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -97,13 +96,6 @@ def test_what_is_not_an_order_is_refused(raw: bytes, tmp_path: Path) -> None:
 def test_nobody_listens(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no launcher listens"):
         list(give_order([tmp_path / "c"], Scale(1)))
-
-
-@pytest.fixture
-def short_path() -> Iterator[Path]:
-    """Where a socket's whole path fits what the kernel takes; pytest's own directories are too deep."""
-    with tempfile.TemporaryDirectory(prefix="baton-test-", dir="/tmp") as name:
-        yield Path(name)
 
 
 def test_a_launcher_is_found_by_its_port_or_its_directory(short_path: Path) -> None:

@@ -4,11 +4,7 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
 
 from deploy import run_directory
 
@@ -38,13 +34,6 @@ def test_a_base_too_long_for_sockets_is_not_used(tmp_path: Path) -> None:
     finally:
         run_directory.remove(directory)
     assert deep not in directory.parents
-
-
-@pytest.fixture
-def short_path() -> Iterator[Path]:
-    """Where a socket's whole path fits what the kernel takes; pytest's own directories are too deep."""
-    with tempfile.TemporaryDirectory(prefix="baton-test-", dir="/tmp") as name:
-        yield Path(name)
 
 
 def test_sweeps_the_dead_and_spares_the_living(short_path: Path) -> None:
