@@ -39,7 +39,8 @@ LOOK_S = 0.2
 
 
 class Faults:
-    """`on_fault` gets the time just before the signal, and what it does."""
+    """`on_fault` gets the time just before the signal, what it does, and whether it is the death of a worker
+    while all is well and another of its kind is there."""
 
     def __init__(
         self,
@@ -48,7 +49,7 @@ class Faults:
         seed: str,
         outages: Outages,
         report: Report,
-        on_fault: Callable[[float, str], None],
+        on_fault: Callable[[float, str, bool], None],
     ) -> None:
         self._cluster, self.workers = cluster, workers
         self._random = Random(f"faults {seed}")
@@ -112,17 +113,17 @@ class Faults:
         name, process = able[self._random.randrange(len(able))]
         with contextlib.suppress(psutil.NoSuchProcess):  # it is just being restarted
             if kills:
-                self._kill(kind, name, process)
+                self._kill(kind, name, process, others=len(able) > 1)
             else:
                 self._stop(kind, process, _between(ROUTER_STOP_S if kind == "router" else STOP_S, share))
 
-    def _kill(self, kind: str, name: str, process: psutil.Process) -> None:
+    def _kill(self, kind: str, name: str, process: psutil.Process, others: bool) -> None:
         if time.time() - process.create_time() >= LASTED_S:
             self._short[name] = 0
         elif self._short[name] >= SHORT_LIVES:
             return
         self._short[name] += 1
-        self._begin(f"kill {kind}", router_dies=kind == "router")
+        self._begin(f"kill {kind}", router_dies=kind == "router", others=others)
         process.kill()
 
     def _stop(self, kind: str, process: psutil.Process, for_s: float) -> None:
@@ -166,13 +167,14 @@ class Faults:
     def _note(self, what: str, at_s: float) -> None:
         self._report.timeline.append(f"{at_s - self._began_s:7.2f} s: {what}")
 
-    def _begin(self, what: str, *, router_dies: bool) -> None:
+    def _begin(self, what: str, *, router_dies: bool, others: bool = False) -> None:
         self._report.faults[what] += 1
+        spared = others and not self._outages.lasts
         self._changed_s = time.monotonic()
         self._outages.begin(self._changed_s, router_dies)
         self._causes.append((self._changed_s, what))
         self._note(what, self._changed_s)
-        self._on_fault(self._changed_s, what)
+        self._on_fault(self._changed_s, what, spared)
 
     # ------------------------------------------------------------ is all well?
 

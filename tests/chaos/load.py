@@ -30,7 +30,7 @@ class Load:
     ) -> None:
         self._url, self._plans, self._right = url, plans, right
         self._outages, self._report = outages, report
-        self._met: list[tuple[float, str, list[Answer]]] = []
+        self._met: list[tuple[float, str, bool, list[Answer]]] = []
         self._ended = asyncio.Event()
         self.open: list[Answer] = []
 
@@ -40,16 +40,20 @@ class Load:
         limits = httpx.Limits(max_connections=CLIENTS)
         async with httpx.AsyncClient(base_url=self._url, timeout=None, limits=limits) as http:
             await asyncio.gather(*(self._client(http, Random(f"{seed} {one}")) for one in range(CLIENTS)))
-        for at_s, what, streams in self._met:
-            self._report.pauses_s[what] += _pauses(at_s, streams)
+        nexts_s = [*(at_s for at_s, *_ in self._met[1:]), float("inf")]
+        for (at_s, what, spared, streams), next_s in zip(self._met, nexts_s, strict=True):
+            pauses = _pauses(at_s, streams)
+            self._report.pauses_s[what] += [pause_s for pause_s, _ in pauses]
+            if spared:
+                self._report.spared_s[what] += [pause_s for pause_s, end_s in pauses if end_s < next_s]
         self._met.clear()
 
     def end(self) -> None:
         self._ended.set()
 
-    def meet(self, at_s: float, what: str) -> None:
-        """A fault happens now."""
-        self._met.append((at_s, what, [one for one in self.open if one.arrivals_s]))
+    def meet(self, at_s: float, what: str, spared: bool) -> None:
+        """A fault happens now; `spared`: what it takes away has another of its kind beside it."""
+        self._met.append((at_s, what, spared, [one for one in self.open if one.arrivals_s]))
 
     async def _client(self, http: httpx.AsyncClient, random: Random) -> None:
         while not self._ended.is_set():
@@ -111,13 +115,13 @@ class Load:
         return LONGEST_WAIT_S / 4
 
 
-def _pauses(at_s: float, streams: list[Answer]) -> list[float]:
-    """How long each stream that the fault met stood still. Those of another worker, or that had all they
-    wanted, are told by their next event: it comes at once, or never."""
+def _pauses(at_s: float, streams: list[Answer]) -> list[tuple[float, float]]:
+    """How long each stream that the fault met stood still, and when it went on. Those of another worker, or
+    that had all they wanted, are told by their next event: it comes at once, or never."""
     found = []
     for stream in streams:
         before = [one for one in stream.arrivals_s if one <= at_s]
         after = [one for one in stream.arrivals_s if one > at_s]
         if before and after and after[0] - at_s > NOT_READ_S:
-            found.append(after[0] - before[-1])
+            found.append((after[0] - before[-1], after[0]))
     return found

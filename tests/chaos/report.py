@@ -11,7 +11,8 @@ SHOWN = 20
 @dataclass(slots=True)
 class Report:
     """`violations` are of one of the kinds wrong, failed, endless, unrest, leak, left. By kind of
-    fault, `pauses_s` is how long each stream that it met stood still, and `outages_s` the times from a fault
+    fault, `pauses_s` is how long each stream that it met stood still, `spared_s` the same where it took one
+    of several while all was well, and nothing else happened meanwhile, and `outages_s` the times from a fault
     that came alone to the next moment at which everything was seen ready."""
 
     seed: int
@@ -24,6 +25,7 @@ class Report:
     faults: Counter[str] = field(default_factory=Counter)
     violations: list[tuple[str, str]] = field(default_factory=list)
     pauses_s: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    spared_s: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     outages_s: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     timeline: list[str] = field(default_factory=list)
     """What was done when."""
@@ -45,6 +47,9 @@ class Report:
             outages = _spread(self.outages_s.get(what, []))
             count = self.faults[what]
             lines.append(f"{what}: {count}; streams stood still {pauses}; all ready again {outages}")
+            if self.spared_s.get(what):
+                spared = _spread(self.spared_s[what])
+                lines.append(f"{what}, another being ready: streams stood still {spared}")
         if self.violations:
             lines += self.timeline
         lines += [f"violated: {kind}: {what}" for kind, what in self.violations[:SHOWN]]

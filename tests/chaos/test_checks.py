@@ -161,10 +161,12 @@ def test_recovery_is_told_by_kind_of_fault() -> None:
     report = Report(seed=0)
     report.faults["kill decode"] = 2
     report.pauses_s["kill decode"] += [0.5, 3.0, 1.0]
+    report.spared_s["kill decode"].append(0.5)
     report.outages_s["kill decode"].append(4.0)
     assert report.details() == [
         "kill decode: 2; streams stood still 3 times, p50/p99/max 1.00/3.00/3.00 s; "
-        "all ready again 1 times, p50/p99/max 4.00/4.00/4.00 s"
+        "all ready again 1 times, p50/p99/max 4.00/4.00/4.00 s",
+        "kill decode, another being ready: streams stood still 1 times, p50/p99/max 0.50/0.50/0.50 s",
     ]
     assert "recovery p50/max 1.00/3.00 s" in report.summary()
 
