@@ -40,8 +40,8 @@ class Load:
         limits = httpx.Limits(max_connections=CLIENTS)
         async with httpx.AsyncClient(base_url=self._url, timeout=None, limits=limits) as http:
             await asyncio.gather(*(self._client(http, Random(f"{seed} {one}")) for one in range(CLIENTS)))
-        nexts_s = [*(at_s for at_s, *_ in self._met[1:]), float("inf")]
-        for (at_s, what, spared, streams), next_s in zip(self._met, nexts_s, strict=True):
+        for number, (at_s, what, spared, streams) in enumerate(self._met, 1):
+            next_s = self._met[number][0] if number < len(self._met) else float("inf")
             pauses = _pauses(at_s, streams)
             self._report.pauses_s[what] += [pause_s for pause_s, _ in pauses]
             if spared:
