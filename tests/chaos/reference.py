@@ -13,23 +13,42 @@ AT_ONCE = 8
 DEADLINE_S = 240.0
 
 
-def compute_reference(model_dir: Path, log_dir: Path, plans: list[Plan]) -> dict[int, Answer]:
+Tokens = dict[int, list[int]]
+"""Token ids by choice."""
+
+
+def compute_reference(
+    model_dir: Path, log_dir: Path, plans: list[Plan]
+) -> tuple[dict[int, Answer], dict[int, Tokens]]:
     """By the plan's number; cancelled requests as if nobody had cancelled them, invalid ones not at all."""
     log_dir.mkdir()
     with Cluster(model_dir, log_dir, "--served-model-name", MODEL, "--unified", "1") as cluster:
-        return asyncio.run(_ask_all(cluster.url, plans))
+        whole = [Plan(plan.number, plan.body) for plan in plans if plan.expect_status == 200]
+        answers = asyncio.run(_ask_all(cluster.url, whole))
+        with_ids = asyncio.run(_ask_all(cluster.url, [_with_ids(plan) for plan in whole]))
+    tokens = {
+        number: {index: [int(token) for token in one.tokens] for index, one in answer.choices.items()}
+        for number, answer in with_ids.items()
+    }
+    return answers, tokens
+
+
+def _with_ids(plan: Plan) -> Plan:
+    """The same, not streamed: only so the API gives ids."""
+    kept = {name: value for name, value in plan.body.items() if not name.startswith(("stream", "logprobs"))}
+    return Plan(plan.number, kept | {"return_token_ids": True})
 
 
 async def _ask_all(url: str, plans: list[Plan]) -> dict[int, Answer]:
     gate = asyncio.Semaphore(AT_ONCE)
-    answers = {plan.number: Answer(0) for plan in plans if plan.expect_status == 200}
+    answers = {plan.number: Answer(0) for plan in plans}
 
     async def whole(plan: Plan) -> None:
         async with gate:
-            await ask(http, Plan(plan.number, plan.body), answers[plan.number])
+            await ask(http, plan, answers[plan.number])
 
     async with asyncio.timeout(DEADLINE_S), httpx.AsyncClient(base_url=url, timeout=DEADLINE_S) as http:
-        await asyncio.gather(*(whole(plan) for plan in plans if plan.expect_status == 200))
+        await asyncio.gather(*map(whole, plans))
     return answers
 
 

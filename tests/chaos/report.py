@@ -16,6 +16,8 @@ class Report:
     that came alone to the next moment at which everything was seen ready."""
 
     seed: int
+    left_out: int = 0
+    """Requests of the seed that are not asked: rounding could change their answers."""
     requests: int = 0
     cancelled: int = 0
     invalid: int = 0
@@ -42,6 +44,8 @@ class Report:
     def details(self) -> list[str]:
         """A line for each kind of fault, what each kind took, and each violation."""
         lines = [*self.growth, *self.evidence]
+        if self.left_out:
+            lines.append(f"{self.left_out} requests are left out: rounding could change their answers")
         for what in sorted(self.faults):
             pauses = _spread(self.pauses_s.get(what, []))
             outages = _spread(self.outages_s.get(what, []))

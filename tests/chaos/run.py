@@ -3,6 +3,7 @@
 from itertools import cycle
 from pathlib import Path
 
+from tests.chaos.borders import Borders, WrongReference
 from tests.chaos.cluster_round import Round, run_round
 from tests.chaos.reference import compute_reference
 from tests.chaos.report import Report
@@ -17,8 +18,16 @@ def run_chaos(directory: Path, seconds: float, seed: int, layouts: list[str], re
     cluster is kept below `directory`, which exists."""
     model_dir = make_checkpoint("qwen3", directory / "model", seed=5, max_model_len=MAX_MODEL_LEN)
     plans = draw_plans(seed, requests)
-    right = compute_reference(model_dir, directory / "reference", plans)
+    right, tokens = compute_reference(model_dir, directory / "reference", plans)
     report = Report(seed)
+    try:
+        borders = Borders(model_dir)
+        close = {number for number in right if borders.is_close(plans[number], tokens[number])}
+    except WrongReference as error:
+        report.violate("wrong", str(error))
+        return report
+    report.left_out = len(close)
+    plans = [plan for plan in plans if plan.number not in close]
     rounds = max(len(layouts), round(seconds / LONGEST_ROUND_S))
     for number, layout in zip(range(rounds), cycle(layouts), strict=False):
         log_dir = directory / f"{number}-{layout}"

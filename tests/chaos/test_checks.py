@@ -12,7 +12,10 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+import torch
 
+from services.engine.uniform import uniform
+from tests.chaos.borders import CLOSE, Borders, WrongReference
 from tests.chaos.client import Answer, Choice
 from tests.chaos.evidence import COUNTS, record, restless, tail
 from tests.chaos.leaks import DESCRIPTORS, Watched
@@ -21,6 +24,7 @@ from tests.chaos.outages import Outages
 from tests.chaos.reference import difference
 from tests.chaos.report import Report
 from tests.chaos.requests import Plan, draw_plans
+from tests.checkpoints import make_checkpoint
 
 PLAN = Plan(0, {"n": 1})
 RIGHT = Answer(200, {0: Choice([1, 2, 3], "abc", "length")}, (4, 3))
@@ -49,6 +53,34 @@ def test_an_answer_like_the_reference_is_right() -> None:
 )
 def test_any_difference_is_wrong(choices: dict[int, Choice], usage: tuple[int, int]) -> None:
     assert difference(PLAN, Answer(200, choices, usage), RIGHT) is not None
+
+
+def test_draws_on_a_border_are_seen(tmp_path: Path) -> None:
+    model_dir = make_checkpoint("qwen3", tmp_path / "model", seed=5)
+    borders = Borders(model_dir)
+    prompt, seed = [5, 9, 17], 3
+    with torch.no_grad():
+        row = borders._model(torch.tensor([prompt])).logits[0, -1]
+    upto = row.softmax(-1).cumsum(-1)
+    chance = uniform(seed, 0, len(prompt))
+    right = int((upto <= chance).sum())
+    body = {"prompt": prompt, "seed": seed, "temperature": 1.0, "n": 1}
+    assert not borders.is_close(Plan(0, body), {0: [right]})
+    with pytest.raises(WrongReference, match="token 0 is"):
+        borders.is_close(Plan(0, body), {0: [right + 1]})
+    # With another temperature the same chance lies wherever one likes: here, on the border above `right`.
+    low, high = (1.0, 8.0) if _upto(row, 8.0, right) < chance else (1.0, 0.05)
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _upto(row, middle, right) > chance else (low, middle)
+    assert abs(_upto(row, low, right) - chance) < CLOSE
+    assert borders.is_close(Plan(0, body | {"temperature": low}), {0: [right]})
+    greedy = int(row.argmax())
+    assert not borders.is_close(Plan(0, body | {"temperature": 0}), {0: [greedy]})
+
+
+def _upto(row: torch.Tensor, temperature: float, token: int) -> float:
+    return float((row / temperature).softmax(-1)[: token + 1].sum())
 
 
 def test_what_was_cut_off_must_begin_like_the_reference() -> None:
