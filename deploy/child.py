@@ -1,12 +1,12 @@
 """What makes a process a good child of the launcher: it ends when the launcher does, and leaves no directory.
 
-The launcher may be killed with SIGKILL, so the child must notice by itself: the kernel sends it SIGTERM
-(PR_SET_PDEATHSIG), on which it drains; and a thread that waits for the launcher's end makes sure that a
-child which does not come to its end within its grace is killed.
+The launcher may be killed with SIGKILL, so the child must notice by itself: a thread waits for the launcher's
+end, has the process drain by a SIGTERM, and kills it if it does not come to its end within its grace. Not the
+kernel's PR_SET_PDEATHSIG: it follows a thread, and comes once for each thread that a dying launcher has left,
+and a second SIGTERM means to hurry.
 """
 
 import contextlib
-import ctypes
 import logging
 import os
 import select
@@ -19,7 +19,6 @@ from types import FrameType
 
 from deploy import run_directory
 
-_PR_SET_PDEATHSIG = 1
 _EXTRA_GRACE_S = 5.0
 
 
@@ -45,14 +44,11 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 
 def _follow(parent_pid: int, grace_s: float) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
     try:
         watched = os.pidfd_open(parent_pid)
     except ProcessLookupError:
         raise SystemExit(0) from None
-    if os.getppid() != parent_pid:  # it ended before prctl, so no signal will come
+    if os.getppid() != parent_pid:  # it ended before, and another process may have its number
         raise SystemExit(0)
     threading.Thread(target=_end_with, args=(watched, grace_s), name="launcher-watch", daemon=True).start()
 
@@ -72,5 +68,6 @@ def _end_with(watched: int, grace_s: float) -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
+    os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(grace_s + _EXTRA_GRACE_S)
     os.kill(os.getpid(), signal.SIGKILL)

@@ -25,7 +25,7 @@ AT_ONCE = 12
 FEW = 4
 FLAGS = ["--served-model-name", "tiny", "--worker-timeout", "2", "--peer-timeout", "2"]
 FLAGS += ["--staging-slots", "2", "--staging-slot-bytes", "64KiB", "--max-chunk-tokens", "64"]
-FLAGS += ["--no-prefix-cache", "--drain-timeout", "20"]
+FLAGS += ["--no-prefix-cache", "--drain-timeout", "90"]
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +180,8 @@ def test_a_launcher_is_killed_and_started_again_at_the_same_port(
     killed: list[int] = []
 
     def kill(count: int) -> None:
-        if count >= 20 and not killed:
+        # Without a launcher all drain at once, a worker for a fifth of the time: what is left must be short.
+        if count >= COUNT // 2 and not killed:
             killed.append(count)
             first.launcher.kill()
 
