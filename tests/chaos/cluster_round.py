@@ -19,7 +19,6 @@ from tests.chaos.system import LAYOUTS, System, lasting, started
 from tests.e2e.cluster import wait_until
 
 PHASE_S = 50.0
-WARM_UP_S = 2.0
 COMPLETE_S = 90.0
 """Longest wait of a restart after three deaths in a row, and the start of a worker on a busy machine."""
 MEET_S = 0.25
@@ -65,7 +64,8 @@ async def _phases(round_: Round, cluster: System, load: Load, faults: Faults, wa
         for phase in range(count + 1):  # the first one is without faults
             asking = asyncio.create_task(load.run(f"{round_.seed} {phase}"))
             if phase == 0:
-                await asyncio.sleep(WARM_UP_S)
+                async with asyncio.timeout(COMPLETE_S):
+                    await load.warm.wait()
             else:
                 await faults.run(time.monotonic() + round_.seconds / count)
             load.end()

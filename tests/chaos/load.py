@@ -32,7 +32,10 @@ class Load:
         self._outages, self._report = outages, report
         self._met: list[tuple[float, str, bool, list[Answer]]] = []
         self._ended = asyncio.Event()
+        self._answered = 0
         self.open: list[Answer] = []
+        self.warm = asyncio.Event()
+        """Set once as many requests have ended as there are clients."""
 
     async def run(self, seed: str) -> None:
         """Returns once `end` was called and every request has ended."""
@@ -91,6 +94,9 @@ class Load:
 
     def _compare(self, plan: Plan, answer: Answer) -> None:
         self._report.requests += 1
+        self._answered += 1
+        if self._answered == CLIENTS:
+            self.warm.set()
         self._report.cancelled += answer.cut
         self._report.invalid += plan.expect_status != 200
         wrong = difference(plan, answer, self._right.get(plan.number))

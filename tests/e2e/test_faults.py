@@ -47,12 +47,6 @@ def served(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         print(cluster.log_path.read_text())
 
 
-@pytest.fixture
-def asking() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        yield pool
-
-
 def at_rest(served: Served[Cluster]) -> None:
     served.wait_complete()
     served.cluster.assert_at_rest()

@@ -38,12 +38,6 @@ def left_as_found(served: Served[Cluster]) -> Iterator[None]:
     served.cluster.assert_at_rest()
 
 
-@pytest.fixture
-def asking() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(4) as pool:
-        yield pool
-
-
 def running_on(served: Served[Cluster], role: str) -> str:
     found: list[str] = []
 

@@ -3,13 +3,13 @@
 import re
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
 import httpx
 
 from tests.checkpoints import make_checkpoint
+from tests.e2e.askers import Askers
 from tests.e2e.cluster import Cluster, wait_until
 
 SCALE_DEADLINE_S = 120.0
@@ -31,38 +31,6 @@ def ask(http: httpx.Client, prompt: list[int]) -> Any:
     return answer.json()["choices"][0]["token_ids"]
 
 
-class Load:
-    """Clients that ask without pause and compare every answer with the first one to its prompt."""
-
-    def __init__(self, cluster: Cluster, clients: int) -> None:
-        self.expected = [ask(cluster.http, prompt) for prompt in PROMPTS]
-        self.wrong: list[str] = []
-        self.answered = 0
-        self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._ask, args=(cluster, n)) for n in range(clients)]
-
-    def _ask(self, cluster: Cluster, number: int) -> None:
-        with httpx.Client(base_url=cluster.url, timeout=120) as http:
-            while not self._stop.is_set():
-                number = (number + 1) % len(PROMPTS)
-                try:
-                    if ask(http, PROMPTS[number]) != self.expected[number]:
-                        self.wrong.append("other tokens")
-                except (AssertionError, httpx.HTTPError) as error:
-                    self.wrong.append(repr(error))
-                self.answered += 1
-
-    def __enter__(self) -> "Load":
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
-
-
 def works(cluster: Cluster) -> dict[str, float]:
     """Tokens that each worker has computed or drawn, by its name."""
     statuses = [worker["status"] for worker in cluster.cluster()["workers"] if worker["status"]]
@@ -77,7 +45,13 @@ def test_workers_join_and_leave_under_load(tmp_path: Path) -> None:
     flags = ("--served-model-name", "tiny", "--drain-timeout", "20")
     with Cluster(model_dir, tmp_path, *flags) as cluster:
         before = {process.pid for process in cluster.processes()}
-        with Load(cluster, 4) as load:
+        expected = [ask(cluster.http, prompt) for prompt in PROMPTS]
+
+        def compare(number: int) -> str | None:
+            at = number % len(PROMPTS)
+            return None if ask(cluster.http, PROMPTS[at]) == expected[at] else "other tokens"
+
+        with Askers(compare, 4) as load:
             more = scale(cluster, "--prefill", "2", "--decode", "2")
             assert more.returncode == 0, more.stderr
             assert more.stdout.splitlines()[-1] == "there are 2 prefill, 2 decode workers"

@@ -69,13 +69,6 @@ def left_as_found(served: Hosts) -> Iterator[None]:
     served.cluster.assert_at_rest()
 
 
-@pytest.fixture
-def asking() -> Iterator[ThreadPoolExecutor]:
-    """Its threads are on the host of the thread that makes it."""
-    with ThreadPoolExecutor(4) as pool:
-        yield pool
-
-
 def test_tokens_are_right_over_tcp_with_keys(served: Hosts) -> None:
     served.check(served.whole())
     carried_bytes = served.cable.carried_bytes()

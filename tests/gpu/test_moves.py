@@ -3,6 +3,7 @@
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -52,7 +53,8 @@ def new_slot(slots: int = 1) -> torch.Tensor:
     return torch.zeros(slots * SLOT_BYTES, dtype=torch.uint8, device="cuda")
 
 
-def pack(
+def move_one(
+    unpacks: bool,
     engine: Engine,
     pages: list[int],
     tokens: int,
@@ -60,21 +62,14 @@ def pack(
     checked: bool = False,
     after: torch.cuda.Event | None = None,
 ) -> Move:
-    """One run from the sequence's first token into a buffer of one slot."""
+    """One run, from the sequence's first token on, into or out of a buffer of one slot."""
     run = SlotRun(pages, 0, tokens, 0, range(engine.layout.kv_heads))
-    return engine.pack([run], SlotBuffer(slot, SLOT_BYTES), checked, None if after is None else [after])
+    verb = engine.unpack if unpacks else engine.pack
+    return verb([run], SlotBuffer(slot, SLOT_BYTES), checked, None if after is None else [after])
 
 
-def unpack(
-    engine: Engine,
-    pages: list[int],
-    tokens: int,
-    slot: torch.Tensor,
-    checked: bool = False,
-    after: torch.cuda.Event | None = None,
-) -> Move:
-    run = SlotRun(pages, 0, tokens, 0, range(engine.layout.kv_heads))
-    return engine.unpack([run], SlotBuffer(slot, SLOT_BYTES), checked, None if after is None else [after])
+pack = partial(move_one, False)
+unpack = partial(move_one, True)
 
 
 def fill_pages(engine: Engine, seed: int) -> None:

@@ -1,15 +1,16 @@
 """The router's real process and fake workers that join and leave it by a file, under load."""
 
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from services.messages import Join, Prefill, Reserve, Role
+from tests.e2e.askers import Askers
 from tests.e2e.router.harness import DEADLINE_S, Router, running_router, until
 from tests.fake_worker import FakeWorker, Script
 
@@ -58,34 +59,6 @@ def known(router: Router) -> dict[str, dict[str, Any]]:
     return {one["endpoint"].rpartition("/")[2]: one for one in router.get("/cluster")["workers"]}
 
 
-class Load:
-    """Clients that ask without pause; every answer must be whole."""
-
-    def __init__(self, router: Router, clients: int) -> None:
-        self.wrong: list[str] = []
-        self.answered = 0
-        self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._ask, args=(router,)) for _ in range(clients)]
-
-    def _ask(self, router: Router) -> None:
-        with router.http() as http:
-            while not self._stop.is_set():
-                answer = http.post("/v1/completions", json=BODY)
-                if answer.status_code != 200 or answer.json()["choices"][0]["token_ids"] != ANSWER:
-                    self.wrong.append(answer.text)
-                self.answered += 1
-
-    def __enter__(self) -> "Load":
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join(DEADLINE_S)
-
-
 def test_workers_join_and_leave_while_requests_run(served: tuple[Fakes, Router]) -> None:
     fakes, router = served
     with router.http() as http:
@@ -94,7 +67,7 @@ def test_workers_join_and_leave_while_requests_run(served: tuple[Fakes, Router])
     fakes.start("d0")
     fakes.list("p0", "d0")
     until(router.ready, "a ready router")
-    with Load(router, 4) as load:
+    with router.http() as http, Askers(lambda number: wrong_with(http), 4) as load:
         fakes.list("p0", "d0", "p1", "d1")
         until(lambda: len(known(router)) == 4, "workers that are listed and not there yet")
         asked_s = time.monotonic()
@@ -139,6 +112,12 @@ def test_a_leaving_worker_keeps_what_it_has_until_its_end(served: tuple[Fakes, R
         held.act(lambda: held.decode(held.work_of(join.request_id), join.first_tokens))
         assert asking.result(DEADLINE_S) == ANSWER
     until(lambda: set(known(router)) == {"p3", "d3"}, "both have left")
+
+
+def wrong_with(http: httpx.Client) -> str | None:
+    answer = http.post("/v1/completions", json=BODY)
+    right = answer.status_code == 200 and answer.json()["choices"][0]["token_ids"] == ANSWER
+    return None if right else answer.text
 
 
 def ask(router: Router, prompt: str | list[int] = "a") -> list[int]:
