@@ -12,6 +12,7 @@ import typer
 
 from deploy.commands import (
     bench_engine,
+    bench_layouts,
     bench_pd,
     bench_serve,
     keys,
@@ -26,7 +27,7 @@ from deploy.commands import (
     worker,
 )
 from deploy.errors import UserError
-from deploy.load_options import BenchPdSettings, BenchServeSettings
+from deploy.load_options import BenchLayoutsSettings, BenchPdSettings, BenchServeSettings
 from deploy.options import (
     BenchEngineSettings,
     KeysSettings,
@@ -67,6 +68,7 @@ bench = typer.Typer(help="Measure this machine, and what is served.", no_args_is
 register(bench, "engine", BenchEngineSettings, bench_engine.run)
 register(bench, "serve", BenchServeSettings, bench_serve.run)
 register(bench, "pd", BenchPdSettings, bench_pd.run)
+register(bench, "layouts", BenchLayoutsSettings, bench_layouts.run)
 app.add_typer(bench, name="bench")
 
 _USAGE_EXCEPTION = typer.BadParameter.__mro__[2]

@@ -199,9 +199,14 @@ def _worker(
     arguments += ["--mem-fraction", _number(resolve_mem_fraction(settings.mem_fraction, device))]
     if settings.device_memory is not None:
         arguments += ["--device-memory", str(settings.device_memory)]
-    arguments += ["--max-model-len", str(settings.max_model_len), "--page-size", str(settings.page_size)]
-    arguments += ["--max-batch", str(settings.max_batch), "--tp", str(slot.tp)]
-    arguments += ["--max-chunk-tokens", str(settings.max_chunk_tokens)]
+    arguments += ["--max-model-len", str(settings.max_model_len), "--tp", str(slot.tp)]
+    for flag, value in (
+        ("--page-size", settings.page_size),
+        ("--max-batch", settings.max_batch),
+        ("--max-chunk-tokens", settings.max_chunk_tokens),
+    ):
+        if value is not None:
+            arguments += [flag, str(value)]
     arguments += ["--tail-chunk-tokens", str(settings.tail_chunk_tokens), *_staging(settings, device)]
     arguments += [_switch("prefix-cache", settings.prefix_cache)]
     arguments += ["--drain-timeout", _number(drain_of(Kind.WORKER, settings.drain_timeout))]

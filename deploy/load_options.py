@@ -1,6 +1,7 @@
 """The settings of the commands that put a load on a running system, or on one that they launch."""
 
 import itertools
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from deploy.settings import setting
 from deploy.values import choice, flag, integer, number, parse_api_key, path, seconds, text
 
 _MOST_RATES = 32
+_MOST_WORKERS = 32
 _duration = seconds(0.1, 86400)
 _deadline = seconds(1, 86400)
 _positive_ms = number(0.001, 1e9)
@@ -24,6 +26,36 @@ def parse_rates(given: str) -> tuple[float, ...]:
     if len(rates) > _MOST_RATES:
         raise ValueError(f"{len(rates)} rates; at most {_MOST_RATES} are allowed")
     return rates
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How many workers of each role: pairs of prefill and decode, or unified ones."""
+
+    prefill: int = 0
+    decode: int = 0
+    unified: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.unified} unified" if self.unified else f"{self.prefill}P{self.decode}D"
+
+
+def parse_layouts(given: str) -> tuple[Layout, ...]:
+    """`1P1D,2P1D,2U`: different ones. Raises ValueError."""
+    found: list[Layout] = []
+    for part in given.split(","):
+        match = re.fullmatch(r"(\d{1,2})P(\d{1,2})D|(\d{1,2})U", part.strip(), re.IGNORECASE | re.ASCII)
+        counts = [int(count) for count in match.groups() if count is not None] if match else []
+        if not counts or not all(1 <= count <= _MOST_WORKERS for count in counts):
+            raise ValueError(
+                f"{part!r} is not a layout like 2P1D or 3U, of 1 to {_MOST_WORKERS} workers a role"
+            )
+        layout = Layout(*counts) if len(counts) == 2 else Layout(unified=counts[0])
+        if layout in found:
+            raise ValueError(f"{part!r} is there twice")
+        found.append(layout)
+    return tuple(found)
 
 
 def parse_token_ids(given: str) -> tuple[int, int]:
@@ -84,12 +116,29 @@ class BenchServeSettings(LoadSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchPdSettings(LoadSettings, StagingSettings, MoverSettings, EngineSettings):
+class LaunchedSettings(LoadSettings, StagingSettings, MoverSettings, EngineSettings):
+    """Of systems that are launched to be measured."""
+
+    prefix_cache: bool = setting(True, flag, "Reuse the KV of common prefixes.", switch=True)
+    log: Path | None = setting(None, path, "File for what the systems print.")
+    start_timeout: float = setting(600.0, _deadline, "Seconds that a system may take to be ready.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchPdSettings(LaunchedSettings):
     """Compare prefill and decode workers with as many unified ones, under the same load: which to take?"""
 
-    prefill: int = setting(1, integer(1, 32), "Prefill workers.")
-    decode: int = setting(1, integer(1, 32), "Decode workers.")
-    prefix_cache: bool = setting(True, flag, "Reuse the KV of common prefixes.", switch=True)
+    prefill: int = setting(1, integer(1, _MOST_WORKERS), "Prefill workers.")
+    decode: int = setting(1, integer(1, _MOST_WORKERS), "Decode workers.")
     margin: float = setting(0.05, number(0, 1), "Differences up to this share count as none.")
-    log: Path | None = setting(None, path, "File for what both systems print.")
-    start_timeout: float = setting(600.0, _deadline, "Seconds that a system may take to be ready.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchLayoutsSettings(LaunchedSettings):
+    """Compare layouts of prefill, decode and unified workers under the same load: how many of which?"""
+
+    layouts: tuple[Layout, ...] = setting(
+        (Layout(1, 1), Layout(2, 1), Layout(1, 2), Layout(2, 2)),
+        parse_layouts,
+        "Like 1P1D,2P1D,4U: prefill and decode workers, or unified ones.",
+    )

@@ -59,15 +59,19 @@ class EngineSettings:
     max_model_len: int = setting(
         0, integer(0, 1 << 24), "Longest sequence in tokens; 0 takes the model's own limit."
     )
-    page_size: int = setting(16, power_of_two(1, 1024), "Tokens in one KV page.")
-    max_batch: int = setting(64, integer(1, 4096), "Sequences in one decode step.")
-    max_chunk_tokens: int = setting(512, integer(16, 1 << 17), "Tokens in one forward pass.")
+    page_size: int | None = setting(
+        None, power_of_two(1, 1024), "Tokens in one KV page. (default: 64 on cuda, 16 on cpu)"
+    )
+    max_batch: int | None = setting(
+        None, integer(1, 4096), "Sequences in one decode step. (default: 256 on cuda, 64 on cpu)"
+    )
+    max_chunk_tokens: int | None = setting(
+        None, integer(16, 1 << 17), "Tokens in one forward pass. (default: 2048 on cuda, 512 on cpu)"
+    )
     tail_chunk_tokens: int = setting(
         512, integer(0, 1 << 17), "A long prompt's last chunk on a prefill worker; 0 leaves it as it comes."
     )
-    tp: int = setting(
-        1, integer(1, 64), "Ranks of one worker, each with a device.", "--tensor-parallel-size"
-    )
+    tp: int = setting(1, integer(1, 64), "Ranks of one worker, each with a device.", "--tensor-parallel-size")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,11 +19,24 @@ from services.messages import Role
 from services.precision import PrecisionError, check_flags
 
 CPU_DEVICE_BYTES = 2 << 30
-CPU_MEM_FRACTION = 0.6
-"""An interpreter with torch is a large part of a small device; on a GPU the rest is small change."""
-CUDA_MEM_FRACTION = 0.85
-CPU_SLOT_BYTES = 1 << 20
-CUDA_SLOT_BYTES = 8 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """What a setting that was not given is on one kind of device."""
+
+    mem_fraction: float
+    staging_slot_bytes: int
+    page_size: int
+    max_batch: int
+    max_chunk_tokens: int
+
+
+DEFAULTS: dict[Device, Defaults] = {
+    # An interpreter with torch is a large part of a small device; on a GPU the rest is small change.
+    "cpu": Defaults(0.6, 1 << 20, page_size=16, max_batch=64, max_chunk_tokens=512),
+    "cuda": Defaults(0.85, 8 << 20, page_size=64, max_batch=256, max_chunk_tokens=2048),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +59,11 @@ def resolve_dtype(dtype: str, device: Device) -> Dtype:
 
 
 def resolve_mem_fraction(mem_fraction: float | None, device: Device) -> float:
-    if mem_fraction is not None:
-        return mem_fraction
-    return CUDA_MEM_FRACTION if device == "cuda" else CPU_MEM_FRACTION
+    return DEFAULTS[device].mem_fraction if mem_fraction is None else mem_fraction
 
 
 def resolve_slot_bytes(slot_bytes: int | None, device: Device) -> int:
-    if slot_bytes is not None:
-        return slot_bytes
-    return CUDA_SLOT_BYTES if device == "cuda" else CPU_SLOT_BYTES
+    return DEFAULTS[device].staging_slot_bytes if slot_bytes is None else slot_bytes
 
 
 def check_model_dir(model_dir: Path) -> None:
@@ -131,6 +140,7 @@ def worker_config(
 ) -> WorkerConfig:
     """Every "auto" replaced by what it means here. Raises UserError for options that cannot be combined."""
     device = resolve_device(settings.device)
+    defaults = DEFAULTS[device]
     config = WorkerConfig(
         name=name,
         role=role,
@@ -147,9 +157,9 @@ def worker_config(
         mem_fraction=resolve_mem_fraction(settings.mem_fraction, device),
         device_memory_bytes=settings.device_memory or (CPU_DEVICE_BYTES if device == "cpu" else None),
         max_model_len=settings.max_model_len,
-        page_size_tokens=settings.page_size,
-        max_batch=settings.max_batch,
-        max_chunk_tokens=settings.max_chunk_tokens,
+        page_size_tokens=settings.page_size or defaults.page_size,
+        max_batch=settings.max_batch or defaults.max_batch,
+        max_chunk_tokens=settings.max_chunk_tokens or defaults.max_chunk_tokens,
         tail_chunk_tokens=settings.tail_chunk_tokens,
         max_queue=max_queue,
         prefix_cache=prefix_cache,

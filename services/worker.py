@@ -128,6 +128,7 @@ class Worker:
         )
         self._routers: dict[bytes, float] = {}
         self._told_address = self._address()
+        self._started_s, self._busy_s = time.monotonic(), 0.0
         self._prompt_rate, self._output_rate = Rate(), Rate()
         self._draining_until_s: float | None = None
         self._next_status_s = 0.0
@@ -148,8 +149,11 @@ class Worker:
 
     def turn(self) -> bool:
         """Takes in whatever is there, does one step, sends what came of it. False: there was no step."""
+        begun_s = time.monotonic()
         self._take_in()
         busy = self.role.step()
+        if busy:
+            self._busy_s += time.monotonic() - begun_s
         self._once_a_second()
         self._send_out()
         return busy
@@ -289,6 +293,8 @@ class Worker:
             counts = total_counts(stats)
             slots = Slots(transfer.slots, counts.free, counts.granted, counts.filled, counts.quarantined)
         counters: dict[str, float] = dict(self.parts.counters)
+        counters["busy_seconds"] = self._busy_s
+        counters["uptime_seconds"] = time.monotonic() - self._started_s
         counters["prefix_cache_queries"] = pool.prefix_queries_tokens
         counters["prefix_cache_hits"] = pool.prefix_hits_tokens
         counters["preemptions"] = self.role.preemptions()

@@ -1,5 +1,6 @@
 """Latency and goodput against the rate, one line for each system, as a PNG."""
 
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,9 @@ from deploy.load.statistics import Limits, RateFigures, System
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLOURS = ("#0b6e99", "#d9730d", "#0f7b6c", "#ad1a72")
+COLOURS = (
+    "#0b6e99", "#d9730d", "#0f7b6c", "#ad1a72", "#6940a5", "#9f6b53", "#5e7a00", "#37352f",
+)  # fmt: skip
 INCHES = (11.0, 7.5)
 
 
@@ -40,7 +43,7 @@ def draw(path: Path, title: str, systems: list[System], limits: Limits) -> None:
 
 
 def _latency(axes: "Axes", systems: list[System], name: str, text: str, limit: float | None) -> None:
-    for system, colour in zip(systems, COLOURS, strict=False):
+    for system, colour in zip(systems, itertools.cycle(COLOURS), strict=False):
         for quantile, style in (("p50", "-"), ("p99", "--")):
             points = [
                 (one.rate, spread) for one in system.rates if (spread := getattr(one, name)) is not None
@@ -60,7 +63,7 @@ def _goodput(axes: "Axes", systems: list[System], limits: Limits) -> None:
     def value(one: RateFigures, gpus: int) -> float:
         return one.goodput_per_gpu if limits.given else one.output_tokens_per_s / gpus
 
-    for system, colour in zip(systems, COLOURS, strict=False):
+    for system, colour in zip(systems, itertools.cycle(COLOURS), strict=False):
         rates = [one.rate for one in system.rates]
         values = [value(one, system.gpus) for one in system.rates]
         axes.plot(rates, values, color=colour, marker="o", markersize=4, label=system.name)

@@ -3,6 +3,9 @@
 import asyncio
 from collections.abc import Callable
 
+import msgspec
+
+from deploy.load.busy import busy_shares, worker_times
 from deploy.load.drive import drive
 from deploy.load.plan import Ask
 from deploy.load.rates import Rates, limits_of
@@ -21,7 +24,10 @@ async def measure(
     found: list[RateFigures] = []
     for index in range(len(rates.rates)):
         load = await asyncio.to_thread(rates.load, index, ask, model.max_model_len)
+        before = await asyncio.to_thread(worker_times, target)
         driven = await drive(target, load, settings.timeout)
-        found.append(figures_of(driven.outcomes, load, rates.rates[index], limits, gpus, driven.cpu_share))
+        busy = busy_shares(before, await asyncio.to_thread(worker_times, target))
+        figures = figures_of(driven.outcomes, load, rates.rates[index], limits, gpus, driven.cpu_share)
+        found.append(msgspec.structs.replace(figures, busy=busy))
         show(found[-1])
     return found

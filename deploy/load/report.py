@@ -2,6 +2,7 @@
 
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,25 @@ def row_lines(one: RateFigures, limits: Limits) -> str:
     e2e_s = "-" if one.e2e_ms is None else f"{one.e2e_ms.p50 / 1e3:.2f}"
     line += f"  {e2e_s:>6} {one.output_tokens_per_s:>7.0f}"
     line += f" {one.good / one.requests:>5.0%} {one.goodput_per_gpu:>11.3g}" if limits.given else ""
-    return "\n    ".join([line, *warnings(one)])
+    busy = (
+        [f"busy: {', '.join(f'{role} {share:.0%}' for role, share in one.busy.items())}"] if one.busy else []
+    )
+    return "\n    ".join([line, *busy, *warnings(one)])
+
+
+def best_lines(systems: Sequence[System], limits: Limits) -> str:
+    """Each system at its best rate: by good requests with limits, by output tokens without."""
+    lines = []
+    for system in systems:
+        if limits.given:
+            best = max(system.rates, key=lambda one: one.goodput)
+            what = f"{best.goodput_per_gpu:.3g} good requests/s per {system.unit}"
+        else:
+            best = max(system.rates, key=lambda one: one.output_tokens_per_s)
+            what = f"{best.output_tokens_per_s / system.gpus:.0f} output tokens/s per {system.unit}"
+        busy = "".join(f", {role} workers busy {share:.0%}" for role, share in best.busy.items())
+        lines.append(f"{system.name:>10}: at best {what}, at {best.rate:g} req/s{busy}")
+    return "\n".join(lines)
 
 
 def warnings(one: RateFigures) -> list[str]:

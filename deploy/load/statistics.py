@@ -71,6 +71,8 @@ class RateFigures(Struct, frozen=True):
     goodput: float
     goodput_per_gpu: float
     client: Client
+    busy: dict[str, float] = {}
+    """For each role of worker, the share of the run in which it had a step to do; empty if unknown."""
 
 
 class System(Struct, frozen=True):

@@ -25,8 +25,11 @@ class _Models(Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where completions are asked for. `head` is a request's, up to the value of its content-length."""
+    """Where completions are asked for. `head` is a request's, up to the value of its content-length; the
+    paths of the API begin after `base`."""
 
+    base: str
+    api_key: str | None
     host: str
     port: int
     tls: bool
@@ -53,12 +56,13 @@ def target_of(url: str, api_key: str | None) -> Target:
     if parts.query or parts.fragment or parts.username:
         raise LoadError(f"{url!r} must be a base address, like http://127.0.0.1:8000")
     tls = parts.scheme == "https"
+    base = url.rstrip("/").removesuffix("/v1")
     path = parts.path.rstrip("/").removesuffix("/v1") + "/v1/completions"
     lines = [f"POST {path} HTTP/1.1", f"host: {parts.netloc}", "content-type: application/json"]
     if api_key is not None:
         lines.append(f"authorization: Bearer {api_key}")
     head = "\r\n".join([*lines, "content-length: "]).encode()
-    return Target(parts.hostname, port or (443 if tls else 80), tls, head)
+    return Target(base, api_key, parts.hostname, port or (443 if tls else 80), tls, head)
 
 
 def served_model(url: str, api_key: str | None, wanted: str | None) -> ServedModel:

@@ -198,7 +198,7 @@ def test_nothing_heavy_for_nothing() -> None:
 
 def test_help_of_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     commands = ("serve", "plan", "memory", "router", "worker", "transfer", "keys", "version")
-    commands += ("bench engine", "bench serve", "bench pd")
+    commands += ("bench engine", "bench serve", "bench pd", "bench layouts")
     for command in commands:
         assert run([*command.split(), "--help"]) == 0
         text = capsys.readouterr().out

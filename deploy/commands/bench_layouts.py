@@ -1,0 +1,18 @@
+"""`baton bench layouts MODEL_DIR`: how many workers of which role, under one load."""
+
+from deploy.load_options import BenchLayoutsSettings
+
+
+def run(settings: BenchLayoutsSettings) -> None:
+    from deploy.load.chart import draw
+    from deploy.load.layouts import measured
+    from deploy.load.rates import limits_of
+    from deploy.load.report import best_lines, result, write_json
+
+    systems = measured(settings, settings.layouts)
+    limits, model_name = limits_of(settings), settings.model_dir.resolve().name
+    print(f"\n{best_lines(systems, limits)}")
+    if settings.out is not None:
+        write_json(settings.out, result(settings, model_name, limits, systems))
+    if settings.chart is not None:
+        draw(settings.chart, f"{model_name}: layouts", systems, limits)
