@@ -34,10 +34,10 @@ class Plan:
     cut_after: int | None = None
 
 
-def make_plans(seed: int, max_tokens: list[int]) -> list[Plan]:
+def make_plans(seed: int, max_tokens: list[int], requests: int = REQUESTS) -> list[Plan]:
     random_ = random.Random(seed)
     plans: list[Plan] = []
-    for index in range(REQUESTS):
+    for index in range(requests):
         length = random_.choice([1, 2, 15, 16, 17, random_.randint(3, 200), random_.randint(200, 1500)])
         body: dict[str, Any] = {
             "model": "tiny",
