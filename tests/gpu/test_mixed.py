@@ -24,7 +24,7 @@ AT_ONCE = 64
 LENGTHS = (1, 63, 64, 65, 200, 700, 1500)
 NEW_TOKENS = 12
 BFLOAT16_LOGPROB = 0.06
-"""Of one token's log probability: a chunk that ends elsewhere sums in another order, and bfloat16 has 8 bits."""
+"""Of one token's log probability: chunks that end elsewhere sum in another order, and bfloat16 has 8 bits."""
 
 
 def require(mover: str) -> None:
@@ -53,7 +53,7 @@ def test_a_thousand_mixed_requests_leave_nothing(mover: str, tmp_path: Path) -> 
 
 
 def answers(model_dir: Path, log_dir: Path, *flags: str) -> list[list[dict[str, Any]]]:
-    """For each prompt, one request at a time: the drawn tokens with their log probabilities and the next best."""
+    """For each prompt, one request at a time: the drawn tokens, their log probabilities and the best two."""
     log_dir.mkdir()
     found = []
     with Cluster(model_dir, log_dir, *FLAGS, *flags, device="cuda") as cluster:
