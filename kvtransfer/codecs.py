@@ -1,10 +1,25 @@
 """The codecs of this package's two boundaries, with the largest frame each accepts."""
 
 from kvtransfer.codec import Codec
+from kvtransfer.errors import ProtocolError
 from kvtransfer.messages import Command, Event
-from kvtransfer.peer_messages import PeerMessage
+from kvtransfer.peer_messages import Connection, PeerMessage
+
+
+class PeerCodec(Codec[PeerMessage]):
+    """Sealed, since a grant with another number in it is leave to write where something else lies."""
+
+    def __init__(self) -> None:
+        super().__init__(PeerMessage, 8 << 20, sealed=True)
+
+    def decode(self, frame: bytes | memoryview) -> list[PeerMessage]:
+        """As `Codec`. Raises ProtocolError too unless the first message, and no other, is `Connection`."""
+        said = super().decode(frame)
+        if [at for at, message in enumerate(said) if isinstance(message, Connection)] != [0]:
+            raise ProtocolError("a frame does not begin with its connection")
+        return said
+
 
 WORKER_COMMANDS: Codec[Command] = Codec(Command, 64 << 20)
 WORKER_EVENTS: Codec[Event] = Codec(Event, 64 << 20)
-PEER_MESSAGES: Codec[PeerMessage] = Codec(PeerMessage, 8 << 20, sealed=True)
-"""Sealed, since a grant with another number in it is leave to write where something else lies."""
+PEER_MESSAGES = PeerCodec()

@@ -2,7 +2,8 @@
 
     UNKNOWN connection → PeerHello fits → GREETED → silent, unreachable or replaced → forgotten
 
-A peer's region stays known to the mover until no write to it is in flight.
+What comes from another connection than the one that its peer greeted on is dropped. A peer's region stays
+known to the mover until no write to it is in flight.
 """
 
 import logging
@@ -10,16 +11,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvtransfer.channel import Server
-from kvtransfer.errors import MoverError
+from kvtransfer.errors import MoverError, ProtocolError
 from kvtransfer.handshake import mismatch
 from kvtransfer.machine import TransferMachine
 from kvtransfer.movers.base import Mover, Region, two_sided
 from kvtransfer.outbox import Destination
-from kvtransfer.peer_messages import MoverNote, PeerHello, PeerMessage, PeerPing, PeerRefused
+from kvtransfer.peer_messages import Connection, MoverNote, PeerHello, PeerMessage, PeerPing, PeerRefused
 
 log = logging.getLogger(__name__)
 
-OTHER_LIFE = "this connection has spoken for another life"
+TWO_HELLOS = "this connection was greeted on in two ways"
 
 PeerServer = Server[PeerMessage, PeerMessage]
 
@@ -27,6 +28,7 @@ PeerServer = Server[PeerMessage, PeerMessage]
 @dataclass(slots=True)
 class _Peer:
     identity: bytes
+    connection: Connection
     hello: PeerHello
     heard_at_s: float
     said_at_s: float
@@ -69,15 +71,19 @@ class Destinations:
         return None if peer is None else peer.hello.slot_bytes
 
     def receive(self, now_s: float) -> None:
-        for identity, messages in self._server.receive():
+        for identity, (connection, *messages) in self._server.receive():
+            if not isinstance(connection, Connection):
+                raise ProtocolError("the codec lets no frame pass that does not begin with its connection")
             for message in messages:
                 peer = self._by_identity.get(identity)
                 if isinstance(message, PeerHello):
-                    self._greet(identity, message, now_s)
+                    self._greet(identity, connection, message, now_s)
                 elif peer is None:
                     self._machine.outbox.drops["peer_before_hello"] += 1
-                    self._server.send(identity, [PeerRefused("say hello first")])
+                    self._server.send(identity, [connection, PeerRefused("say hello first")])
                     break
+                elif peer.connection != connection:
+                    self._machine.outbox.drops["other_connection"] += 1
                 else:
                     peer.heard_at_s = now_s
                     if not isinstance(message, PeerPing):
@@ -88,7 +94,7 @@ class Destinations:
         peer = self._by_epoch.get(destination)
         if peer is None:
             self._machine.outbox.drops["to_lost_peer"] += len(messages)
-        elif self._server.send(peer.identity, messages):
+        elif self._server.send(peer.identity, [peer.connection, *messages]):
             peer.said_at_s = now_s
         else:
             self.lose(destination, "its connection is gone", now_s)
@@ -107,9 +113,7 @@ class Destinations:
         for agent, fault in [] if self._two_sided is None else self._two_sided.faults():
             destination = self._named(agent)
             if destination is not None:
-                refused = PeerRefused(f"mover: {fault}"[:1000])
-                self._server.send(self._by_epoch[destination].identity, [refused])
-                self.lose(destination, refused.reason, now_s)
+                self._dismiss(destination, f"mover: {fault}"[:1000], now_s)
         for destination, peer in list(self._by_epoch.items()):
             if now_s - peer.heard_at_s >= self._peer_timeout_s:
                 self.lose(destination, f"silent for {self._peer_timeout_s} s", now_s)
@@ -141,24 +145,28 @@ class Destinations:
         self._machine.sender.destination_lost(destination, f"destination lost: {reason}", now_s)
 
     def lose_all(self, reason: str, now_s: float) -> None:
-        for destination, peer in list(self._by_epoch.items()):
-            self._server.send(peer.identity, [PeerRefused(reason)])
-            self.lose(destination, reason, now_s)
+        for destination in list(self._by_epoch):
+            self._dismiss(destination, reason, now_s)
+
+    def _dismiss(self, destination: Destination, reason: str, now_s: float) -> None:
+        peer = self._by_epoch[destination]
+        self._server.send(peer.identity, [peer.connection, PeerRefused(reason)])
+        self.lose(destination, reason, now_s)
 
     def _named(self, agent: str) -> Destination | None:
         return next((d for d, peer in self._by_epoch.items() if peer.hello.agent_name == agent), None)
 
-    def _greet(self, identity: bytes, theirs: PeerHello, now_s: float) -> None:
+    def _greet(self, identity: bytes, connection: Connection, theirs: PeerHello, now_s: float) -> None:
         ours = self._hello(None)
         former = self._by_identity.get(identity)
-        if former is not None and former.hello.epoch != theirs.epoch:
-            # A connection is one process's, and that has one life: one of the two hellos is not its own, and
-            # nobody can say which. It greets again, on another connection.
-            self.lose(former.hello.epoch, OTHER_LIFE, now_s)
-            self._refuse(identity, theirs, OTHER_LIFE, [])
+        if former is not None and (former.connection, former.hello.epoch) != (connection, theirs.epoch):
+            # One of the two hellos was said elsewhere, and nobody can say which. Whoever is at the other end
+            # is told so on both accounts, and greets again on another connection.
+            self._dismiss(former.hello.epoch, TWO_HELLOS, now_s)
+            self._refuse(identity, connection, theirs, TWO_HELLOS, [])
             return
         if ours is None:
-            self._refuse(identity, theirs, "no worker is attached here", [])
+            self._refuse(identity, connection, theirs, "no worker is attached here", [])
             return
         reason = mismatch(ours, theirs)
         if theirs.expected_epoch != ours.epoch:
@@ -167,17 +175,17 @@ class Destinations:
             reason = self._introduce(theirs)
         if reason is not None:
             # Our hello goes first: from it the other side learns that the life it meant is over.
-            self._refuse(identity, theirs, reason, [ours])
+            self._refuse(identity, connection, theirs, reason, [ours])
             return
         former = self._by_epoch.get(theirs.epoch)
         if former is not None and former.identity != identity:
             self.lose(theirs.epoch, "connected anew", now_s)
         self._leaving.pop(theirs.epoch, None)
-        peer = _Peer(identity, theirs, now_s, now_s)
+        peer = _Peer(identity, connection, theirs, now_s, now_s)
         self._by_identity[identity] = peer
         self._by_epoch[theirs.epoch] = peer
         log.info("peer %s connected, epoch %d", theirs.agent_name, theirs.epoch)
-        self._server.send(identity, [ours])
+        self._server.send(identity, [connection, ours])
 
     def _introduce(self, theirs: PeerHello) -> str | None:
         # Host and device memory are different movers to the handshake, so theirs is of our kind.
@@ -189,7 +197,14 @@ class Destinations:
             return f"mover: {error}"[:1000]
         return None
 
-    def _refuse(self, identity: bytes, theirs: PeerHello, reason: str, first: list[PeerMessage]) -> None:
+    def _refuse(
+        self,
+        identity: bytes,
+        connection: Connection,
+        theirs: PeerHello,
+        reason: str,
+        first: list[PeerMessage],
+    ) -> None:
         log.warning("peer %s refused: %s", theirs.agent_name, reason)
         self._machine.outbox.drops["peer_refused"] += 1
-        self._server.send(identity, [*first, PeerRefused(reason)])
+        self._server.send(identity, [connection, *first, PeerRefused(reason)])

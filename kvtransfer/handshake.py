@@ -3,7 +3,7 @@
 from kvtransfer.layout import head_range, shared_heads
 from kvtransfer.peer_messages import PeerHello
 
-PEER_VERSION = "baton-kv/1"
+PEER_VERSION = "baton-kv/2"
 
 
 def mismatch(ours: PeerHello, theirs: PeerHello) -> str | None:

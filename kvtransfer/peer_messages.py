@@ -1,8 +1,9 @@
 """What two transfer processes say to each other. Data never travels here: the mover writes it.
 
 The receiving side connects to the sending side (it alone knows that it has pages), so grants flow along
-the connection and reports of writes flow back. The first message each way is `PeerHello`; until both have
-agreed on version, geometry and slot size, everything else is dropped and counted.
+the connection and reports of writes flow back. Every frame begins with its `Connection`. The first message
+each way is `PeerHello`; until both have agreed on version, geometry and slot size, everything else is dropped
+and counted.
 """
 
 from typing import Annotated
@@ -21,6 +22,16 @@ from kvtransfer.messages import (
     TokenIndex,
     TransferId,
 )
+
+
+class Connection(Struct, frozen=True, tag="connection", forbid_unknown_fields=True):
+    """What follows in this frame was said on the connection of this number, drawn by whoever connected.
+
+    A frame that is heard again, on another connection or in another life of either side, is known by it. Its
+    transfer ids, slots and generations alone might name something that is there now.
+    """
+
+    number: Epoch
 
 
 class PeerHello(Struct, frozen=True, tag="hello", forbid_unknown_fields=True):
@@ -117,7 +128,8 @@ class MoverNote(Struct, frozen=True, tag="mover", forbid_unknown_fields=True):
 
 
 PeerMessage = (
-    PeerHello
+    Connection
+    | PeerHello
     | PeerRefused
     | PeerPing
     | Offer

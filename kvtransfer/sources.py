@@ -5,10 +5,12 @@
 
 A lost source is asked again for as long as slots are in quarantine on its account: one that was only
 stopped will then say `Closed`; one that was restarted answers in another life, and a dead one's endpoint
-refuses connections. In the last two cases what was on the way gets a moment to land.
+refuses connections. In the last two cases what was on the way gets a moment to land. Each connection has a
+number of its own, and what is heard on it under another was said before.
 """
 
 import logging
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
@@ -20,7 +22,7 @@ from kvtransfer.held import HeldMessages
 from kvtransfer.machine import TransferMachine
 from kvtransfer.messages import TransferAddress
 from kvtransfer.movers.base import TwoSidedMover
-from kvtransfer.peer_messages import MoverNote, PeerHello, PeerMessage, PeerPing, PeerRefused
+from kvtransfer.peer_messages import Connection, MoverNote, PeerHello, PeerMessage, PeerPing, PeerRefused
 from kvtransfer.probe import LifeProbe
 
 log = logging.getLogger(__name__)
@@ -40,6 +42,7 @@ class SourceState(Enum):
 class _Source:
     address: TransferAddress
     link: PeerLink
+    connection: Connection
     probe: LifeProbe
     state: SourceState
     since_s: float
@@ -89,17 +92,31 @@ class Sources:
             self._machine.receiver.source_gone(address, f"source unreachable: {error}"[:1000], now_s)
             return
         source = _Source(
-            address, link, LifeProbe(address.endpoint), SourceState.GREETING, now_s, now_s, now_s, now_s
+            address,
+            link,
+            _new_connection(),
+            LifeProbe(address.endpoint),
+            SourceState.GREETING,
+            now_s,
+            now_s,
+            now_s,
+            now_s,
         )
         self._sources[address] = source
         self._greet(source, now_s)
 
     def receive(self, now_s: float) -> None:
         for source in list(self._sources.values()):
-            link = source.link
+            link, ours = source.link, False
             for message in link.receive():
                 if source.link is not link or self._sources.get(source.address) is not source:
                     break  # What is left was said on a connection that an earlier message has ended.
+                if isinstance(message, Connection):
+                    ours = message == source.connection
+                    self._machine.outbox.drops["other_connection"] += not ours
+                    continue
+                if not ours:
+                    continue
                 source.heard_at_s = now_s
                 if isinstance(message, PeerHello):
                     self._on_hello(source, message, now_s)
@@ -117,7 +134,7 @@ class Sources:
         source = self._sources.get(address)
         if source is None or source.state is not SourceState.READY:
             self._machine.outbox.drops["to_lost_peer"] += len(messages)
-        elif source.link.send(messages):
+        elif source.link.send([source.connection, *messages]):
             source.said_at_s = now_s
         else:
             self._lose(source, "its queue is full", now_s)
@@ -141,7 +158,7 @@ class Sources:
             elif now_s - source.said_at_s >= self._heartbeat_s:
                 source.said_at_s = now_s
                 if source.state is SourceState.READY:
-                    source.link.send([PeerPing(self._epoch)])
+                    source.link.send([source.connection, PeerPing(self._epoch)])
 
     def next_deadline_s(self) -> float | None:
         return min(
@@ -179,7 +196,7 @@ class Sources:
         if hello is None:
             self._machine.receiver.source_lost(source.address, "no worker is attached here", now_s)
             return
-        source.link.send([hello])
+        source.link.send([source.connection, hello])
 
     def _on_hello(self, source: _Source, theirs: PeerHello, now_s: float) -> None:
         if source.state is not SourceState.GREETING:
@@ -210,7 +227,7 @@ class Sources:
             return
         self._unwatch(source.link)
         source.link.close()
-        source.link = self._new_link(source.address)
+        source.link, source.connection = self._new_link(source.address), _new_connection()
         source.state, source.since_s, source.said_at_s = SourceState.GREETING, now_s, now_s
         self._greet(source, now_s)
 
@@ -267,3 +284,7 @@ class Sources:
         self._unwatch(source.link)
         source.link.close()
         source.probe.close()
+
+
+def _new_connection() -> Connection:
+    return Connection(secrets.randbelow(2**63 - 1) + 1)

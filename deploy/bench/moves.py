@@ -119,7 +119,7 @@ class DeviceMoves(TablesOnly):
 
     def __init__(self, pool: KvPool, tables: RunTables, slots: int, slot_bytes: int) -> None:
         super().__init__(tables, slots, slot_bytes)
-        self._moves = Moves(pool)
+        self._moves = Moves(pool, slots)
         memory = torch.zeros(slots * slot_bytes, dtype=torch.uint8, device=pool.data.device)
         self._buffer = SlotBuffer(memory, slot_bytes)
 

@@ -164,7 +164,7 @@ class Engine:
         widest = windows.index(None) if None in windows else 0
         layers = min(self.model.layers, max(2, widest + 1))
 
-        moves, slot = Moves(scratch), torch.empty(self.page_bytes, dtype=torch.uint8, device=self.device)
+        moves, slot = Moves(scratch, 1), torch.empty(self.page_bytes, dtype=torch.uint8, device=self.device)
         buffer, run = SlotBuffer(slot, self.page_bytes), SlotRun([0], 0, 1, 0, range(self.layout.kv_heads))
 
         def work() -> None:
@@ -179,7 +179,7 @@ class Engine:
         """Allocate the KV pool, zeroed; returns its bytes."""
         self._move(EngineState.SERVING)
         self._pool = KvPool(self.layout, pages, self.kv_dtype, self.device, self._kv_scales)
-        self._moves = Moves(self._pool)
+        self._moves = Moves(self._pool, self.config.staging_slots)
         return self._pool.byte_count
 
     @torch.inference_mode()

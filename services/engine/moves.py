@@ -74,10 +74,10 @@ class Move:
 
 class Moves:
     """The moves of one pool, whose steps run on what is the current stream here and whenever `mark` and
-    `hold_steps` are called."""
+    `hold_steps` are called. `slots`: of the staging buffer; a move that is not done has one at least."""
 
-    def __init__(self, pool: KvPool) -> None:
-        self._segments = Segments(pool)
+    def __init__(self, pool: KvPool, slots: int) -> None:
+        self._segments = Segments(pool, slots)
         device = pool.data.device
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":

@@ -41,12 +41,12 @@ class SlotBuffer:
 
 
 class Segments:
-    """Packs and unpacks of one pool, queued on one stream."""
+    """Packs and unpacks of one pool, queued on one stream, at most `launches` at a time."""
 
-    def __init__(self, pool: KvPool) -> None:
+    def __init__(self, pool: KvPool, launches: int) -> None:
         self._pool = pool
         self._tables = RunTables(pool.layout, pool.pages, pool.data.element_size())
-        self.ring = TableRing(pool.data.device)
+        self.ring = TableRing(pool.data.device, launches)
 
     def pack(
         self, runs: Sequence[SlotRun], buffer: SlotBuffer, with_checksums: bool

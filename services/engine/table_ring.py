@@ -3,6 +3,9 @@
 Every table that may still be read has memory of its own, on both sides. Used memory comes round again once
 the launch that read it is done; while the oldest is not, there is more of it. Launches end in the order in
 which they were queued, so the oldest tells for all.
+
+All memory that will do is taken at the start: to ask for pinned memory makes the driver wait for whatever the
+device has queued, and a prefill step has some 50 ms.
 """
 
 from array import array
@@ -16,8 +19,6 @@ from torch import Tensor
 
 FIRST_WORDS = 1024
 """4 KiB: what some hundred runs of a page or two take."""
-FIRST_TABLES = 8
-"""So many launches may be in flight before pinned memory is asked for, which takes the driver a while."""
 
 
 @dataclass(slots=True, eq=False)
@@ -31,14 +32,15 @@ class _Entry:
 
 
 class TableRing:
-    """Tables of one device and one stream, which is the current one whenever `send` is called."""
+    """Tables of one device and one stream, which is the current one whenever `send` is called. `tables`: the
+    most that are usually in flight; there may be more, and longer ones than `FIRST_WORDS`."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, tables: int) -> None:
         self._device = device
         self._entries: deque[_Entry] = deque()
         """The one that was used the longest ago first."""
         if device.type == "cuda":
-            self._entries.extend(self._new(FIRST_WORDS) for _ in range(FIRST_TABLES))
+            self._entries.extend(self._new(tables, FIRST_WORDS))
         self._sent: _Entry | None = None
 
     def __len__(self) -> int:
@@ -68,8 +70,9 @@ class TableRing:
                 entry = self._entries.popleft()
                 if len(entry.words) >= count:
                     return entry  # else a larger one takes its place
-        return self._new(max(FIRST_WORDS, 1 << (count - 1).bit_length()))
+        return self._new(1, max(FIRST_WORDS, 1 << (count - 1).bit_length()))[0]
 
-    def _new(self, size: int) -> _Entry:
-        host = torch.empty(size, dtype=torch.int32, pin_memory=True)
-        return _Entry(host.numpy(), host, torch.empty(size, dtype=torch.int32, device=self._device))
+    def _new(self, tables: int, words: int) -> list[_Entry]:
+        hosts = torch.empty(tables, words, dtype=torch.int32, pin_memory=True)
+        devices = torch.empty(tables, words, dtype=torch.int32, device=self._device)
+        return [_Entry(host.numpy(), host, device) for host, device in zip(hosts, devices, strict=True)]

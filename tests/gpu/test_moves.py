@@ -14,7 +14,7 @@ from services.engine.moves import Move, Moves
 from services.engine.ops import kv_segment
 from services.engine.run_table import SlotRun
 from services.engine.segments import SlotBuffer
-from services.engine.table_ring import FIRST_TABLES, FIRST_WORDS, TableRing
+from services.engine.table_ring import FIRST_WORDS, TableRing
 from services.messages import Sampling
 from tests.checkpoints import make_checkpoint
 from tests.engine.harness import Sequence, prompt_of, run_ahead, start_engine
@@ -28,6 +28,7 @@ SLEEP_CYCLES = 200_000_000
 """About a tenth of a second: longer than anything that must not wait for it."""
 PAGES = list(range(10))
 TOKENS = 30
+FIRST_TABLES = 8
 SLOT_BYTES = 1 << 16
 
 
@@ -275,7 +276,7 @@ def test_tables_that_are_still_read_are_not_written_again(engine: Engine) -> Non
     find the former ones' memory."""
     pool = KvPool(engine.layout, 64, engine.kv_dtype, engine.device)
     pool.data[:] = torch.arange(64, device="cuda").view(64, 1, 1, 1, 1, 1).to(pool.data.dtype)
-    moves, heads = Moves(pool), range(engine.layout.kv_heads)
+    moves, heads = Moves(pool, 8), range(engine.layout.kv_heads)
     memories = [new_slot() for _ in range(40)]
     torch.cuda.synchronize()
     rings = []
@@ -297,7 +298,7 @@ def test_tables_that_are_still_read_are_not_written_again(engine: Engine) -> Non
 
 
 def test_a_table_longer_than_all_before_gets_memory_that_is_large_enough() -> None:
-    ring = TableRing(torch.device("cuda"))
+    ring = TableRing(torch.device("cuda"), FIRST_TABLES)
     sizes = []
     for count in (3, 3 * FIRST_WORDS, *[1] * FIRST_TABLES):
         words = array("i", range(count))

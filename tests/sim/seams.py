@@ -105,6 +105,7 @@ class Seams:
             (kvtransfer.process, "StagingDoor", partial(SimDoor, self.doors)),
             (kvtransfer.account, "psutil", SimpleNamespace(Process=lambda: process_info)),
             (kvtransfer.process, "secrets", SimpleNamespace(randbelow=self.world.rng.randrange)),
+            (kvtransfer.sources, "secrets", SimpleNamespace(randbelow=self.world.rng.randrange)),
             (kvtransfer.process, "time", clock),
             (kvtransfer.account, "os", SimpleNamespace(getpid=lambda: 1)),
             (kvtransfer.sources, "Link", self._link),

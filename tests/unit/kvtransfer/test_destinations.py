@@ -2,15 +2,17 @@
 
 from msgspec.structs import replace
 
-from kvtransfer.destinations import Destinations, PeerServer
+from kvtransfer.destinations import TWO_HELLOS, Destinations, PeerServer
 from kvtransfer.handshake import PEER_VERSION
 from kvtransfer.machine import TransferMachine
+from kvtransfer.messages import OpenSend, SendConfirmed, SlotUse
 from kvtransfer.movers.base import Region
 from kvtransfer.movers.loopback import LoopbackFabric, LoopbackMover
-from kvtransfer.peer_messages import PeerHello, PeerMessage, PeerRefused
+from kvtransfer.peer_messages import Closed, Connection, Grant, Offer, PeerHello, PeerMessage, PeerRefused
 from tests.unit.kvtransfer.cluster import GEOMETRY, SLOT_BYTES, limits
 
 OURS = PeerHello(PEER_VERSION, 50, None, "loopback/cpu", GEOMETRY, 2, SLOT_BYTES, "ours", b"ours", 0, 0)
+FIRST, SECOND = Connection(11), Connection(22)
 
 
 def theirs(epoch: int) -> PeerHello:
@@ -23,14 +25,14 @@ class Frames(PeerServer):
 
     def __init__(self) -> None:
         self.arrived: list[tuple[bytes, list[PeerMessage]]] = []
-        self.said: list[tuple[bytes, PeerMessage]] = []
+        self.said: list[tuple[bytes, list[PeerMessage]]] = []
 
     def receive(self) -> list[tuple[bytes, list[PeerMessage]]]:  # type: ignore[override]
         arrived, self.arrived = self.arrived, []
         return arrived
 
     def send(self, peer: bytes, messages: list[PeerMessage]) -> bool:
-        self.said += [(peer, message) for message in messages]
+        self.said.append((peer, messages))
         return True
 
 
@@ -46,21 +48,43 @@ def test_a_connection_speaks_for_one_life_only() -> None:
     """A hello that is heard again, from a life before, must not take the connection of the present one: what
     is written for it would then go into the memory of the dead."""
     destinations, frames = scene()
-    frames.arrived = [(b"a", [theirs(2)])]
+    frames.arrived = [(b"a", [FIRST, theirs(2)])]
     destinations.receive(0.0)
-    assert destinations.agent(2) == "theirs-2" and frames.said == [(b"a", OURS)]
-    frames.arrived = [(b"a", [theirs(1)])]
+    assert destinations.agent(2) == "theirs-2" and frames.said == [(b"a", [FIRST, OURS])]
+    frames.arrived = [(b"a", [SECOND, theirs(1)])]
     destinations.receive(1.0)
     assert len(destinations) == 0 and destinations.agent(1) is None
-    [(_, refused)] = frames.said[1:]
-    assert isinstance(refused, PeerRefused) and "another life" in refused.reason
-    frames.arrived = [(b"b", [theirs(2)])]
+    refused = PeerRefused(TWO_HELLOS)
+    assert frames.said[1:] == [(b"a", [FIRST, refused]), (b"a", [SECOND, refused])]
+    frames.arrived = [(b"b", [SECOND, theirs(2)])]
     destinations.receive(2.0)
     assert destinations.agent(2) == "theirs-2" and len(destinations) == 1
 
 
 def test_the_same_hello_again_changes_nothing() -> None:
     destinations, frames = scene()
-    frames.arrived = [(b"a", [theirs(2), theirs(2)])]
+    frames.arrived = [(b"a", [FIRST, theirs(2), theirs(2)])]
     destinations.receive(0.0)
-    assert len(destinations) == 1 and frames.said == [(b"a", OURS), (b"a", OURS)]
+    assert len(destinations) == 1 and frames.said == [(b"a", [FIRST, OURS])] * 2
+
+
+def test_what_was_said_on_another_connection_is_dropped() -> None:
+    """An offer and its grant that are heard again, when the life that made them has ended: the transfer may
+    be waiting for its next offer, and the slot be somebody else's in the same generation."""
+    destinations, frames = scene()
+    machine = destinations._machine
+    machine.on_command(OpenSend(7, 60.0), 0.0)
+    offer: list[PeerMessage] = [Offer(7, 0, 8), Grant(7, [SlotUse(0, 1)])]
+    frames.arrived = [(b"b", [SECOND, theirs(3)]), (b"b", [FIRST, *offer])]
+    destinations.receive(0.0)
+    assert not machine.outbox.to_worker and machine.outbox.drops["other_connection"] == 2
+    frames.arrived = [(b"b", [SECOND, *offer])]
+    destinations.receive(0.0)
+    assert [type(event) for event in machine.outbox.to_worker] == [SendConfirmed]
+
+
+def test_a_stranger_is_answered_on_its_own_connection() -> None:
+    destinations, frames = scene()
+    frames.arrived = [(b"a", [SECOND, Closed(1)])]
+    destinations.receive(0.0)
+    assert frames.said == [(b"a", [SECOND, PeerRefused("say hello first")])]

@@ -12,7 +12,7 @@ from kvtransfer.codecs import PEER_MESSAGES
 from kvtransfer.handshake import PEER_VERSION
 from kvtransfer.machine import TransferMachine
 from kvtransfer.messages import Aborted, OpenReceive, TransferAddress
-from kvtransfer.peer_messages import Cancel, Closed, PeerHello, PeerMessage, PeerPing, PeerRefused
+from kvtransfer.peer_messages import Cancel, Closed, Connection, PeerHello, PeerMessage, PeerPing, PeerRefused
 from kvtransfer.sources import SETTLE_S, Sources
 from tests.unit.kvtransfer.cluster import GEOMETRY, SLOT_BYTES, limits
 
@@ -46,13 +46,14 @@ class Scene:
         self.machine.on_command(OpenReceive(1, self.address, 0, 40, 1e6), 0.0)
         self.machine.outbox.connects.clear()
         self.sources.connect(self.address, 0.0)
-        self.peer = b""
+        self.peer, self.connection = b"", Connection(1)
 
     def hear(self) -> list[PeerMessage]:
         assert self.server.socket.poll(WAIT_MS)
         heard: list[PeerMessage] = []
-        for peer, messages in self.server.receive():
-            self.peer = peer
+        for peer, (connection, *messages) in self.server.receive():
+            assert isinstance(connection, Connection)
+            self.peer, self.connection = peer, connection
             heard.extend(messages)
         return heard
 
@@ -60,8 +61,8 @@ class Scene:
         self.say_at_once([message], now_s)
 
     def say_at_once(self, messages: list[PeerMessage], now_s: float) -> None:
-        """In one frame."""
-        assert self.server.send(self.peer, messages)
+        """In one frame, on the connection that was heard last."""
+        assert self.server.send(self.peer, [self.connection, *messages])
         assert self.sources._sources[self.address].link.socket.poll(WAIT_MS)
         self.sources.receive(now_s)
 
@@ -145,6 +146,25 @@ def test_a_refused_connection_proves_death(scene: Scene) -> None:
     assert "nobody listens" in scene.reasons[0]
     scene.sources.tick(2 * HEARTBEAT_S + SETTLE_S)
     assert scene.machine.pool.free == 8 and scene.sockets == []
+
+
+def test_what_was_said_on_another_connection_is_dropped(scene: Scene) -> None:
+    """A hello of a life before, heard again, must not prove the present one over: slots in quarantine would
+    be free while it may still write. A `Closed` that is heard again would free them likewise."""
+    scene.ready()
+    former = scene.connection
+    scene.sources.tick(TIMEOUT_S)
+    while not any(isinstance(message, PeerHello) for message in scene.hear()):
+        pass
+    renewed, scene.connection = scene.connection, former
+    assert renewed != former
+    scene.say(msgspec.structs.replace(THEIRS, epoch=49), 6.0)
+    scene.say_at_once([THEIRS, Closed(1)], 6.0)
+    assert len(scene.sources) == 0 and scene.machine.pool.counts().quarantined == 2
+    assert scene.machine.outbox.drops["other_connection"] == 2
+    scene.connection = renewed
+    scene.say_at_once([THEIRS, Closed(1)], 6.0)
+    assert len(scene.sources) == 1 and scene.machine.pool.free == 8
 
 
 def test_what_is_said_before_hello_is_dropped(scene: Scene) -> None:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from services.engine import table_ring
-from services.engine.table_ring import FIRST_TABLES, FIRST_WORDS, TableRing
+from services.engine.table_ring import FIRST_WORDS, TableRing
+
+FIRST_TABLES = 8
 
 
 class Launch:
@@ -21,12 +23,12 @@ class Launch:
 
 @pytest.fixture
 def ring(monkeypatch: pytest.MonkeyPatch) -> TableRing:
-    def plain(self: TableRing, size: int) -> Any:
-        host = torch.zeros(size, dtype=torch.int32)
-        return table_ring._Entry(host.numpy(), host, torch.zeros(size, dtype=torch.int32))
+    def plain(self: TableRing, tables: int, words: int) -> Any:
+        hosts = torch.zeros(tables, words, dtype=torch.int32)
+        return [table_ring._Entry(host.numpy(), host, host.clone()) for host in hosts]
 
     monkeypatch.setattr(TableRing, "_new", plain)
-    return TableRing(torch.device("cuda"))
+    return TableRing(torch.device("cuda"), FIRST_TABLES)
 
 
 def send(ring: TableRing, *numbers: int) -> tuple[Tensor, Launch]:
@@ -77,7 +79,7 @@ def test_a_launch_that_failed_leaves_no_table_behind(ring: TableRing) -> None:
 
 
 def test_on_a_cpu_the_table_is_its_words() -> None:
-    ring, words = TableRing(torch.device("cpu")), array("i", [4, 5])
+    ring, words = TableRing(torch.device("cpu"), FIRST_TABLES), array("i", [4, 5])
     sent = ring.send(words)
     ring.used(None)
     words[0] = 6
