@@ -43,7 +43,7 @@ from services.engine.segments import SlotBuffer
 from services.engine.sharding import rank_shape
 from services.engine.steps import PROMPT_LOGPROB_ROWS, Steps
 from services.engine.weights import fill_dummy, load_safetensors
-from services.engine.worst_case import worst_case_rows
+from services.engine.worst_case import draw_rows, worst_case_rows
 from services.precision import check_capability
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -169,7 +169,9 @@ class Engine:
 
         def work() -> None:
             self.steps.launch(rows, scratch, layers=layers).collect()
-            # Their stream keeps a little memory of its own, and no request waits for kernels to be compiled.
+            # No request waits for kernels to be compiled; and the moves' stream keeps a little memory.
+            for row in draw_rows():
+                self.steps.launch([row], scratch, layers=layers).collect()
             for move in (moves.pack, moves.unpack):
                 move([run], buffer, True, None).wait()
 

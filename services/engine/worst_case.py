@@ -1,4 +1,6 @@
-"""The step that takes the most memory: what the ledger's activation line is measured with."""
+"""The step that takes the most memory, which the ledger's activation line is measured with, and small ones
+that use what it does not: every kernel of a draw is compiled before a request waits for it."""
+
 
 from services.config import WorkerConfig
 from services.engine.attention_plan import KvLayout, SpanLimits
@@ -49,3 +51,14 @@ def worst_case_rows(
         prompt_logprobs=MAX_TOP_LOGPROBS,
     )
     return [prefill] + [Row([0], context - 1, table, [draw()]) for _ in range(decodes)]
+
+
+def draw_rows() -> list[Row]:
+    """One token each on page 0, drawn in every way that has kernels of its own: the best, at random, at
+    random among those that are kept; from the logits as they are, and from changed ones."""
+    samplings = [
+        Sampling(max_tokens=1, seed=1, temperature=temperature, top_p=top_p, repetition_penalty=penalty)
+        for temperature, top_p in ((0.0, 1.0), (1.0, 1.0), (1.0, 0.9))
+        for penalty in (1.0, 1.1)
+    ]
+    return [Row([0], 0, [0], [Draw(0, 1, sampling, [0], [])]) for sampling in samplings]

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from services.engine.host_copy import to_host
+from services.engine.ops.remembered import cdiv, remembered
 from services.engine.run_table import RUN_FIELDS, RunTable
 
 _WORD_KEY = 0x9E3779B97F4A7C15
@@ -104,7 +105,7 @@ def slot_sums_kernel(staging: Tensor, slot_words: int, sent: Tensor, table: RunT
     """Sums of the blocks of each run's words in its slot, the last of which may be short, as int64
     `[runs, most blocks, parts]`; in one launch, and with no memory but the result's. `staging`: int64
     `[slots * slot_words]`; `sent`: see `kv_segment.pack_runs`."""
-    most_blocks = triton.cdiv(max(table.byte_counts), BLOCK_BYTES)
+    most_blocks = cdiv(max(table.byte_counts), BLOCK_BYTES)
     parts = BLOCK_WORDS // PART_WORDS
     runs = len(table.byte_counts)
     sums = torch.empty((runs, most_blocks, parts), dtype=torch.int64, device=staging.device)
@@ -123,6 +124,7 @@ def slot_sums_kernel(staging: Tensor, slot_words: int, sent: Tensor, table: RunT
     return sums
 
 
+@remembered
 @triton.jit
 def _sum_parts(
     staging_ptr: tl.tensor,

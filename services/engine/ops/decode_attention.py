@@ -15,6 +15,7 @@ from torch import Tensor
 
 from services.engine.ops.dependent_launch import await_earlier, launch_options, let_next_start
 from services.engine.ops.fp8 import FP8, as_bytes
+from services.engine.ops.remembered import next_power_of_2, remembered
 from services.engine.ops.tuning import tuned
 
 LOG2_E = 1.4426950408889634
@@ -152,7 +153,7 @@ def decode_attention_kernel(
     if splits > 1:
         partial = torch.empty((batch, heads, splits, head_dim), dtype=torch.float32, device=queries.device)
         weight = torch.empty((batch, heads, splits), dtype=torch.float32, device=queries.device)
-    block_dim = max(16, triton.next_power_of_2(head_dim))  # the least that tl.dot takes
+    block_dim = max(16, next_power_of_2(head_dim))  # the least that tl.dot takes
     if launch is None and queries.element_size() == 4:
         launch = FLOAT32
     elif launch is None:
@@ -177,7 +178,7 @@ def decode_attention_kernel(
         scale * LOG2_E,
         KV_HEADS=kv_heads,
         GROUP=group,
-        BLOCK_GROUP=max(16, triton.next_power_of_2(group)),
+        BLOCK_GROUP=max(16, next_power_of_2(group)),
         HEAD_DIM=head_dim,
         BLOCK_DIM=block_dim,
         PAGE_SIZE=page_size,
@@ -198,13 +199,14 @@ def decode_attention_kernel(
             HEAD_DIM=head_dim,
             BLOCK_DIM=block_dim,
             SPLITS=splits,
-            BLOCK_SPLITS=triton.next_power_of_2(splits),
+            BLOCK_SPLITS=next_power_of_2(splits),
             num_warps=4,
             **options,
         )
     return out
 
 
+@remembered
 @triton.jit
 def _decode(
     queries_ptr: tl.tensor,
@@ -295,6 +297,7 @@ def _decode(
         tl.store(weight_ptr + row * SPLITS + split, log_weight, mask=member < GROUP)
 
 
+@remembered
 @triton.jit
 def _combine(
     partial_ptr: tl.tensor,

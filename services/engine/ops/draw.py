@@ -20,6 +20,7 @@ from services.engine.ops.draw_threshold import (
     lowest_kept,
     lowest_kept_reference,
 )
+from services.engine.ops.remembered import cdiv, next_power_of_2, remembered
 
 RUN = 128
 MAX_VOCAB = 1 << 22
@@ -144,7 +145,7 @@ def draw_tokens_kernel(
         logits.shape[1],
         FILTERED=filtered,
         SHIFT=STEP_SHIFT[logits.dtype],
-        RUNS=triton.next_power_of_2(runs),
+        RUNS=next_power_of_2(runs),
         RUN=RUN,
         TILE=tile_runs,
         CANDIDATES=candidates,
@@ -167,7 +168,7 @@ def best_tokens_kernel(logits: Tensor, rows: Tensor) -> Tensor:
         tokens,
         logits.stride(0),
         logits.shape[1],
-        RUNS=triton.next_power_of_2(runs),
+        RUNS=next_power_of_2(runs),
         RUN=RUN,
         num_warps=4,
     )
@@ -190,7 +191,7 @@ def _measured(
     draws = rows.shape[0]
     maxima = torch.empty((draws, runs), dtype=torch.float32, device=logits.device)
     masses = maxima if temperature is None else torch.empty_like(maxima)
-    _measure[(draws, triton.cdiv(runs, block_runs))](
+    _measure[(draws, cdiv(runs, block_runs))](
         logits,
         rows,
         maxima if temperature is None else temperature,
@@ -212,6 +213,7 @@ def _scale(temperature):
     return 1.4426950408889634 / tl.maximum(temperature, 1.0e-30)
 
 
+@remembered
 @triton.jit
 def _measure(
     logits_ptr, rows_ptr, temperature_ptr, maxima_ptr, masses_ptr, row_stride, vocab,
@@ -233,6 +235,7 @@ def _measure(
         tl.store(masses_ptr + draw * runs + run, mass, mask=run < runs)
 
 
+@remembered
 @triton.jit
 def _best(
     logits_ptr, rows_ptr, maxima_ptr, tokens_ptr, row_stride, vocab, RUNS: tl.constexpr, RUN: tl.constexpr
@@ -266,6 +269,7 @@ def _share(total, chance):
     return tl.minimum((total.to(tl.float64) * chance).to(tl.int64), total - 1)
 
 
+@remembered
 @triton.jit
 def _draw(
     logits_ptr, rows_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, chance_ptr,

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from services.engine.ops.remembered import next_power_of_2, remembered
+
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 FP8_NAN = 0x7F
@@ -51,7 +53,7 @@ def quantise_rows_kernel(x: Tensor, num_warps: int | None = None) -> tuple[Tenso
     out = torch.empty((rows, size), dtype=FP8, device=x.device)
     scale = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
     if rows:
-        block = triton.next_power_of_2(size)
+        block = next_power_of_2(size)
         warps = num_warps or max(1, min(16, block // 512))
         _quantise_rows[(rows,)](
             x, out, scale, x.stride(0), SIZE=size, BLOCK=block, LEAST=_LEAST_AMAX, num_warps=warps
@@ -59,6 +61,7 @@ def quantise_rows_kernel(x: Tensor, num_warps: int | None = None) -> tuple[Tenso
     return out, scale
 
 
+@remembered
 @triton.jit
 def _quantise_rows(
     x_ptr: tl.tensor,

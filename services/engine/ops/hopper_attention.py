@@ -15,13 +15,13 @@ Gluon, so it runs on a GPU only. `takes` says what it is for; everything else go
 import functools
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from services.engine.ops import hopper_attention_kernel
 from services.engine.ops.decode_attention import LOG2_E
+from services.engine.ops.remembered import cdiv
 
 BLOCK_KEYS = 128
 STAGES = 2
@@ -32,11 +32,17 @@ PRODUCER_REGISTERS = 24
 HEAD_DIMS = (64, 128)
 DTYPES = (torch.bfloat16, torch.float16)
 LARGEST_ROW = 2**31
+BOX_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 
 
 @functools.cache
 def _is_hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) == (9, 0)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def takes(queries: Tensor, pool: Tensor, window: int | None) -> bool:
@@ -79,17 +85,15 @@ def hopper_prefill_attention(
         queries = queries.contiguous()
     group = heads // kv_heads
     sequences = query_starts.shape[0]
-    tiles = triton.cdiv(max_query_count, TILE_ROWS // group)
+    tiles = cdiv(max_query_count, TILE_ROWS // group)
     total = sequences * tiles * kv_heads
     if total == 0:
         return out
-    processors = torch.cuda.get_device_properties(queries.device).multi_processor_count
-    programs = min(processors, total)
+    programs = min(_processors(queries.device), total)
     box = [min(page_size, BLOCK_KEYS), head_dim]
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     hopper_attention_kernel.prefill[(programs,)](
         queries,
-        TensorDescriptor.from_tensor(pool.view(-1, head_dim), box, layout),
+        TensorDescriptor.from_tensor(pool.view(-1, head_dim), box, BOX_LAYOUT),
         query_starts,
         query_counts,
         context_starts,
@@ -97,7 +101,7 @@ def hopper_prefill_attention(
         out,
         sequences,
         tiles,
-        triton.cdiv(total, programs),
+        cdiv(total, programs),
         layer,
         queries.stride(0),
         queries.stride(1),

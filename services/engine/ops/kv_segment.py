@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from services.engine.ops.fp8 import FP8, FP8_NAN, as_bytes
+from services.engine.ops.remembered import cdiv, next_power_of_2, remembered
 from services.engine.run_table import RUN_FIELDS, RunTable
 
 TILE_BYTES = 16 << 10
@@ -117,9 +118,9 @@ def move_runs_kernel(
         raise ValueError(f"slots of {slot_bytes} bytes do not hold whole numbers of {item_bytes}")
     if not (pool.is_contiguous() and staging.is_contiguous() and sent.is_contiguous()):
         raise ValueError("pool, slots and table must be contiguous")
-    block_dim = triton.next_power_of_2(head_dim)
+    block_dim = next_power_of_2(head_dim)
     block_tokens = max(1, TILE_BYTES // (block_dim * item_bytes))
-    planes, blocks = table.most_heads * layers * 2, triton.cdiv(table.most_tokens, block_tokens)
+    planes, blocks = table.most_heads * layers * 2, cdiv(table.most_tokens, block_tokens)
     _move[(planes, blocks, len(table.byte_counts))](
         as_bytes(pool),
         as_bytes(staging.view(pool.dtype)),
@@ -139,6 +140,7 @@ def move_runs_kernel(
     )
 
 
+@remembered
 @triton.jit
 def _move(
     pool_ptr: tl.tensor,

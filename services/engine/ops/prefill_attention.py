@@ -15,6 +15,7 @@ from torch import Tensor
 from services.engine.ops import hopper_attention
 from services.engine.ops.decode_attention import LOG2_E, check_kv_dtype
 from services.engine.ops.fp8 import as_bytes
+from services.engine.ops.remembered import cdiv, next_power_of_2, remembered
 
 
 def prefill_attention(
@@ -115,7 +116,7 @@ def prefill_attention_kernel(
     if any(tensor.dtype != torch.int32 for tensor in integers) or page_tables.stride(1) != 1:
         raise ValueError("starts, counts and page_tables must be int32, page_tables dense along a sequence")
     group = heads // kv_heads
-    block_dim = max(16, triton.next_power_of_2(head_dim))  # the least that tl.dot takes
+    block_dim = max(16, next_power_of_2(head_dim))  # the least that tl.dot takes
     sizes = _default_blocks(group, block_dim, queries.element_size(), pool.element_size())
     rows = block_rows or sizes[0]
     if rows < group:
@@ -128,7 +129,7 @@ def prefill_attention_kernel(
     elif out.shape != queries.shape or out.dtype != queries.dtype or not out.is_contiguous():
         raise ValueError(f"out {tuple(out.shape)} {out.dtype} must be dense and like the queries")
     sequences = query_starts.shape[0]
-    tiles = triton.cdiv(max_query_count, rows // group)
+    tiles = cdiv(max_query_count, rows // group)
     if sequences == 0 or tiles == 0:
         return out
     _prefill[(kv_heads, sequences, tiles)](
@@ -170,13 +171,14 @@ def _default_blocks(
     13 % faster than 64 in 3 at 8192 tokens on an H200, and 2 % slower at 1024 (deploy/bench/kernels.py).
     Keys of fp8 are converted in registers, of which 128 keys need too many."""
     if element_bytes == 4:  # float32 products run without tensor cores, and larger tiles would spill
-        return max(16, triton.next_power_of_2(group)), 16, 4, 2 if block_dim <= 128 else 1
-    least_rows = triton.next_power_of_2(group)
+        return max(16, next_power_of_2(group)), 16, 4, 2 if block_dim <= 128 else 1
+    least_rows = next_power_of_2(group)
     if kv_element_bytes == 1:
         return (max(128, least_rows), 64, 8, 3) if block_dim <= 128 else (max(64, least_rows), 64, 8, 2)
     return max(128, least_rows), 128 if block_dim <= 128 else 64, 8, 2
 
 
+@remembered
 @triton.jit
 def _prefill(
     queries_ptr: tl.tensor,

@@ -19,6 +19,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from services.engine.ops.dependent_launch import await_earlier, launch_options, let_next_start
+from services.engine.ops.remembered import cdiv, remembered
 
 
 def row_product(
@@ -42,7 +43,7 @@ def row_product(
     results = weight.shape[0] // 2 if gated else weight.shape[0]
     if out is None:
         out = torch.empty((1, results), dtype=x.dtype, device=x.device)
-    blocks = triton.cdiv(results, block_rows)
+    blocks = cdiv(results, block_rows)
     _row_product[(min(blocks, programs),)](
         x,
         weight,
@@ -88,6 +89,7 @@ def _products(weights: tl.tensor, x: tl.tensor) -> tl.tensor:
     return tl.sum(tl.reshape(product, [weights.shape[0], weights.shape[1] // 8, 8]), axis=2)
 
 
+@remembered
 @triton.jit
 def _row_product(
     x_ptr: tl.tensor,
@@ -180,8 +182,8 @@ def tile_product(
     if out is None:
         out = torch.empty((tokens, results), dtype=x.dtype, device=x.device)
     options = launch_options(x)
-    split_inner = triton.cdiv(triton.cdiv(inner, block_inner), splits) * block_inner
-    splits = triton.cdiv(inner, split_inner)  # none without work
+    split_inner = cdiv(cdiv(inner, block_inner), splits) * block_inner
+    splits = cdiv(inner, split_inner)  # none without work
     partial = out
     if splits > 1:
         partial = torch.empty((splits, tokens, weight.shape[0]), dtype=torch.float32, device=x.device)
@@ -194,7 +196,7 @@ def tile_product(
     else:
         request_bytes = 0
     descriptors = descriptors and aligned and x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0
-    _tile_product[(triton.cdiv(tokens, block_tokens), triton.cdiv(results, block_rows), splits)](
+    _tile_product[(cdiv(tokens, block_tokens), cdiv(results, block_rows), splits)](
         TensorDescriptor.from_tensor(x, [block_tokens, block_inner]) if descriptors else x,
         TensorDescriptor.from_tensor(weight, [block_rows, block_inner]) if descriptors else weight,
         weight,
@@ -221,7 +223,7 @@ def tile_product(
     )
     if splits > 1:
         block = 1024
-        _add_partials[(tokens, triton.cdiv(results, block))](
+        _add_partials[(tokens, cdiv(results, block))](
             partial,
             weight if bias is None else bias,
             out,
@@ -251,6 +253,7 @@ def _prefetch(pointers: tl.tensor, byte_count: tl.tensor) -> None:
     )
 
 
+@remembered
 @triton.jit(do_not_specialize=["tokens", "request_bytes"])
 def _tile_product(
     x_tiles: tl.tensor,
@@ -346,6 +349,7 @@ def _tile_product(
         tl.store(target, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@remembered
 @triton.jit
 def _add_partials(
     partial_ptr: tl.tensor,

@@ -13,6 +13,7 @@ from torch import Tensor
 from services.engine.ops.dependent_launch import await_earlier, launch_options, let_next_start
 from services.engine.ops.fp8 import FP8
 from services.engine.ops.kv_write import write_kv
+from services.engine.ops.remembered import cdiv, next_power_of_2, remembered
 from services.engine.ops.rms_norm import head_rms_norm
 from services.engine.ops.rotary import rotate
 from services.engine.ops.tuning import tuned
@@ -102,7 +103,7 @@ def qkv_to_pool_kernel(
         return queries
     if launch is None:
         launch = tuned("qkv_to_pool", (tokens, all_heads, head_dim), qkv.device, QkvLaunch())
-    _qkv_to_pool[(tokens, triton.cdiv(all_heads, launch.block_heads))](
+    _qkv_to_pool[(tokens, cdiv(all_heads, launch.block_heads))](
         qkv,
         qkv if head_norm is None else head_norm,
         cos,
@@ -116,7 +117,7 @@ def qkv_to_pool_kernel(
         HEADS=heads,
         KV_HEADS=kv_heads,
         HALF=head_dim // 2,
-        BLOCK_HALF=triton.next_power_of_2(head_dim // 2),
+        BLOCK_HALF=next_power_of_2(head_dim // 2),
         BLOCK_HEADS=launch.block_heads,
         NORM=head_norm is not None,
         SCALED=kv_scales is not None,
@@ -127,6 +128,7 @@ def qkv_to_pool_kernel(
     return queries
 
 
+@remembered
 @triton.jit
 def _qkv_to_pool(
     qkv_ptr: tl.tensor,

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from services.engine.ops.dependent_launch import await_earlier, launch_options, let_next_start
+from services.engine.ops.remembered import cdiv, next_power_of_2, remembered
 from services.engine.ops.tuning import tuned
 
 TILE_ELEMENTS = 4096
@@ -93,13 +94,13 @@ def _launch(
     tokens, rows, size = x.shape
     if tokens == 0:
         return
-    block = triton.next_power_of_2(size)
-    block_rows = max(1, min(triton.next_power_of_2(rows), TILE_ELEMENTS // block))
+    block = next_power_of_2(size)
+    block_rows = max(1, min(next_power_of_2(rows), TILE_ELEMENTS // block))
     if launch is None:
         default = NormLaunch(max(1, min(16, block * block_rows // 512)))
         launch = tuned("rms_norm", (tokens, rows, size), x.device, default)
     added = x if residual is None else residual
-    _rms_norm[(tokens, triton.cdiv(rows, block_rows))](
+    _rms_norm[(tokens, cdiv(rows, block_rows))](
         x,
         added,
         out,
@@ -120,6 +121,7 @@ def _launch(
     )
 
 
+@remembered
 @triton.jit
 def _rms_norm(
     x_ptr: tl.tensor,

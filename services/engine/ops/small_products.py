@@ -13,11 +13,11 @@ from functools import lru_cache
 import msgspec
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
 from services.engine.ops import tuning
 from services.engine.ops.product_kernels import row_product, tile_product
+from services.engine.ops.remembered import next_power_of_2
 from services.engine.ops.swiglu import silu_mul
 
 MAX_TOKENS = 256
@@ -114,7 +114,7 @@ def multiply(
             bias,
             gated=gated,
             block_rows=config.block_rows,
-            block_inner=min(config.block_inner, triton.next_power_of_2(inner)),
+            block_inner=min(config.block_inner, next_power_of_2(inner)),
             num_warps=config.num_warps,
             programs=config.programs_per_processor * _processors(x.device),
             out=out,
@@ -125,7 +125,7 @@ def multiply(
         bias,
         gated=gated,
         block_tokens=min(
-            config.block_tokens, max(least_tokens(config.block_rows), triton.next_power_of_2(tokens))
+            config.block_tokens, max(least_tokens(config.block_rows), next_power_of_2(tokens))
         ),
         block_rows=config.block_rows,
         block_inner=config.block_inner,

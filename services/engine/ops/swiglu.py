@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from services.engine.ops.dependent_launch import await_earlier, launch_options, let_next_start
+from services.engine.ops.remembered import cdiv, remembered
 from services.engine.ops.tuning import tuned
 
 
@@ -36,7 +37,7 @@ def silu_mul_kernel(gate_up: Tensor, launch: SwigluLaunch | None = None) -> Tens
     out = torch.empty((tokens, size), dtype=rows.dtype, device=rows.device)
     if tokens:
         launch = launch or tuned("silu_mul", (tokens, size), rows.device, SwigluLaunch())
-        _silu_mul[(tokens, triton.cdiv(size, launch.block))](
+        _silu_mul[(tokens, cdiv(size, launch.block))](
             rows,
             out,
             rows.stride(0),
@@ -48,6 +49,7 @@ def silu_mul_kernel(gate_up: Tensor, launch: SwigluLaunch | None = None) -> Tens
     return out
 
 
+@remembered
 @triton.jit
 def _silu_mul(
     gate_up_ptr: tl.tensor,

@@ -1,0 +1,83 @@
+"""Launches of Triton kernels without what is known from the launch before.
+
+Triton binds, specialises and looks up a kernel's arguments anew each time, which takes the host 11 of the
+16 µs of a launch (3.6, one core of an Intel Xeon in a virtual machine); a prefill step has some 300. A
+`remembered` kernel keeps what was compiled for arguments that Triton would treat alike: same dtypes, same
+constants, pointers aligned alike, and integers that are one, multiples of 16 and of 32 bits alike. It is
+called as any other, `kernel[grid](...)`, with every constant by its name.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+_LARGEST_INT32 = 2**31 - 1
+_ALIGNMENT_BYTES = 16
+
+Grid = tuple[int, ...]
+
+
+class Remembered:
+    """A kernel that is launched, not one that others call."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+        self._compiles = isinstance(function, JITFunction)
+        """Not under the interpreter."""
+        self._known: dict[tuple[object, ...], tuple[Any, ...]] = {}
+
+    def __getitem__(self, grid: Grid) -> Callable[..., None]:
+        return partial(self._launch, grid)
+
+    def _launch(self, grid: Grid, *arguments: Any, **constants: Any) -> None:
+        device = _device_of(arguments[0])
+        if device < 0 or not self._compiles:
+            self.function[grid](*arguments, **constants)
+            return
+        key = (device, *constants, *constants.values(), *map(_kind_of, arguments))
+        known = self._known.get(key)
+        if known is None:
+            compiled = self.function[grid](*arguments, **constants)
+            rest = tuple(constants[name] for name in self.function.arg_names[len(arguments) :])
+            self._known[key] = (compiled, compiled.function, compiled.packed_metadata, rest)
+            return
+        compiled, function, metadata, rest = known
+        width, height, depth = (*grid, 1, 1)[:3]
+        stream = driver.active.get_current_stream(device)
+        compiled.run(width, height, depth, stream, function, metadata, None, None, None, *arguments, *rest)
+
+
+def remembered(function: Any) -> Any:
+    """A decorator above `triton.jit`. Any, like what that gives: parameters are those of the kernel."""
+    return Remembered(function)
+
+
+def cdiv(number: int, divisor: int) -> int:
+    """`triton.cdiv`, which on the host takes longer than a launch's other arithmetic together."""
+    return -(-number // divisor)
+
+
+def next_power_of_2(number: int) -> int:
+    """`triton.next_power_of_2`; the least is 1."""
+    return 1 << (number - 1).bit_length() if number > 1 else 1
+
+
+def _device_of(argument: Any) -> int:
+    """Negative on a CPU."""
+    return int((argument if isinstance(argument, Tensor) else argument.base).get_device())
+
+
+def _kind_of(argument: Any) -> object:
+    """What two arguments have in common that Triton compiles one kernel for, or something narrower."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % _ALIGNMENT_BYTES == 0
+    if isinstance(argument, int):
+        return argument == 1, argument % 16 == 0, argument > _LARGEST_INT32
+    if isinstance(argument, float):
+        return float
+    # A descriptor of tiles; its layout in shared memory follows from these where it has one.
+    return argument.base.dtype, tuple(argument.block_shape)
