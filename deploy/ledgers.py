@@ -29,6 +29,8 @@ class _LedgerBody(msgspec.Struct, frozen=True):
     device_bytes: int
     mem_fraction: float
     entries: list[LedgerEntry]
+    device_id: str = ""
+    device_used_bytes: int | None = None
 
 
 class _WorkerBody(msgspec.Struct, frozen=True):
@@ -68,6 +70,8 @@ def fetch_ledgers(url: str, api_key: str | None) -> list[WorkerLedger]:
                 worker.ledger.device_bytes,
                 worker.ledger.mem_fraction,
                 worker.ledger.entries,
+                worker.ledger.device_id,
+                worker.ledger.device_used_bytes,
             ),
         )
         for worker in workers

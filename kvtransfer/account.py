@@ -1,6 +1,7 @@
 """What a transfer process tells its worker about itself."""
 
 import os
+from functools import partial
 
 import psutil
 
@@ -8,11 +9,12 @@ from kvtransfer.cuda import CudaDevice
 from kvtransfer.machine import TransferMachine
 from kvtransfer.messages import Stats
 from kvtransfer.staging import Staging, device_bytes_of_this_process
+from kvtransfer.watched import Watched
 from kvtransfer.writes import Writes
 
 
 class Account:
-    """`device` is None where the staging buffer is host memory."""
+    """`device` is None where the staging buffer is host memory. To be closed."""
 
     def __init__(
         self,
@@ -23,11 +25,14 @@ class Account:
         device: CudaDevice | None,
     ) -> None:
         self._epoch, self._machine, self._writes = epoch, machine, writes
-        self._staging, self._device = staging, device
+        self._staging = staging
+        self._device_bytes: Watched[int | None] | None = None
+        if device is not None:
+            self._device_bytes = Watched(partial(device_bytes_of_this_process, device.uuid))
         self._process = psutil.Process()
 
     def stats(self, peers: int, now_s: float) -> Stats:
-        machine, writes, device = self._machine, self._writes, self._device
+        machine, writes = self._machine, self._writes
         return Stats(
             epoch=self._epoch,
             pid=os.getpid(),
@@ -42,5 +47,10 @@ class Account:
             dropped=dict(machine.outbox.drops),
             resident_bytes=self._process.memory_info().rss,
             staging_resident_bytes=self._staging.resident_bytes(),
-            device_bytes=None if device is None else device_bytes_of_this_process(device.uuid),
+            device_bytes=None if self._device_bytes is None else self._device_bytes.latest,
         )
+
+    def close(self) -> None:
+        """Idempotent."""
+        if self._device_bytes is not None:
+            self._device_bytes.close()

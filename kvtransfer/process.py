@@ -362,6 +362,7 @@ class TransferProcess:
         if self._door is not None:
             self._door.close()
         self._sources.close()
+        self._account.close()
         self._worker_server.close()
         self._peer_server.close()
         self._mover.close()

@@ -303,10 +303,15 @@ class LedgerEntry(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Ledger(Struct, frozen=True, forbid_unknown_fields=True):
+    """`device_id` tells one GPU from all others; workers whose ledgers have the same one share it. Empty for
+    host memory. `device_used_bytes` is what the driver says is taken of it, by whomever."""
+
     device: str
     device_bytes: int
     mem_fraction: float
     entries: list[LedgerEntry]
+    device_id: str = ""
+    device_used_bytes: int | None = None
 
 
 class Status(Struct, frozen=True, array_like=True, tag="status"):

@@ -10,9 +10,13 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+
+import msgspec
 
 from kvtransfer.channel import ChannelKeys
 from kvtransfer.client import TransferClient
+from kvtransfer.watched import Watched
 from services.config import WorkerConfig
 from services.engine.engine import Engine
 from services.engine.model_config import ModelConfig, read_model_config
@@ -21,6 +25,7 @@ from services.leading_engine import LeadingEngine
 from services.memory.estimate import plan_input_for, transfer_context_bytes
 from services.memory.measure import NotMeasurable, gpu_facts, gpu_process_bytes, host_phase, resident_bytes
 from services.memory.plan import Measured, MemoryPlan, plan_memory
+from services.messages import Ledger
 from services.rank_messages import RankMemory
 from services.staging import Staging
 from services.transfer_ranks import TransferRanks
@@ -29,6 +34,15 @@ log = logging.getLogger(__name__)
 
 DEFAULT_CPU_DEVICE_BYTES = 2 << 30
 ATTACH_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceUse:
+    """Of a GPU: what is taken by all, and by this process (None: nobody tells)."""
+
+    uuid: str
+    used_bytes: int
+    process_bytes: int | None
 
 
 @dataclass(slots=True)
@@ -43,6 +57,8 @@ class Prepared:
     """Packs and unpacks of each rank; none without transfer processes."""
     plan: MemoryPlan
     measured: list[Measured]
+    devices: Watched[list[DeviceUse]] | None
+    """Of each rank, where they are GPUs. To be closed."""
 
 
 def device_size(config: WorkerConfig) -> tuple[str, int]:
@@ -100,7 +116,14 @@ def prepare(
     )
     others = engine.rank_memory() if isinstance(engine, LeadingEngine) else []
     return Prepared(
-        config, model, engine, transfer, moves, plan, [measured, *(_measured_by(rank) for rank in others)]
+        config,
+        model,
+        engine,
+        transfer,
+        moves,
+        plan,
+        [measured, *(_measured_by(rank) for rank in others)],
+        None if on_cpu else Watched(partial(_look_at_devices, config)),
     )
 
 
@@ -149,19 +172,46 @@ def _moves(config: WorkerConfig, engine: Engine, transfer: TransferRanks) -> lis
 def measure_now(prepared: Prepared) -> list[Measured]:
     """The measured column of each rank as of now: what it knows of its own lines, and what its transfer
     process reports. Only rank 0's context is looked at again; those of the others are from their start."""
-    first, *others = prepared.measured
-    if prepared.config.device == "cuda":
-        held_bytes = prepared.engine.allocator_bytes()
-        try:
-            process_bytes = gpu_process_bytes(prepared.config.device_index)
-            first = replace(first, worker_context_bytes=max(0, process_bytes - held_bytes))
-        except NotMeasurable as error:
-            log.debug("context not measured: %s", error)
-    ranks = [first, *others]
+    ranks = list(prepared.measured)
+    uses = [] if prepared.devices is None else prepared.devices.latest
+    if uses and uses[0].process_bytes is not None:
+        context_bytes = max(0, uses[0].process_bytes - prepared.engine.allocator_bytes())
+        ranks[0] = replace(ranks[0], worker_context_bytes=context_bytes)
     if prepared.transfer is None:
         return ranks
     clients = prepared.transfer.clients
     return [_with_transfer(rank, client, prepared.plan) for rank, client in zip(ranks, clients, strict=True)]
+
+
+def ledgers_now(prepared: Prepared) -> list[Ledger]:
+    """The ledger of each rank, measured now, with what the driver says of its device."""
+    ledgers = [prepared.plan.ledger(rank) for rank in measure_now(prepared)]
+    uses = [] if prepared.devices is None else prepared.devices.latest
+    if not uses:
+        return ledgers
+    return [
+        msgspec.structs.replace(ledger, device_id=use.uuid, device_used_bytes=use.used_bytes)
+        for ledger, use in zip(ledgers, uses, strict=True)
+    ]
+
+
+def _look_at_devices(config: WorkerConfig) -> list[DeviceUse]:
+    """Of every rank; empty where the driver does not tell."""
+    try:
+        facts = [gpu_facts(config.device_index + rank) for rank in range(config.tp)]
+    except NotMeasurable as error:
+        log.debug("devices not measured: %s", error)
+        return []
+    process_bytes = None
+    try:
+        process_bytes = gpu_process_bytes(config.device_index)
+    except NotMeasurable as error:
+        log.debug("context not measured: %s", error)
+    first, *others = facts
+    return [
+        DeviceUse(first.uuid, first.used_bytes, process_bytes),
+        *(DeviceUse(one.uuid, one.used_bytes, None) for one in others),
+    ]
 
 
 def _with_transfer(measured: Measured, client: TransferClient, plan: MemoryPlan) -> Measured:

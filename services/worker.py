@@ -57,7 +57,7 @@ from services.roles.role import Parts, Role
 from services.roles.unified import UnifiedRole
 from services.rules import Limits
 from services.scheduler.pages import PagePool
-from services.startup import Prepared, measure_now, prepare
+from services.startup import Prepared, ledgers_now, prepare
 from services.tracing import Tracing
 from services.transfer_ranks import TransferRanks, total_counts
 
@@ -167,6 +167,8 @@ class Worker:
         self.server.close()
         if self.transfer is not None:
             self.transfer.close()
+        if self.prepared.devices is not None:
+            self.prepared.devices.close()
         self.parts.engine.close()
         log.info("worker %s has ended", self.config.name)
 
@@ -307,7 +309,7 @@ class Worker:
             for one in stats:
                 dropped.update(one.dropped)
             counters |= {f"transfer_dropped_{reason}": count for reason, count in dropped.items()}
-        ledger, *others = map(self.prepared.plan.ledger, measure_now(self.prepared))
+        ledger, *others = ledgers_now(self.prepared)
         state = "draining" if self._draining_until_s else "ready"
         if transfer is not None and not transfer.ready:
             state = "no_transfer"

@@ -1,4 +1,4 @@
-"""`baton memory`: the ledgers of a running system, planned and measured side by side."""
+"""`baton memory`: the ledgers of a running system, planned and measured side by side, and each GPU's sums."""
 
 import shutil
 import sys
@@ -6,7 +6,8 @@ import sys
 from deploy.errors import UserError
 from deploy.ledgers import LedgersUnavailable, fetch_ledgers
 from deploy.options import MemorySettings
-from services.memory.render import picture, table
+from services.memory.devices import shared_devices
+from services.memory.render import device_table, picture, table
 
 
 def run(settings: MemorySettings) -> None:
@@ -22,4 +23,7 @@ def run(settings: MemorySettings) -> None:
         print(table(worker.ledger))
         print()
         print(picture(worker.ledger, width, colour=sys.stdout.isatty()))
+        print()
+    for device in shared_devices([(worker.name, worker.ledger) for worker in ledgers]):
+        print(device_table(device))
         print()

@@ -80,9 +80,12 @@ def _field_bytes(file: str, field: str, pid: int | None) -> int:
 
 @dataclass(frozen=True, slots=True)
 class GpuFacts:
+    """`uuid` is the driver's, unlike any other GPU's anywhere."""
+
     name: str
     total_bytes: int
     used_bytes: int
+    uuid: str
 
 
 def gpu_count() -> int:
@@ -101,7 +104,12 @@ def gpu_facts(device_index: int) -> GpuFacts:
     with _nvml() as nvml:
         handle = _handle(nvml, device_index)
         memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-        return GpuFacts(str(nvml.nvmlDeviceGetName(handle)), int(memory.total), int(memory.used))
+        return GpuFacts(
+            str(nvml.nvmlDeviceGetName(handle)),
+            int(memory.total),
+            int(memory.used),
+            str(nvml.nvmlDeviceGetUUID(handle)),
+        )
 
 
 def gpu_process_bytes(device_index: int, pid: int | None = None) -> int:

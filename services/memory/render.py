@@ -2,6 +2,7 @@
 
 from io import StringIO
 
+from services.memory.devices import SharedDevice
 from services.memory.sizes import format_bytes
 from services.messages import Ledger, LedgerEntry
 
@@ -30,6 +31,24 @@ def table(ledger: Ledger) -> str:
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def device_table(device: SharedDevice) -> str:
+    """One line per worker on the GPU, their sum, and what the driver says."""
+    rows: list[tuple[str, ...]] = [("worker", "planned", "measured")]
+    rows += [
+        (one.name, format_bytes(one.planned_bytes), format_bytes(one.measured_bytes))
+        for one in device.workers
+    ]
+    rows.append(("= together", format_bytes(device.planned_bytes), format_bytes(device.measured_bytes)))
+    if device.used_bytes is not None:
+        rows.append(("the driver", "", format_bytes(device.used_bytes)))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = [f"{device.device} {device.device_id}: {format_bytes(device.device_bytes)}"]
+    for name, *sizes in rows:
+        cells = [size.rjust(width) for size, width in zip(sizes, widths[1:], strict=True)]
+        lines.append("  ".join([name.ljust(widths[0]), *cells]))
     return "\n".join(lines)
 
 

@@ -7,7 +7,9 @@ from typing import Any
 import psutil
 import pytest
 
-from services.memory.measure import NotMeasurable, gpu_process_bytes
+from deploy.ledgers import fetch_ledgers
+from services.memory.devices import shared_devices
+from services.memory.measure import NotMeasurable, gpu_count, gpu_process_bytes
 from tests.checkpoints import make_checkpoint
 from tests.e2e.cluster import Cluster, wait_until
 
@@ -53,6 +55,12 @@ def test_the_driver_and_the_ledger_agree_and_a_dead_workers_memory_is_free(tmp_p
 
         wait_until("ledger and driver agree", lambda: max(differences().values()) < 0.01)
         assert len(differences()) == len(ROLES)
+        devices = shared_devices([(one.name, one.ledger) for one in fetch_ledgers(cluster.url, None)])
+        if gpu_count() == 1:  # else each has its own
+            (shared,) = devices
+            assert len(shared.workers) == len(ROLES)
+            assert shared.used_bytes is not None
+            assert shared.measured_bytes <= shared.used_bytes + 0.01 * shared.device_bytes
 
         decode = cluster.worker("decode")["status"]
         pool_bytes = held_bytes(decode["pid"])

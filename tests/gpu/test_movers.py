@@ -13,6 +13,7 @@ import pytest
 from kvtransfer.cuda import CudaDevice
 from kvtransfer.movers.nccl_library import find_nccl
 from services.memory.measure import gpu_facts
+from tests.e2e.cluster import wait_until
 from tests.e2e.transfer_pair import (
     GEOMETRY,
     SLOT_BYTES,
@@ -191,8 +192,22 @@ def test_a_killed_side_is_survived_and_replaced(both: Both, victim: str) -> None
     both.move(3)
 
 
+def settled_bytes() -> int:
+    """What is taken of the GPU once it has been the same for a second: the driver frees a dead process's
+    memory some time after its end."""
+    seen: list[int] = []
+
+    def settled() -> bool:
+        seen.append(gpu_facts(0).used_bytes)
+        return len(seen) > 20 and len(set(seen[-20:])) == 1
+
+    wait_until("the GPU's memory settles", settled)
+    return seen[-1]
+
+
 def test_killed_destinations_leave_no_memory_behind(device: CudaDevice) -> None:
-    """A survivor's mapping keeps a dead peer's buffer taken: with the peer forgotten it has to be free."""
+    """A survivor's mapping keeps a dead peer's buffer taken: with the peer forgotten it has to be free.
+    Nothing else may use the GPU meanwhile."""
     require(device, "cuda_ipc", (0, 0))
     slot_bytes = 16 << 20
     used_bytes = []
@@ -205,7 +220,7 @@ def test_killed_destinations_leave_no_memory_behind(device: CudaDevice) -> None:
                 sides.decode.lost.clear()
                 sides.pair.kill("decode")
                 drive([sides.prefill], lambda: _peers(sides.prefill) == 0, "the survivor forgets its peer")
-                used_bytes.append(gpu_facts(0).used_bytes)
+                used_bytes.append(settled_bytes())
                 sides.start("decode")
                 both: list[Worker] = [sides.prefill, sides.decode]
                 drive(both, lambda: bool(sides.decode.lost) and sides.decode.client.ready, "the next life")

@@ -1,4 +1,4 @@
-"""Kernels launched by what an earlier launch compiled: right on fresh data, for all that changes in between."""
+"""Kernels launched by what an earlier launch compiled: right on fresh data, whatever changes in between."""
 
 from typing import Any
 

@@ -187,6 +187,7 @@ class WorkerHost(Process):
             moves=[] if client is None else [OwnMoves(engine, Staging(client, 0))],
             plan=plan,
             measured=[Measured()],
+            devices=None,
         )
         self.worker = Worker(prepared, self._epoch)
         self.worker.parts.overlap = self.overlap

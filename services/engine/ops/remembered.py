@@ -73,10 +73,10 @@ def _device_of(argument: Any) -> int:
 
 def _kind_of(argument: Any) -> object:
     """What two arguments have in common that Triton compiles one kernel for, or something narrower."""
+    if isinstance(argument, int):  # as one number: this is asked some 3000 times a step
+        return (argument == 1) + 2 * (argument % 16 == 0) + 4 * (argument > _LARGEST_INT32)
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % _ALIGNMENT_BYTES == 0
-    if isinstance(argument, int):
-        return argument == 1, argument % 16 == 0, argument > _LARGEST_INT32
     if isinstance(argument, float):
         return float
     # A descriptor of tiles; its layout in shared memory follows from these where it has one.

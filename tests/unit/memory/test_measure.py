@@ -83,6 +83,9 @@ class FakeNvml:
     def nvmlDeviceGetName(self, handle: int) -> str:
         return f"Fake {handle}"
 
+    def nvmlDeviceGetUUID(self, handle: int) -> str:
+        return f"GPU-{'ab'[handle]}"
+
     def nvmlDeviceGetMemoryInfo(self, handle: int) -> object:
         return type("Memory", (), {"total": (handle + 1) * 1000, "used": 10})
 
@@ -94,7 +97,7 @@ def test_the_drivers_answers_by_torchs_numbers(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "pynvml", FakeNvml())
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert measure.gpu_count() == 2
-    assert measure.gpu_facts(1) == measure.GpuFacts("Fake 1", 2000, 10)
+    assert measure.gpu_facts(1) == measure.GpuFacts("Fake 1", 2000, 10, "GPU-b")
     assert measure.gpu_process_bytes(0) == 77
     with pytest.raises(measure.NotMeasurable, match="shows no process 1 "):
         measure.gpu_process_bytes(0, pid=1)
