@@ -36,7 +36,7 @@ class TransferConfig:
     peer_timeout_s: float = 5.0
     """A peer that is silent for so long, or not connected after so long, is lost."""
     heartbeat_s: float = 0.5
-    share: float = 0.5
+    share: float = 0.75
     """The part of the slots that one transfer may hold."""
 
     def __post_init__(self) -> None:

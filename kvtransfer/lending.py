@@ -14,11 +14,14 @@ def lend(
     """Takes free slots for confirmed transfers whose prompts have pages, each slot against one of its grants:
     one at a time, to who has fewest, oldest first. The slots by transfer."""
     wanting = [t for t in transfers if t.state is SendState.CONFIRMED and t.ready and t.wants_slots()]
+    transfers_waiting = len(wanting)
     lent: dict[int, list[SlotUse]] = {}
     while wanting and pool.free:
         transfer = min(wanting, key=lambda t: len(t.lent))
-        moving = transfer.packed.tokens > 0
-        most = limits.slots_per_transfer if moving else limits.idle_slots_per_transfer
+        most = limits.slots_per_transfer
+        if not transfer.packed.tokens:
+            share = limits.before_data(pool.free, len(transfer.lent), transfers_waiting)
+            most = max(limits.idle_slots_per_transfer, share)
         if len(transfer.lent) >= most:
             wanting.remove(transfer)
             continue

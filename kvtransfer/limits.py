@@ -9,7 +9,8 @@ from kvtransfer.messages import KvGeometry
 @dataclass(frozen=True, slots=True)
 class Limits:
     """`slots_per_transfer` bounds what one transfer may hold once it moves, `idle_slots_per_transfer` what
-    it may hold before its first data: a queued request must not sit on slots that a running one needs.
+    it may hold before its first data while others want slots as well: a queued request must not sit on slots
+    that a running one needs (`before_data`).
 
     `receive_slots` is below the pool's size, so that one slot is always left to send with: two processes
     that receive from each other could otherwise grant everything away and wait for each other.
@@ -64,6 +65,11 @@ class Limits:
             kv_heads=1 if geometry is None else geometry.kv_heads // tp,
             tp=tp,
         )
+
+    def before_data(self, free_slots: int, held_slots: int, transfers: int) -> int:
+        """How many slots one of so many open transfers may hold before its first data, if it surely moves:
+        its share of half of what is free. A prompt that is alone is packed and moved in one go."""
+        return min(self.slots_per_transfer, (free_slots + held_slots) // (2 * max(1, transfers)))
 
     def token_bytes_of(self, kv_heads: int) -> int:
         """Bytes of one token's KV of so many heads."""

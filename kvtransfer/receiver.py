@@ -208,11 +208,12 @@ class Receiver:
             if t.state is ReceiveState.OPEN and t.needs_slots() > 0
         ]
         unready_slots = sum(len(t.granted) for t in self._transfers.values() if not t.ready)
+        open_transfers = sum(t.state is ReceiveState.OPEN for t in self._transfers.values()) if wanting else 0
         given: dict[int, list[SlotUse]] = {}
         while wanting and pool.free and pool.held(Direction.RECEIVE) < limits.receive_slots:
             transfer = min(wanting, key=lambda t: (not t.ready, len(t.granted)))
             full = not transfer.ready and unready_slots >= limits.unready_slots
-            if full or len(transfer.granted) >= self._may_hold(transfer):
+            if full or len(transfer.granted) >= self._may_hold(transfer, open_transfers):
                 wanting.remove(transfer)
                 continue
             unready_slots += not transfer.ready
@@ -224,12 +225,14 @@ class Receiver:
         for transfer_id, uses in given.items():
             self._out.to_sources.append((self._transfers[transfer_id].source, Grant(transfer_id, uses)))
 
-    def _may_hold(self, transfer: Receive) -> int:
+    def _may_hold(self, transfer: Receive, open_transfers: int) -> int:
+        limits, free = self.limits, self._pool.free
         if transfer.arrived.tokens:
-            return self.limits.slots_per_transfer
-        if 2 * self._pool.free >= len(self._pool):
-            return self.limits.idle_slots_per_transfer
-        return 1
+            return limits.slots_per_transfer
+        few = limits.idle_slots_per_transfer if 2 * free >= len(self._pool) else 1
+        if not transfer.ready:
+            return few
+        return max(few, limits.before_data(free, len(transfer.granted), open_transfers))
 
     # ------------------------------------------------------------ inner moves
 

@@ -53,6 +53,25 @@ def test_before_data_a_transfer_holds_little_afterwards_its_share() -> None:
     assert 1 + len(grant.slots) == SLOTS // 2
 
 
+def test_one_that_surely_moves_holds_its_share_of_what_is_free_before_data() -> None:
+    """Alone, a prompt is packed and moved in one go; beside others it leaves them their part."""
+    machine, grants = opened(tokens=400)
+    machine.on_source(SOURCE, Ready(1), 0.0)
+    machine.settle(0.0)
+    [(_, grant)] = machine.outbox.to_sources
+    assert isinstance(grant, Grant)
+    assert len(grants) + len(grant.slots) == SLOTS // 2
+    machine = TransferMachine(limits(40))
+    for transfer_id in (1, 2, 3, 4):
+        machine.on_command(OpenReceive(transfer_id, SOURCE, 0, 400, 10.0), 0.0)
+    machine.receiver.source_ready(SOURCE, 0.0)
+    for transfer_id in (1, 2, 3, 4):
+        machine.on_source(SOURCE, Ready(transfer_id), 0.0)
+    machine.settle(0.0)
+    held = [len(m.slots) for _, m in machine.outbox.to_sources if isinstance(m, Grant)]
+    assert len(held) == 4 and max(held) - min(held) <= 1 and 3 <= max(held) <= 5, held
+
+
 def test_never_more_grants_than_tokens_need() -> None:
     machine, grants = opened(tokens=TOKENS_PER_SLOT + 1)
     assert len(grants) == 2

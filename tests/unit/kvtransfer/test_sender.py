@@ -279,14 +279,10 @@ def test_what_is_packed_at_once_goes_out_in_small_writes() -> None:
     machine.on_command(OpenSend(1, 10.0), 0.0)
     machine.on_command(SendReady(1), 0.0)
     say(machine, Offer(1, 0, 20), Grant(1, [SlotUse(slot, 5) for slot in range(5)]))
-    lent: list[SlotUse] = []
-    for start, lendable in ((0, 2), (2, 3)):  # Before its first data a transfer is lent two.
-        uses = [e.slots for e in machine.outbox.to_worker if isinstance(e, SendSlots)][-1]
-        assert len(uses) == lendable
-        lent += uses
-        segments = [packed(use, 4 * (start + at)) for at, use in enumerate(uses)]
-        machine.on_command(Filled(1, segments), 0.0)
-        machine.settle(0.0)
+    [lent] = [e.slots for e in machine.outbox.to_worker if isinstance(e, SendSlots)]
+    assert len(lent) == 5, "alone it is lent half of what is free, though nothing has moved"
+    machine.on_command(Filled(1, [packed(use, 4 * at) for at, use in enumerate(lent)]), 0.0)
+    machine.settle(0.0)
     writes = machine.outbox.writes
     assert [[piece.local_slot for piece in write.pieces] for write in writes] == [
         [lent[0].slot, lent[1].slot],

@@ -37,7 +37,7 @@ def test_what_is_left_exposed_is_bounded_whatever_the_budget(prompt: int) -> Non
 
 
 def test_the_prefill_policy_cuts_the_tail_off() -> None:
-    for tail, expected in ((1, [8, 8, 7, 1]), (2, [8, 8, 8]), (0, [8, 8, 8])):
+    for tail, expected in ((1, [8, 8, 7, 1]), (2, [8, 8, 6, 2]), (3, [8, 8, 8]), (0, [8, 8, 8])):
         scheduler = PrefillScheduler(PagePool(20, 4), 4, 8, tail)
         scheduler.add(work(1, list(range(24))))
         scheduler.confirm(1)
