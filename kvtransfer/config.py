@@ -10,6 +10,10 @@ Device = Literal["cpu", "cuda"]
 MoverName = Literal["auto", "nixl", "cuda_ipc", "nccl"]
 
 
+DEFAULT_SHARE = 0.75
+"""Of the slots, that one transfer may hold. What is left is for whoever comes next."""
+
+
 @dataclass(frozen=True, slots=True)
 class TransferConfig:
     """Addresses are ZMQ endpoints (`ipc:///path` in a directory of mode 0700, or `tcp://host:port` with
@@ -36,7 +40,7 @@ class TransferConfig:
     peer_timeout_s: float = 5.0
     """A peer that is silent for so long, or not connected after so long, is lost."""
     heartbeat_s: float = 0.5
-    share: float = 0.75
+    share: float = DEFAULT_SHARE
     """The part of the slots that one transfer may hold."""
 
     def __post_init__(self) -> None:

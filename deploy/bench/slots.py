@@ -15,6 +15,7 @@ from itertools import count
 from rich.console import Console
 from rich.table import Table
 
+from kvtransfer.config import DEFAULT_SHARE
 from kvtransfer.limits import Limits
 from kvtransfer.machine import TransferMachine
 from kvtransfer.messages import (
@@ -26,6 +27,7 @@ from kvtransfer.messages import (
     OpenReceive,
     OpenSend,
     Segment,
+    SendReady,
     SendSlots,
     SlotUse,
     TransferAddress,
@@ -67,7 +69,7 @@ class Pair:
     """A source and a destination in simulated time, which is 0 when the step ends."""
 
     def __init__(self, slots: int, slot_bytes: int, load: Load) -> None:
-        limits = Limits.of(GEOMETRY, slots, slot_bytes, 0.5, 60.0)
+        limits = Limits.of(GEOMETRY, slots, slot_bytes, DEFAULT_SHARE, 60.0)
         self.source, self.destination = TransferMachine(limits), TransferMachine(limits)
         self.slots, self.load, self.tokens_per_slot = slots, load, limits.tokens_per_slot
         self.now_s = -1.0
@@ -83,6 +85,7 @@ class Pair:
         """When each prompt's last token was unpacked, sorted."""
         for transfer_id in self._missing:
             self._to_source(OpenSend(transfer_id, 60.0))
+            self._to_source(SendReady(transfer_id))
             self._to_destination(OpenReceive(transfer_id, SOURCE, 0, self.load.tokens, 60.0))
         self._after(-self.now_s, self._pack_all)
         while self._due and len(self.done_s) < self.load.prompts:
@@ -127,7 +130,7 @@ class Pair:
 
     # ------------------------------------------------------------ the machines
 
-    def _to_source(self, command: OpenSend | Filled) -> None:
+    def _to_source(self, command: OpenSend | SendReady | Filled) -> None:
         self.source.on_command(command, self.now_s)
 
     def _to_destination(self, command: OpenReceive | Freed | Commit) -> None:
