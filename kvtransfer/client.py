@@ -253,6 +253,8 @@ class TransferClient:
             self._heard_at_s = now_s
             self._unanswered = 0
             if isinstance(event, Attached):
+                if self._is_other_life(event.address.epoch):
+                    events = self._lose() or events
                 self._on_attached(event)
             elif isinstance(event, Refused):
                 self.refusal = event.reason
@@ -264,7 +266,10 @@ class TransferClient:
             elif self._attached is None:
                 self._on_drop("event_before_attached")
             elif isinstance(event, Stats):
-                self.last_stats, self.last_stats_at_s = event, now_s
+                if self._is_other_life(event.epoch):
+                    events = self._lose() or events
+                else:
+                    self.last_stats, self.last_stats_at_s = event, now_s
             elif isinstance(event, TransferSpans) or self._book.follow(event):
                 events.append(event)
         return events
@@ -317,6 +322,11 @@ class TransferClient:
     def _ask(self, now_s: float) -> None:
         self._asked_at_s = now_s
         self._link.send([AttachWorker(self._worker_epoch, self._geometry, VERSION, self._rank, self._tp)])
+
+    def _is_other_life(self, epoch: int) -> bool:
+        """Whether we are attached to a life that has ended: its answer lay in the queue while we did not
+        look, and the process behind it died meanwhile."""
+        return self._attached is not None and self._attached.address.epoch != epoch
 
     def _on_attached(self, event: Attached) -> None:
         if self._attached is not None:

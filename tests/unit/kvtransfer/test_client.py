@@ -31,7 +31,9 @@ from kvtransfer.messages import (
     Segment,
     SendCommitted,
     SendSlots,
+    SlotCounts,
     SlotUse,
+    Stats,
     TransferAddress,
 )
 
@@ -206,6 +208,35 @@ def test_a_reborn_process_is_attached_again(scene: Scene) -> None:
     assert client.ready and client.address.epoch == 71
     client.open_send(3, 9.0)
     assert scene.flushed()[-1:] == [OpenSend(3, 9.0)]
+
+
+def test_an_answer_of_a_life_that_has_ended_meanwhile_is_not_kept(scene: Scene) -> None:
+    """The worker hangs just after it has asked. One life answers and dies, the next one answers as well, and
+    only then does the worker look."""
+    client = scene.client
+    assert scene.hear(NotAttached(71)) == [TransferLost(70)]
+    first, second = (
+        Attached(TransferAddress(HERE.endpoint, epoch), "nixl", 4, 64, True, None, b"handle", 0)
+        for epoch in (71, 72)
+    )
+    assert scene.hear(first) == [] and client.address.epoch == 71
+    client.open_send(1, 9.0)
+    assert scene.hear(SendSlots(1, [A]), second) == [TransferLost(71)]
+    assert client.ready and client.address.epoch == 72
+    client.open_send(2, 9.0)
+    assert scene.flushed()[-1:] == [OpenSend(2, 9.0)], "what was said to the life before is forgotten"
+
+
+def test_an_account_of_another_life_ends_the_attachment(scene: Scene) -> None:
+    counts = SlotCounts(4, 0, 0, 0)
+    stats = Stats(71, 1, counts, 0, 0, 0, 0, 0, 0.0, 0.0, {}, 0, 0, None)
+    assert scene.hear(stats) == [TransferLost(70)]
+    assert not scene.client.ready and scene.client.last_stats is None
+    scene.now_s += 2.0
+    scene.client.tick(scene.now_s)
+    scene.script.attach(71)
+    assert scene.client.socket.poll(WAIT_MS)
+    assert scene.client.receive(scene.now_s) == [] and scene.client.address.epoch == 71
 
 
 def test_silence_ends_the_attachment(scene: Scene) -> None:
