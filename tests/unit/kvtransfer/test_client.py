@@ -190,6 +190,20 @@ def test_what_has_arrived_is_told_once(scene: Scene) -> None:
     assert scene.hear(again) == [again]
 
 
+def test_slots_that_are_lent_twice_are_told_once(scene: Scene) -> None:
+    """And each use goes back by its own generation, whatever was filled of the slot before."""
+    client, again = scene.client, SlotUse(1, 5)
+    client.open_send(1, 9.0)
+    lent = SendSlots(1, [A])
+    assert scene.hear(lent, lent) == [lent]
+    client.filled(1, [Segment(1, 4, 0, 4, 16)])
+    scene.flushed()
+    assert scene.hear(lent, SendSlots(1, [again])) == [SendSlots(1, [again])]
+    client.filled(1, [Segment(1, 4, 0, 4, 16)])
+    client.abort(1, "done")
+    assert scene.flushed()[-1] == Freed([again])
+
+
 def test_a_reborn_process_is_attached_again(scene: Scene) -> None:
     client = scene.client
     client.open_send(1, 9.0)
