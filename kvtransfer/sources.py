@@ -113,7 +113,8 @@ class Sources:
                     break  # What is left was said on a connection that an earlier message has ended.
                 if isinstance(message, Connection):
                     ours = message == source.connection
-                    self._machine.outbox.drops["other_connection"] += not ours
+                    if not ours:
+                        self._machine.outbox.drops["other_connection"] += 1
                     continue
                 if not ours:
                     continue

@@ -1,10 +1,10 @@
 """Launches of Triton kernels without what is known from the launch before.
 
-Triton binds, specialises and looks up a kernel's arguments anew each time, which takes the host 11 of the
-16 µs of a launch (3.6, one core of an Intel Xeon in a virtual machine); a prefill step has some 300. A
-`remembered` kernel keeps what was compiled for arguments that Triton would treat alike: same dtypes, same
-constants, pointers aligned alike, and integers that are one, multiples of 16 and of 32 bits alike. It is
-called as any other, `kernel[grid](...)`, with every constant by its name.
+Triton binds, specialises and looks up a kernel's arguments anew each time, which takes the host longer than
+the launch itself, and a prefill step has some hundred launches. A `remembered` kernel keeps what was compiled
+for arguments that Triton would treat alike: same dtypes, same constants, pointers aligned alike, and integers
+that are one, multiples of 16 and of 32 bits alike. It is called as any other, `kernel[grid](...)`, with every
+constant by its name.
 """
 
 from collections.abc import Callable
