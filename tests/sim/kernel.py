@@ -23,6 +23,10 @@ class Crash(BaseException):
     """Ends the running process where it stands: in the middle of a turn, between two frames."""
 
 
+class Gone(BaseException):
+    """What was running is not any more: its process died while it slept."""
+
+
 class World:
     """`events` counts what has happened; `log` tells it, oldest first."""
 
@@ -60,10 +64,18 @@ class World:
         return done is not None and done()
 
     def sleep(self, seconds: float) -> None:
-        """The running process waits; the others go on."""
+        """The running process waits; the others go on. Raises `Gone` if it does not wake up."""
         running, self.running = self.running, None
+        if running is None:
+            self.run_until(self.now_s + seconds)
+            return
+        life, running.asleep = running.life, True
         self.run_until(self.now_s + seconds)
-        self.running = running
+        while running.life == life and running.alive and running.hung_until_s > self.now_s:
+            self.run_until(running.hung_until_s)
+        if running.life != life or not running.alive:
+            raise Gone
+        self.running, running.asleep = running, False
 
     def clock_s(self) -> float:
         """What the running process reads from its clock: each has its own origin."""
@@ -81,6 +93,8 @@ class Process:
         self.hung_until_s = 0.0
         self.crash_in = -1
         """How many more frames it sends before it dies; negative: as many as it likes."""
+        self.asleep = False
+        """In the middle of an action: no turn is taken meanwhile."""
         self._next_turn_s: float | None = None
         world.processes[name] = self
 
@@ -110,6 +124,7 @@ class Process:
             return
         self.life += 1
         self.alive, self.hung_until_s, self.crash_in, self._next_turn_s = True, 0.0, -1, None
+        self.asleep = False
         self.world.note(self.name, "starts", self.life)
         self._run(self.begin)
         self.wake()
@@ -147,6 +162,8 @@ class Process:
         if life != self.life or self._next_turn_s != time_s or not self.alive:
             return
         self._next_turn_s = None
+        if self.asleep:
+            return  # it takes one when it has slept
         if self.world.now_s < self.hung_until_s:
             self.wake(self.hung_until_s)
             return
@@ -162,6 +179,8 @@ class Process:
             return action()
         except Crash:
             self.crash("crashes while it sends")
+            return None
+        except Gone:
             return None
         finally:
             self.world.running = before

@@ -67,18 +67,18 @@ class TransferHost(Process):
         return self.world.now_s + sleep_ms / 1000
 
     def terminate(self) -> None:
-        """What SIGTERM leads to."""
-        if not self.alive or self.process is None or self.world.now_s < self.hung_until_s:
+        """What SIGTERM leads to. The second one changes nothing."""
+        if not self.alive or self.process is None or self.asleep or self.world.now_s < self.hung_until_s:
             return
         self.world.note(self.name, "terminates")
-        process = self.process
+        process, life = self.process, self.life
 
         def end() -> None:
             process._farewell()
             process.close()
 
         self._run(end)
-        if self.alive:
+        if self.life == life:
             self.crash("has ended")
 
     def die(self) -> None:
