@@ -21,11 +21,11 @@ from services.engine.host_copy import aligned_bytes, indices, pinned, to_device
 from services.engine.kv_pool import KvPool
 from services.engine.layers import Decoder
 from services.engine.ops.decode_attention import decode_splits
-from services.engine.step_attention import KernelAttention
+from services.engine.ops.processors import processors
+from services.engine.step_attention import KernelAttention, table_width
 from services.engine.step_inputs import StepInputs, with_drawn
 from services.engine.table_slots import TableSlots
 
-TABLE_ALIGNMENT = 16
 LARGE_STEP = 16
 NOT_WRITTEN = -(1 << 40)
 """A write row that stays negative whatever head is added to it."""
@@ -68,8 +68,7 @@ class DecodeGraphs:
         self._max_batch, self._max_model_len = max_batch, max_model_len
         self._ladder = ladder(max_batch)
         device = pool.data.device
-        pages = -(-max_model_len // layout.page_size_tokens)
-        self._width = -(-pages // TABLE_ALIGNMENT) * TABLE_ALIGNMENT
+        self._width = table_width(-(-max_model_len // layout.page_size_tokens))
         self._heads = (
             torch.arange(2 * layout.kv_heads, dtype=torch.int64, device=device) * layout.page_size_tokens
         )
@@ -101,6 +100,12 @@ class DecodeGraphs:
                 self._forward(inputs, batch)
             shared = shared or graph.pool()
             self._graphs[batch] = graph
+
+    def rehearse(self, layers: int) -> None:
+        """What `capture` runs before it records, with only so many layers."""
+        for batch in self._ladder:
+            self._send(indices([]), indices([]), indices([]), indices([]), batch)
+            self._forward(self._inputs(batch), batch, layers)
 
     def takes(self, rows: list[Row]) -> bool:
         """One token of each row, each drawing, and no more rows than the largest graph."""
@@ -190,14 +195,13 @@ class DecodeGraphs:
             lengths=column(4, torch.int32),
         )
 
-    def _forward(self, inputs: _Inputs, batch: int) -> None:
+    def _forward(self, inputs: _Inputs, batch: int, layers: int | None = None) -> None:
         device = self._pool.data.device
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
         none = torch.empty(0, dtype=torch.int32, device=device)
         attention = KernelAttention(
             decode_tables=self._tables[:batch],
             lengths=inputs.lengths,
-            splits=decode_splits(batch, self._layout.kv_heads, self._max_model_len, processors),
+            splits=decode_splits(batch, self._layout.kv_heads, self._max_model_len, processors(device)),
             chunk_tables=none,
             query_starts=none,
             query_counts=none,
@@ -210,4 +214,5 @@ class DecodeGraphs:
             write_index=(inputs.write[:, None] + self._heads).view(-1),
             attention=attention,
         )
-        self._decoder.logits(self._decoder.forward(step, self._pool), out=self._logits[:batch])
+        hidden = self._decoder.forward(step, self._pool, layers)
+        self._decoder.logits(hidden, out=self._logits[:batch])

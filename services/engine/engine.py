@@ -35,6 +35,8 @@ from services.engine.model_config import ModelConfig
 from services.engine.models.registry import make_decoder
 from services.engine.moves import Mark, Marks, Move, Moves
 from services.engine.ops.fp8 import FP8
+from services.engine.ops.processors import processors
+from services.engine.ops.remembered import compiling_ahead
 from services.engine.parameters import Parameters
 from services.engine.peak_memory import peak_bytes
 from services.engine.rank_group import RankGroup
@@ -43,7 +45,13 @@ from services.engine.segments import SlotBuffer
 from services.engine.sharding import rank_shape
 from services.engine.steps import PROMPT_LOGPROB_ROWS, Steps
 from services.engine.weights import fill_dummy, load_safetensors
-from services.engine.worst_case import draw_rows, worst_case_rows
+from services.engine.worst_case import (
+    draw_rows,
+    mixed_steps,
+    small_chunks,
+    without_logprobs,
+    worst_case_rows,
+)
 from services.precision import check_capability
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -167,15 +175,32 @@ class Engine:
         moves, slot = Moves(scratch, 1), torch.empty(self.page_bytes, dtype=torch.uint8, device=self.device)
         buffer, run = SlotBuffer(slot, self.page_bytes), SlotRun([0], 0, 1, 0, range(self.layout.kv_heads))
 
-        def work() -> None:
-            self.steps.launch(rows, scratch, layers=layers).collect()
-            # No request waits for kernels to be compiled; and the moves' stream keeps a little memory.
-            for row in draw_rows():
-                self.steps.launch([row], scratch, layers=layers).collect()
+        def launch_all(worst: list[Row]) -> None:
+            """No request waits for kernels to be compiled; and the moves' stream keeps a little memory."""
+            for step in (worst, *([row] for row in draw_rows())):
+                self.steps.launch(step, scratch, layers=layers)
             for move in (moves.pack, moves.unpack):
                 move([run], buffer, True, None).wait()
 
+        def work() -> None:
+            if self.device.type == "cuda":
+                with compiling_ahead():
+                    launch_all(without_logprobs(rows))
+                    self._rehearse(scratch, layers)
+                self.steps.drawn.zero_()  # nothing was drawn
+                torch.cuda.empty_cache()  # what that has cut into pieces
+            launch_all(rows)
+            self.synchronize()
+
         return peak_bytes(work, self.device)
+
+    def _rehearse(self, scratch: KvPool, layers: int) -> None:
+        """Launch what requests can want and the worst case has not."""
+        steps = [[chunk] for chunk in small_chunks(self.config, self.max_model_len)]
+        steps += mixed_steps(self.config, self.layout.kv_heads, self.max_model_len, processors(self.device))
+        for step in steps:
+            self.steps.launch(step, scratch, layers=layers)
+        self._decode_graphs(scratch).rehearse(layers)
 
     def allocate_pool(self, pages: int) -> int:
         """Allocate the KV pool, zeroed; returns its bytes."""
@@ -192,19 +217,17 @@ class Engine:
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()  # what earlier work left behind would be used again unnoticed
         before_bytes = self.allocator_bytes()
-        graphs = DecodeGraphs(
-            self.decoder,
-            self.pool,
-            self.layout,
-            self.config.max_batch,
-            self.max_model_len,
-            self.steps.drawn,
-        )
+        graphs = self._decode_graphs(self.pool)
         graphs.capture()
         self._graphs = graphs
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()
         return self.allocator_bytes() - before_bytes
+
+    def _decode_graphs(self, pool: KvPool) -> DecodeGraphs:
+        return DecodeGraphs(
+            self.decoder, pool, self.layout, self.config.max_batch, self.max_model_len, self.steps.drawn
+        )
 
     def cap_allocator(self, limit_bytes: int) -> None:
         """On a GPU, an allocation beyond `limit_bytes` fails here, rather than take what belongs to the

@@ -14,6 +14,9 @@ from services.engine.kv_pool import KvPool
 from services.engine.ops.attention import paged_attention
 from services.engine.ops.decode_attention import decode_attention, decode_splits
 from services.engine.ops.prefill_attention import prefill_attention
+from services.engine.ops.processors import processors
+
+TABLE_ALIGNMENT = 16
 
 
 class StepAttention(Protocol):
@@ -113,11 +116,10 @@ def kernel_attention(
 ) -> KernelAttention:
     """`sent` are `kernel_columns` on the device, which may hold others besides."""
     longest = max((one.start + 1 for one in sequences if one.count == 1), default=1)
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
     return KernelAttention(
         decode_tables=sent["decode_tables"],
         lengths=sent["lengths"],
-        splits=decode_splits(max(1, sent["lengths"].shape[0]), kv_heads, longest, processors),
+        splits=decode_splits(max(1, sent["lengths"].shape[0]), kv_heads, longest, processors(device)),
         chunk_tables=sent["chunk_tables"],
         query_starts=sent["query_starts"],
         query_counts=sent["query_counts"],
@@ -126,9 +128,14 @@ def kernel_attention(
     )
 
 
+def table_width(pages: int) -> int:
+    """Of tables of so many pages: kernels are compiled for rows that begin at aligned addresses."""
+    return -(-pages // TABLE_ALIGNMENT) * TABLE_ALIGNMENT
+
+
 def _tables(sequences: Seq[Sequence]) -> Column:
-    """Page tables side by side, `[sequences, most pages]`; what is beyond a sequence's own is never read."""
-    width = max((len(one.pages) for one in sequences), default=1)
+    """Page tables side by side, `[sequences, width]`; what is beyond a sequence's own is never read."""
+    width = table_width(max((len(one.pages) for one in sequences), default=1))
     table = np.zeros((len(sequences), width), dtype=np.int32)
     for at, one in enumerate(sequences):
         table[at, : len(one.pages)] = one.pages

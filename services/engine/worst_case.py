@@ -1,10 +1,15 @@
 """The step that takes the most memory, which the ledger's activation line is measured with, and small ones
 that use what it does not: every kernel of a draw is compiled before a request waits for it."""
 
+from dataclasses import replace
+
+import msgspec
 
 from services.config import WorkerConfig
 from services.engine.attention_plan import KvLayout, SpanLimits
 from services.engine.batch import Draw, Row
+from services.engine.ops.decode_attention import decode_splits
+from services.engine.ops.small_products import MAX_TOKENS
 from services.messages import MAX_TOP_LOGPROBS, Sampling
 
 _EVERY_FILTER = Sampling(
@@ -62,3 +67,40 @@ def draw_rows() -> list[Row]:
         for penalty in (1.0, 1.1)
     ]
     return [Row([0], 0, [0], [Draw(0, 1, sampling, [0], [])]) for sampling in samplings]
+
+
+def small_chunks(config: WorkerConfig, max_model_len: int) -> list[Row]:
+    """A chunk on page 0 of each number of tokens that small products are told apart by, each for a step of
+    its own."""
+    most = min(MAX_TOKENS, config.max_chunk_tokens, max_model_len)
+    return [Row([0] * size, 0, [0] * -(-size // config.page_size_tokens)) for size in powers_of_two(most)]
+
+
+def mixed_steps(
+    config: WorkerConfig, kv_heads: int, max_model_len: int, processor_count: int
+) -> list[list[Row]]:
+    """A chunk and some decodes, on page 0: for the least and the largest batch of each launch that was
+    tuned, one step for each number of splits that decode attention takes beside a chunk."""
+    steps: dict[tuple[int, int], list[Row]] = {}
+    largest = min(config.max_batch, config.max_chunk_tokens) - 1
+    powers = powers_of_two(largest)
+    for batch in sorted({*powers, *(power + 1 for power in powers if power < largest)}):
+        for context in powers_of_two(max_model_len):
+            splits = decode_splits(batch, kv_heads, context, processor_count)
+            decode = Row([0], context - 1, [0] * -(-context // config.page_size_tokens))
+            steps.setdefault((batch, splits), [Row([0, 0], 0, [0]), *[decode] * batch])
+    return list(steps.values())
+
+
+def without_logprobs(rows: list[Row]) -> list[Row]:
+    """The same rows, but that nothing is looked up by the ids that are drawn."""
+
+    def silent(draw: Draw) -> Draw:
+        return replace(draw, sampling=msgspec.structs.replace(draw.sampling, logprobs=None))
+
+    return [replace(row, draws=[silent(draw) for draw in row.draws], targets=[]) for row in rows]
+
+
+def powers_of_two(most: int) -> list[int]:
+    """Up to `most`."""
+    return [1 << power for power in range(most.bit_length())]

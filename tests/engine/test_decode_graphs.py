@@ -40,13 +40,8 @@ def pageable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def engine(tmp_path: Any, pageable: None, monkeypatch: pytest.MonkeyPatch) -> Engine:
+def engine(tmp_path: Any, pageable: None) -> Engine:
     """Its decode steps go through the graphs' inputs, for batches up to 8."""
-
-    class Properties:
-        multi_processor_count = 4
-
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
     engine = start_engine(make_checkpoint("qwen3", tmp_path / "tiny", seed=2, eos=False), pages=128)
     graphs = DecodeGraphs(engine.decoder, engine.pool, engine.layout, 8, 200, engine.steps.drawn)
     for batch in ladder(8):
@@ -54,6 +49,13 @@ def engine(tmp_path: Any, pageable: None, monkeypatch: pytest.MonkeyPatch) -> En
         graphs._graphs[batch] = Replayed(replay)  # type: ignore[assignment]
     engine._graphs = graphs
     return engine
+
+
+def test_a_rehearsal_leaves_nothing_behind(engine: Engine) -> None:
+    """On a GPU it launches no kernel; here every step of it is computed, into page 0."""
+    wanted = run_together(engine, [Sequence(prompt_of(23), list(range(18)), SAMPLED, chunk=7)], 8)
+    engine._rehearse(engine.pool, 2)
+    assert run_together(engine, [Sequence(prompt_of(23), list(range(18)), SAMPLED, chunk=7)], 8) == wanted
 
 
 @pytest.mark.parametrize("run", [run_together, run_ahead])

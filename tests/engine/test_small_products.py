@@ -156,7 +156,7 @@ def test_on_a_cpu_the_library_multiplies(bias: bool) -> None:
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("tokens", [1, 8, 64, 128, 256])
 def test_a_shape_without_a_table_gets_enough_programs(tokens: int, gated: bool) -> None:
-    config = default_config(tokens, 4096, 12288, gated, processors=132)
+    config = default_config(tokens, 4096, 12288, gated, processor_count=132)
     match config:
         case RowProduct():
             assert tokens == 1

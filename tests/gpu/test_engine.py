@@ -149,3 +149,25 @@ def test_activations_are_measured(tmp_path: Path) -> None:
     assert (
         peak_bytes(lambda: torch.ones(1 << 20, device="cuda").sum().item(), torch.device("cuda")) >= 4 << 20
     )
+
+
+def test_an_allocation_beyond_the_cap_fails(tmp_path: Path) -> None:
+    """The pool and all that steps take stay below it; what would pass it is refused, and nothing breaks."""
+    make_checkpoint("qwen3", tmp_path, eos=False)
+    engine = new_engine(tmp_path, device="cuda")
+    engine.load(lambda done_bytes, total_bytes: None)
+    engine.measure_activations()
+    engine.allocate_pool(128)
+    torch.cuda.empty_cache()
+    limit_bytes = engine.allocator_bytes() + (256 << 20)
+    engine.cap_allocator(limit_bytes)
+    try:
+        within = torch.empty(128 << 20, dtype=torch.uint8, device="cuda")
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(192 << 20, dtype=torch.uint8, device="cuda")
+        assert engine.allocator_bytes() <= limit_bytes
+        del within
+        sequence = Sequence(prompt_of(30), list(range(10)))
+        assert len(run_together(engine, [sequence], 5)[0]) == 5
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)

@@ -1,5 +1,6 @@
 """The ledger of a running system beside what the driver says of its processes, and a dead worker's memory."""
 
+import contextlib
 import threading
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,12 @@ FREE_AGAIN_S = 10.0
 
 
 def held_bytes(pid: int) -> int:
-    """Of GPU 0; 0 if the driver does not know the process."""
-    try:
-        return gpu_process_bytes(0, pid)
-    except NotMeasurable:
-        return 0
+    """Of all GPUs together; 0 if the driver does not know the process."""
+    found_bytes = 0
+    for index in range(gpu_count()):
+        with contextlib.suppress(NotMeasurable):
+            found_bytes += gpu_process_bytes(index, pid)
+    return found_bytes
 
 
 def complete(cluster: Cluster, prompt_tokens: int, max_tokens: int) -> dict[str, Any]:

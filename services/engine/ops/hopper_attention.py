@@ -21,6 +21,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from services.engine.ops import hopper_attention_kernel
 from services.engine.ops.decode_attention import LOG2_E
+from services.engine.ops.processors import processors
 from services.engine.ops.remembered import cdiv
 
 BLOCK_KEYS = 128
@@ -38,11 +39,6 @@ BOX_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, r
 @functools.cache
 def _is_hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) == (9, 0)
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def takes(queries: Tensor, pool: Tensor, window: int | None) -> bool:
@@ -89,7 +85,7 @@ def hopper_prefill_attention(
     total = sequences * tiles * kv_heads
     if total == 0:
         return out
-    programs = min(_processors(queries.device), total)
+    programs = min(processors(queries.device), total)
     box = [min(page_size, BLOCK_KEYS), head_dim]
     hopper_attention_kernel.prefill[(programs,)](
         queries,

@@ -5,13 +5,20 @@ the launch itself, and a prefill step has some hundred launches. A `remembered` 
 for arguments that Triton would treat alike: same dtypes, same constants, pointers aligned alike, and integers
 that are one, multiples of 16 and of 32 bits alike. It is called as any other, `kernel[grid](...)`, with every
 constant by its name.
+
+Compiled one after the other, each at its first launch, the kernels of a model take half a minute.
+`compiling_ahead` is for a rehearsal of what will be launched: it has them compiled side by side.
 """
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from torch import Tensor
+from triton import AsyncCompileMode
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -23,6 +30,9 @@ Grid = tuple[int, ...]
 
 class Remembered:
     """A kernel that is launched, not one that others call."""
+
+    rehearses = False
+    """Whether launches only compile, those of all kernels."""
 
     def __init__(self, function: Any) -> None:
         self.function = function
@@ -37,6 +47,9 @@ class Remembered:
         device = _device_of(arguments[0])
         if device < 0 or not self._compiles:
             self.function[grid](*arguments, **constants)
+            return
+        if Remembered.rehearses:
+            self.function.warmup(*arguments, grid=grid, **constants)
             return
         key = (device, *constants, *constants.values(), *map(_kind_of, arguments))
         known = self._known.get(key)
@@ -54,6 +67,19 @@ class Remembered:
 def remembered(function: Any) -> Any:
     """A decorator above `triton.jit`. Any, like what that gives: parameters are those of the kernel."""
     return Remembered(function)
+
+
+@contextmanager
+def compiling_ahead() -> Iterator[None]:
+    """Within it no kernel on a GPU is launched, and what a launch would have compiled is compiled by as many
+    threads as there are cores: MLIR, LLVM and the assembler do without Python's lock. Leaving it waits for
+    all. What kernels would have written is left as it was, so nothing may be looked up by it."""
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads, AsyncCompileMode(threads):
+        Remembered.rehearses = True
+        try:
+            yield
+        finally:
+            Remembered.rehearses = False
 
 
 def cdiv(number: int, divisor: int) -> int:

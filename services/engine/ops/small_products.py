@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from services.engine.ops import tuning
+from services.engine.ops.processors import processors
 from services.engine.ops.product_kernels import row_product, tile_product
 from services.engine.ops.remembered import next_power_of_2
 from services.engine.ops.swiglu import silu_mul
@@ -116,7 +117,7 @@ def multiply(
             block_rows=config.block_rows,
             block_inner=min(config.block_inner, next_power_of_2(inner)),
             num_warps=config.num_warps,
-            programs=config.programs_per_processor * _processors(x.device),
+            programs=config.programs_per_processor * processors(x.device),
             out=out,
         )
     return tile_product(
@@ -143,8 +144,8 @@ def least_tokens(block_rows: int) -> int:
     return 16 if block_rows >= 64 else 8
 
 
-def default_config(tokens: int, rows: int, inner: int, gated: bool, processors: int) -> ProductConfig:
-    """What a shape gets that no table knows: enough programs to fill `processors` twice, tiles that fit."""
+def default_config(tokens: int, rows: int, inner: int, gated: bool, processor_count: int) -> ProductConfig:
+    """What a shape gets that no table knows: enough programs to fill the processors twice, tiles that fit."""
     if tokens == 1:
         return RowProduct(2 if gated else 4, 2048, 4, 1 << 16)
     if tokens > 128:
@@ -152,7 +153,7 @@ def default_config(tokens: int, rows: int, inner: int, gated: bool, processors: 
     block_rows = 64
     blocks = -(-(rows // 2 if gated else rows) // block_rows)
     splits = 1
-    while blocks * splits < 2 * processors and inner // splits >= 2048:
+    while blocks * splits < 2 * processor_count and inner // splits >= 2048:
         splits *= 2
     return TileProduct(
         block_tokens=128,
@@ -183,15 +184,8 @@ def _chosen(kernel: str, x: Tensor, weight: Tensor) -> ProductConfig:
 def _config(kernel: str, shape: tuple[int, int, int], device: torch.device) -> ProductConfig:
     found = tuning.lookup(kernel, shape, torch.cuda.get_device_name(device))
     if found is None:
-        return default_config(*shape, kernel == "gate_up", _processors(device))
+        return default_config(*shape, kernel == "gate_up", processors(device))
     config: ProductConfig = msgspec.convert(found, ProductConfig)
     if isinstance(config, RowProduct) and shape[0] > 1:  # the nearest is a single token's
-        return default_config(*shape, kernel == "gate_up", _processors(device))
+        return default_config(*shape, kernel == "gate_up", processors(device))
     return config
-
-
-@lru_cache(maxsize=16)
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
