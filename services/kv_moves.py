@@ -6,7 +6,8 @@ from typing import Protocol
 from kvtransfer.client import TransferClient
 from kvtransfer.messages import KvGeometry
 from services.engine.engine import Engine
-from services.engine.moves import Mark, Marks, Move
+from services.engine.marks import Mark, Marks
+from services.engine.moves import Move
 from services.engine.run_table import SlotRun
 from services.rank_messages import HoldSteps, MapStaging, MoveKv, MoveRun
 from services.ranks import Ranks
@@ -51,7 +52,7 @@ class OwnMoves:
         return self._engine.mark()
 
     def passed(self, mark: Mark | None) -> bool:
-        return mark is not None and bool(mark.query())  # type: ignore[no-untyped-call]
+        return mark is not None and mark.query()
 
     def hold_steps(self, move: Move) -> None:
         self._engine.hold_steps(move)
@@ -71,6 +72,11 @@ class RankMoves:
         self._head_bytes = geometry.token_bytes // geometry.kv_heads
         self._page_size_tokens = page_size_tokens
         self._mapped_epoch = 0
+
+    def open(self) -> None:
+        """Has the buffer mapped now; see `Staging.open`. What goes wrong is the rank's answer to what it is
+        told next."""
+        self._map_staging()
 
     def pack(self, runs: Sequence[SlotRun], with_checksums: bool, after: Marks | None) -> Move:
         return self._move(True, runs, with_checksums)

@@ -18,7 +18,8 @@ from kvtransfer.client import TransferClient
 from kvtransfer.messages import Arrived, Segment, SlotUse, TransferAddress
 from kvtransfer.spans import Spans
 from services.engine.errors import ChecksumMismatch
-from services.engine.moves import Mark, Marks, Move
+from services.engine.marks import Mark, Marks
+from services.engine.moves import Move
 from services.engine.run_table import SlotRun
 from services.kv_moves import KvMoves
 from services.scheduler.sequence import Sequence

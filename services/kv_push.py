@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from kvtransfer.client import TransferClient
 from kvtransfer.messages import Segment, SendConfirmed, SendSlots, SlotUse
 from kvtransfer.spans import Spans
-from services.engine.moves import Mark, Marks, Move
+from services.engine.marks import Mark, Marks
+from services.engine.moves import Move
 from services.engine.run_table import SlotRun
 from services.kv_moves import KvMoves
 from services.scheduler.sequence import Chunk, Sequence

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from kvtransfer.client import TransferLost
 from kvtransfer.messages import Aborted, Event, SendCommitted, SendConfirmed, SendSlots
-from services.engine.moves import Mark
+from services.engine.marks import Mark
 from services.kv_parts import Part, parts_of
 from services.kv_push import KvPush
 from services.scheduler.sequence import Chunk, Sequence

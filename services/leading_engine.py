@@ -12,6 +12,7 @@ from services.config import WorkerConfig
 from services.engine.batch import Row
 from services.engine.engine import Engine
 from services.engine.launched import Launched
+from services.engine.marks import Mark
 from services.engine.model_config import ModelConfig
 from services.engine.rank_group import DistributedGroup
 from services.rank_messages import (
@@ -93,7 +94,7 @@ class LeadingEngine(Engine):
         except (RuntimeError, ValueError, IndexError) as error:
             raise RankError(f"a step failed in rank 0, and no rank can go on alone: {error}") from error
         if launched.done is not None:
-            launched.done = _Watched(launched.done, self.ranks)  # type: ignore[assignment]
+            launched.done = _Watched(launched.done, self.ranks)
         return launched
 
     def copy_pages(self, pairs: list[tuple[int, int]]) -> None:
@@ -136,13 +137,13 @@ def _meeting_place(listen: str) -> Path:
 class _Watched:
     """A step's event whose wait the watcher sees, and which does not stay away for ever."""
 
-    def __init__(self, event: torch.cuda.Event, ranks: Ranks) -> None:
+    def __init__(self, event: Mark, ranks: Ranks) -> None:
         self._event, self._ranks = event, ranks
         self._launched_s = time.monotonic()
 
     def query(self) -> bool:
         """Raises `RankError` when the time is up."""
-        if self._event.query():  # type: ignore[no-untyped-call]
+        if self._event.query():
             return True
         if time.monotonic() > self._launched_s + STEP_TIMEOUT_S:
             raise RankError(f"a step is not done after {STEP_TIMEOUT_S:g} s: a rank hangs")
@@ -151,3 +152,6 @@ class _Watched:
     def synchronize(self) -> None:
         with self._ranks.within(STEP_TIMEOUT_S, "a step"):
             self._event.synchronize()
+
+    def wait(self, stream: torch.cuda.Stream) -> None:
+        self._event.wait(stream)

@@ -96,7 +96,7 @@ class Rank:
             self._obey(order)
         self._engine.synchronize()
         self._staging.close()
-        self._group.close()
+        self._engine.close()
 
     def _next_order(self) -> Order:
         """Moves are reported as they are done, while orders come."""
@@ -191,7 +191,10 @@ def main() -> None:
     _end_with_leader(leader_pid)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     with socket.socket(fileno=descriptor) as end:
-        raise SystemExit(run(end))
+        code = run(end)
+    if code:  # an interpreter that ends would leave the group, and wait for ranks that may never come
+        logging.shutdown()
+        os._exit(code)
 
 
 if __name__ == "__main__":

@@ -162,10 +162,10 @@ def _moves(config: WorkerConfig, engine: Engine, transfer: TransferRanks) -> lis
     staging.open()
     moves: list[KvMoves] = [OwnMoves(engine, staging)]
     if isinstance(engine, LeadingEngine):
-        moves += [
-            RankMoves(engine.ranks, rank, client, engine.geometry, config.page_size_tokens)
-            for rank, client in enumerate(others, 1)
-        ]
+        for rank, client in enumerate(others, 1):
+            move = RankMoves(engine.ranks, rank, client, engine.geometry, config.page_size_tokens)
+            move.open()
+            moves.append(move)
     return moves
 
 

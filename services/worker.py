@@ -78,6 +78,13 @@ def run(config: WorkerConfig, progress: Callable[[int, int], None] = lambda done
     signal.signal(signal.SIGINT, worker.on_signal)
     try:
         worker.serve()
+    except Exception:
+        log.exception("worker %s fails", config.name)  # before anything else can go wrong
+        if config.tp > 1:
+            # Leaving the group could wait for ranks that never come; the kernel ends them with this process.
+            logging.shutdown()
+            os._exit(1)
+        raise
     finally:
         worker.close()
 

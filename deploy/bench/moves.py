@@ -28,8 +28,9 @@ from kvtransfer.messages import Arrived, Segment, SendConfirmed, SendSlots, Slot
 from kvtransfer.spans import Spans
 from services.engine.attention_plan import KvLayout
 from services.engine.kv_pool import KvPool
+from services.engine.marks import Mark, Marks
 from services.engine.model_config import read_model_config
-from services.engine.moves import Mark, Marks, Move, Moves
+from services.engine.moves import Move, Moves
 from services.engine.run_table import RunTables, SlotRun
 from services.engine.segments import SlotBuffer
 from services.kv_moves import KvMoves
@@ -133,7 +134,7 @@ class DeviceMoves(TablesOnly):
         return self._moves.mark()
 
     def passed(self, mark: Mark | None) -> bool:
-        return mark is not None and bool(mark.query())  # type: ignore[no-untyped-call]
+        return mark is not None and mark.query()
 
 
 class Packing:

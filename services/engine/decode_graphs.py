@@ -107,6 +107,13 @@ class DecodeGraphs:
             self._send(indices([]), indices([]), indices([]), indices([]), batch)
             self._forward(self._inputs(batch), batch, layers)
 
+    def close(self) -> None:
+        """Give up what was captured; none of it may be running. Dropping the graphs would not do: whoever
+        holds a traceback holds them too."""
+        for graph in self._graphs.values():
+            graph.reset()
+        self._graphs.clear()
+
     def takes(self, rows: list[Row]) -> bool:
         """One token of each row, each drawing, and no more rows than the largest graph."""
         return len(rows) <= self._max_batch and all(

@@ -31,9 +31,10 @@ from services.engine.kv_pool import KvPool
 from services.engine.kv_scales import kv_scales
 from services.engine.launched import Launched
 from services.engine.layers import Decoder
+from services.engine.marks import Mark, Marks
 from services.engine.model_config import ModelConfig
 from services.engine.models.registry import make_decoder
-from services.engine.moves import Mark, Marks, Move, Moves
+from services.engine.moves import Move, Moves
 from services.engine.ops.fp8 import FP8
 from services.engine.ops.processors import processors
 from services.engine.ops.remembered import compiling_ahead
@@ -301,7 +302,14 @@ class Engine:
             torch.cuda.synchronize(self.device)
 
     def close(self) -> None:
-        """Leave the group. Nothing may be launched any more. Idempotent."""
+        """Leave the group. Nothing may be launched any more. Idempotent.
+
+        The graphs go first: NCCL does not let go of a communicator that one of them holds a sum of.
+        """
+        if self._graphs is not None:
+            self.synchronize()
+            self._graphs.close()
+            self._graphs = None
         self.group.close()
 
     # ------------------------------------------------------------ state

@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass, field
 
-import torch
-
 from services.engine.batch import RowResult
 from services.engine.errors import EngineStateError
+from services.engine.marks import Mark
 from services.engine.sampler import QueuedDraws, QueuedLogprobs
 
 
@@ -19,13 +18,13 @@ class Launched:
     owners: list[int] = field(default_factory=list)
     draws: QueuedDraws | None = None
     prompts: list[tuple[int, QueuedLogprobs]] = field(default_factory=list)
-    done: torch.cuda.Event | None = None
+    done: Mark | None = None
     _is_collected: bool = False
 
     @property
     def is_done(self) -> bool:
         """Whether `collect` would return at once."""
-        return self.done is None or bool(self.done.query())  # type: ignore[no-untyped-call]
+        return self.done is None or self.done.query()
 
     def collect(self) -> list[RowResult]:
         """Wait for the step; results in the order of its rows. The steps launched after it are not waited

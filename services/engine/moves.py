@@ -19,13 +19,10 @@ import torch
 
 from services.engine.errors import ChecksumMismatch
 from services.engine.kv_pool import KvPool
+from services.engine.marks import Mark, Marks
 from services.engine.ops.checksum import QueuedChecksums
 from services.engine.run_table import SlotRun
 from services.engine.segments import Segments, SlotBuffer
-
-Mark = torch.cuda.Event
-"""A place in the steps' stream."""
-Marks = Sequence[Mark]
 
 
 @dataclass(slots=True, eq=False)
@@ -40,7 +37,7 @@ class Move:
     @property
     def is_done(self) -> bool:
         """Asks the device, and does not wait for it."""
-        return self._done is None or bool(self._done.query())  # type: ignore[no-untyped-call]
+        return self._done is None or self._done.query()
 
     def wait(self) -> None:
         if self._done is not None:
@@ -115,7 +112,7 @@ class Moves:
     def hold_steps(self, move: Move) -> None:
         """Steps queued from now on start after this move."""
         if self._stream is not None and move._done is not None:
-            torch.cuda.current_stream(self._stream.device).wait_event(move._done)
+            move._done.wait(torch.cuda.current_stream(self._stream.device))
 
     def _beside(self, after: Marks | None) -> AbstractContextManager[object]:
         """What is queued within runs beside the steps, after `after` or all that are queued."""
@@ -124,7 +121,7 @@ class Moves:
         if after is None:
             after = (_recorded(torch.cuda.current_stream(self._stream.device)),)
         for mark in after:
-            self._stream.wait_event(mark)
+            mark.wait(self._stream)
         return torch.cuda.stream(self._stream)
 
     def _queued(self, byte_counts: list[int], queued: QueuedChecksums | None) -> Move:
@@ -133,7 +130,7 @@ class Moves:
         return Move(byte_counts, done, queued)
 
 
-def _recorded(stream: torch.cuda.Stream) -> Mark:
-    event = Mark()  # type: ignore[no-untyped-call]
+def _recorded(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record(stream)
     return event

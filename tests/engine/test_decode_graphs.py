@@ -30,6 +30,10 @@ SAMPLED = Sampling(max_tokens=1, seed=11, temperature=0.9, top_p=0.95)
 class Replayed:
     def __init__(self, replay: Callable[[], Any]) -> None:
         self.replay = replay
+        self.is_reset = False
+
+    def reset(self) -> None:
+        self.is_reset = True
 
 
 @pytest.fixture
@@ -56,6 +60,16 @@ def test_a_rehearsal_leaves_nothing_behind(engine: Engine) -> None:
     wanted = run_together(engine, [Sequence(prompt_of(23), list(range(18)), SAMPLED, chunk=7)], 8)
     engine._rehearse(engine.pool, 2)
     assert run_together(engine, [Sequence(prompt_of(23), list(range(18)), SAMPLED, chunk=7)], 8) == wanted
+
+
+def test_a_closed_engine_holds_no_graph(engine: Engine) -> None:
+    """NCCL would wait for them when the group is left."""
+    assert engine._graphs is not None
+    captured: list[Any] = list(engine._graphs._graphs.values())
+    engine.close()
+    engine.close()
+    assert engine._graphs is None
+    assert captured and all(graph.is_reset for graph in captured)
 
 
 @pytest.mark.parametrize("run", [run_together, run_ahead])

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvtransfer.messages import Segment, SlotUse, TransferAddress
-from services.engine.moves import Mark, Marks, Move
+from services.engine.marks import Mark, Marks
+from services.engine.moves import Move
 from services.engine.run_table import SlotRun
 
 

@@ -28,7 +28,8 @@ from kvtransfer.messages import (
     TransferAddress,
 )
 from kvtransfer.spans import Spans
-from services.engine.moves import Mark, Move
+from services.engine.marks import Mark
+from services.engine.moves import Move
 from services.engine.run_table import SlotRun
 from services.kv_pull import KvPull
 from services.kv_pull_parts import PullParts
