@@ -1,4 +1,4 @@
-"""A worker of several ranks: its steps are waited for on the device, its failure is said and not waited out."""
+"""A worker of several ranks: steps are waited for on the device, and a failure is said, not waited out."""
 
 import logging
 import os
