@@ -1,5 +1,5 @@
 """The step that takes the most memory, which the ledger's activation line is measured with, and small ones
-that use what it does not: every kernel of a draw is compiled before a request waits for it."""
+that use what it does not: every kernel is compiled before a request waits for it."""
 
 from dataclasses import replace
 
