@@ -82,8 +82,8 @@ class Rank:
     def __init__(self, config: WorkerConfig, store: Path, link: RankLink[Order, Answer]) -> None:
         self._link = link
         self._context_bytes = resident_bytes()
-        self._group = DistributedGroup(config, store)
-        self._engine = Engine(config, read_model_config(config.model_dir), self._group)
+        group = DistributedGroup(config, store)
+        self._engine = Engine(config, read_model_config(config.model_dir), group)
         self._tables = PageTables()
         self._sizes: dict[str, int] = {}
         self._held: dict[str, int] = {}

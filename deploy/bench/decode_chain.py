@@ -25,6 +25,7 @@ from deploy.bench.kernel_times import (
 from deploy.bench.kernels import EPS
 from services.engine.ops.decode_attention import decode_attention_kernel, decode_splits
 from services.engine.ops.dependent_launch import ordinary_launches
+from services.engine.ops.processors import processors
 from services.engine.ops.qkv import qkv_to_pool_kernel
 from services.engine.ops.rms_norm import add_rms_norm_kernel
 from services.engine.ops.small_products import LIBRARY, ProductConfig, multiply
@@ -91,8 +92,7 @@ class Chain:
         pool_rows = self.pool.view(-1, HEAD_DIM)
         layer_rows = 2 * KV_HEADS * PAGE_SIZE_TOKENS
         self.layer_rows = [pool_rows[layer * layer_rows :] for layer in range(LAYERS)]
-        processors = torch.cuda.get_device_properties(CUDA).multi_processor_count
-        self.splits = decode_splits(tokens, KV_HEADS, CONTEXT_TOKENS, processors)
+        self.splits = decode_splits(tokens, KV_HEADS, CONTEXT_TOKENS, processors(CUDA))
 
     def multiply(self, x: Tensor, matrix: Matrix, layer: int) -> Tensor:
         weight = self.weights.of(matrix)[layer]

@@ -2,7 +2,6 @@
 
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from deploy.bench.kernel_times import (
@@ -22,6 +21,7 @@ from deploy.bench.kernel_times import (
 )
 from services.engine.ops.decode_attention import decode_attention_kernel, decode_splits
 from services.engine.ops.prefill_attention import prefill_attention
+from services.engine.ops.processors import processors
 
 
 def bench_layouts(bench: Bench, memory: Tensor) -> None:
@@ -30,7 +30,6 @@ def bench_layouts(bench: Bench, memory: Tensor) -> None:
     A pool for each layer is the same memory seen as one layer of as many pages more, so that the same
     kernels run on both.
     """
-    processors = torch.cuda.get_device_properties(CUDA).multi_processor_count
     for size in PAGE_SIZES:
         page_first = pool_of(memory, size)
         pages = page_first.shape[0]
@@ -51,7 +50,7 @@ def bench_layouts(bench: Bench, memory: Tensor) -> None:
                     queries, lengths = rows(batch, HEADS, HEAD_DIM), integers(*[context] * batch)
                     moved = batch * context * TOKEN_LAYER_BYTES + 2 * queries.numel() * 2
                     tables = tables_of(page_first, batch, context, order == "scattered")
-                    splits = decode_splits(batch, KV_HEADS, context, processors)
+                    splits = decode_splits(batch, KV_HEADS, context, processors(CUDA))
                     calls: list[Call] = []
                     for layer in range(LAYERS):
                         pool, at, table = on_layer(layer, tables)

@@ -50,6 +50,7 @@ from services.engine.ops.decode_attention import (
 )
 from services.engine.ops.kv_segment import move_runs_kernel
 from services.engine.ops.prefill_attention import prefill_attention, prefill_attention_kernel
+from services.engine.ops.processors import processors
 from services.engine.ops.qkv import QkvLaunch, qkv_to_pool_kernel
 from services.engine.ops.rms_norm import NormLaunch, add_rms_norm_kernel
 from services.engine.ops.swiglu import SwigluLaunch, silu_mul_kernel
@@ -125,12 +126,11 @@ def describe(launch: msgspec.Struct) -> str:
 
 
 def bench_decode(bench: Bench, memory: Tensor) -> None:
-    processors = torch.cuda.get_device_properties(CUDA).multi_processor_count
     for batch, context in DECODE_SHAPES:
         if batch * context * LAYERS * TOKEN_LAYER_BYTES > memory.numel() * memory.element_size():
             bench.skipped.append(f"decode_attention batch {batch} context {context}: too little memory")
             continue
-        chosen = decode_splits(batch, KV_HEADS, context, processors)
+        chosen = decode_splits(batch, KV_HEADS, context, processors(CUDA))
         runs = [(PAGE_SIZE, chosen, launch) for launch in DECODE_LAUNCHES]
         runs += [(size, splits, UNTUNED) for size in PAGE_SIZES for splits in SPLITS if splits <= 4 * chosen]
         lengths = integers(*[context] * batch)

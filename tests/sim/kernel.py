@@ -66,9 +66,7 @@ class World:
     def sleep(self, seconds: float) -> None:
         """The running process waits; the others go on. Raises `Gone` if it does not wake up."""
         running, self.running = self.running, None
-        if running is None:
-            self.run_until(self.now_s + seconds)
-            return
+        assert running is not None, "only a process sleeps"
         life, running.asleep = running.life, True
         self.run_until(self.now_s + seconds)
         while running.life == life and running.alive and running.hung_until_s > self.now_s:
