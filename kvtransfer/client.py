@@ -11,7 +11,6 @@ comes, `ready` is False and commands are dropped: they would all be about transf
 import logging
 import mmap
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +42,7 @@ from kvtransfer.messages import (
     Refused,
     Segment,
     SendReady,
+    SendSlots,
     SlotUse,
     Stats,
     TransferAddress,
@@ -68,11 +68,15 @@ class TransferLost:
     """The rank whose process it was."""
 
 
-WorkerEvent = TransferEvent | TransferLost | TransferSpans
+@dataclass(frozen=True, slots=True)
+class SlotsLent:
+    """Send slots that the transfer process of a rank has lent; see `SendSlots`."""
+
+    slots: list[SlotUse]
+    rank: int = 0
 
 
-def _always() -> bool:
-    return True
+WorkerEvent = TransferEvent | SlotsLent | TransferLost | TransferSpans
 
 
 def _freed(slots: list[SlotUse]) -> list[Freed]:
@@ -84,8 +88,6 @@ class TransferClient:
     """Attaches in the constructor. Raises AttachError if that fails within `timeout_s`,
     TransferConfigError for a bad endpoint.
 
-    `packs_idle`, which the worker sets, says whether no pack is running whose transfer has ended. Slots that
-    were lent for such a transfer go back, by `flush`, only when it says so.
     Of a worker of several ranks, it serves rank `rank` of `tp`; without `maps`, the rank maps the buffer.
     """
 
@@ -100,11 +102,9 @@ class TransferClient:
         rank: int = 0,
         tp: int = 1,
         maps: bool = True,
-        packs_idle: Callable[[], bool] = _always,
     ) -> None:
         self._worker_epoch, self._geometry = worker_epoch, geometry
         self._rank, self._tp, self._maps = rank, tp, maps
-        self.packs_idle = packs_idle
         self._dropped: dict[str, int] = {}
         self._link: Link[Event, Command] = Link(
             endpoint, WORKER_EVENTS, WORKER_COMMANDS, keys=keys, on_drop=self._on_drop
@@ -205,12 +205,12 @@ class TransferClient:
 
     def filled(self, transfer_id: int, segments: list[Segment]) -> None:
         """Hands over packed send slots; they must not be written any more."""
-        self._book.filled(transfer_id, segments)
         for at in range(0, len(segments), MAX_SEGMENTS_PER_MESSAGE):
             self._queue(Filled(transfer_id, segments[at : at + MAX_SEGMENTS_PER_MESSAGE]))
 
     def freed(self, slots: list[SlotUse]) -> None:
-        """Gives back receive slots; they must not be read any more."""
+        """Gives back receive slots, which must not be read any more, or lent send slots, which must not be
+        written any more."""
         self._book.freed.extend(slots)
 
     def commit(self, transfer_id: int) -> None:
@@ -232,16 +232,13 @@ class TransferClient:
         if self._attached is None:
             self._forget_commands()
             return
-        # Freed receive slots go first: what follows in the frame may be given them. Lent slots go last:
-        # they can be returned only after the abort that ended their transfer.
-        returning = self._book.returning if self.packs_idle() else []
-        frame: list[Command] = [*_freed(self._book.freed), *self._commands, *_freed(returning)]
+        # Freed slots go first: what follows in the frame may be given them.
+        frame: list[Command] = [*_freed(self._book.freed), *self._commands]
         if frame and not self._link.send(frame):
             log.warning("the transfer process takes no commands: queue full")
             return
         self._book.freed.clear()
         self._commands.clear()
-        returning.clear()
 
     # ------------------------------------------------------------ events
 
@@ -270,6 +267,9 @@ class TransferClient:
                     events = self._lose() or events
                 else:
                     self.last_stats, self.last_stats_at_s = event, now_s
+            elif isinstance(event, SendSlots):
+                if self._book.lent(event.slots):
+                    events.append(SlotsLent(event.slots, self._rank))
             elif isinstance(event, TransferSpans) or self._book.follow(event):
                 events.append(event)
         return events

@@ -1,70 +1,51 @@
-"""The client's book of open transfers: what the worker has opened, and which slots it has been lent.
-
-It keeps two promises. A lent slot is never forgotten when its transfer ends, in whatever order the end and
-the loan cross on the way. And a worker never hears of a transfer that it has ended.
+"""The client's book of open transfers: a worker never hears of a transfer that it has ended, nor twice of the
+same use of a slot.
 """
-
-from dataclasses import dataclass, field
 
 from kvtransfer.messages import (
     Aborted,
     Arrived,
-    Segment,
     SendCommitted,
     SendConfirmed,
-    SendSlots,
+    SendGranted,
     SlotUse,
 )
 
-TransferEvent = SendConfirmed | SendSlots | Arrived | SendCommitted | Aborted
-
-
-@dataclass(slots=True)
-class _Send:
-    """The slot uses `lent` so far, and those `unfilled` among them."""
-
-    lent: set[SlotUse] = field(default_factory=set)
-    unfilled: set[SlotUse] = field(default_factory=set)
+TransferEvent = SendConfirmed | SendGranted | Arrived | SendCommitted | Aborted
 
 
 class OpenTransfers:
-    """`returning` are lent slots to give back once no pack is running, `freed` receive slots to free at
-    once; both are emptied by the client."""
+    """`freed` are slots to give back at once; emptied by the client."""
 
     def __init__(self) -> None:
-        self._sends: dict[int, _Send] = {}
+        self._sends: set[int] = set()
         self._receives: dict[int, set[SlotUse]] = {}
         """Open receives, each with the slot uses that have arrived for it."""
-        self.returning: list[SlotUse] = []
+        self._lent_generation: dict[int, int] = {}
+        """The newest one of each slot that was ever lent."""
         self.freed: list[SlotUse] = []
 
     def open_send(self, transfer_id: int) -> None:
-        self._sends[transfer_id] = _Send()
+        self._sends.add(transfer_id)
 
     def open_receive(self, transfer_id: int) -> None:
         self._receives[transfer_id] = set()
 
-    def filled(self, transfer_id: int, segments: list[Segment]) -> None:
-        send = self._sends.get(transfer_id)
-        if send is not None:
-            send.unfilled.difference_update(SlotUse(one.slot, one.generation) for one in segments)
-
     def committed(self, transfer_id: int) -> None:
         self._receives.pop(transfer_id, None)
+
+    def lent(self, slots: list[SlotUse]) -> bool:
+        """Takes note of send slots. False: they were said before; packed twice, other tokens would be taken
+        for a slot's."""
+        newest = self._lent_generation
+        if any(use.generation <= newest.get(use.slot, 0) for use in slots):
+            return False
+        newest.update((use.slot, use.generation) for use in slots)
+        return True
 
     def follow(self, event: TransferEvent) -> bool:
         """Takes note of an event. False: the worker has ended that transfer already and is not to hear of
         it; slots that the event brings go straight back."""
-        if isinstance(event, SendSlots):
-            send = self._sends.get(event.transfer_id)
-            if send is None:
-                self.returning.extend(event.slots)
-                return False
-            if not send.lent.isdisjoint(event.slots):
-                return False  # said twice; packed twice, other tokens would be taken for the slot's
-            send.lent.update(event.slots)
-            send.unfilled.update(event.slots)
-            return True
         if isinstance(event, Arrived):
             uses = [SlotUse(one.slot, one.generation) for one in event.segments]
             arrived = self._receives.get(event.transfer_id)
@@ -75,21 +56,20 @@ class OpenTransfers:
                 return False  # said twice; counted twice, a transfer would seem whole before it is
             arrived.update(uses)
             return True
-        if isinstance(event, SendConfirmed):
+        if isinstance(event, SendConfirmed | SendGranted):
             return event.transfer_id in self._sends
         return self.end(event.transfer_id)
 
     def end(self, transfer_id: int) -> bool:
         """False if it was not open."""
-        receiving = self._receives.pop(transfer_id, None) is not None
-        send = self._sends.pop(transfer_id, None)
-        if send is not None:
-            self.returning.extend(sorted(send.unfilled, key=lambda use: use.slot))
-        return receiving or send is not None
+        known = transfer_id in self._receives or transfer_id in self._sends
+        self._receives.pop(transfer_id, None)
+        self._sends.discard(transfer_id)
+        return known
 
     def clear(self) -> None:
         """The transfer process's life is over: nothing is open, nothing goes back."""
         self._sends.clear()
         self._receives.clear()
-        self.returning.clear()
+        self._lent_generation.clear()
         self.freed.clear()

@@ -151,20 +151,22 @@ class OpenSend(Struct, frozen=True, tag="open_send", forbid_unknown_fields=True)
 
 class SendReady(Struct, frozen=True, tag="send_ready", forbid_unknown_fields=True):
     """The prompt has its pages: what is asked for will be computed whatever becomes of other requests. No
-    slot is lent before, since whoever waits for pages may wait for somebody who waits for that slot."""
+    slot is lent for it before: whoever waits for pages may wait for somebody who waits for that slot."""
 
     transfer_id: TransferId
 
 
 class Filled(Struct, frozen=True, tag="filled", forbid_unknown_fields=True):
-    """The worker has packed these segments into send slots lent by `SendSlots`: move them."""
+    """The worker has packed these segments into send slots that it was lent by `SendSlots`: move them, each
+    into a slot that the destination has granted (`SendGranted`)."""
 
     transfer_id: TransferId
     segments: Segments
 
 
 class Freed(Struct, frozen=True, tag="freed", forbid_unknown_fields=True):
-    """The worker has unpacked (or, after `Aborted`, dropped) these receive slots."""
+    """The worker has unpacked (or, after `Aborted`, dropped) these receive slots, or gives back lent send
+    slots that it has no use for."""
 
     slots: SlotUses
 
@@ -243,10 +245,17 @@ class SendConfirmed(Struct, frozen=True, tag="send_confirmed", forbid_unknown_fi
     tp: RankCount
 
 
-class SendSlots(Struct, frozen=True, tag="send_slots", forbid_unknown_fields=True):
-    """Send slots lent to the worker, one for each grant that the destination gave."""
+class SendGranted(Struct, frozen=True, tag="send_granted", forbid_unknown_fields=True):
+    """The destination has room for so many more segments of the transfer."""
 
     transfer_id: TransferId
+    segments: Annotated[int, Meta(ge=1, le=MAX_SEGMENTS_PER_MESSAGE)]
+
+
+class SendSlots(Struct, frozen=True, tag="send_slots", forbid_unknown_fields=True):
+    """Send slots lent to the worker: no more than there are grants of prompts that have pages. Each is for
+    whatever transfer has grants and computed tokens when the worker packs."""
+
     slots: SlotUses
 
 
@@ -313,6 +322,7 @@ Event = (
     | Refused
     | NotAttached
     | SendConfirmed
+    | SendGranted
     | SendSlots
     | Arrived
     | SendCommitted

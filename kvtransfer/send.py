@@ -54,7 +54,6 @@ class Send:
     """Remote slots that may be written and are not yet."""
     grant_generations: dict[int, int] = field(default_factory=dict)
     """Newest generation of each remote slot ever granted: a repeated grant is told from a new one."""
-    lent: dict[int, SlotUse] = field(default_factory=dict)
     packed: TokenRanges = field(default_factory=TokenRanges)
     writes: set[int] = field(default_factory=set)
 
@@ -71,9 +70,12 @@ class Send:
         ours = limits.segment_tokens_of(self.kv_heads)
         self.segment_tokens = min(ours, offer.segment_tokens or ours)
 
-    def wants_slots(self) -> bool:
+    def wanted_slots(self) -> int:
+        """How many send slots it could use at once, all its tokens being computed."""
+        if self.state is not SendState.CONFIRMED or not self.ready:
+            return 0
         missing_tokens = self.end_token - self.start_token - self.packed.tokens
-        return len(self.lent) < min(len(self.grants), -(-missing_tokens // self.segment_tokens))
+        return min(len(self.grants), -(-missing_tokens // self.segment_tokens))
 
     def fault(self, segment: Segment) -> str | None:
         """Why a packed segment cannot be part of this transfer, as a drop counter's name."""
@@ -86,7 +88,7 @@ class Send:
             return "filled_wrong_length"
         if self.packed.overlaps(segment.start_token, end_token):
             return "filled_overlap"
-        return None
+        return None if self.grants else "filled_not_granted"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,22 +1,23 @@
 """Outgoing transfers: slots lent to the worker, writes posted to the mover, reports of them sent.
 
     1. `open` and `on_offer`, in either order       WAITING or OFFERED → CONFIRMED
-    2. `on_grant`          remote slots that may be written, kept first come first served
-    3. `lend`              a local slot goes to the worker only against a grant and only for a prompt that
-                           has pages: what is lent will be packed, and what is packed can be moved. No two
-                           transfers can ever wait for each other's slots
+    2. `on_grant`          remote slots that may be written, kept first come first served; the worker hears
+                           how many
+    3. `lend`              the worker has as many local slots as prompts with pages have grants: what is lent
+                           will be packed, and what is packed can be moved. A lent slot is no transfer's
+                           before it is packed: none waits for tokens that are still being computed, and no
+                           two transfers can ever wait for each other's slots
     4. `filled`            packed segments are paired with grants and posted, a few to a write
     5. `write_done`        local slots are free, the destination is told what lies where
     6. `on_committed`      the worker may let its KV go                              CONFIRMED → ENDED
 
 A failure at any point leads to ENDED, through CLOSING while a write is in flight: local slots stay in
-quarantine until the mover is done with them, and only then does the destination hear `Closed`. Slots that
-were lent and not filled stay in quarantine until the worker gives them back: it may be packing right now.
+quarantine until the mover is done with them, and only then does the destination hear `Closed`. A slot that
+the worker has packed for a transfer that has ended stays lent to the worker.
 """
 
 from collections import OrderedDict
 
-from kvtransfer.lending import lend
 from kvtransfer.limits import Limits
 from kvtransfer.messages import (
     Aborted,
@@ -25,13 +26,14 @@ from kvtransfer.messages import (
     Segment,
     SendCommitted,
     SendConfirmed,
+    SendGranted,
     SendSlots,
     SlotUse,
 )
 from kvtransfer.outbox import Destination, Outbox, Piece, Write
 from kvtransfer.peer_messages import Cancel, Closed, Grant, Offer, Ready, Written
 from kvtransfer.send import HELD_OFFERS, InFlight, Send, SendState, placed
-from kvtransfer.slots import SlotPool
+from kvtransfer.slots import Direction, SlotPool
 
 REMEMBERED_ENDS = 8192
 PIECES_A_WRITE = 2
@@ -47,8 +49,8 @@ class Sender:
         self._transfers: dict[int, Send] = {}
         self._writes: dict[int, InFlight] = {}
         self._next_write_id = 1
-        self._returning: dict[int, SlotUse] = {}
-        """Lent to the worker for transfers that have ended; quarantined until it gives them back."""
+        self._lent: dict[int, SlotUse] = {}
+        """With the worker, by slot: neither filled nor given back."""
         self._ended: OrderedDict[int, None] = OrderedDict()
         """Lately ended transfers, so that an offer that comes too late is refused at once."""
 
@@ -96,42 +98,38 @@ class Sender:
         pieces: list[Piece] = []
         local: list[SlotUse] = []
         remote: list[Segment] = []
+        fault: str | None = None
         for segment in command.segments:
             use = SlotUse(segment.slot, segment.generation)
-            if self._returning.get(segment.slot) == use:
-                self.returned(use, now_s)
-                self._out.drops["filled_late"] += 1
-            elif transfer is None or transfer.lent.get(segment.slot) != use:
+            if self._lent.get(segment.slot) != use:
                 self._out.drops["filled_not_lent"] += 1
-            elif (fault := transfer.fault(segment)) is not None:
-                self._out.drops[fault] += 1
-                self._abandon(local, now_s)
-                self._fail(transfer, f"the worker's segment is {fault}", now_s)
-                return
-            else:
-                del transfer.lent[segment.slot]
+                continue
+            del self._lent[segment.slot]
+            self._pool.fill(use, now_s)
+            local.append(use)
+            if transfer is None or transfer.state is not SendState.CONFIRMED:
+                self._out.drops["filled_late"] += 1
+            elif fault is None and (fault := transfer.fault(segment)) is None:
                 grant = transfer.grants.popleft()
                 transfer.packed.add(segment.start_token, segment.start_token + segment.token_count)
-                self._pool.fill(use, now_s)
-                local.append(use)
                 pieces.append(Piece(segment.slot, grant.slot, segment.byte_count))
                 remote.append(placed(segment, grant))
-        if transfer is not None:
-            for at in range(0, len(pieces), PIECES_A_WRITE):
-                part = slice(at, at + PIECES_A_WRITE)
-                self._post(transfer, pieces[part], local[part], remote[part], now_s)
+        if transfer is None or fault is not None or len(pieces) < len(local):
+            self._abandon(local, now_s)
+            if transfer is not None and fault is not None:
+                self._out.drops[fault] += 1
+                self._fail(transfer, f"the worker's segment is {fault}", now_s)
+            return
+        for at in range(0, len(pieces), PIECES_A_WRITE):
+            part = slice(at, at + PIECES_A_WRITE)
+            self._post(transfer, pieces[part], local[part], remote[part], now_s)
 
     def returned(self, use: SlotUse, now_s: float) -> None:
-        """The worker gives back a lent slot unfilled, as a rule because its transfer has ended."""
-        holder = self._pool.holder(use.slot)
-        transfer = None if holder is None else self._transfers.get(holder.transfer_id)
-        if self._returning.get(use.slot) == use:
-            del self._returning[use.slot]
-        elif transfer is not None and transfer.lent.get(use.slot) == use:
-            del transfer.lent[use.slot]
-        else:
+        """The worker gives back a lent slot that it has not filled."""
+        if self._lent.get(use.slot) != use:
             self._out.drops["freed_stale"] += 1
             return
+        del self._lent[use.slot]
         self._pool.release(use, now_s)
 
     def abort(self, transfer_id: int, reason: str, now_s: float) -> bool:
@@ -148,7 +146,7 @@ class Sender:
         for transfer in list(self._transfers.values()):
             if transfer.state is not SendState.CLOSING:
                 self._fail(transfer, reason, now_s, tell_worker=False)
-        for use in list(self._returning.values()):
+        for use in list(self._lent.values()):
             self.returned(use, now_s)
 
     # ------------------------------------------------------------ the destination's side
@@ -179,6 +177,7 @@ class Sender:
         if transfer.state not in (SendState.OFFERED, SendState.CONFIRMED):
             self._out.drops["grant_late"] += len(message.slots)
             return
+        known = len(transfer.grants)
         for use in message.slots:
             if use.slot >= remote_slots:
                 self._out.drops["grant_out_of_range"] += 1
@@ -187,6 +186,8 @@ class Sender:
             else:
                 transfer.grant_generations[use.slot] = use.generation
                 transfer.grants.append(use)
+        if transfer.state is SendState.CONFIRMED and len(transfer.grants) > known:
+            self._out.to_worker.append(SendGranted(transfer.transfer_id, len(transfer.grants) - known))
 
     def on_committed(self, destination: Destination, transfer_id: int, now_s: float) -> None:
         transfer = self._find(destination, transfer_id, "committed", closed_if_unknown=True)
@@ -248,9 +249,15 @@ class Sender:
         )
 
     def lend(self, now_s: float) -> None:
-        """Lends free slots against held grants; the worker hears of them."""
-        for transfer_id, uses in lend(self._pool, self.limits, self._transfers.values(), now_s).items():
-            self._out.to_worker.append(SendSlots(transfer_id, uses))
+        """Lends free slots, in all as many as there are grants that could be used at once."""
+        pool = self._pool
+        if not pool.free:
+            return
+        wanted = sum(transfer.wanted_slots() for transfer in self._transfers.values()) - len(self._lent)
+        uses = [pool.take(0, Direction.SEND, now_s) for _ in range(min(pool.free, wanted))]
+        if uses:
+            self._lent |= {use.slot: use for use in uses}
+            self._out.to_worker.append(SendSlots(uses))
 
     # ------------------------------------------------------------ inner moves
 
@@ -299,6 +306,8 @@ class Sender:
             self._end(transfer, say_closed=False)
         else:
             transfer.move(SendState.CONFIRMED)
+            if transfer.grants:
+                self._out.to_worker.append(SendGranted(transfer.transfer_id, len(transfer.grants)))
             if transfer.ready:
                 self._say_ready(transfer)
 
@@ -323,10 +332,6 @@ class Sender:
 
     def _close(self, transfer: Send, now_s: float) -> None:
         """Ends the transfer as far as the worker goes; the destination hears `Closed` when it is true."""
-        for use in transfer.lent.values():
-            self._pool.quarantine(use, now_s)
-            self._returning[use.slot] = use
-        transfer.lent.clear()
         transfer.grants.clear()
         if not transfer.writes:
             self._end(transfer)

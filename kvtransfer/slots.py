@@ -101,7 +101,8 @@ class SlotPool:
         return SlotHolder(entry.state, entry.generation, entry.transfer_id, entry.direction, entry.since_s)
 
     def take(self, transfer_id: int, direction: Direction, now_s: float) -> SlotUse:
-        """A free slot becomes GRANTED, in a new generation. Raises SlotError if none is free."""
+        """A free slot becomes GRANTED, in a new generation. `transfer_id` is 0 for one that is lent to the
+        worker. Raises SlotError if none is free."""
         if not self._free:
             raise SlotError("no slot is free")
         slot = self._free.popleft()

@@ -4,31 +4,27 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from kvtransfer.client import TransferClient
-from kvtransfer.messages import KvGeometry
 from services.engine.engine import Engine
-from services.engine.marks import Mark, Marks
 from services.engine.moves import Move
 from services.engine.run_table import SlotRun
+from services.leading_engine import LeadingEngine
 from services.rank_messages import HoldSteps, MapStaging, MoveKv, MoveRun
-from services.ranks import Ranks
 from services.staging import Staging
 
 
 class KvMoves(Protocol):
     """Slots are numbers in the rank's staging buffer, heads are counted within the rank.
 
-    One call is one launch: whoever has several runs hands them over together.
+    One call is one launch: whoever has several runs hands them over together. What a move needs must have
+    passed already: it starts after the newest step that is done, and waits for no other.
     """
 
-    def pack(self, runs: Sequence[SlotRun], with_checksums: bool, after: Marks | None) -> Move:
-        """It starts when all of `after` have passed; None: when all steps queued so far are done."""
+    def pack(self, runs: Sequence[SlotRun], with_checksums: bool) -> Move: ...
 
-    def unpack(self, runs: Sequence[SlotRun], with_checksums: bool, after: Marks | None) -> Move: ...
+    def unpack(self, runs: Sequence[SlotRun], with_checksums: bool) -> Move: ...
 
-    def mark(self) -> Mark | None: ...
-
-    def passed(self, mark: Mark | None) -> bool:
-        """Whether what was queued before the mark is done, or waited for anyway; False: nobody knows."""
+    def passed_step(self) -> int:
+        """The number of the newest step that is done; see `Engine.passed_step`."""
 
     def hold_steps(self, move: Move) -> None: ...
 
@@ -42,17 +38,14 @@ class OwnMoves:
     def __init__(self, engine: Engine, staging: Staging) -> None:
         self._engine, self._staging = engine, staging
 
-    def pack(self, runs: Sequence[SlotRun], with_checksums: bool, after: Marks | None) -> Move:
-        return self._engine.pack(runs, self._staging.slots(), with_checksums, after)
+    def pack(self, runs: Sequence[SlotRun], with_checksums: bool) -> Move:
+        return self._engine.pack(runs, self._staging.slots(), with_checksums, self.passed_step())
 
-    def unpack(self, runs: Sequence[SlotRun], with_checksums: bool, after: Marks | None) -> Move:
-        return self._engine.unpack(runs, self._staging.slots(), with_checksums, after)
+    def unpack(self, runs: Sequence[SlotRun], with_checksums: bool) -> Move:
+        return self._engine.unpack(runs, self._staging.slots(), with_checksums, self.passed_step())
 
-    def mark(self) -> Mark | None:
-        return self._engine.mark()
-
-    def passed(self, mark: Mark | None) -> bool:
-        return mark is not None and mark.query()
+    def passed_step(self) -> int:
+        return self._engine.passed_step()
 
     def hold_steps(self, move: Move) -> None:
         self._engine.hold_steps(move)
@@ -62,14 +55,14 @@ class OwnMoves:
 
 
 class RankMoves:
-    """Of another rank. It takes orders one after the other, so that a move comes after every step that was
-    launched before it, whatever `after` says; there is no mark to wait for."""
+    """Of another rank. It queues the same steps under the same numbers; what has passed in the leading rank
+    is about to pass there, and its device waits for that."""
 
     def __init__(
-        self, ranks: Ranks, rank: int, client: TransferClient, geometry: KvGeometry, page_size_tokens: int
+        self, engine: LeadingEngine, rank: int, client: TransferClient, page_size_tokens: int
     ) -> None:
-        self._ranks, self._rank, self._client = ranks, rank, client
-        self._head_bytes = geometry.token_bytes // geometry.kv_heads
+        self._engine, self._ranks, self._rank, self._client = engine, engine.ranks, rank, client
+        self._head_bytes = engine.geometry.token_bytes // engine.geometry.kv_heads
         self._page_size_tokens = page_size_tokens
         self._mapped_epoch = 0
 
@@ -78,17 +71,14 @@ class RankMoves:
         told next."""
         self._map_staging()
 
-    def pack(self, runs: Sequence[SlotRun], with_checksums: bool, after: Marks | None) -> Move:
+    def pack(self, runs: Sequence[SlotRun], with_checksums: bool) -> Move:
         return self._move(True, runs, with_checksums)
 
-    def unpack(self, runs: Sequence[SlotRun], with_checksums: bool, after: Marks | None) -> Move:
+    def unpack(self, runs: Sequence[SlotRun], with_checksums: bool) -> Move:
         return self._move(False, runs, with_checksums)
 
-    def mark(self) -> Mark | None:
-        return None
-
-    def passed(self, mark: Mark | None) -> bool:
-        return True
+    def passed_step(self) -> int:
+        return self._engine.passed_step()
 
     def hold_steps(self, move: Move) -> None:
         self._ranks.tell_one(self._rank, HoldSteps())
@@ -105,7 +95,8 @@ class RankMoves:
             covering = pages[start // size : (start + count - 1) // size + 1]
             sent.append(MoveRun(covering, start % size, count, slot, heads.start, heads.stop))
             byte_counts.append(count * len(heads) * self._head_bytes)
-        answer = self._ranks.move(self._rank, MoveKv(is_pack, sent, with_checksums))
+        order = MoveKv(is_pack, self.passed_step(), sent, with_checksums)
+        answer = self._ranks.move(self._rank, order)
         # An answer asked as an event is, and as checksums that are on their way.
         return Move(byte_counts, answer, answer if with_checksums else None)  # type: ignore[arg-type]
 

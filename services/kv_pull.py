@@ -6,8 +6,9 @@ and, where checksums are on, each segment's content is judged once its unpack is
 
 1. `open`    ask for what the prefix cache does not have
 2. `unpack`  take notice of segments that have arrived
-3. `settle`  queue the unpacks of all that arrived together, nobody waits for them; of those that are done the
-             slots go back, and transfers that are whole are committed
+3. `settle`  queue the unpacks of what has arrived, by one launch, as soon as no step uses its pages any more
+             for who had them before; of those that are done the slots go back, and transfers that are whole
+             are committed. Nobody waits, and what has to wait holds up nothing else
 """
 
 from collections import deque
@@ -18,7 +19,6 @@ from kvtransfer.client import TransferClient
 from kvtransfer.messages import Arrived, Segment, SlotUse, TransferAddress
 from kvtransfer.spans import Spans
 from services.engine.errors import ChecksumMismatch
-from services.engine.marks import Mark, Marks
 from services.engine.moves import Move
 from services.engine.run_table import SlotRun
 from services.kv_moves import KvMoves
@@ -27,13 +27,9 @@ from services.scheduler.sequence import Sequence
 
 @dataclass(slots=True, eq=False)
 class Incoming:
-    """`reserved` is the place in the steps' stream where the pages were taken: steps before it may still use
-    them."""
-
     transfer_id: int
     sequence: Sequence
     missing_tokens: int
-    reserved: Mark | None = None
     heads: range = range(0)
     first_arrival_s: float | None = None
     transfer_s: float = 0.0
@@ -96,7 +92,7 @@ class KvPull:
         range only confirms the reservation."""
         end_token = sequence.prompt_tokens
         missing_tokens = end_token - sequence.cached_tokens
-        incoming = Incoming(transfer_id, sequence, missing_tokens, self._moves.mark(), heads)
+        incoming = Incoming(transfer_id, sequence, missing_tokens, heads)
         self._incoming[transfer_id] = incoming
         self._client.open_receive(
             transfer_id, source, sequence.cached_tokens, end_token, deadline_s, len(heads)
@@ -169,27 +165,24 @@ class KvPull:
         self._unpacking.clear()
 
     def _queue_arrived(self, freed: list[SlotUse]) -> None:
-        """One move for all whose pages nobody uses any more, one for the others; slots of transfers that have
+        """One move for all whose pages nobody uses any more; the others stay. Slots of transfers that have
         ended meanwhile are only freed."""
+        passed_step = self._moves.passed_step()
         ready: list[Piece] = []
         waiting: list[Piece] = []
-        marks: dict[Mark | None, bool] = {}
-        for incoming, segment in self._arrived:
+        for piece in self._arrived:
+            incoming, segment = piece
             if self._incoming.get(incoming.transfer_id) is not incoming:
                 freed.append(SlotUse(segment.slot, segment.generation))
-                continue
-            mark = incoming.reserved
-            if mark not in marks:
-                marks[mark] = self._moves.passed(mark)
-            (ready if marks[mark] else waiting).append((incoming, segment))
-        self._arrived = []
+            elif incoming.sequence.free_after_step <= passed_step:
+                ready.append(piece)
+            else:
+                waiting.append(piece)
+        self._arrived = waiting
         if ready:
-            self._queue(ready, ())
-        if waiting:
-            left = [mark for mark, passed in marks.items() if mark is not None and not passed]
-            self._queue(waiting, None if marks.get(None) is False else left)
+            self._queue(ready)
 
-    def _queue(self, pieces: list[Piece], after: Marks | None) -> None:
+    def _queue(self, pieces: list[Piece]) -> None:
         with_checksums = any(segment.checksum is not None for _, segment in pieces)
         runs = [
             SlotRun(
@@ -201,7 +194,7 @@ class KvPull:
             )
             for incoming, segment in pieces
         ]
-        move = self._moves.unpack(runs, with_checksums, after)
+        move = self._moves.unpack(runs, with_checksums)
         self._unpacking.append(Unpacking(pieces, move, self._clock()))
 
     def _give_up(self, ended: list[Incoming]) -> None:

@@ -1,32 +1,31 @@
 """The prefill side of transfers: which computed tokens are packed into which lent slots.
 
 Packing follows computation chunk by chunk, so that a prompt's head travels while its tail is computed.
-A slot is only lent against a grant of the receiver, so what is packed can always be moved.
 
-1. `launched`  a chunk is on its way: its tokens may be packed behind it
-2. `pack`      packs are queued for all runs of such tokens that have slots, together for all transfers whose
-               tokens are computed, and for each step that is still running; nobody waits for them
-3. `deliver`   slots whose packs are done go to the transfer process
+1. `confirmed`, `granted`   the destination has reserved pages, and has room for so many segments
+2. `lend`      slots to pack into; they belong to no transfer before they are packed
+3. `pack`      slots go to tokens whose step is done, the oldest request's first, and are packed at once by
+               one launch. Tokens that are still being computed take none, and nothing waits on the device
+4. `deliver`   slots whose packs are done go to the transfer process
 """
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from kvtransfer.client import TransferClient
-from kvtransfer.messages import Segment, SendConfirmed, SendSlots, SlotUse
+from kvtransfer.messages import Segment, SendConfirmed, SendGranted, SlotUse
 from kvtransfer.spans import Spans
-from services.engine.marks import Mark, Marks
 from services.engine.moves import Move
 from services.engine.run_table import SlotRun
 from services.kv_moves import KvMoves
 from services.scheduler.sequence import Chunk, Sequence
 
 Piece = tuple["Outgoing", SlotUse, int, int]
-"""A transfer, a slot lent for it, and the first and the number of the tokens that go there."""
+"""A transfer, a slot lent to us, and the first and the number of the tokens that go there."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Packing:
     """Slots that are being packed by one move; `move`'s run number i is piece number i."""
 
@@ -38,11 +37,9 @@ class Packing:
 @dataclass(slots=True, eq=False)
 class Outgoing:
     """One transfer. `next_token` is the first one not packed yet; `end_token`, `heads` (counted
-    within the rank) and `segment_tokens`, the most that fit a slot, are set once confirmed. `last_move` is
-    the latest that packs some of it.
-
-    `marks` are `(end token, mark)` of the steps that compute the sequence in `pages`.
-    """
+    within the rank) and `segment_tokens`, the most that fit a slot, are set once confirmed. `grants` is how
+    many more segments the destination has room for, `ready` whether the sequence has pages that nobody takes
+    away. `last_move` is the latest that packs some of it."""
 
     transfer_id: int
     sequence: Sequence
@@ -50,25 +47,16 @@ class Outgoing:
     end_token: int = 0
     heads: range = range(0)
     segment_tokens: int = 0
-    slots: deque[SlotUse] = field(default_factory=deque)
+    grants: int = 0
+    ready: bool = False
     last_move: Move | None = None
-    pages: list[int] = field(default_factory=list)
-    marks: deque[tuple[int, Mark | None]] = field(default_factory=deque)
 
-    def launched(self, end_token: int, mark: Mark | None) -> None:
-        if self.pages is not self.sequence.pages:  # computed anew, after its pages were taken away
-            self.pages = self.sequence.pages
-            self.marks.clear()
-        self.marks.append((end_token, mark))
-
-    def mark_of(self, end_token: int) -> Mark | None:
-        """Of the step that computed the tokens before `end_token`; None if it is not known here, as for
-        pages that were found: another sequence's steps computed them."""
-        if self.pages is not self.sequence.pages:
-            return None
-        while self.marks and self.marks[0][0] < end_token:
-            self.marks.popleft()
-        return self.marks[0][1] if self.marks else None
+    def wanted_slots(self) -> int:
+        """How many slots it could use at once, all its tokens being computed; as the transfer process counts
+        them when it lends."""
+        if not self.ready or not self.segment_tokens:
+            return 0
+        return min(self.grants, -(-(self.end_token - self.next_token) // self.segment_tokens))
 
 
 class KvPush:
@@ -83,11 +71,10 @@ class KvPush:
         self._spans = spans
         self._outgoing: dict[int, Outgoing] = {}
         self._of_request: dict[int, list[Outgoing]] = {}
+        self._slots: deque[SlotUse] = deque()
+        """Lent to us, and not being packed."""
         self._packing: deque[Packing] = deque()
         """In the order in which they end; also of transfers that have ended meanwhile."""
-        self._given_up: list[Move] = []
-        """Those that ran when a transfer of theirs ended, whose slots go back once they are done."""
-        client.packs_idle = self._given_up_are_done
 
     def __len__(self) -> int:
         return len(self._outgoing)
@@ -114,21 +101,18 @@ class KvPush:
 
     def ready(self, transfer_id: int) -> None:
         """The sequence has its pages, and nothing takes them away from a confirmed one."""
-        if transfer_id in self._outgoing:
+        outgoing = self._outgoing.get(transfer_id)
+        if outgoing is not None:
+            outgoing.ready = True
             self._client.send_ready(transfer_id)
 
-    def lend(self, event: SendSlots) -> None:
-        """Slots for a transfer that has ended are returned by its abort, not one by one."""
+    def granted(self, event: SendGranted) -> None:
         outgoing = self._outgoing.get(event.transfer_id)
         if outgoing is not None:
-            outgoing.slots.extend(event.slots)
+            outgoing.grants += event.segments
 
-    def launched(self, chunks: list[Chunk], mark: Mark | None) -> None:
-        """A step with these chunks is queued; `mark` passes when it is done."""
-        for chunk in chunks:
-            for outgoing in self._of_request.get(chunk.sequence.work.request_id, ()):
-                if outgoing.sequence is chunk.sequence:
-                    outgoing.launched(chunk.start + chunk.count, mark)
+    def lend(self, slots: list[SlotUse]) -> None:
+        self._slots.extend(slots)
 
     def computed(self, chunks: list[Chunk], start_s: float, end_s: float) -> None:
         """A step with these chunks ran from `start_s` to `end_s`."""
@@ -137,33 +121,30 @@ class KvPush:
                 self._spans.note(outgoing.transfer_id, "compute", chunk.start, chunk.count, start_s, end_s)
 
     def pack(self) -> int:
-        """Queue packs for whatever is computed, or being so, and has a slot; returns how many tokens."""
-        ready: list[Piece] = []
-        running: dict[Mark | None, list[Piece]] = {}
-        passed: dict[Mark | None, bool] = {}
-        packed = 0
-        for outgoing in self._outgoing.values():
-            end_token = min(outgoing.sequence.computed_tokens, outgoing.end_token)
-            slots, most, start = outgoing.slots, outgoing.segment_tokens, outgoing.next_token
-            first = start
-            while slots and start < end_token:
-                count = min(end_token - start, most)
-                mark = outgoing.mark_of(start + count)
-                if mark not in passed:
-                    passed[mark] = self._moves.passed(mark)
-                pieces = ready if passed[mark] else running.setdefault(mark, [])
+        """Queue packs for what is computed and has a slot; returns how many tokens. Slots that nobody could
+        use go back."""
+        slots = self._slots
+        if not slots:
+            return 0
+        passed_step = self._moves.passed_step()
+        pieces: list[Piece] = []
+        wanted_slots = packed = 0
+        granted = [one for one in self._outgoing.values() if one.grants]
+        for outgoing in sorted(granted, key=lambda one: one.sequence.arrival):
+            end_token = min(outgoing.sequence.tokens_done(passed_step), outgoing.end_token)
+            start = first = outgoing.next_token
+            while slots and outgoing.grants and start < end_token:
+                count = min(end_token - start, outgoing.segment_tokens)
                 pieces.append((outgoing, slots.popleft(), start, count))
+                outgoing.grants -= 1
                 start += count
             outgoing.next_token = start
             packed += start - first
-        if ready:
-            self._queue(ready, ())
-        everything = running.pop(None, None)  # comes last: what is queued behind it waits as well
-        for mark, pieces in running.items():
-            if mark is not None:
-                self._queue(pieces, (mark,))
-        if everything is not None:
-            self._queue(everything, None)
+            wanted_slots += outgoing.wanted_slots()
+        if pieces:
+            self._queue(pieces)
+        if len(slots) > wanted_slots:
+            self._client.freed([slots.pop() for _ in range(len(slots) - wanted_slots)])
         return packed
 
     def deliver(self) -> int:
@@ -176,7 +157,8 @@ class KvPush:
             for run, (outgoing, use, start, count) in enumerate(done.pieces):
                 transfer_id = outgoing.transfer_id
                 if self._outgoing.get(transfer_id) is not outgoing:
-                    continue  # it has ended meanwhile
+                    self._slots.append(use)  # it has ended meanwhile; the slot is as good as new
+                    continue
                 segment = Segment(
                     use.slot, use.generation, start, count, byte_counts[run], move.checksum(run)
                 )
@@ -208,13 +190,16 @@ class KvPush:
             self._give_up(outgoing)
         self._outgoing.clear()
         self._of_request.clear()
+        self._slots.clear()
+        for packing in self._packing:
+            packing.pieces.clear()
 
-    def _queue(self, pieces: list[Piece], after: Marks | None) -> None:
+    def _queue(self, pieces: list[Piece]) -> None:
         runs = [
             SlotRun(outgoing.sequence.pages, start, count, use.slot, outgoing.heads)
             for outgoing, use, start, count in pieces
         ]
-        move = self._moves.pack(runs, self._client.checksum, after)
+        move = self._moves.pack(runs, self._client.checksum)
         for piece in pieces:
             piece[0].last_move = move
         self._packing.append(Packing(pieces, move, self._clock()))
@@ -224,8 +209,3 @@ class KvPush:
         move = outgoing.last_move
         if move is not None and not move.is_done:
             self._moves.hold_steps(move)
-            self._given_up.append(move)
-
-    def _given_up_are_done(self) -> bool:
-        self._given_up = [move for move in self._given_up if not move.is_done]
-        return not self._given_up

@@ -8,9 +8,8 @@
 
 from dataclasses import dataclass, field
 
-from kvtransfer.client import TransferLost
-from kvtransfer.messages import Aborted, Event, SendCommitted, SendConfirmed, SendSlots
-from services.engine.marks import Mark
+from kvtransfer.client import SlotsLent, TransferLost, WorkerEvent
+from kvtransfer.messages import Aborted, SendCommitted, SendConfirmed, SendGranted
 from services.kv_parts import Part, parts_of
 from services.kv_push import KvPush
 from services.scheduler.sequence import Chunk, Sequence
@@ -52,7 +51,7 @@ class PushParts:
         # Its heads are known once the other side's ranks are; the lane needs them to pack, not to open.
         self._open_part(joined, Part(transfer_id, 0, 0, range(0), range(0)))
 
-    def join(self, event: Event | TransferLost) -> Event | TransferLost | None:
+    def join(self, event: WorkerEvent) -> WorkerEvent | None:
         """What an event about a part says about its transfer; None: nothing yet, or nothing any more."""
         match event:
             case TransferLost():
@@ -60,10 +59,13 @@ class PushParts:
             case SendConfirmed(transfer_id=part_id):
                 joined = self._of_part.get(part_id)
                 return None if joined is None else self._confirm(joined, event)
-            case SendSlots(transfer_id=part_id):
+            case SlotsLent(slots=slots, rank=rank):
+                self._lanes[rank].lend(slots)
+                return None
+            case SendGranted(transfer_id=part_id):
                 joined = self._of_part.get(part_id)
                 if joined is not None:
-                    self._lane(joined.parts[part_id]).lend(event)
+                    self._lane(joined.parts[part_id]).granted(event)
                 return None
             case SendCommitted(transfer_id=part_id):
                 joined = self._of_part.pop(part_id, None)
@@ -90,18 +92,13 @@ class PushParts:
         for part_id, part in joined.parts.items() if joined is not None else ():
             self._lane(part).ready(part_id)
 
-    def launched(self, chunks: list[Chunk], mark: Mark | None) -> None:
-        """A step with these chunks is queued; `mark` passes when it is done on rank 0."""
-        for lane in self._lanes:
-            lane.launched(chunks, mark)
-
     def computed(self, chunks: list[Chunk], start_s: float, end_s: float) -> None:
         """A step with these chunks ran from `start_s` to `end_s`."""
         for lane in self._lanes:
             lane.computed(chunks, start_s, end_s)
 
     def pack(self) -> int:
-        """Queue packs for whatever is computed, or being computed, and has a slot; returns the tokens."""
+        """Queue packs for whatever is computed and has a slot; returns the tokens."""
         return sum(lane.pack() for lane in self._lanes)
 
     def deliver(self) -> int:

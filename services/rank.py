@@ -173,7 +173,7 @@ class Rank:
             )
             for run in order.runs
         ]
-        return move(runs, self._staging.slots(), order.with_checksums)
+        return move(runs, self._staging.slots(), order.with_checksums, order.after_step)
 
 
 def _end_with_leader(leader_pid: int) -> None:

@@ -88,10 +88,11 @@ class MoveRun(Struct, frozen=True, array_like=True):
 
 
 class MoveKv(Struct, frozen=True, tag="move", forbid_unknown_fields=True):
-    """Pack runs into their slots, or unpack them; answered with `Moved` once it is done, in the order of
-    orders."""
+    """Pack runs into their slots, or unpack them, after the steps up to number `after_step`; answered with
+    `Moved` once it is done, in the order of orders."""
 
     is_pack: bool
+    after_step: Annotated[int, Meta(ge=0)]
     runs: list[MoveRun]
     with_checksums: bool
 

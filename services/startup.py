@@ -163,7 +163,7 @@ def _moves(config: WorkerConfig, engine: Engine, transfer: TransferRanks) -> lis
     moves: list[KvMoves] = [OwnMoves(engine, staging)]
     if isinstance(engine, LeadingEngine):
         for rank, client in enumerate(others, 1):
-            move = RankMoves(engine.ranks, rank, client, engine.geometry, config.page_size_tokens)
+            move = RankMoves(engine, rank, client, config.page_size_tokens)
             move.open()
             moves.append(move)
     return moves

@@ -11,7 +11,7 @@ nothing is moved.
 import argparse
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import cast
@@ -24,11 +24,10 @@ from rich.table import Table
 from deploy.bench.machine import cpu_name, versions
 from deploy.bench.shapes import write_shape
 from kvtransfer.client import TransferClient
-from kvtransfer.messages import Arrived, Segment, SendConfirmed, SendSlots, SlotUse, TransferAddress
+from kvtransfer.messages import Arrived, Segment, SendConfirmed, SendGranted, SlotUse, TransferAddress
 from kvtransfer.spans import Spans
 from services.engine.attention_plan import KvLayout
 from services.engine.kv_pool import KvPool
-from services.engine.marks import Mark, Marks
 from services.engine.model_config import read_model_config
 from services.engine.moves import Move, Moves
 from services.engine.run_table import RunTables, SlotRun
@@ -37,8 +36,8 @@ from services.kv_moves import KvMoves
 from services.kv_pull import KvPull
 from services.kv_push import KvPush
 from services.messages import Sampling, Work
-from services.scheduler.sequence import Chunk, prompt_sequence
 from services.scheduler.sequence import Sequence as Prompt
+from services.scheduler.sequence import prompt_sequence
 
 SLOTS_TOGETHER = (1, 2, 4, 10, 32)
 PAGE_SIZE_TOKENS = 64
@@ -75,7 +74,6 @@ class NoProcess:
     ready = True
 
     def __init__(self) -> None:
-        self.packs_idle: Callable[[], bool] = bool
         self.said: list[object] = []
 
     def filled(self, transfer_id: int, segments: list[Segment]) -> None:
@@ -99,16 +97,13 @@ class TablesOnly:
     def __init__(self, tables: RunTables, slots: int, slot_bytes: int) -> None:
         self._tables, self._slots, self._slot_bytes = tables, slots, slot_bytes
 
-    def pack(self, runs: Sequence[SlotRun], with_checksums: bool, after: Marks | None) -> Move:
+    def pack(self, runs: Sequence[SlotRun], with_checksums: bool) -> Move:
         return Move(self._tables.of(runs, self._slots, self._slot_bytes).byte_counts)
 
     unpack = pack
 
-    def mark(self) -> Mark | None:
-        return None
-
-    def passed(self, mark: Mark | None) -> bool:
-        return False
+    def passed_step(self) -> int:
+        return 0
 
     def hold_steps(self, move: Move) -> None: ...
 
@@ -124,17 +119,11 @@ class DeviceMoves(TablesOnly):
         memory = torch.zeros(slots * slot_bytes, dtype=torch.uint8, device=pool.data.device)
         self._buffer = SlotBuffer(memory, slot_bytes)
 
-    def pack(self, runs: Sequence[SlotRun], with_checksums: bool, after: Marks | None) -> Move:
-        return self._moves.pack(runs, self._buffer, with_checksums, after)
+    def pack(self, runs: Sequence[SlotRun], with_checksums: bool) -> Move:
+        return self._moves.pack(runs, self._buffer, with_checksums)
 
-    def unpack(self, runs: Sequence[SlotRun], with_checksums: bool, after: Marks | None) -> Move:
-        return self._moves.unpack(runs, self._buffer, with_checksums, after)
-
-    def mark(self) -> Mark | None:
-        return self._moves.mark()
-
-    def passed(self, mark: Mark | None) -> bool:
-        return mark is not None and mark.query()
+    def unpack(self, runs: Sequence[SlotRun], with_checksums: bool) -> Move:
+        return self._moves.unpack(runs, self._buffer, with_checksums)
 
 
 class Packing:
@@ -143,7 +132,7 @@ class Packing:
     def __init__(self, moves: KvMoves, heads: int, tokens: int, together: int) -> None:
         self._together = together
         self._push = KvPush(moves, cast(TransferClient, NoProcess()), time.monotonic, Spans())
-        self._mark, self._heads, self._tokens = moves.mark(), range(heads), tokens
+        self._heads, self._tokens = range(heads), tokens
         self._open: list[int] = []
 
     def prepare(self, transfer_id: int, prompt: Prompt, slots: range) -> None:
@@ -151,8 +140,9 @@ class Packing:
         end = prompt.prompt_tokens
         confirmed = SendConfirmed(transfer_id, 0, end, len(self._heads), self._tokens, 1)
         self._push.confirmed(confirmed, self._heads)
-        self._push.lend(SendSlots(transfer_id, [SlotUse(slot, 1) for slot in slots]))
-        self._push.launched([Chunk(prompt, 0, end, ())], self._mark)
+        self._push.granted(SendGranted(transfer_id, len(slots)))
+        self._push.lend([SlotUse(slot, 1) for slot in slots])
+        prompt.done_tokens = end
         self._open.append(transfer_id)
 
     def queue(self) -> int:

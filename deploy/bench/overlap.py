@@ -134,10 +134,10 @@ def measure(engine: Engine, arguments: argparse.Namespace) -> list[Measured]:
         return [SlotRun(tables[at], one * tokens, tokens, first + one, heads) for one in range(together)]
 
     def pack(at: int) -> Move:
-        return engine.pack(runs(at), buffer, False, ())
+        return engine.pack(runs(at), buffer, False, 0)
 
     def unpack(at: int) -> Move:
-        return engine.unpack(runs(at), buffer, False, ())
+        return engine.unpack(runs(at), buffer, False, 0)
 
     found: list[Measured] = []
     for kind, queue in (("pack", pack), ("unpack", unpack)):

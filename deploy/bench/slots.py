@@ -27,6 +27,7 @@ from kvtransfer.messages import (
     OpenReceive,
     OpenSend,
     Segment,
+    SendGranted,
     SendReady,
     SendSlots,
     SlotUse,
@@ -77,7 +78,8 @@ class Pair:
         self.done_s: dict[int, float] = {}
         self._due: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = count()
-        self._lent: defaultdict[int, deque[SlotUse]] = defaultdict(deque)
+        self._lent: deque[SlotUse] = deque()
+        self._grants: defaultdict[int, int] = defaultdict(int)
         self._packed: defaultdict[int, int] = defaultdict(int)
         self._missing = dict.fromkeys(range(1, load.prompts + 1), load.tokens)
 
@@ -103,9 +105,15 @@ class Pair:
             self._pack(transfer_id)
 
     def _pack(self, transfer_id: int) -> None:
-        slots = self._lent[transfer_id]
-        while slots and self.now_s >= 0 and self._packed[transfer_id] < self.load.tokens:
+        slots, granted = self._lent, self._grants
+        while (
+            slots
+            and granted[transfer_id]
+            and self.now_s >= 0
+            and self._packed[transfer_id] < self.load.tokens
+        ):
             use, start = slots.popleft(), self._packed[transfer_id]
+            granted[transfer_id] -= 1
             tokens = min(self.tokens_per_slot, self.load.tokens - start)
             self._packed[transfer_id] += tokens
             byte_count = tokens * GEOMETRY.token_bytes
@@ -169,7 +177,7 @@ class Pair:
             )
         events, out.to_worker = out.to_worker, []
         for event in events:
-            if isinstance(event, SendSlots):
+            if isinstance(event, SendSlots | SendGranted):
                 self._after(HOP_S, partial(self._lend, event))
 
     def _tell_source(self, message: PeerMessage) -> None:
@@ -181,9 +189,12 @@ class Pair:
     def _written(self, write_id: int) -> None:
         self.source.sender.write_done(write_id, self.now_s)
 
-    def _lend(self, event: SendSlots) -> None:
-        self._lent[event.transfer_id].extend(event.slots)
-        self._pack(event.transfer_id)
+    def _lend(self, event: SendSlots | SendGranted) -> None:
+        if isinstance(event, SendGranted):
+            self._grants[event.transfer_id] += event.segments
+        else:
+            self._lent.extend(event.slots)
+        self._pack_all()
 
     def _after(self, delay_s: float, act: Callable[[], None]) -> None:
         heapq.heappush(self._due, (self.now_s + delay_s, next(self._numbers), act))

@@ -31,7 +31,6 @@ from services.engine.kv_pool import KvPool
 from services.engine.kv_scales import kv_scales
 from services.engine.launched import Launched
 from services.engine.layers import Decoder
-from services.engine.marks import Mark, Marks
 from services.engine.model_config import ModelConfig
 from services.engine.models.registry import make_decoder
 from services.engine.moves import Move, Moves
@@ -44,6 +43,7 @@ from services.engine.rank_group import RankGroup
 from services.engine.run_table import SlotRun
 from services.engine.segments import SlotBuffer
 from services.engine.sharding import rank_shape
+from services.engine.step_marks import StepMarks
 from services.engine.steps import PROMPT_LOGPROB_ROWS, Steps
 from services.engine.weights import fill_dummy, load_safetensors
 from services.engine.worst_case import (
@@ -92,6 +92,7 @@ class Engine:
         self._kv_scales: Tensor | None = None
         self._pool: KvPool | None = None
         self._moves: Moves | None = None
+        self._step_marks = StepMarks()
         self._graphs: DecodeGraphs | None = None
         self._geometry: KvGeometry | None = None
         if self.device.type == "cuda":
@@ -181,7 +182,7 @@ class Engine:
             for step in (worst, *([row] for row in draw_rows())):
                 self.steps.launch(step, scratch, layers=layers)
             for move in (moves.pack, moves.unpack):
-                move([run], buffer, True, None).wait()
+                move([run], buffer, True, moves.mark()).wait()
 
         def work() -> None:
             if self.device.type == "cuda":
@@ -252,7 +253,10 @@ class Engine:
         Raises `RowError` before anything is queued if a row names what does not exist.
         """
         pool = self.pool
-        return self.steps.launch(rows, pool, self._graphs)
+        launched = self.steps.launch(rows, pool, self._graphs)
+        if rows:
+            self._step_marks.add(launched.done)
+        return launched
 
     def execute(self, rows: list[Row]) -> list[RowResult]:
         """`launch`, and wait for its results, which come in the rows' order."""
@@ -262,12 +266,20 @@ class Engine:
 
     @torch.inference_mode()
     def copy_pages(self, pairs: list[tuple[int, int]]) -> None:
-        """Copy whole pages, `(source, destination)` each. Raises `SegmentError`."""
+        """Copy whole pages, `(source, destination)` each. That has a number as a step has. Raises
+        `SegmentError`."""
         self.pool.copy_pages(pairs)
+        if pairs:
+            self._step_marks.add(self.moves.mark())
 
-    def mark(self) -> Mark | None:
-        """A place in the stream of the steps: passes when all that is queued so far is done."""
-        return self.moves.mark()
+    @property
+    def queued_step(self) -> int:
+        """The number of the newest step, or copy of pages, that was queued; the first is number 1."""
+        return self._step_marks.queued
+
+    def passed_step(self) -> int:
+        """The number of the newest one that the device is done with. Does not wait for it."""
+        return self._step_marks.passed()
 
     @torch.inference_mode()
     def pack(
@@ -275,11 +287,11 @@ class Engine:
         runs: Sequence[SlotRun],
         buffer: SlotBuffer,
         with_checksums: bool,
-        after: Marks | None = None,
+        after_step: int,
     ) -> Move:
         """Queue the gathering of runs of sequences' tokens into slots by one launch, after the steps up to
-        all of `after`, or all that are queued. No two runs may share a slot. Raises `SegmentError`."""
-        return self.moves.pack(runs, buffer, with_checksums, after)
+        `after_step`. No two runs may share a slot. Raises `SegmentError`."""
+        return self.moves.pack(runs, buffer, with_checksums, self._step_marks.of(after_step))
 
     @torch.inference_mode()
     def unpack(
@@ -287,10 +299,10 @@ class Engine:
         runs: Sequence[SlotRun],
         buffer: SlotBuffer,
         with_checksums: bool,
-        after: Marks | None = None,
+        after_step: int,
     ) -> Move:
-        """Queue the scattering of slots into sequences' pages. Raises `SegmentError`."""
-        return self.moves.unpack(runs, buffer, with_checksums, after)
+        """Queue the scattering of slots into sequences' pages likewise. Raises `SegmentError`."""
+        return self.moves.unpack(runs, buffer, with_checksums, self._step_marks.of(after_step))
 
     def hold_steps(self, move: Move) -> None:
         """Steps and copies queued from now on wait for a move, on the device: its pages are given away."""

@@ -1,6 +1,5 @@
 """Places in a device's stream: torch's events, and whoever watches one."""
 
-from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -18,5 +17,3 @@ class Mark(Protocol):
     def wait(self, stream: torch.cuda.Stream) -> None:
         """What is queued on `stream` from now on starts after it. The host does not wait."""
 
-
-Marks = Sequence[Mark]

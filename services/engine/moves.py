@@ -1,14 +1,17 @@
 """Packs and unpacks beside the steps: on a GPU they run on a stream of their own, in the worker's context.
 
-What orders the two streams is events, and the host waits for none of them:
+What orders the two streams is steps by number (step_marks.py), and the host waits for none of them:
 
-    a pack     starts after the step that computed its tokens; its slot is handed over once it is done
-    an unpack  starts after every step that was queued when its pages were taken, for those may still use
-               them; its slot is given back, and its sequence may be computed with, once it is done
+    a pack     belongs after the step that computed its tokens; its slot is handed over once it is done
+    an unpack  belongs after the steps that may still use its pages for who had them before; its slot is given
+               back, and its sequence may be computed with, once it is done
     a step     starts after a move that was given up while it ran, whose pages somebody else may have by now
 
 A move is one launch for any number of runs, of one transfer or of several, with one event behind it. Moves
-are done in the order in which they were queued. On a CPU each is done when the call returns.
+are done in the order in which they were queued, so whoever queues one sees to it that its step is done
+already: it would hold up all that come after it. Their stream goes before that of the steps where both have
+something to run: a move is small, and a step can be 100 ms of kernels. On a CPU each is done when the call
+returns.
 """
 
 from collections.abc import Sequence
@@ -19,7 +22,7 @@ import torch
 
 from services.engine.errors import ChecksumMismatch
 from services.engine.kv_pool import KvPool
-from services.engine.marks import Mark, Marks
+from services.engine.marks import Mark
 from services.engine.ops.checksum import QueuedChecksums
 from services.engine.run_table import SlotRun
 from services.engine.segments import Segments, SlotBuffer
@@ -78,31 +81,22 @@ class Moves:
         device = pool.data.device
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
-            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
     def mark(self) -> Mark | None:
         """Passes when all steps queued so far are done. None on a CPU: they are."""
         return None if self._stream is None else _recorded(torch.cuda.current_stream(self._stream.device))
 
     def pack(
-        self,
-        runs: Sequence[SlotRun],
-        buffer: SlotBuffer,
-        with_checksums: bool,
-        after: Marks | None,
+        self, runs: Sequence[SlotRun], buffer: SlotBuffer, with_checksums: bool, after: Mark | None = None
     ) -> Move:
-        """See `Segments.pack`. It starts when all of `after` have passed; None: when all queued steps are
-        done."""
+        """See `Segments.pack`. It starts when `after` has passed; None: now."""
         with self._beside(after):
             byte_counts, queued = self._segments.pack(runs, buffer, with_checksums)
         return self._queued(byte_counts, queued)
 
     def unpack(
-        self,
-        runs: Sequence[SlotRun],
-        buffer: SlotBuffer,
-        with_checksums: bool,
-        after: Marks | None,
+        self, runs: Sequence[SlotRun], buffer: SlotBuffer, with_checksums: bool, after: Mark | None = None
     ) -> Move:
         """See `Segments.unpack`, and `pack` for `after`."""
         with self._beside(after):
@@ -114,14 +108,12 @@ class Moves:
         if self._stream is not None and move._done is not None:
             move._done.wait(torch.cuda.current_stream(self._stream.device))
 
-    def _beside(self, after: Marks | None) -> AbstractContextManager[object]:
-        """What is queued within runs beside the steps, after `after` or all that are queued."""
+    def _beside(self, after: Mark | None) -> AbstractContextManager[object]:
+        """What is queued within runs beside the steps, once `after` has passed."""
         if self._stream is None:
             return nullcontext()
-        if after is None:
-            after = (_recorded(torch.cuda.current_stream(self._stream.device)),)
-        for mark in after:
-            mark.wait(self._stream)
+        if after is not None:
+            after.wait(self._stream)
         return torch.cuda.stream(self._stream)
 
     def _queued(self, byte_counts: list[int], queued: QueuedChecksums | None) -> Move:

@@ -7,8 +7,8 @@
 5. Each step draws one token a choice, until it ends here, or the router ends it.
 """
 
-from kvtransfer.client import TransferLost
-from kvtransfer.messages import WITHDRAWN, Aborted, Arrived, Event
+from kvtransfer.client import TransferLost, WorkerEvent
+from kvtransfer.messages import WITHDRAWN, Aborted, Arrived
 from services.kv_pull_parts import PullParts
 from services.messages import Cancel, DecodeStarted, Join, Request, Reserve, TransferAddress
 from services.roles.decoding import DecodingRole
@@ -46,7 +46,7 @@ class DecodeRole(DecodingRole[DecodeScheduler]):
             case _:
                 self.parts.counters["dropped_wrong_role"] += 1
 
-    def on_transfer(self, event: Event | TransferLost) -> None:
+    def on_transfer(self, event: WorkerEvent) -> None:
         match event:
             case Arrived():
                 self.pull.unpack(event)
@@ -67,7 +67,7 @@ class DecodeRole(DecodingRole[DecodeScheduler]):
     def step(self) -> bool:
         self._settle_transfers()
         self._reserve()
-        self.parts.engine.copy_pages(self.scheduler.start())
+        self.copy_pages(self.scheduler.start())
         return super().step() or self.pull.in_flight
 
     def occupancy(self) -> Occupancy:

@@ -2,7 +2,8 @@
 
 1. `Prefill` comes in: the request is queued and its transfer opened.
 2. The decode side confirms its reservation and grants slots; confirmed prompts run first.
-3. Behind each chunk, what it computes is packed into lent slots, and moved while the next chunk runs.
+3. What a chunk has computed is packed into lent slots as soon as it is done, and moved while the next chunk
+   runs.
 4. The prompt's end draws the first token of every choice; the router has them at once.
 5. The KV is held until the decode side has committed it. A request whose choices all ended with their
    first token is released immediately.
@@ -16,8 +17,8 @@ No turn waits for the device: up to `MAX_FLIGHTS` steps are queued, and collecte
 
 from collections import deque
 
-from kvtransfer.client import TransferLost
-from kvtransfer.messages import WITHDRAWN, Aborted, Event, SendCommitted, SendConfirmed
+from kvtransfer.client import TransferLost, WorkerEvent
+from kvtransfer.messages import WITHDRAWN, Aborted, SendCommitted, SendConfirmed
 from services.engine.batch import RowResult
 from services.kv_push_parts import PushParts
 from services.messages import Cancel, Failed, Holding, Prefill, PushAgain, Request, Undelivered
@@ -63,7 +64,7 @@ class PrefillRole(Role):
             case _:
                 self.parts.counters["dropped_wrong_role"] += 1
 
-    def on_transfer(self, event: Event | TransferLost) -> None:
+    def on_transfer(self, event: WorkerEvent) -> None:
         match self.push.join(event):
             case SendConfirmed(transfer_id=transfer_id):
                 live = self.parts.requests.of_transfer(transfer_id)
@@ -131,10 +132,9 @@ class PrefillRole(Role):
             return True
         self.scheduler.launched(plan)
         self._flights.append(flight)
-        self.push.launched(plan.chunks, flight.launched.done)
-        self.push.pack()
         if not self.parts.overlap:
             self._collect_done()
+            self.push.pack()
             self.push.deliver()
         return True
 

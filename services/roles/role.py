@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from kvtransfer.client import TransferLost
-from kvtransfer.messages import WITHDRAWN, Event
+from kvtransfer.client import WorkerEvent
+from kvtransfer.messages import WITHDRAWN
 from kvtransfer.spans import Spans
 from services.engine.batch import Drawn, RowResult
 from services.engine.engine import Engine
@@ -89,7 +89,7 @@ class Role(ABC):
         """A `Generate`, `Prefill`, `Reserve`, `Join` or `Cancel`; one that is not this role's is counted."""
 
     @abstractmethod
-    def on_transfer(self, event: Event | TransferLost) -> None: ...
+    def on_transfer(self, event: WorkerEvent) -> None: ...
 
     @abstractmethod
     def step(self) -> bool:
@@ -177,9 +177,15 @@ class Role(ABC):
         except ENGINE_FAILURES as error:
             self._engine_failed(plan, error)
             return None
+        self.parts.pool.step = self.parts.engine.queued_step
         self.parts.counters["steps"] += 1
         self.parts.counters["prompt_tokens"] += sum(chunk.count for chunk in plan.chunks)
         return Flight(plan, launched, self.parts.clock())
+
+    def copy_pages(self, pairs: list[tuple[int, int]]) -> None:
+        """Copies that fork choices; a step to all who know steps by number."""
+        self.parts.engine.copy_pages(pairs)
+        self.parts.pool.step = self.parts.engine.queued_step
 
     def collect(self, flight: Flight, after: Flight | None = None) -> StepResult | None:
         """Wait for a launched plan. An error fails its requests likewise, and those of the step launched

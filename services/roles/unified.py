@@ -1,7 +1,6 @@
 """The unified role: prompts and decoding choices in every step, no transfer."""
 
-from kvtransfer.client import TransferLost
-from kvtransfer.messages import Event
+from kvtransfer.client import WorkerEvent
 from services.engine.batch import RowResult
 from services.messages import Cancel, FirstToken, Generate, Request
 from services.roles.decoding import DecodingRole
@@ -27,7 +26,7 @@ class UnifiedRole(DecodingRole[UnifiedScheduler]):
             case _:
                 self.parts.counters["dropped_wrong_role"] += 1
 
-    def on_transfer(self, event: Event | TransferLost) -> None:
+    def on_transfer(self, event: WorkerEvent) -> None:
         self.parts.counters["dropped_transfer_event"] += 1
 
     def take_chunk(self, chunk: Chunk, row: RowResult) -> None:
@@ -60,6 +59,6 @@ class UnifiedRole(DecodingRole[UnifiedScheduler]):
             # a choice may have been cancelled while the step was in flight
             if choice in prompt.choices and not self.report_token(live, choice, output_tokens, drawn):
                 going.append(FirstToken(choice, drawn.token))
-        self.parts.engine.copy_pages(self.scheduler.fork(prompt, going))
+        self.copy_pages(self.scheduler.fork(prompt, going))
         if not going:
             self.parts.requests.remove(live.work.request_id)

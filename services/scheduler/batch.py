@@ -167,7 +167,8 @@ class RunningBatch:
         return plan
 
     def launched(self, plan: StepPlan) -> None:
-        """The step is queued: its tokens' KV will be in the pages before any later step reads them.
+        """The step is queued, and is number `pool.step`: its tokens' KV will be in the pages before any later
+        step reads them.
 
         A choice's next token is on its way. A prompt's full pages become findable prefixes at once, those of
         its output when it leaves its pages: hashing them during decode would cost more than the rest of the
@@ -180,15 +181,17 @@ class RunningBatch:
         for chunk in plan.chunks:
             sequence = chunk.sequence
             sequence.computed_tokens += chunk.count
-            self.publish(sequence)
+            sequence.chunk_steps.append((sequence.computed_tokens, self.pool.step))
+            self.publish(sequence, self.pool.step)
             if chunk.draws and len(sequence.tokens) > sequence.prompt_tokens:
                 sequence.launched(draw)
                 self.computing.remove(sequence)
                 insort(self.decoding, sequence, key=_age)
             draw += len(chunk.draws)
 
-    def publish(self, sequence: Sequence) -> None:
-        """Make the full pages that are computed, and whose tokens are known, findable as prefixes."""
+    def publish(self, sequence: Sequence, step: int) -> None:
+        """Make the full pages that are computed once `step` is done, and whose tokens are known, findable as
+        prefixes."""
         size = self.pool.page_size_tokens
         full = min(sequence.computed_tokens, sequence.known_tokens) // size
         digests = sequence.digests
@@ -197,7 +200,7 @@ class RunningBatch:
             parent = digests[-1] if digests else chain_root(sequence.work.salt)
             digests.append(chain_digest(parent, sequence.tokens[start : start + size]))
         for index in range(sequence.published_pages, full):
-            self.pool.publish(sequence.pages[index], digests[index])
+            self.pool.publish(sequence.pages[index], digests[index], step)
         sequence.published_pages = max(full, sequence.published_pages)
 
     # ------------------------------------------------------------ leaving
@@ -252,8 +255,12 @@ class RunningBatch:
         if not self.pool.can_allocate(needed + headroom_pages):
             self.pool.release(cached)
             return False
-        self._give_pages(sequence, cached + self.pool.allocate(needed))
+        allocated = self.pool.allocate(needed)
+        self._give_pages(sequence, cached + allocated)
+        sequence.free_after_step = self.pool.free_after(allocated)
         sequence.cached_tokens = len(cached) * self.pool.page_size_tokens
+        if cached:
+            sequence.chunk_steps.append((sequence.cached_tokens, self.pool.computed_by(cached)))
         sequence.published_pages = len(cached)
         return True
 
@@ -272,9 +279,11 @@ class RunningBatch:
         sequence.capacity_tokens += self.pool.page_size_tokens
 
     def _release(self, sequence: Sequence) -> None:
-        self.publish(sequence)
+        self.publish(sequence, self.pool.step)
         self.pool.release(sequence.pages)
         self._give_pages(sequence, [])
+        sequence.chunk_steps.clear()
+        sequence.done_tokens = 0
         sequence.computed_tokens = 0
         sequence.cached_tokens = 0
         sequence.published_pages = 0

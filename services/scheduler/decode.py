@@ -84,7 +84,7 @@ class DecodeScheduler:
             return None
         reservation.arrived = True
         reservation.prompt.computed_tokens = len(reservation.prompt.tokens)
-        self.batch.publish(reservation.prompt)
+        self.batch.publish(reservation.prompt, 0)
         return self._complete(reservation)
 
     def join(self, request_id: int, first_tokens: list[FirstToken]) -> Reservation | None:

@@ -8,6 +8,10 @@ Prefixes are found by a chain of SHA-256 digests, one for each full page: digest
 SHA-256(digest(page i - 1) || tokens of page i), rooted in the tenant's salt, so that neither a collision
 nor a guess lets one tenant see another's prefixes. The idea of hashing page by page is vLLM's automatic
 prefix caching; the salt answers CVE-2025-46570.
+
+Steps read and write pages on the device after the host has gone on. The pool knows them by number, in the
+order in which the device runs them: it remembers the newest step that may still use a page which nobody holds
+any more (`free_after`), and the step that computes a page which is found as a prefix (`computed_by`).
 """
 
 from array import array
@@ -44,10 +48,16 @@ class PagePool:
         self.total = total
         self.page_size_tokens = page_size_tokens
         self.prefix_cache = prefix_cache
+        self.step = 0
+        """The number of the newest step, or copy of pages, that was queued on the device."""
         self.prefix_queries_tokens = 0
         self.prefix_hits_tokens = 0
         self._free = list(range(total - 1, -1, -1))
         self._holders = [0] * total
+        self._used_by = [0] * total
+        """The newest step that was queued when the page's last holder let go of it."""
+        self._computed_by = [0] * total
+        """Of a published page."""
         self._digest: list[bytes | None] = [None] * total
         self._page_of: dict[bytes, int] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()
@@ -86,6 +96,7 @@ class PagePool:
                 raise PageAccountingError(f"page {page} released while nobody holds it")
             self._holders[page] -= 1
             if self._holders[page] == 0:
+                self._used_by[page] = self.step
                 if self._digest[page] is None:
                     self._free.append(page)
                 else:
@@ -111,13 +122,24 @@ class PagePool:
         self.prefix_hits_tokens += len(found) * size
         return found
 
-    def publish(self, page: int, digest: bytes) -> None:
-        """The held `page` now holds the KV that `digest` names. The first page with a content keeps it."""
+    def free_after(self, pages: Seq[int]) -> int:
+        """The number of the newest step that may still use one of these pages, just allocated, for those who
+        held them before; 0: none. Whoever writes them beside the steps waits for it."""
+        return max((self._used_by[page] for page in pages), default=0)
+
+    def computed_by(self, pages: Seq[int]) -> int:
+        """The number of the newest step that computes one of these pages, found as a prefix."""
+        return max((self._computed_by[page] for page in pages), default=0)
+
+    def publish(self, page: int, digest: bytes, step: int) -> None:
+        """The held `page` holds the KV that `digest` names once `step` is done. The first page with a content
+        keeps it."""
         if self._holders[page] == 0:
             raise PageAccountingError(f"page {page} published while nobody holds it")
         if self.prefix_cache and self._digest[page] is None and digest not in self._page_of:
             self._digest[page] = digest
             self._page_of[digest] = page
+            self._computed_by[page] = step
 
     def forget_prefixes(self) -> None:
         """No page is found by its content any more: what was published may not be what is in the pages."""

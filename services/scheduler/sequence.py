@@ -10,6 +10,7 @@ A step is planned while the one before still runs. What that one draws is in `to
 planned, a sequence ends in at most two such placeholders, and the first of them is the next to be settled.
 """
 
+from collections import deque
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -56,6 +57,9 @@ class Sequence:
     cached_tokens: int = 0
     pages: list[int] = field(default_factory=list)
     capacity_tokens: int = 0  # what `pages` hold; kept beside them because every step compares it
+    free_after_step: int = 0  # the newest step that may still use `pages` for who had them before
+    chunk_steps: deque[tuple[int, int]] = field(default_factory=deque)  # end token, and the step up to it
+    done_tokens: int = 0  # computed by steps that are known to be done
     digests: list[bytes] = field(default_factory=list)
     published_pages: int = 0
     output_start: int = 0  # where the output begins, that of earlier workers included
@@ -108,6 +112,13 @@ class Sequence:
             at -= 1
         tokens[at] = token
         return at + 1 - self.output_start
+
+    def tokens_done(self, passed_step: int) -> int:
+        """How many of the first tokens are computed by steps up to `passed_step`. Of a prompt only: what a
+        choice decodes is not kept account of."""
+        while self.chunk_steps and self.chunk_steps[0][1] <= passed_step:
+            self.done_tokens = self.chunk_steps.popleft()[0]
+        return self.done_tokens
 
     def move(self, to: State) -> None:
         if to not in MOVES[self.state]:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import zmq
 
-from kvtransfer.client import TransferClient, TransferLost, WorkerEvent
-from kvtransfer.messages import Aborted, Arrived, KvGeometry, Segment, SendCommitted, SendSlots, SlotUse
+from kvtransfer.client import SlotsLent, TransferClient, TransferLost, WorkerEvent
+from kvtransfer.messages import Aborted, Arrived, KvGeometry, Segment, SendCommitted, SendGranted, SlotUse
 
 GEOMETRY = KvGeometry("model", 4, 2, 32, "float32")
 TOKEN_BYTES = GEOMETRY.token_bytes
@@ -85,6 +85,8 @@ class Worker:
         self.content: dict[int, bytes] = {}
         """What to send, by transfer."""
         self.sent_tokens: dict[int, int] = {}
+        self.grants: dict[int, int] = {}
+        self.lent: list[SlotUse] = []
         self.got: dict[int, bytearray] = {}
         self.missing: dict[int, int] = {}
         self.committed: set[int] = set()
@@ -111,6 +113,8 @@ class Worker:
         self.client.tick(now_s)
         for event in self.client.receive(now_s):
             self._on(event)
+        if not self.paused:
+            self._pack()
         self.client.flush()
 
     def write_slot(self, slot: int, data: bytes) -> None:
@@ -124,27 +128,42 @@ class Worker:
         return stats is not None and stats.counts.free == SLOTS
 
     def _on(self, event: WorkerEvent) -> None:
-        if isinstance(event, SendSlots) and not self.paused:
-            self._pack(event)
+        if isinstance(event, SendGranted):
+            self.grants[event.transfer_id] = self.grants.get(event.transfer_id, 0) + event.segments
+        elif isinstance(event, SlotsLent):
+            self.lent += event.slots
         elif isinstance(event, Arrived) and not self.paused:
             self._unpack(event)
         elif isinstance(event, SendCommitted):
             self.committed.add(event.transfer_id)
+            self.grants.pop(event.transfer_id, None)
         elif isinstance(event, Aborted):
             self.aborted[event.transfer_id] = event.reason
+            self.grants.pop(event.transfer_id, None)
         elif isinstance(event, TransferLost):
             self.lost.append(event.old_epoch)
+            self.grants.clear()
+            self.lent.clear()
 
-    def _pack(self, event: SendSlots) -> None:
-        content, segments = self.content[event.transfer_id], []
-        for use in event.slots:
-            start = self.sent_tokens[event.transfer_id]
-            count = min(self.client.tokens_per_slot, len(content) // TOKEN_BYTES - start)
-            data = content[start * TOKEN_BYTES : (start + count) * TOKEN_BYTES]
-            self.write_slot(use.slot, data)
-            segments.append(Segment(use.slot, use.generation, start, count, len(data)))
-            self.sent_tokens[event.transfer_id] += count
-        self.client.filled(event.transfer_id, segments)
+    def _pack(self) -> None:
+        for transfer_id, content in self.content.items():
+            segments = []
+            while self.lent and self.grants.get(transfer_id, 0):
+                start = self.sent_tokens[transfer_id]
+                count = min(self.client.tokens_per_slot, len(content) // TOKEN_BYTES - start)
+                if count == 0:
+                    break
+                use = self.lent.pop(0)
+                data = content[start * TOKEN_BYTES : (start + count) * TOKEN_BYTES]
+                self.write_slot(use.slot, data)
+                segments.append(Segment(use.slot, use.generation, start, count, len(data)))
+                self.sent_tokens[transfer_id] += count
+                self.grants[transfer_id] -= 1
+            if segments:
+                self.client.filled(transfer_id, segments)
+        unused = len(self.lent) - sum(self.grants.values())
+        if unused > 0:
+            self.client.freed([self.lent.pop() for _ in range(unused)])
 
     def _unpack(self, event: Arrived) -> None:
         got = self.got[event.transfer_id]

@@ -114,7 +114,7 @@ def packed(
 ) -> tuple[int, int | None]:
     """A pack that is waited for: its bytes and their checksum."""
     run = SlotRun(pages, start, count, 0, range(engine.layout.kv_heads))
-    move = engine.pack([run], SlotBuffer(slot, len(slot)), with_checksum)
+    move = engine.pack([run], SlotBuffer(slot, len(slot)), with_checksum, engine.queued_step)
     move.wait()
     return move.byte_counts[0], move.checksum(0)
 
@@ -124,7 +124,7 @@ def unpacked(
 ) -> None:
     """An unpack that is waited for and judged."""
     run = SlotRun(pages, start, count, 0, range(engine.layout.kv_heads))
-    move = engine.unpack([run], SlotBuffer(slot, len(slot)), expected is not None)
+    move = engine.unpack([run], SlotBuffer(slot, len(slot)), expected is not None, engine.queued_step)
     move.wait()
     move.judge(0, expected)
 

@@ -65,8 +65,9 @@ def move_one(
 ) -> Move:
     """One run, from the sequence's first token on, into or out of a buffer of one slot."""
     run = SlotRun(pages, 0, tokens, 0, range(engine.layout.kv_heads))
-    verb = engine.unpack if unpacks else engine.pack
-    return verb([run], SlotBuffer(slot, SLOT_BYTES), checked, None if after is None else [after])
+    verb = engine.moves.unpack if unpacks else engine.moves.pack
+    with torch.inference_mode():
+        return verb([run], SlotBuffer(slot, SLOT_BYTES), checked, after or engine.moves.mark())
 
 
 pack = partial(move_one, False)
@@ -119,7 +120,7 @@ def test_tokens_are_the_same_while_segments_move(engine: Engine) -> None:
     target = list(range(20, 35))
 
     def launch_beside(rows):  # type: ignore[no-untyped-def]
-        mark = engine.mark()
+        mark = engine.moves.mark()
         launched = launch(rows)
         slot = slots[len(moves) // 2 % 4]
         moves.append(pack(engine, moved.pages, TOKENS, slot, True, mark))
@@ -152,7 +153,7 @@ def test_the_host_waits_for_none_of_it(engine: Engine) -> None:
         packed = pack(engine, PAGES, TOKENS, slot, True, launched.done)
         unpacked = unpack(engine, list(range(20, 30)), TOKENS, other, True, launched.done)
         engine.hold_steps(unpacked)
-        later = engine.mark()
+        later = engine.moves.mark()
         assert not (launched.is_done or packed.is_done or unpacked.is_done)
         assert later is not None and not later.query()
     launched.collect()
@@ -173,15 +174,40 @@ def test_a_pack_starts_after_its_mark_and_needs_no_later_step(engine: Engine) ->
     fill_pages(engine, 2)
     torch.cuda._sleep(SLEEP_CYCLES)
     engine.pool.data.index_copy_(0, pages, wanted)  # the step that computes what is packed
-    mark = engine.mark()
+    mark = engine.moves.mark()
     torch.cuda._sleep(SLEEP_CYCLES)  # the next one
-    end = engine.mark()
+    end = engine.moves.mark()
     found = new_slot_beside()
     move = pack(engine, PAGES, TOKENS, found, after=mark)
     move.wait()
     assert end is not None and not end.query(), "it waited for the step after its own"
     torch.cuda.synchronize()
     assert torch.equal(found, other)
+
+
+def test_steps_are_known_by_number_as_they_pass(engine: Engine) -> None:
+    """And a pack behind one of them starts when that one is done, whatever is queued after it."""
+    sequence = Sequence(prompt_of(9), list(range(100, 110)), SAMPLED)
+    sequence.take(engine.execute([sequence.next_row()])[0])
+    torch.cuda.synchronize()
+    before = engine.queued_step
+    assert engine.passed_step() == before
+    torch.cuda._sleep(SLEEP_CYCLES)
+    launched = engine.launch([sequence.next_row()])
+    engine.copy_pages([(120, 121)])
+    engine.copy_pages([])
+    assert (engine.queued_step, engine.passed_step()) == (before + 2, before)
+    torch.cuda._sleep(SLEEP_CYCLES)
+    engine.copy_pages([(120, 121)])
+    run = SlotRun(PAGES, 0, TOKENS, 0, range(engine.layout.kv_heads))
+    move = engine.pack([run], SlotBuffer(new_slot_beside(), SLOT_BYTES), False, before + 1)
+    assert not move.is_done
+    move.wait()
+    assert launched.is_done and before + 1 <= engine.passed_step() < before + 3
+    with pytest.raises(ValueError, match="not queued yet"):
+        engine.pack([run], SlotBuffer(new_slot(), SLOT_BYTES), False, before + 4)
+    torch.cuda.synchronize()
+    assert engine.passed_step() == before + 3
 
 
 def new_slot_beside() -> torch.Tensor:
@@ -250,8 +276,9 @@ def test_many_slots_take_one_launch_and_no_wait(
     torch.cuda.synchronize()
     with nothing_may_wait():
         torch.cuda._sleep(SLEEP_CYCLES)
-        packed = engine.pack(packs, buffer, True)
-        unpacked = engine.unpack(unpacks, buffer, True, ())
+        with torch.inference_mode():
+            packed = engine.moves.pack(packs, buffer, True, engine.moves.mark())
+            unpacked = engine.moves.unpack(unpacks, buffer, True)
         assert not packed.is_done and not unpacked.is_done
     assert launches == [{"unpack": False}, {"unpack": True}]
     unpacked.wait()
@@ -284,7 +311,7 @@ def test_tables_that_are_still_read_are_not_written_again(engine: Engine) -> Non
         held = busy_elsewhere()
         queued = [
             moves.pack(
-                [SlotRun([at + rounds], 0, 1, 0, heads)], SlotBuffer(memory, SLOT_BYTES), False, [held]
+                [SlotRun([at + rounds], 0, 1, 0, heads)], SlotBuffer(memory, SLOT_BYTES), False, held
             )
             for at, memory in enumerate(memories)
         ]

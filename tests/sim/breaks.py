@@ -78,11 +78,11 @@ def closed_is_said_early() -> Any:
 
 
 def lent_slots_are_forgotten() -> Any:
-    """A slot that comes back after its transfer's end stays in quarantine."""
+    """A slot that comes back after its transfer's end stays lent."""
     returned = Sender.returned
 
     def broken(self: Sender, use: SlotUse, now_s: float) -> None:
-        if self._returning.get(use.slot) != use:
+        if self._transfers:
             returned(self, use, now_s)
 
     return replaced(Sender, "returned", broken)

@@ -65,6 +65,7 @@ class SimEngine:
     def __init__(self, pages: int) -> None:
         self._cells = [EMPTY] * (pages * PAGE_TOKENS)
         self._drawn: list[int] = []
+        self.queued_step = 0
         self.fail_steps = 0
         self.fail_on_launch = False
 
@@ -74,6 +75,7 @@ class SimEngine:
             raise RuntimeError("the simulated device failed")
         results = [RowResult([Drawn(token) for token in self._row(row)]) for row in rows]
         self._drawn = [drawn.token for result in results for drawn in result.drawn]
+        self.queued_step += 1
 
         def collect() -> list[RowResult]:
             if fails:
@@ -87,9 +89,11 @@ class SimEngine:
         for source, target in pairs:
             page = self._cells[source * size : (source + 1) * size]
             self._cells[target * size : (target + 1) * size] = page
+        self.queued_step += bool(pairs)
 
-    def mark(self) -> None:
+    def passed_step(self) -> int:
         """Every step is done when its call returns."""
+        return self.queued_step
 
     def hold_steps(self, move: Move) -> None:
         """Every move is done when its call returns."""
@@ -98,7 +102,7 @@ class SimEngine:
         """Nothing is held."""
 
     def pack(
-        self, runs: Sequence[SlotRun], buffer: SlotBuffer, with_checksums: bool, after: object
+        self, runs: Sequence[SlotRun], buffer: SlotBuffer, with_checksums: bool, after_step: int
     ) -> Move:
         contents = []
         for run in runs:
@@ -109,7 +113,7 @@ class SimEngine:
         return _moved(contents, with_checksums)
 
     def unpack(
-        self, runs: Sequence[SlotRun], buffer: SlotBuffer, with_checksums: bool, after: object
+        self, runs: Sequence[SlotRun], buffer: SlotBuffer, with_checksums: bool, after_step: int
     ) -> Move:
         """With checksums, what arrives in pieces is for whoever judges the move."""
         contents = []

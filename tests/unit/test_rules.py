@@ -42,7 +42,6 @@ PURE_MODULES = (
     "kvtransfer/machine.py",
     "kvtransfer/receiver.py",
     "kvtransfer/sender.py",
-    "kvtransfer/lending.py",
     "kvtransfer/held.py",
     "kvtransfer/movers/choice.py",
     "kvtransfer/slots.py",

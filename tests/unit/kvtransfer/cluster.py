@@ -21,6 +21,7 @@ from kvtransfer.messages import (
     Segment,
     SendCommitted,
     SendConfirmed,
+    SendGranted,
     SendReady,
     SendSlots,
     SlotUse,
@@ -50,7 +51,11 @@ def token_content(transfer_id: int, token: int) -> bytes:
 class Outgoing:
     next_token: int = 0
     end_token: int = 0
-    lent: deque[SlotUse] = field(default_factory=deque)
+    grants: int = 0
+
+    @property
+    def wanted_slots(self) -> int:
+        return min(self.grants, -(-(self.end_token - self.next_token) // TOKENS_PER_SLOT))
 
 
 @dataclass
@@ -73,7 +78,7 @@ class Node:
         self.events: deque[Event] = deque()
         self.outgoing: dict[int, Outgoing] = {}
         self.incoming: dict[int, Incoming] = {}
-        self.to_return: dict[int, list[SlotUse]] = {}
+        self.lent: deque[SlotUse] = deque()
         self.unread: deque[tuple[int, Segment]] = deque()
         self.committed: set[int] = set()
         self.received: set[int] = set()
@@ -89,12 +94,12 @@ class Node:
             self.outgoing[event.transfer_id].next_token = event.start_token
             self.outgoing[event.transfer_id].end_token = event.end_token
             self.commands.append(SendReady(event.transfer_id))
+        elif isinstance(event, SendGranted):
+            if event.transfer_id in self.outgoing:
+                self.outgoing[event.transfer_id].grants += event.segments
         elif isinstance(event, SendSlots):
-            outgoing = self.outgoing.get(event.transfer_id)
-            if outgoing is None:
-                self.commands.append(Freed(list(event.slots)))
-            else:
-                outgoing.lent.extend(event.slots)
+            self.lent.extend(event.slots)
+            self.return_unused()
         elif isinstance(event, Arrived):
             self.unread.extend((event.transfer_id, segment) for segment in event.segments)
         elif isinstance(event, SendCommitted):
@@ -106,9 +111,13 @@ class Node:
             self.incoming.pop(event.transfer_id, None)
 
     def drop_send(self, transfer_id: int) -> None:
-        outgoing = self.outgoing.pop(transfer_id, None)
-        if outgoing is not None and outgoing.lent:
-            self.commands.append(Freed(list(outgoing.lent)))
+        self.outgoing.pop(transfer_id, None)
+        self.return_unused()
+
+    def return_unused(self) -> None:
+        unused = len(self.lent) - sum(one.wanted_slots for one in self.outgoing.values())
+        if unused > 0:
+            self.commands.append(Freed([self.lent.pop() for _ in range(unused)]))
 
     def give_up(self, transfer_id: int) -> None:
         self.commands.append(Abort(transfer_id, "worker"))
@@ -119,9 +128,10 @@ class Node:
         """The worker packs at most `tokens` tokens into one lent slot."""
         outgoing = self.outgoing[transfer_id]
         count = min(tokens, outgoing.end_token - outgoing.next_token, TOKENS_PER_SLOT)
-        if count < 1 or not outgoing.lent:
+        if count < 1 or not self.lent or not outgoing.grants:
             return
-        use = outgoing.lent.popleft()
+        use = self.lent.popleft()
+        outgoing.grants -= 1
         holder = self.machine.pool.holder(use.slot)
         assert holder is not None and holder.generation == use.generation, "packing into a foreign slot"
         assert holder.direction is Direction.SEND

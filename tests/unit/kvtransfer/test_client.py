@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 
 from kvtransfer.channel import Server
-from kvtransfer.client import TransferClient, TransferLost, WorkerEvent
+from kvtransfer.client import SlotsLent, TransferClient, TransferLost, WorkerEvent
 from kvtransfer.codecs import WORKER_COMMANDS, WORKER_EVENTS
 from kvtransfer.errors import AttachError
 from kvtransfer.messages import (
-    Abort,
     Aborted,
     Arrived,
     Attached,
@@ -30,6 +29,7 @@ from kvtransfer.messages import (
     Refused,
     Segment,
     SendCommitted,
+    SendGranted,
     SendSlots,
     SlotCounts,
     SlotUse,
@@ -79,12 +79,9 @@ class Script:
 class Scene:
     def __init__(self, directory: Path) -> None:
         self.script = Script(directory)
-        self.idle = True
         helper = threading.Thread(target=self.script.attach)
         helper.start()
-        self.client = TransferClient(
-            self.script.server.endpoint, 3, GEOMETRY, timeout_s=5.0, packs_idle=lambda: self.idle
-        )
+        self.client = TransferClient(self.script.server.endpoint, 3, GEOMETRY, timeout_s=5.0)
         helper.join()
         self.now_s = time.monotonic()
 
@@ -136,35 +133,6 @@ def test_one_frame_for_all_commands_freed_first(scene: Scene) -> None:
     assert not scene.script.server.socket.poll(50)
 
 
-def test_slots_lent_to_an_ended_transfer_go_back(scene: Scene) -> None:
-    client = scene.client
-    client.open_send(1, 9.0)
-    assert scene.hear(SendSlots(1, [A, B])) == [SendSlots(1, [A, B])]
-    client.filled(1, [Segment(A.slot, A.generation, 0, 4, 32)])
-    scene.flushed()
-    assert scene.hear(SendCommitted(1)) == [SendCommitted(1)]
-    assert scene.flushed() == [Freed([B])]
-
-
-def test_lent_slots_go_back_after_the_abort_that_ended_their_transfer(scene: Scene) -> None:
-    scene.client.open_send(1, 9.0)
-    scene.flushed()
-    scene.hear(SendSlots(1, [A]))
-    scene.client.abort(1, "left")
-    assert scene.flushed() == [Abort(1, "left"), Freed([A])]
-
-
-def test_slots_do_not_go_back_while_a_pack_may_be_running(scene: Scene) -> None:
-    client = scene.client
-    client.open_send(1, 9.0)
-    scene.hear(SendSlots(1, [A]))
-    scene.idle = False
-    client.abort(1, "left")
-    assert scene.flushed() == [OpenSend(1, 9.0), Abort(1, "left")]
-    scene.idle = True
-    assert scene.flushed() == [Freed([A])]
-
-
 def test_events_about_ended_transfers_are_kept_from_the_worker(scene: Scene) -> None:
     client = scene.client
     client.open_send(1, 9.0)
@@ -173,13 +141,15 @@ def test_events_about_ended_transfers_are_kept_from_the_worker(scene: Scene) -> 
     client.abort(2, "left")
     scene.flushed()
     late: tuple[Event, ...] = (
-        SendSlots(1, [A]),
+        SendGranted(1, 2),
         Arrived(2, [Segment(B.slot, B.generation, 0, 4, 32)]),
         Aborted(2, "crossed"),
         SendCommitted(1),
     )
     assert scene.hear(*late) == []
-    assert scene.flushed() == [Freed([B]), Freed([A])]
+    assert scene.flushed() == [Freed([B])]
+    client.open_send(3, 9.0)
+    assert scene.hear(SendGranted(3, 2)) == [SendGranted(3, 2)]
 
 
 def test_what_has_arrived_is_told_once(scene: Scene) -> None:
@@ -191,23 +161,22 @@ def test_what_has_arrived_is_told_once(scene: Scene) -> None:
 
 
 def test_slots_that_are_lent_twice_are_told_once(scene: Scene) -> None:
-    """And each use goes back by its own generation, whatever was filled of the slot before."""
+    """Whatever was filled of the slot before. The next use has a generation of its own."""
     client, again = scene.client, SlotUse(1, 5)
     client.open_send(1, 9.0)
-    lent = SendSlots(1, [A])
-    assert scene.hear(lent, lent) == [lent]
+    lent = SendSlots([A, B])
+    assert scene.hear(lent, lent) == [SlotsLent([A, B])]
     client.filled(1, [Segment(1, 4, 0, 4, 16)])
     scene.flushed()
-    assert scene.hear(lent, SendSlots(1, [again])) == [SendSlots(1, [again])]
-    client.filled(1, [Segment(1, 4, 0, 4, 16)])
-    client.abort(1, "done")
-    assert scene.flushed()[-1] == Freed([again])
+    assert scene.hear(lent, SendSlots([again])) == [SlotsLent([again])]
+    client.freed([again])
+    assert scene.flushed() == [Freed([again])]
 
 
 def test_a_reborn_process_is_attached_again(scene: Scene) -> None:
     client = scene.client
     client.open_send(1, 9.0)
-    scene.hear(SendSlots(1, [A]))
+    scene.hear(SendSlots([A]))
     scene.flushed()
     assert scene.hear(NotAttached(71), NotAttached(71)) == [TransferLost(70)]
     assert not client.ready
@@ -235,7 +204,7 @@ def test_an_answer_of_a_life_that_has_ended_meanwhile_is_not_kept(scene: Scene) 
     )
     assert scene.hear(first) == [] and client.address.epoch == 71
     client.open_send(1, 9.0)
-    assert scene.hear(SendSlots(1, [A]), second) == [TransferLost(71)]
+    assert scene.hear(SendSlots([A]), second) == [TransferLost(71)]
     assert client.ready and client.address.epoch == 72
     client.open_send(2, 9.0)
     assert scene.flushed()[-1:] == [OpenSend(2, 9.0)], "what was said to the life before is forgotten"

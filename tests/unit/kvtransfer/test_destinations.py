@@ -5,7 +5,7 @@ from msgspec.structs import replace
 from kvtransfer.destinations import TWO_HELLOS, Destinations, PeerServer
 from kvtransfer.handshake import PEER_VERSION
 from kvtransfer.machine import TransferMachine
-from kvtransfer.messages import OpenSend, SendConfirmed, SlotUse
+from kvtransfer.messages import OpenSend, SendConfirmed, SendGranted, SlotUse
 from kvtransfer.movers.base import Region
 from kvtransfer.movers.loopback import LoopbackFabric, LoopbackMover
 from kvtransfer.peer_messages import Closed, Connection, Grant, Offer, PeerHello, PeerMessage, PeerRefused
@@ -80,7 +80,7 @@ def test_what_was_said_on_another_connection_is_dropped() -> None:
     assert not machine.outbox.to_worker and machine.outbox.drops["other_connection"] == 2
     frames.arrived = [(b"b", [SECOND, *offer])]
     destinations.receive(0.0)
-    assert [type(event) for event in machine.outbox.to_worker] == [SendConfirmed]
+    assert [type(event) for event in machine.outbox.to_worker] == [SendConfirmed, SendGranted]
 
 
 def test_a_stranger_is_answered_on_its_own_connection() -> None:

@@ -15,6 +15,7 @@ from kvtransfer.messages import (
     OpenSend,
     Segment,
     SendConfirmed,
+    SendGranted,
     SendReady,
     SendSlots,
     SlotUse,
@@ -83,8 +84,8 @@ def test_a_segment_fits_the_smaller_slot(theirs: int, together: int) -> None:
     sending.on_destination(HERE, Offer(1, 0, 20, kv_heads=4, segment_tokens=theirs, tp=2), 8, 0.0)
     sending.on_destination(HERE, Grant(1, [SlotUse(slot, 1) for slot in range(8)]), 8, 0.0)
     sending.settle(0.0)
-    confirmed, slots = sending.outbox.to_worker
-    assert confirmed == SendConfirmed(1, 0, 20, 4, together, 2)
+    confirmed, granted, slots = sending.outbox.to_worker
+    assert confirmed == SendConfirmed(1, 0, 20, 4, together, 2) and granted == SendGranted(1, 8)
     assert isinstance(slots, SendSlots)
     sending.on_command(Filled(1, [segment(slots.slots[0], together, heads=4)]), 0.0)
     [write] = sending.outbox.writes

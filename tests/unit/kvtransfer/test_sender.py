@@ -12,6 +12,7 @@ from kvtransfer.messages import (
     Segment,
     SendCommitted,
     SendConfirmed,
+    SendGranted,
     SendReady,
     SendSlots,
     SlotUse,
@@ -42,6 +43,7 @@ def confirmed(tokens: int = 12, grants: int = 2) -> tuple[TransferMachine, list[
     machine.outbox.to_destinations.clear()
     event, *rest = machine.outbox.to_worker
     assert event == SendConfirmed(1, 0, tokens, 1, TOKENS_PER_SLOT, 1)
+    assert [one for one in rest if isinstance(one, SendGranted)] == [SendGranted(1, grants)] * bool(grants)
     lent = [use for one in rest if isinstance(one, SendSlots) for use in one.slots]
     machine.outbox.to_worker.clear()
     return machine, lent
@@ -74,8 +76,13 @@ def test_no_slot_is_lent_without_a_grant() -> None:
     machine, lent = confirmed(grants=0)
     assert lent == [] and machine.pool.free == SLOTS
     say(machine, Grant(1, [SlotUse(3, 1)]))
-    [event] = machine.outbox.to_worker
-    assert isinstance(event, SendSlots) and len(event.slots) == 1
+    granted, event = machine.outbox.to_worker
+    assert granted == SendGranted(1, 1) and isinstance(event, SendSlots) and len(event.slots) == 1
+
+
+def test_no_more_slots_are_lent_than_tokens_need() -> None:
+    machine, lent = confirmed(tokens=5, grants=4)
+    assert len(lent) == 2 and machine.pool.free == SLOTS - 2
 
 
 def test_no_slot_is_lent_to_a_prompt_that_waits_for_pages() -> None:
@@ -91,8 +98,9 @@ def test_no_slot_is_lent_to_a_prompt_that_waits_for_pages() -> None:
     machine.on_command(SendReady(9), 0.0)
     machine.settle(0.0)
     assert machine.outbox.to_destinations == [(HERE, Ready(2))]
-    slots = [event for event in machine.outbox.to_worker if isinstance(event, SendSlots)]
-    assert [event.transfer_id for event in slots] == [2] and machine.outbox.drops == {"ready_unknown": 1}
+    [slots] = [event for event in machine.outbox.to_worker if isinstance(event, SendSlots)]
+    assert len(slots.slots) == 3, "as many as the one that has pages can use"
+    assert machine.outbox.drops == {"ready_unknown": 1}
 
 
 def test_a_packed_segment_is_written_and_reported_where_it_lies() -> None:
@@ -125,10 +133,11 @@ def test_closed_waits_for_the_write_in_flight() -> None:
 
 
 @pytest.mark.parametrize("answer", ["freed", "filled", "death"])
-def test_lent_slots_of_an_ended_transfer_wait_for_the_worker(answer: str) -> None:
+def test_lent_slots_outlive_a_transfer_until_the_worker_gives_them_back(answer: str) -> None:
+    """It may be packing into one right now."""
     machine, lent = confirmed(grants=1)
     say(machine, Cancel(1, "gone"))
-    assert machine.pool.counts().quarantined == 1
+    assert machine.pool.counts().granted == 1
     if answer == "freed":
         machine.on_command(Freed(lent), 0.0)
     elif answer == "filled":
@@ -137,6 +146,21 @@ def test_lent_slots_of_an_ended_transfer_wait_for_the_worker(answer: str) -> Non
         machine.worker_gone("dead", 0.0)
     assert machine.pool.free == SLOTS
     assert machine.outbox.writes == []
+
+
+def test_a_lent_slot_is_for_whatever_transfer_has_grants() -> None:
+    """Two are ready, and the worker has computed the second first."""
+    machine, lent = confirmed(grants=2)
+    machine.on_command(OpenSend(2, 10.0), 0.0)
+    machine.on_command(SendReady(2), 0.0)
+    say(machine, Offer(2, 0, 12), Grant(2, [SlotUse(7, 1)]))
+    lent += [use for one in machine.outbox.to_worker if isinstance(one, SendSlots) for use in one.slots]
+    assert len(lent) == 3
+    machine.on_command(Filled(2, [packed(lent[0])]), 0.0)
+    assert only_write(machine).pieces == (Piece(lent[0].slot, 7, 4 * TOKEN_BYTES),)
+    machine.on_command(Filled(2, [packed(lent[1], 4)]), 0.0)
+    assert machine.outbox.drops == {"filled_not_granted": 1} and machine.outbox.writes == []
+    assert machine.outbox.to_worker[-1] == Aborted(2, "the worker's segment is filled_not_granted")
 
 
 def test_a_lent_slot_may_be_given_back_unfilled() -> None:
@@ -180,17 +204,17 @@ def test_a_segment_that_does_not_fit_fails_the_transfer(reason: str, change: dic
     assert machine.outbox.drops == {reason: 1}
     assert isinstance(machine.outbox.to_worker[0], Aborted)
     assert machine.outbox.writes == []
-    machine.on_command(Freed([lent[1]]), 0.0)
-    assert machine.pool.free == SLOTS
+    assert machine.pool.free == SLOTS, "what the worker has handed over is not the worker's any more"
 
 
 def test_slots_not_lent_are_not_written() -> None:
     machine, lent = confirmed(grants=1)
     stranger = SlotUse(lent[0].slot, lent[0].generation + 1)
     machine.on_command(Filled(1, [packed(stranger), packed(SlotUse(3, 1))]), 0.0)
+    assert machine.outbox.drops == {"filled_not_lent": 2}
     machine.on_command(Filled(2, [packed(lent[0])]), 0.0)
-    assert machine.outbox.drops == {"filled_not_lent": 3}
-    assert machine.outbox.writes == []
+    assert machine.outbox.drops == {"filled_not_lent": 2, "filled_late": 1}
+    assert machine.outbox.writes == [] and machine.pool.free == SLOTS
 
 
 def test_bad_grants_are_dropped_and_counted() -> None:
@@ -270,8 +294,10 @@ def test_slots_are_shared_between_sends() -> None:
         grants = [SlotUse(i, transfer_id) for i in range(4)]
         machine.on_destination(HERE, Grant(transfer_id, grants), REMOTE_SLOTS, 0.0)
     machine.settle(0.0)
-    lent = {e.transfer_id: len(e.slots) for e in machine.outbox.to_worker if isinstance(e, SendSlots)}
-    assert lent == {1: 1, 2: 1, 3: 1, 4: 1}
+    slots = [len(e.slots) for e in machine.outbox.to_worker if isinstance(e, SendSlots)]
+    assert slots == [SLOTS], "sixteen are granted"
+    granted = [e for e in machine.outbox.to_worker if isinstance(e, SendGranted)]
+    assert granted == [SendGranted(transfer_id, 4) for transfer_id in (1, 2, 3, 4)]
 
 
 def test_what_is_packed_at_once_goes_out_in_small_writes() -> None:
@@ -280,7 +306,7 @@ def test_what_is_packed_at_once_goes_out_in_small_writes() -> None:
     machine.on_command(SendReady(1), 0.0)
     say(machine, Offer(1, 0, 20), Grant(1, [SlotUse(slot, 5) for slot in range(5)]))
     [lent] = [e.slots for e in machine.outbox.to_worker if isinstance(e, SendSlots)]
-    assert len(lent) == 5, "alone it is lent half of what is free, though nothing has moved"
+    assert len(lent) == 5
     machine.on_command(Filled(1, [packed(use, 4 * at) for at, use in enumerate(lent)]), 0.0)
     machine.settle(0.0)
     writes = machine.outbox.writes

@@ -15,7 +15,7 @@ def publish_all(pool: PagePool, pages: list[int], tokens: list[int], salt: bytes
     digest = chain_root(salt)
     for index in range(len(tokens) // SIZE):
         digest = chain_digest(digest, tokens[index * SIZE : (index + 1) * SIZE])
-        pool.publish(pages[index], digest)
+        pool.publish(pages[index], digest, 0)
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -128,4 +128,4 @@ def test_misuse_is_an_error_not_a_leak() -> None:
     with pytest.raises(PageAccountingError):
         pool.share(pages)
     with pytest.raises(PageAccountingError):
-        pool.publish(pages[0], b"digest")
+        pool.publish(pages[0], b"digest", 0)

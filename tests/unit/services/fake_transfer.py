@@ -2,10 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from kvtransfer.messages import Segment, SlotUse, TransferAddress
-from services.engine.marks import Mark, Marks
 from services.engine.moves import Move
 from services.engine.run_table import SlotRun
 
@@ -17,7 +15,6 @@ class FakeClient:
     """Transfer, source's endpoint and number of heads."""
     committed: list[int] = field(default_factory=list)
     aborted: list[int] = field(default_factory=list)
-    packs_idle: Any = None
     ready: bool = True
     checksum: bool = False
 
@@ -54,16 +51,13 @@ class Made:
 class FakeMoves:
     made: list[Made] = field(default_factory=list)
 
-    def pack(self, runs: Sequence[SlotRun], with_checksums: bool, after: Marks | None) -> Move:
+    def pack(self, runs: Sequence[SlotRun], with_checksums: bool) -> Move:
         self.made += [Made(run.start_token, run.token_count, run.slot, run.heads) for run in runs]
         return Move([64] * len(runs))
 
     unpack = pack
 
-    def mark(self) -> None:
-        return None
-
-    def passed(self, mark: Mark | None) -> bool:
-        return False
+    def passed_step(self) -> int:
+        return 0
 
     def hold_steps(self, move: Move) -> None: ...

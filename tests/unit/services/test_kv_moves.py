@@ -6,12 +6,10 @@ from typing import Any
 import pytest
 
 from kvtransfer.messages import (
-    WITHDRAWN,
     Arrived,
     Segment,
-    SendCommitted,
     SendConfirmed,
-    SendSlots,
+    SendGranted,
     SlotUse,
     TransferAddress,
 )
@@ -20,14 +18,10 @@ from services.engine.errors import ChecksumMismatch
 from services.engine.run_table import SlotRun
 from services.kv_pull import KvPull
 from services.kv_push import KvPush
-from services.kv_push_parts import PushParts
-from services.messages import Prefill, Sampling, Tokens, Work
-from services.outbox import Outbox
-from services.roles.prefill import MAX_FLIGHTS, PrefillRole
-from services.roles.role import Occupancy, Parts
-from services.rules import Limits
+from services.messages import Sampling, Work
 from services.scheduler.pages import PagePool
-from services.scheduler.sequence import Chunk, Sequence, prompt_sequence
+from services.scheduler.prefill import PrefillScheduler
+from services.scheduler.sequence import Sequence, prompt_sequence
 from tests.unit.services.test_overlap import FakeDevice
 
 SOURCE = TransferAddress("ipc:///source", 1)
@@ -38,7 +32,6 @@ TOKENS_PER_SLOT = 4
 class FakeMove:
     runs: list[tuple[int, int, int]]
     """First token, tokens, slot."""
-    after: object
     with_checksums: bool
     is_done: bool = False
 
@@ -56,29 +49,25 @@ class FakeMove:
 
 
 class FakeMoves(FakeDevice):
-    """Steps as `FakeDevice`; moves are done when a test says so. `held` are those that steps wait for."""
+    """Steps as `FakeDevice`, done when a test says so (`passed`), as moves are. `held` are those that steps
+    wait for."""
 
     def __init__(self, pages: int = 40) -> None:
         super().__init__(pages)
         self.moves: list[FakeMove] = []
         self.held: list[FakeMove] = []
-        self.marks = 0
-        self.passed_marks: set[object] = set()
+        self.passed = 0
 
-    def mark(self) -> int:
-        self.marks += 1
-        return self.marks
-
-    def pack(self, runs: list[SlotRun], with_checksums: bool, after: object) -> FakeMove:
+    def pack(self, runs: list[SlotRun], with_checksums: bool) -> FakeMove:
         assert {run.heads for run in runs} == {range(1)}
         moved = [(run.start_token, run.token_count, run.slot) for run in runs]
-        self.moves.append(FakeMove(moved, after, with_checksums))
+        self.moves.append(FakeMove(moved, with_checksums))
         return self.moves[-1]
 
     unpack = pack
 
-    def passed(self, mark: object) -> bool:
-        return mark in self.passed_marks
+    def passed_step(self) -> int:
+        return self.passed
 
     def hold_steps(self, move: FakeMove) -> None:
         self.held.append(move)
@@ -94,9 +83,6 @@ class FakeClient:
     ready: bool = True
     said: list[tuple[Any, ...]] = field(default_factory=list)
 
-    def packs_idle(self) -> bool:
-        return True
-
     def __getattr__(self, name: str) -> Any:
         return lambda *values: self.said.append((name, *values))
 
@@ -105,35 +91,48 @@ def confirmed(tokens: int) -> SendConfirmed:
     return SendConfirmed(7, 0, tokens, kv_heads=1, segment_tokens=TOKENS_PER_SLOT, tp=1)
 
 
-def running(tokens: int, computed: int = 0, request_id: int = 1) -> Sequence:
+def running(tokens: int, request_id: int = 1) -> Sequence:
     sequence = prompt_sequence(Work(request_id, [1] * tokens, Sampling(max_tokens=4, seed=1)))
-    sequence.pages = list(range(10))
-    sequence.computed_tokens = computed
+    sequence.pages, sequence.arrival = list(range(10)), request_id
     return sequence
 
 
-def pushing(sequence: Sequence, slots: int) -> tuple[KvPush, FakeMoves, FakeClient]:
+def opened(push: KvPush, sequence: Sequence, transfer_id: int, grants: int) -> None:
+    """A transfer that the destination has confirmed, of a prompt that has pages."""
+    push.open(sequence, transfer_id, 1.0)
+    tokens = sequence.prompt_tokens
+    event = SendConfirmed(transfer_id, 0, tokens, kv_heads=1, segment_tokens=TOKENS_PER_SLOT, tp=1)
+    assert push.confirmed(event, range(1))
+    push.ready(transfer_id)
+    push.granted(SendGranted(transfer_id, grants))
+
+
+def lent(*slots: int, generation: int = 1) -> list[SlotUse]:
+    return [SlotUse(slot, generation) for slot in slots]
+
+
+def pushing(sequence: Sequence, slots: int, grants: int = 8) -> tuple[KvPush, FakeMoves, FakeClient]:
     engine, client = FakeMoves(), FakeClient()
     push = KvPush(engine, client, lambda: 0.0, Spans())  # type: ignore[arg-type]
-    push.open(sequence, 7, 1.0)
-    assert push.confirmed(confirmed(sequence.prompt_tokens), range(1))
-    push.lend(SendSlots(7, [SlotUse(slot, 1) for slot in range(slots)]))
+    opened(push, sequence, 7, grants)
+    push.lend(lent(*range(slots)))
     client.said.clear()
     return push, engine, client
 
 
-def compute(push: KvPush, sequence: Sequence, count: int, mark: object) -> None:
-    chunk = Chunk(sequence, sequence.computed_tokens, count, ())
+def compute(sequence: Sequence, count: int, step: int) -> None:
+    """Step number `step` computes so many tokens more."""
     sequence.computed_tokens += count
-    push.launched([chunk], mark)  # type: ignore[arg-type]
+    sequence.chunk_steps.append((sequence.computed_tokens, step))
 
 
 def test_a_slot_is_handed_over_when_its_pack_is_done() -> None:
     sequence = running(12)
     push, engine, client = pushing(sequence, 2)
-    compute(push, sequence, 12, "step")
+    compute(sequence, 12, 1)
+    engine.passed = 1
     assert push.pack() == 8 and push.deliver() == 0 and client.said == [] and push.in_flight
-    push.lend(SendSlots(7, [SlotUse(2, 1)]))
+    push.lend(lent(2))
     assert push.pack() == 4
     engine.done(1)
     assert push.deliver() == 0, "the packs end in their order"
@@ -148,41 +147,85 @@ def test_a_slot_is_handed_over_when_its_pack_is_done() -> None:
     ]
 
 
-def test_a_pack_waits_for_the_step_that_computed_its_tokens_and_no_later_one() -> None:
+def test_tokens_are_packed_as_their_step_is_done_and_take_no_slot_before() -> None:
     sequence = running(16)
-    push, engine, _ = pushing(sequence, 1)
-    compute(push, sequence, 6, "first")
-    push.pack()
-    compute(push, sequence, 6, "second")
-    compute(push, sequence, 4, "third")
-    push.lend(SendSlots(7, [SlotUse(slot, 2) for slot in range(4)]))
-    push.pack()
-    assert [(move.runs, move.after) for move in engine.moves] == [
-        ([(0, 4, 0)], ("first",)),
-        ([(4, 4, 0), (8, 4, 1)], ("second",)),  # the first computed only a part of the former
-        ([(12, 4, 2)], ("third",)),
-    ]
+    push, engine, client = pushing(sequence, 4)
+    for step, count in enumerate((6, 6, 4), 1):
+        compute(sequence, count, step)
+    assert push.pack() == 0 and not push.in_flight
+    packed = []
+    for engine.passed in (1, 2, 3):
+        push.pack()
+        packed.append(engine.moves[-1].runs)
+    assert packed[:2] == [[(0, 4, 0), (4, 2, 1)], [(6, 4, 2), (10, 2, 3)]]
+    assert packed[2] == packed[1], "no slot was left for the third"
+    push.lend(lent(4))
+    assert push.pack() == 4 and engine.moves[-1].runs == [(12, 4, 4)]
+    assert not client.said
 
 
-def test_marks_of_pages_that_were_taken_away_are_not_believed() -> None:
-    sequence = running(8)
-    push, engine, _ = pushing(sequence, 2)
-    compute(push, sequence, 8, "former")
-    sequence.pages, sequence.computed_tokens = [20, 21], 4  # reset, and found as a prefix meanwhile
-    push.pack()
-    assert [move.after for move in engine.moves] == [None], "everything queued so far"
-    compute(push, sequence, 4, "anew")
-    push.pack()
-    assert engine.moves[1].after == ("anew",)
+def test_a_slot_goes_to_the_oldest_request_with_computed_tokens_and_a_grant() -> None:
+    """Whatever the slots were lent for: an older one whose step is still running takes none."""
+    oldest, middle, youngest = running(16, 1), running(8, 2), running(8, 3)
+    push, engine, _ = pushing(oldest, 0)
+    opened(push, youngest, 9, 8)
+    opened(push, middle, 8, 1)
+    compute(middle, 8, 1)
+    compute(youngest, 8, 2)
+    compute(oldest, 16, 3)
+    engine.passed = 2
+    push.lend(lent(0, 1))
+    assert push.pack() == 8
+    assert engine.moves[-1].runs == [(0, 4, 0), (0, 4, 1)]
+    assert [one.next_token for one in push._outgoing.values()] == [0, 4, 4]
+    engine.passed = 3
+    push.lend(lent(2, 3, 4, 5, 6, 7))
+    assert push.pack() == 20
+    assert [run[0] for run in engine.moves[-1].runs] == [0, 4, 8, 12, 4], "four of the oldest's first"
+
+
+def test_slots_that_nobody_can_use_go_back() -> None:
+    first, second = running(8, 1), running(8, 2)
+    push, engine, client = pushing(first, 3)
+    assert push.pack() == 0
+    assert client.said == [("freed", lent(2))], "two are for what is being computed"
+    opened(push, second, 8, 1)
+    push.lend(lent(4))
+    client.said.clear()
+    push.close(7)
+    assert push.pack() == 0 and client.said == [("freed", lent(4, 1))]
+    compute(second, 8, 1)
+    engine.passed = 1
+    assert push.pack() == 4 and engine.moves[-1].runs == [(0, 4, 0)]
+
+
+def test_steps_of_pages_that_were_taken_away_are_forgotten() -> None:
+    """The scheduler's part: a prompt that is computed anew, from a prefix that another one computes."""
+    pool = PagePool(40, 4)
+    scheduler = PrefillScheduler(pool, 4, 8)
+    work = Work(1, [3] * 12, Sampling(max_tokens=4, seed=1))
+    sequence = scheduler.add(work)
+    for pool.step in (1, 2):
+        scheduler.launched(scheduler.schedule())
+    assert [sequence.tokens_done(step) for step in (0, 1, 2)] == [0, 8, 12]
+    other = scheduler.add(Work(2, [3] * 12, Sampling(max_tokens=4, seed=1)))
+    pool.step = 5
+    scheduler.launched(scheduler.schedule())
+    assert other.cached_tokens == 8 and other.tokens_done(0) == 0, "the prefix is step 1's"
+    assert [other.tokens_done(step) for step in (1, 4, 5)] == [8, 8, 12]
+    scheduler.holding.pop(1)
+    scheduler.batch.reset(sequence)
+    assert sequence.tokens_done(9) == 0
 
 
 @pytest.mark.parametrize("how", ["aborted", "lost"])
 def test_a_transfer_that_ends_under_its_packs_keeps_pages_and_slots_until_they_are_done(how: str) -> None:
     sequence = running(8)
     push, engine, client = pushing(sequence, 1)
-    compute(push, sequence, 8, "step")
+    compute(sequence, 8, 1)
+    engine.passed = 1
     push.pack()
-    push.lend(SendSlots(7, [SlotUse(1, 1)]))
+    push.lend(lent(1))
     push.pack()
     if how == "aborted":
         push.close(7, abort_reason="gone")
@@ -190,12 +233,13 @@ def test_a_transfer_that_ends_under_its_packs_keeps_pages_and_slots_until_they_a
     else:
         push.clear()
     assert engine.held == [engine.moves[1]], "later steps wait for the last of them"
-    assert not client.packs_idle() and push.in_flight
-    engine.done(0)
-    assert not client.packs_idle()
-    engine.done(1)
-    assert client.packs_idle() and push.deliver() == 0 and not push.in_flight
-    assert not [said for said in client.said if said[0] == "filled"]
+    assert push.pack() == 0 and push.deliver() == 0 and push.in_flight
+    engine.done()
+    client.said.clear()
+    assert push.deliver() == 0 and not push.in_flight
+    push.pack()
+    expected = [("freed", lent(1, 0))] if how == "aborted" else []
+    assert client.said == expected, "slots of a process that is gone are nobody's"
 
 
 def pulling(sequence: Sequence) -> tuple[KvPull, FakeMoves, FakeClient]:
@@ -214,17 +258,13 @@ def arrived(*starts: int, off_by: int = 0) -> Arrived:
 def test_a_transfer_is_committed_when_its_unpacks_are_done_and_judged() -> None:
     sequence = running(12)
     pull, engine, client = pulling(sequence)
-    engine.mark()
     pull.unpack(arrived(0))
     pull.unpack(arrived(4))
     assert pull.in_flight and not engine.moves
     assert pull.settle().whole == [] and client.said == [] and pull.in_flight
     pull.unpack(arrived(8))
     assert pull.settle().whole == []
-    assert [(move.runs, move.after) for move in engine.moves] == [
-        ([(0, 4, 0), (4, 4, 1)], [1]),
-        ([(8, 4, 2)], [1]),  # steps queued when the pages were taken
-    ]
+    assert [move.runs for move in engine.moves] == [[(0, 4, 0), (4, 4, 1)], [(8, 4, 2)]]
     engine.done(0)
     assert pull.settle().whole == []
     assert client.said == [("freed", [SlotUse(0, 1), SlotUse(1, 1)])]
@@ -269,85 +309,3 @@ def test_a_lost_transfer_process_is_given_nothing_back() -> None:
     assert engine.held == [engine.moves[0]] and not pull.in_flight
     pull.settle()
     assert client.said == []
-
-
-# ---------------------------------------------------------------- the prefill role
-
-
-class Prefilling:
-    def __init__(self) -> None:
-        self.pool, self.engine, self.client = PagePool(40, 4), FakeMoves(40), FakeClient()
-        self.tokens: list[Tokens] = []
-        self.parts = Parts(
-            engine=self.engine,  # type: ignore[arg-type]
-            pool=self.pool,
-            limits=Limits(1000, 160, 4, 1000, frozenset()),
-            max_chunk_tokens=8,
-            outbox=Outbox(self._reported),
-            clock=lambda: 0.0,
-            overlap=True,
-        )
-        push = KvPush(self.engine, self.client, self.parts.clock, self.parts.spans)  # type: ignore[arg-type]
-        self.role = PrefillRole(self.parts, PushParts([push], 1))
-
-    def _reported(self, router: bytes, reports: list[Any]) -> bool:
-        self.tokens += [one for one in reports if isinstance(one, Tokens)]
-        return True
-
-    def step(self) -> bool:
-        busy = self.role.step()
-        self.parts.outbox.flush()
-        return busy
-
-    def assert_at_rest(self) -> None:
-        assert not self.step() and self.role.occupancy() == Occupancy()
-        assert not self.role.in_flight and self.pool.counts().used == 0 and not self.parts.requests
-
-
-def prefilling(prompt_tokens: int, delays: list[int]) -> Prefilling:
-    served = Prefilling()
-    served.engine.delays = iter(delays)
-    work = Work(1, [3] * prompt_tokens, Sampling(max_tokens=9, seed=1, ignore_eos=True))
-    served.role.accept(b"router", Prefill(work, 7))
-    served.role.on_transfer(confirmed(prompt_tokens))
-    return served
-
-
-def test_chunks_are_packed_while_the_next_one_runs() -> None:
-    """And no more than two steps are queued, however long the prompt."""
-    served = prefilling(24, [1000, 1000, 1000])
-    served.role.on_transfer(SendSlots(7, [SlotUse(slot, 1) for slot in range(6)]))
-    for _ in range(4):
-        assert served.step()
-    assert served.engine.launches == MAX_FLIGHTS
-    assert [move.runs for move in served.engine.moves] == [[(0, 4, 0), (4, 4, 1)], [(8, 4, 2), (12, 4, 3)]]
-    assert not [said for said in served.client.said if said[0] == "filled"]
-    served.engine.done(0)
-    served.step()
-    assert [one.start_token for one in served.client.said[-1][2]] == [0, 4]
-
-
-def test_kv_that_has_arrived_before_the_first_token_is_known_ends_the_request_after_it() -> None:
-    """Also where nothing was sent because the other side had everything, before the prompt ran at all."""
-    for steps in (0, 1):
-        served = prefilling(8, [3])
-        for _ in range(steps):
-            served.step()
-        served.role.on_transfer(SendCommitted(7))
-        for _ in range(5):
-            served.step()
-        assert [len(one.tokens) for one in served.tokens] == [1]
-        served.assert_at_rest()
-
-
-def test_a_prompt_that_is_cancelled_under_its_packs_leaves_nothing() -> None:
-    served = prefilling(8, [2])
-    served.role.on_transfer(SendSlots(7, [SlotUse(0, 1), SlotUse(1, 1)]))
-    served.step()
-    served.role.end(1, WITHDRAWN)
-    for _ in range(3):
-        assert served.step(), "a step and two packs are on the device"
-    assert served.engine.held and not served.tokens
-    served.engine.done()
-    served.step()
-    served.assert_at_rest()

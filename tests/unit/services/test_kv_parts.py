@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from kvtransfer.client import TransferLost
+from kvtransfer.client import SlotsLent, TransferLost
 from kvtransfer.layout import head_range
 from kvtransfer.messages import (
     Aborted,
@@ -12,7 +12,7 @@ from kvtransfer.messages import (
     Segment,
     SendCommitted,
     SendConfirmed,
-    SendSlots,
+    SendGranted,
     SlotUse,
 )
 from kvtransfer.spans import Spans
@@ -50,7 +50,7 @@ def test_every_head_travels_once(source_tp: int, destination_tp: int) -> None:
 
 def sequence_of() -> Sequence:
     sequence = prompt_sequence(Work(1, list(range(TOKENS)), Sampling(max_tokens=1, seed=1)))
-    sequence.pages, sequence.computed_tokens = [0, 1, 2], TOKENS
+    sequence.pages, sequence.computed_tokens, sequence.done_tokens = [0, 1, 2], TOKENS, TOKENS
     return sequence
 
 
@@ -82,7 +82,8 @@ def test_a_push_opens_the_other_parts_when_it_knows_them() -> None:
     assert isinstance(joined, SendConfirmed) and joined.transfer_id == 50
     for part in (first, second):
         slots = [SlotUse(at + part.destination_rank * 3, 1) for at in range(3)]
-        assert pushing.push.join(SendSlots(part.part_id, slots)) is None
+        assert pushing.push.join(SendGranted(part.part_id, 3)) is None
+        assert pushing.push.join(SlotsLent(slots)) is None
     assert pushing.push.pack() == 2 * TOKENS
     assert pushing.push.deliver() == 6
     assert {move.heads for move in pushing.moves[0].made} == {range(2), range(2, 4)}

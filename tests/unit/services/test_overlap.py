@@ -71,12 +71,14 @@ class FakeDevice:
         self.content = [[PENDING] * SIZE for _ in range(pages)]
         self.drawn: list[int] = []
         self.launches = 0
+        self.queued_step = 0
         self.fails: set[int] = set()
         """Launches whose collection fails."""
         self.delays: Iterator[int] = repeat(0)
         """How often each launch is asked in vain whether it is done."""
 
     def copy_pages(self, pairs: list[tuple[int, int]]) -> None:
+        self.queued_step += bool(pairs)
         for source, target in pairs:
             self.content[target] = list(self.content[source])
 
@@ -86,6 +88,7 @@ class FakeDevice:
 
     def launch(self, rows: list[Row]) -> Any:
         self.launches += 1
+        self.queued_step += 1
         results = [RowResult([Drawn(token) for token in self._row(row)]) for row in rows]
         self.drawn = [drawn.token for result in results for drawn in result.drawn]
         return FakeLaunched(results, next(self.delays), self.launches in self.fails)

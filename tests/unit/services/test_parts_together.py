@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kvtransfer.client import TransferClient
+from kvtransfer.client import SlotsLent, TransferClient
 from kvtransfer.client_book import OpenTransfers
 from kvtransfer.layout import head_range, rank_slot_bytes
 from kvtransfer.limits import Limits
@@ -25,10 +25,10 @@ from kvtransfer.messages import (
     SendCommitted,
     SendConfirmed,
     SendReady,
+    SendSlots,
     TransferAddress,
 )
 from kvtransfer.spans import Spans
-from services.engine.marks import Mark
 from services.engine.moves import Move
 from services.engine.run_table import SlotRun
 from services.kv_pull import KvPull
@@ -52,7 +52,7 @@ class Rank:
     """One rank: its transfer process's state machine, its staging buffer, and the heads in its pages."""
 
     def __init__(self, epoch: int, rank: int, tp: int) -> None:
-        self.address = TransferAddress(f"ipc:///{epoch}", epoch)
+        self.address, self.rank = TransferAddress(f"ipc:///{epoch}", epoch), rank
         self.heads = head_range(KV_HEADS, rank, tp)
         self.slot_bytes = rank_slot_bytes(SLOT_BYTES, tp)
         limits = Limits.of(GEOMETRY, SLOTS, self.slot_bytes, 0.5, 60.0, tp)
@@ -61,7 +61,7 @@ class Rank:
         self.book = OpenTransfers()
         self.arrived: list[tuple[int, int, int]] = []
         """Request, token, head."""
-        self.ready, self.checksum, self.packs_idle = True, False, lambda: True
+        self.ready, self.checksum = True, False
 
     # ------------------------------------------------------------ as a client
 
@@ -79,7 +79,6 @@ class Rank:
         self._say(OpenReceive(transfer_id, source, start, end, left_s, n))
 
     def filled(self, transfer_id: int, segments: list[Any]) -> None:
-        self.book.filled(transfer_id, segments)
         self._say(Filled(transfer_id, segments))
 
     def freed(self, slots: list[Any]) -> None:
@@ -95,11 +94,16 @@ class Rank:
 
     def events(self) -> list[Any]:
         heard, self.machine.outbox.to_worker = self.machine.outbox.to_worker, []
-        kept = [event for event in heard if self.book.follow(event)]  # type: ignore[arg-type]
-        for uses in (self.book.freed, self.book.returning):
-            if uses:
-                self._say(Freed(list(uses)))
-                uses.clear()
+        kept: list[Any] = []
+        for event in heard:
+            if isinstance(event, SendSlots):
+                if self.book.lent(event.slots):
+                    kept.append(SlotsLent(event.slots, self.rank))
+            elif self.book.follow(event):  # type: ignore[arg-type]
+                kept.append(event)
+        if self.book.freed:
+            self._say(Freed(list(self.book.freed)))
+            self.book.freed.clear()
         return kept
 
     def _say(self, command: Any) -> None:
@@ -108,7 +112,7 @@ class Rank:
 
     # ------------------------------------------------------------ as the rank's moves
 
-    def pack(self, runs: Sequence[SlotRun], with_checksums: bool, after: Any) -> Move:
+    def pack(self, runs: Sequence[SlotRun], with_checksums: bool) -> Move:
         byte_counts = []
         for pages, start, count, slot, heads in runs:
             data = b"".join(
@@ -121,7 +125,7 @@ class Rank:
             byte_counts.append(len(data))
         return Move(byte_counts)
 
-    def unpack(self, runs: Sequence[SlotRun], with_checksums: bool, after: Any) -> Move:
+    def unpack(self, runs: Sequence[SlotRun], with_checksums: bool) -> Move:
         for pages, start, count, slot, heads in runs:
             at = slot * self.slot_bytes
             for head in heads:
@@ -131,11 +135,8 @@ class Rank:
                     at += CELL.size
         return Move([run.token_count for run in runs])
 
-    def mark(self) -> Mark | None:
-        return None
-
-    def passed(self, mark: Mark | None) -> bool:
-        return True
+    def passed_step(self) -> int:
+        return 0
 
     def hold_steps(self, move: Move) -> None: ...
 
@@ -157,7 +158,7 @@ class Pair:
 
     def begin(self, number: int, tokens: int, cached: int) -> None:
         sequence = prompt_sequence(Work(number, [1] * tokens, Sampling(max_tokens=1, seed=1)))
-        sequence.pages, sequence.computed_tokens = [number], tokens
+        sequence.pages, sequence.computed_tokens, sequence.done_tokens = [number], tokens, tokens
         there = prompt_sequence(sequence.work)
         there.pages, there.cached_tokens = [number], cached
         first, *others = (rank.address for rank in self.sources)

@@ -58,7 +58,7 @@ def lead(tmp_path: Path, rank: str, then: str) -> tuple[int, str]:
         (
             OBEDIENT,
             "run = MoveRun([0], 0, 1, 0, 0, 1)\n"
-            "move = ranks.move(2, MoveKv(True, [run], False))\nwhile not move.query(): ...",
+            "move = ranks.move(2, MoveKv(True, 0, [run], False))\nwhile not move.query(): ...",
             "RankError: rank 2 of one: a move is not done after 0.2 s",
         ),
     ],
