@@ -21,6 +21,10 @@ _SHORT_S = (
     0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5,
     1.0, 2.5, 5.0, 10.0,
 )  # fmt: skip
+_EXPOSED_S = (
+    0.0005, 0.001, 0.0015, 0.002, 0.0025, 0.003, 0.0035, 0.004, 0.005, 0.006, 0.008, 0.01, 0.0125, 0.015,
+    0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0,
+)  # fmt: skip
 _LONG_S = (
     0.001, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 7.5,
     10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0,
@@ -100,6 +104,7 @@ class Metrics:
     queue: Histogram = field(default_factory=lambda: Histogram(_LONG_S))
     prefill: Histogram = field(default_factory=lambda: Histogram(_LONG_S))
     transfer: Histogram = field(default_factory=lambda: Histogram(_SHORT_S))
+    exposed: Histogram = field(default_factory=lambda: Histogram(_EXPOSED_S))
     decode: Histogram = field(default_factory=lambda: Histogram(_LONG_S))
     rate: TokenRate = field(default_factory=TokenRate)
     retries: RetryBudget = field(default_factory=lambda: RetryBudget(max_retries=3, share=0.2, burst=1024))
@@ -121,6 +126,7 @@ class Metrics:
             self.prefill.observe(times.prefill_s)
         if times.transfer_s is not None:
             self.transfer.observe(times.transfer_s)
+            self.exposed.observe(times.tail_s or 0.0)
         if journey.phase is not Phase.FINISHED or times.ended_s is None:
             return
         total_s = times.ended_s - times.submitted_s
@@ -237,6 +243,7 @@ class _Families(Collector):
             ("request_queue_time", "Waiting for a prefill worker", metrics.queue),
             ("request_prefill_time", "Running the prompt", metrics.prefill),
             ("request_transfer_time", "Moving the KV cache", metrics.transfer),
+            ("request_exposed_transfer_time", "From the first token to the whole KV cache", metrics.exposed),
             ("request_decode_time", "Decoding", metrics.decode),
         ):
             yield histogram.family(f"baton_{name}_seconds", text)

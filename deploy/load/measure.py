@@ -7,6 +7,7 @@ import msgspec
 
 from deploy.load.busy import busy_shares, worker_times
 from deploy.load.drive import drive
+from deploy.load.exposed import exposed_buckets, exposed_ms
 from deploy.load.plan import Ask
 from deploy.load.rates import Rates, limits_of
 from deploy.load.statistics import RateFigures, figures_of
@@ -25,9 +26,11 @@ async def measure(
     for index in range(len(rates.rates)):
         load = await asyncio.to_thread(rates.load, index, ask, model.max_model_len)
         before = await asyncio.to_thread(worker_times, target)
+        buckets = await asyncio.to_thread(exposed_buckets, target)
         driven = await drive(target, load, settings.timeout)
         busy = busy_shares(before, await asyncio.to_thread(worker_times, target))
+        exposed = exposed_ms(buckets, await asyncio.to_thread(exposed_buckets, target))
         figures = figures_of(driven.outcomes, load, rates.rates[index], limits, gpus, driven.cpu_share)
-        found.append(msgspec.structs.replace(figures, busy=busy))
+        found.append(msgspec.structs.replace(figures, busy=busy, exposed_kv_ms=exposed))
         show(found[-1])
     return found

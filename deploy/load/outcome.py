@@ -54,6 +54,13 @@ class Outcome:
         return self.arrived_s[1] - self.scheduled_s if len(self.arrived_s) > 1 else None
 
     @property
+    def second_gap_s(self) -> float | None:
+        """From the first chunk to the second: with a hand-over in between, all that it makes a user wait."""
+        if self.chunks[0] > 1:
+            return 0.0
+        return self.arrived_s[1] - self.arrived_s[0] if len(self.arrived_s) > 1 else None
+
+    @property
     def gaps_s(self) -> list[float]:
         """Between arrivals: what the user waits. Several tokens in one arrival are one gap, so that bundling
         cannot make the percentiles look better."""

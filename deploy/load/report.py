@@ -11,6 +11,7 @@ from msgspec import Struct
 
 from deploy.bench.machine import cpu_name, versions
 from deploy.errors import UserError
+from deploy.load.exposed import Exposed
 from deploy.load.statistics import Limits, RateFigures, Spread, System
 from deploy.load.verdict import Verdict
 from deploy.load_options import LoadSettings
@@ -85,10 +86,16 @@ def row_lines(one: RateFigures, limits: Limits) -> str:
     e2e_s = "-" if one.e2e_ms is None else f"{one.e2e_ms.p50 / 1e3:.2f}"
     line += f"  {e2e_s:>6} {one.output_tokens_per_s:>7.0f}"
     line += f" {one.good / one.requests:>5.0%} {one.goodput_per_gpu:>11.3g}" if limits.given else ""
+    first_gap = []
+    if one.second_gap_ms is not None:
+        first_gap.append(f"second token after the first: {_ends(one.second_gap_ms)} ms")
+    if one.exposed_kv_ms is not None:
+        first_gap.append(f"KV exposed after the first token: {_ends(one.exposed_kv_ms)} ms")
     busy = (
         [f"busy: {', '.join(f'{role} {share:.0%}' for role, share in one.busy.items())}"] if one.busy else []
     )
-    return "\n    ".join([line, *busy, *warnings(one)])
+    lines = [line, "; ".join(first_gap)] if first_gap else [line]
+    return "\n    ".join([*lines, *busy, *warnings(one)])
 
 
 def best_lines(systems: Sequence[System], limits: Limits) -> str:
@@ -132,7 +139,11 @@ def _cells(one: Spread | None) -> str:
     return " ".join(f"{_cell(one, name):>6}" for name in ("p50", "p90", "p99"))
 
 
-def _cell(one: Spread | None, name: str) -> str:
+def _ends(one: Spread | Exposed) -> str:
+    return f"p50 {_cell(one, 'p50')}, p99 {_cell(one, 'p99')}"
+
+
+def _cell(one: Spread | Exposed | None, name: str) -> str:
     if one is None:
         return "-"
     value = float(getattr(one, name))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from msgspec import Struct
 
+from deploy.load.exposed import Exposed
 from deploy.load.outcome import Outcome
 from deploy.load.plan import Load
 
@@ -71,6 +72,10 @@ class RateFigures(Struct, frozen=True):
     goodput: float
     goodput_per_gpu: float
     client: Client
+    second_gap_ms: Spread | None = None
+    """From the first chunk to the second."""
+    exposed_kv_ms: Exposed | None = None
+    """From the first token to the whole KV at the decode worker, as the router counts it."""
     busy: dict[str, float] = {}
     """For each role of worker, the share of the run in which it had a step to do; empty if unknown."""
 
@@ -145,5 +150,6 @@ def figures_of(
         good=good,
         goodput=good / span_s,
         goodput_per_gpu=good / span_s / gpus,
+        second_gap_ms=spread([s * 1e3 for one in done if (s := one.second_gap_s) is not None]),
         client=Client(spread([one.lag_s * 1e3 for one in measured]), cpu_share),
     )

@@ -30,11 +30,11 @@ def test_who_came_went_or_began_anew_does_not_count() -> None:
 
 
 @contextmanager
-def answering(body: bytes, status: int = 200) -> Iterator[str]:
+def answering(body: bytes, path: str = "/cluster") -> Iterator[str]:
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            wanted = self.path == "/cluster" and self.headers.get("Authorization") == "Bearer key"
-            self.send_response(status if wanted else 404)
+            wanted = self.path == path and self.headers.get("Authorization") == "Bearer key"
+            self.send_response(200 if wanted else 404)
             self.end_headers()
             self.wfile.write(body)
 
