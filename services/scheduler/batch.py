@@ -181,7 +181,7 @@ class RunningBatch:
         for chunk in plan.chunks:
             sequence = chunk.sequence
             sequence.computed_tokens += chunk.count
-            sequence.chunk_steps.append((sequence.computed_tokens, self.pool.step))
+            sequence.computed_up_to(sequence.computed_tokens, self.pool.step)
             self.publish(sequence, self.pool.step)
             if chunk.draws and len(sequence.tokens) > sequence.prompt_tokens:
                 sequence.launched(draw)
@@ -259,8 +259,8 @@ class RunningBatch:
         self._give_pages(sequence, cached + allocated)
         sequence.free_after_step = self.pool.free_after(allocated)
         sequence.cached_tokens = len(cached) * self.pool.page_size_tokens
-        if cached:
-            sequence.chunk_steps.append((sequence.cached_tokens, self.pool.computed_by(cached)))
+        for number, page in enumerate(cached, 1):
+            sequence.computed_up_to(number * self.pool.page_size_tokens, self.pool.computed_by(page))
         sequence.published_pages = len(cached)
         return True
 

@@ -127,9 +127,9 @@ class PagePool:
         held them before; 0: none. Whoever writes them beside the steps waits for it."""
         return max((self._used_by[page] for page in pages), default=0)
 
-    def computed_by(self, pages: Seq[int]) -> int:
-        """The number of the newest step that computes one of these pages, found as a prefix."""
-        return max((self._computed_by[page] for page in pages), default=0)
+    def computed_by(self, page: int) -> int:
+        """The number of the step that computes a page which was found as a prefix."""
+        return self._computed_by[page]
 
     def publish(self, page: int, digest: bytes, step: int) -> None:
         """The held `page` holds the KV that `digest` names once `step` is done. The first page with a content

@@ -113,6 +113,13 @@ class Sequence:
         tokens[at] = token
         return at + 1 - self.output_start
 
+    def computed_up_to(self, end_token: int, step: int) -> None:
+        """The tokens before `end_token` are computed once `step` is done, and the steps before it."""
+        steps = self.chunk_steps
+        if steps and steps[-1][1] >= step:
+            step = steps.pop()[1]
+        steps.append((end_token, step))
+
     def tokens_done(self, passed_step: int) -> int:
         """How many of the first tokens are computed by steps up to `passed_step`. Of a prompt only: what a
         choice decodes is not kept account of."""
