@@ -17,6 +17,7 @@ from services.roles.role import Role
 from services.scheduler.batch import RunningBatch
 from services.scheduler.decode import Reservation
 from services.scheduler.pages import PagePool
+from tests.sim import faults
 
 
 @contextmanager
@@ -52,7 +53,8 @@ def slots_are_free_early() -> Any:
 
 
 def silence_is_death() -> Any:
-    """A source that cannot be reached is taken for dead."""
+    """A source that cannot be reached is taken for dead. It shows where a write lands just after its
+    connection was cut, so connections are all that breaks here."""
 
     def broken(self: Receiver, source: TransferAddress, reason: str, now_s: float) -> None:
         self._ready.discard(source)
@@ -62,7 +64,13 @@ def silence_is_death() -> Any:
             if transfer.state.value != "ended" and transfer.transfer_id in self._transfers:
                 self._end(transfer, now_s)
 
-    return replaced(Receiver, "source_lost", broken)
+    @contextmanager
+    def connections_only() -> Iterator[None]:
+        weights = tuple(int(kind == "disconnect") for kind in faults.KINDS)
+        with replaced(Receiver, "source_lost", broken), replaced(faults, "WEIGHTS", weights):
+            yield
+
+    return connections_only()
 
 
 def closed_is_said_early() -> Any:
