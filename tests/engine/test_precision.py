@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from services.config import WorkerConfig
-from services.engine.checkpoint_files import SINGLE_NAME, model_digest
+from services.engine.checkpoint_files import model_digest
+from services.engine.safetensors_files import SINGLE_NAME
 from services.engine.engine import Engine
 from services.engine.errors import CheckpointError
 from services.engine.kv_scales import kv_scales
