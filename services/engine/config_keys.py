@@ -247,7 +247,9 @@ def check_config_keys(raw: Mapping[str, Any], path: Path) -> list[str]:
     """
     _refuse(raw, ONLY, path)
     _refuse(raw, GENERATION_ONLY, path)
-    known = OBEYED.keys() | HARMLESS.keys() | ONLY.keys() | GENERATION_ONLY.keys() | GENERATION_HARMLESS.keys()
+    known = (
+        OBEYED.keys() | HARMLESS.keys() | ONLY.keys() | GENERATION_ONLY.keys() | GENERATION_HARMLESS.keys()
+    )
     return sorted(raw.keys() - known - BY_THE_ROUTER.keys())
 
 
@@ -260,8 +262,12 @@ def check_generation_keys(raw: Mapping[str, Any], path: Path) -> list[str]:
 def _refuse(raw: Mapping[str, Any], only: Mapping[str, tuple[Any, ...]], path: Path) -> None:
     for key, values in only.items():
         if key in raw and raw[key] not in values:
-            allowed = "absent" if values[0] is None or values is NOTHING else f"absent or {json.dumps(values[0])}"
-            raise CheckpointError(f"{path}: {key} is {shown(raw[key])}, which is not supported; it must be {allowed}")
+            allowed = (
+                "absent" if values[0] is None or values is NOTHING else f"absent or {json.dumps(values[0])}"
+            )
+            raise CheckpointError(
+                f"{path}: {key} is {shown(raw[key])}, which is not supported; it must be {allowed}"
+            )
 
 
 def shown(value: Any) -> str:

@@ -84,7 +84,9 @@ def _take_stored(model: ModelConfig, scales: Tensor, group: RankGroup) -> None:
                     values = values.chunk(group.size)[group.rank]
                 for layer, kind in kv_scales_of(name, model):
                     if (layer, kind) in taken:
-                        raise CheckpointError(f"{file.path}: {name} and {taken[layer, kind]} are the same scale")
+                        raise CheckpointError(
+                            f"{file.path}: {name} and {taken[layer, kind]} are the same scale"
+                        )
                     taken[layer, kind] = name
                     scales[layer, kind] = values
 
@@ -92,7 +94,9 @@ def _take_stored(model: ModelConfig, scales: Tensor, group: RankGroup) -> None:
 def _checked(stored: Tensor, all_heads: int, what: str) -> Tensor:
     values = stored.double().flatten()
     if values.numel() not in (1, all_heads) or not bool((values > 0).all()):
-        raise CheckpointError(f"{what} must hold one positive scale, or one for each of the {all_heads} KV heads")
+        raise CheckpointError(
+            f"{what} must hold one positive scale, or one for each of the {all_heads} KV heads"
+        )
     if not bool(values.isfinite().all()):
         raise CheckpointError(f"{what} is not finite")
     return values

@@ -128,7 +128,9 @@ _WORDS = {
     "object": "an object",
     "null": "null",
 }
-_EXPECTED = re.compile(r"Expected `(?P<kinds>[^`]+)`(?:, got `\w+`)?(?P<least> >= \d+)?(?: - at `\$\.(?P<path>[^`]+)`)?")
+_EXPECTED = re.compile(
+    r"Expected `(?P<kinds>[^`]+)`(?:, got `\w+`)?(?P<least> >= \d+)?(?: - at `\$\.(?P<path>[^`]+)`)?"
+)
 
 
 def published_config(raw: dict[str, Any], architecture: str) -> PublishedConfig:
@@ -145,7 +147,8 @@ def published_config(raw: dict[str, Any], architecture: str) -> PublishedConfig:
 def _whole_numbers(raw: dict[str, Any]) -> dict[str, Any]:
     """1024.0 is 1024: some exporters write every number with a point."""
     return {
-        key: int(value) if isinstance(value, float) and value.is_integer() else value for key, value in raw.items()
+        key: int(value) if isinstance(value, float) and value.is_integer() else value
+        for key, value in raw.items()
     }
 
 

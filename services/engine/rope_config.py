@@ -70,16 +70,22 @@ def read_rope(parameters: Mapping[str, Any], path: Path) -> RopeConfig:
         )
     for key in _ONLY_ONE:
         if parameters.get(key) not in (None, 1):
-            raise CheckpointError(f"{path}: {key} is {shown(parameters[key])}, which is not supported; it must be 1")
+            raise CheckpointError(
+                f"{path}: {key} is {shown(parameters[key])}, which is not supported; it must be 1"
+            )
     for key in _NEEDED[kind]:
         if parameters.get(key) is None:
             raise CheckpointError(f"{path}: rope type {kind!r} needs a {key}")
     unknown = sorted(parameters.keys() - _POSITIVE.keys() - _IGNORED - {*_ONLY_ONE, "truncate"})
     if unknown:
         raise CheckpointError(f"{path}: rope_parameters: {unknown[0]} is not supported")
-    fields = {field: _number(parameters, key, path) for key, field in _POSITIVE.items() if _given(parameters, key)}
+    fields = {
+        field: _number(parameters, key, path) for key, field in _POSITIVE.items() if _given(parameters, key)
+    }
     if kind != "default" and fields["factor"] < 1:
-        raise CheckpointError(f"{path}: rope type {kind!r} needs a factor of at least 1, not {fields['factor']:g}")
+        raise CheckpointError(
+            f"{path}: rope type {kind!r} needs a factor of at least 1, not {fields['factor']:g}"
+        )
     if kind == "llama3" and fields["high_freq_factor"] <= fields["low_freq_factor"]:
         raise CheckpointError(f"{path}: high_freq_factor must be above low_freq_factor")
     truncate = parameters.get("truncate", True)  # null is false in transformers

@@ -16,6 +16,7 @@ SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100 << 20
 
+
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
     name: str

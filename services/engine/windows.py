@@ -19,7 +19,9 @@ def read_windows(config: PublishedConfig, path: Path) -> tuple[int | None, ...]:
     if isinstance(config, LlamaPublished):
         if window is not None or "sliding_attention" in kinds:
             key = "sliding_window" if window is not None else "layer_types"
-            raise CheckpointError(f"{path}: {key} is {shown(getattr(config, key))}, but Llama has full attention only")
+            raise CheckpointError(
+                f"{path}: {key} is {shown(getattr(config, key))}, but Llama has full attention only"
+            )
     if len(kinds) != config.num_hidden_layers or not set(kinds) <= _KINDS:
         raise CheckpointError(
             f"{path}: layer_types must name 'full_attention' or 'sliding_attention' "

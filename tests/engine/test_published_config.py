@@ -132,14 +132,29 @@ def test_layer_types_may_be_named(tmp_path: Path) -> None:
         ({"rope_theta": None}, r"rope_theta is null; it must be a number above 0"),
         ({"rope_theta": "1e4"}, r'rope_theta is "1e4"; it must be a number or null'),
         ({"model_type": "qwen2"}, r"model_type is 'qwen2', but 'llama' goes with LlamaForCausalLM"),
-        ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor is 0\.5, which is not supported; it must be 1"),
+        (
+            {"partial_rotary_factor": 0.5},
+            r"partial_rotary_factor is 0\.5, which is not supported; it must be 1",
+        ),
         ({"rope_scaling": {"rope_type": "linear"}}, r"rope type 'linear' needs a factor"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, r"needs a factor of at least 1, not 0\.5"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": "2.0"}}, r'factor is "2\.0"; it must be a number'),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 2, "odd": 1}}, r"rope_parameters: odd is not supp"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 2}}, r"rope type 'llama3' needs a low_freq_factor"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": "2.0"}},
+            r'factor is "2\.0"; it must be a number',
+        ),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": 2, "odd": 1}},
+            r"rope_parameters: odd is not supp",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 2}},
+            r"rope type 'llama3' needs a low_freq_factor",
+        ),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2, "attn_factor": 0.5}}, r"attn_factor is 0\.5"),
-        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, r"one entry for each kind of layer \(full"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}},
+            r"one entry for each kind of layer \(full",
+        ),
         ({"rope_parameters": {"rope_type": None}}, r"rope type None is not supported"),
     ],
 )
