@@ -1,4 +1,4 @@
-"""What a checkpoint's files hold of a model: where each of its tensors lies, and what identifies the whole."""
+"""What a checkpoint's files hold of a model: where each of its tensors lies, and what identifies them."""
 
 import hashlib
 from dataclasses import dataclass, fields

@@ -1,8 +1,9 @@
-"""Every key of `config.json` and `generation_config.json` that transformers reads for the families served here,
-and what becomes of it: obeyed, harmless, or refused unless its value changes nothing.
+"""Every key of `config.json` and `generation_config.json` that transformers reads for the families that are
+served, and what becomes of it: obeyed, harmless, or refused unless its value changes nothing.
 
 A test holds these tables against transformers' configuration classes. A key in none of them is not read by
-transformers either; it is named when the model is loaded. Keys of tokenizer_config.json: router/tokenizer_keys.py.
+transformers either; it is named when the model is loaded. For tokenizer_config.json there is
+router/tokenizer_keys.py.
 """
 
 import json

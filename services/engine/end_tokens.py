@@ -27,7 +27,7 @@ def read_end_tokens(
         for token in ids:
             if isinstance(token, bool) or not isinstance(token, int):
                 raise CheckpointError(
-                    f"{model_dir / name}: eos_token_id is {shown(value)}; it must be a token or a list of tokens"
+                    f"{model_dir / name}: eos_token_id is {shown(value)}; it must be a token id or a list"
                 )
             if 0 <= token < vocab_size:
                 found.add(token)

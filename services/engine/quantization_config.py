@@ -1,5 +1,5 @@
-"""`quantization_config` of config.json: weights that are quantised are refused by their method's name; one that
-is of the KV cache alone is not in the way."""
+"""`quantization_config` of config.json: quantised weights are refused by their method's name; a configuration
+of the KV cache alone is not in the way."""
 
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ def check_quantization(raw: dict[str, Any], path: Path) -> None:
         return
     method = config.get("quant_method") or config.get("quant_algo")
     raise CheckpointError(
-        f"{path}: quantization_config: weights quantised by {method!r} are not supported; only float32, bfloat16 "
-        "and float16 are (--quantization fp8 quantises such a checkpoint while it is loaded)"
+        f"{path}: quantization_config: weights quantised by {method!r} are not supported; only float32, "
+        "bfloat16 and float16 are (--quantization fp8 quantises such a checkpoint while it is loaded)"
     )
 
 

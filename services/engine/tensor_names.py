@@ -49,8 +49,8 @@ def is_mtp(stored: str, model: ModelConfig) -> bool:
 
 
 def kv_scales_of(stored: str, model: ModelConfig) -> list[tuple[int, int]]:
-    """`(layer, 0 for keys or 1 for values)` for what a calibrated scale of the KV cache is of; none if `stored`
-    is not the name of one, in any of the spellings that exporters use."""
+    """`(layer, 0 for keys or 1 for values)` for each that a calibrated scale of the KV cache is of; none if
+    `stored` is not the name of one, in any of the spellings that exporters use."""
     match = _KV_SCALE.fullmatch(stored)
     if match is None or int(match["layer"]) >= model.layers:
         return []

@@ -16,12 +16,11 @@ def read_windows(config: PublishedConfig, path: Path) -> tuple[int | None, ...]:
     `layer_types`. Llama's attention never does, though transformers would cut its cache.
     """
     window, kinds = config.window(), config.kinds()
-    if isinstance(config, LlamaPublished):
-        if window is not None or "sliding_attention" in kinds:
-            key = "sliding_window" if window is not None else "layer_types"
-            raise CheckpointError(
-                f"{path}: {key} is {shown(getattr(config, key))}, but Llama has full attention only"
-            )
+    if isinstance(config, LlamaPublished) and (window is not None or "sliding_attention" in kinds):
+        key = "sliding_window" if window is not None else "layer_types"
+        raise CheckpointError(
+            f"{path}: {key} is {shown(getattr(config, key))}, but Llama has full attention only"
+        )
     if len(kinds) != config.num_hidden_layers or not set(kinds) <= _KINDS:
         raise CheckpointError(
             f"{path}: layer_types must name 'full_attention' or 'sliding_attention' "
@@ -29,6 +28,6 @@ def read_windows(config: PublishedConfig, path: Path) -> tuple[int | None, ...]:
         )
     if "sliding_attention" in kinds and (window is None or window < 1):
         raise CheckpointError(
-            f"{path}: sliding_window is {shown(window)}, but layers slide; it must be an integer of at least 1"
+            f"{path}: sliding_window is {shown(window)}, but layers slide; it must be at least 1"
         )
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
