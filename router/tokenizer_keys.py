@@ -1,9 +1,9 @@
-"""What transformers reads of tokenizer_config.json, and whether the tokenizer.json beside it is read as it is.
+"""What transformers reads of tokenizer_config.json, and whether the tokenizer.json beside it counts.
 
 transformers does not take a tokenizer.json at its word: the class that tokenizer_config.json names, or that
 goes with the model's type, may replace its parts, and tokens that are named elsewhere are added to it. Where
-nothing of that changes a token, the file is read as it is; else transformers converts it
-(router/conversion.py). A test holds the tables against transformers' classes, and the tokens against AutoTokenizer's.
+nothing of that changes a token, the file is read as it is; else transformers converts it (conversion.py).
+A test holds the tables against transformers' classes, and the tokens against AutoTokenizer's.
 """
 
 import json
@@ -58,7 +58,6 @@ HARMLESS = {
     "local_files_only": _ORIGIN,
     "files_loaded": _ORIGIN,
     "backend": _ORIGIN,
-    "init_inputs": _ORIGIN,
     "tokenizer_file": _FILES,
     "vocab_file": _FILES,
     "merges_file": _FILES,
@@ -80,6 +79,7 @@ ONLY_OFF = (
     "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output",
     "clean_up_tokenization_spaces",
     "gguf_file",
+    "init_inputs",
     "tokenizer_object",
     "tokenizer_padding",
     "tokenizer_truncation",
@@ -123,8 +123,10 @@ def check_keys(model_dir: Path, model_kind: str) -> list[str]:
 
 
 def why_converted(model_dir: Path, tokenizer: Mapping[str, Any]) -> str | None:
-    """Why transformers would not read this tokenizer.json as it is; None: it would. Raises RouterConfigError
-    where the files are not made as transformers makes them."""
+    """Why transformers would not read this tokenizer.json as it is; None: it would.
+
+    Raises RouterConfigError where the files do not hold what they should.
+    """
     try:
         return _why_converted(model_dir, tokenizer)
     except RouterConfigError:

@@ -182,7 +182,7 @@ def _from_published(
     head = stored_head(model_dir) if config.tie_word_embeddings else "none"
     if head == "other":
         notes.append(
-            "config.json: tie_word_embeddings is true, but the files hold another lm_head.weight, which is used"
+            "config.json: tie_word_embeddings is true, but lm_head.weight is another matrix, which is used"
         )
     if config.mtp_layers():
         notes.append(f"{config.mtp_layers()} layers that predict further tokens (MTP) are not used")

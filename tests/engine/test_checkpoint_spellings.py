@@ -1,4 +1,4 @@
-"""What transformers takes for a supported family under other names: the same tokens, or a refusal with the reason."""
+"""What transformers takes for a family under other names: the same tokens, or a refusal that tells why."""
 
 import json
 from collections.abc import Callable

@@ -1,12 +1,11 @@
-"""Every key that transformers reads of config.json and generation_config.json: in the tables of config_keys.py,
-and with another value either the same tokens as transformers', or a refusal that names it."""
+"""Every key that transformers reads of config.json and generation_config.json: in the tables of
+config_keys.py, and with another value either the same tokens as transformers', or a refusal that names it."""
 
 import ast
 import dataclasses
 import importlib
 import inspect
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -231,7 +230,7 @@ def variant(base: Path, directory: Path, changes: dict[str, Any]) -> Path:
     directory.mkdir(exist_ok=True)
     for path in base.iterdir():
         if path.name != "config.json" and not (directory / path.name).exists():
-            os.symlink(path, directory / path.name)
+            (directory / path.name).symlink_to(path)
     raw = json.loads((base / "config.json").read_text())
     architecture = raw["architectures"][0]
     text = json.dumps({**raw, **changes}).replace("{architecture}", architecture)
@@ -267,7 +266,7 @@ def ours(model_dir: Path) -> list[int]:
 
 
 def check(base: Path, directory: Path, changes: dict[str, Any]) -> bool:
-    """Whether the changed model is served, with transformers' tokens; if not, a key or a tensor's shape is named."""
+    """Whether the changed model is served, with transformers' tokens; if not, a key or a shape is named."""
     model_dir = variant(base, directory, changes)
     try:
         got = ours(model_dir)

@@ -1,5 +1,5 @@
-"""Every key of tokenizer_config.json, and every file beside tokenizer.json, against AutoTokenizer: the same ids, or
-a refusal that names it."""
+"""Every key of tokenizer_config.json, and every file beside tokenizer.json, against AutoTokenizer: the same
+ids, or a refusal that names it."""
 
 import asyncio
 import inspect
@@ -155,6 +155,7 @@ OTHER: dict[str, list[Any]] = {
     "fix_mistral_regex": [True, False],
     "fast_tokenizer_files": [["tokenizer.4.0.0.json", "tokenizer.json"]],
     "post_processor": ["odd"],
+    "init_inputs": [["odd"]],
     "vocab": [{"a": 1}],
     "auto_map": [{"AutoTokenizer": ["mine.Mine", "mine.MineFast"]}],
 }
@@ -166,17 +167,35 @@ PAIRS = [
 ]
 """Of a family whose class is another's, only the keys by which it could differ."""
 HARMLESS_VALUES: dict[str, Any] = {
-    **{"model_max_length": 3, "max_length": 3, "padding_side": "left", "truncation_side": "left"},
-    **{"stride": 2, "pad_to_multiple_of": 8, "pad_token_type_id": 1, "verbose": False, "use_fast": False},
-    **{"truncation_strategy": "longest_first", "model_input_names": ["input_ids"], "processor_class": "Odd"},
-    **{
-        "name_or_path": "odd",
-        "tokenizer_file": "odd",
-        "vocab_file": "odd",
-        "sp_model_kwargs": {},
-        "errors": "strict",
-    },
-    **{"use_default_system_prompt": True, "spaces_between_special_tokens": True, "unread_by_all": 3},
+    "model_max_length": 3,
+    "max_len": 3,
+    "max_length": 3,
+    "padding_side": "left",
+    "truncation_side": "left",
+    "truncation_strategy": "longest_first",
+    "stride": 2,
+    "pad_to_multiple_of": 8,
+    "pad_token_type_id": 1,
+    "model_input_names": ["input_ids"],
+    "verbose": False,
+    "name_or_path": "odd",
+    "processor_class": "Odd",
+    "is_local": False,
+    "local_files_only": False,
+    "files_loaded": ["odd"],
+    "backend": "sentencepiece",
+    "tokenizer_file": "odd",
+    "vocab_file": "odd",
+    "merges_file": "odd",
+    "special_tokens_map_file": "odd",
+    "use_default_system_prompt": True,
+    "use_fast": False,
+    "sp_model_kwargs": {},
+    "spaces_between_special_tokens": True,
+    "errors": "strict",
+    "response_template": {},
+    "chat_control_tokens": ["that"],
+    "unread_by_all": 3,
 }
 
 
