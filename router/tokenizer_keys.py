@@ -133,8 +133,8 @@ def why_converted(model_dir: Path, tokenizer: Mapping[str, Any]) -> str | None:
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise RouterConfigError(
-            f"{model_dir}: tokenizer.json, tokenizer_config.json, special_tokens_map.json or added_tokens.json "
-            f"does not hold what it should: {error!r}"
+            f"{model_dir}: tokenizer.json, tokenizer_config.json, special_tokens_map.json or "
+            f"added_tokens.json does not hold what it should: {error!r}"
         ) from error
 
 

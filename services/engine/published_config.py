@@ -76,7 +76,10 @@ class PublishedConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LlamaPublished(PublishedConfig, frozen=True, kw_only=True):
-    pass
+    def window(self) -> int | None:
+        """One that holds every prompt is none: some Llamas were made of Qwens, and kept theirs."""
+        window = self.sliding_window
+        return None if window is not None and window >= self.max_position_embeddings else window
 
 
 class MistralPublished(PublishedConfig, frozen=True, kw_only=True):

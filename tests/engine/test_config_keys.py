@@ -153,7 +153,7 @@ OTHER: dict[str, list[Any]] = {
     "rope_scaling": [{"type": "linear", "factor": 3.0}, {"type": "yarn", "factor": 2.0}, {}],
     "rope_theta": [100, None],
     "partial_rotary_factor": [1.0, 0.5, None],
-    "sliding_window": [None, 7, 0],
+    "sliding_window": [None, 7, 0, 1 << 20],
     "use_sliding_window": [True],
     "max_window_layers": [0, 1],
     "layer_types": [
