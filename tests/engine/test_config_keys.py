@@ -25,6 +25,7 @@ from transformers import (
 from services.engine import config_keys as keys
 from services.engine.errors import CheckpointError
 from services.engine.model_config import read_model_config
+from services.engine.rope import inverse_frequencies
 from tests.checkpoints import FAMILIES, make_checkpoint
 from tests.engine.harness import Sequence, prompt_of, run_together, scattered_pages, start_engine
 
@@ -125,8 +126,8 @@ OTHER: dict[str, list[Any]] = {
             "beta_fast": 0,
             "beta_slow": None,
         },
-        {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 16, "truncate": None},
-        {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 16, "truncate": False},
+        {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 4096, "truncate": None},
+        {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 4096, "truncate": False},
         {
             "rope_type": "yarn",
             "factor": 4,
@@ -244,9 +245,14 @@ def family_of(model_dir: Path) -> Any:
 
 
 def theirs(model_dir: Path) -> list[int]:
+    """Their greedy tokens, once their angles, which few tokens may not tell apart, are seen to be ours."""
     model = AutoModelForCausalLM.from_pretrained(
         model_dir, attn_implementation="eager", dtype=torch.float32, local_files_only=True
     ).eval()
+    mine = read_model_config(model_dir)
+    frequencies, factor = inverse_frequencies(mine.rope, mine.head_dim)
+    assert torch.allclose(frequencies, model.model.rotary_emb.inv_freq, rtol=1e-5, atol=0)
+    assert factor == pytest.approx(model.model.rotary_emb.attention_scaling)
     ids = torch.tensor([prompt_of(PROMPT_TOKENS, 5)])
     with torch.inference_mode():
         tokens = model.generate(
@@ -286,6 +292,8 @@ def check(base: Path, directory: Path, changes: dict[str, Any]) -> bool:
         return False
     try:
         expected = theirs(model_dir)
+    except AssertionError:
+        raise
     except Exception as error:  # transformers refuses what has but one meaning, a whole number with a point
         assert any(kind in repr(error) for kind in STRICTER), changes
         return True
