@@ -10,8 +10,8 @@ from services.engine.config_keys import shown
 from services.engine.errors import CheckpointError
 from services.engine.json_files import read_json
 
-_DEFAULT = {"qwen2": "<|endoftext|>", "qwen3": "<|endoftext|>", "llama": "</s>", "mistral": "</s>"}
-"""What transformers' tokenizer classes take where the files name none."""
+_DEFAULT = {"LlamaTokenizer": "</s>", "Qwen2Tokenizer": "<|endoftext|>"}
+"""What transformers' tokenizer classes take where the files name none; its general class takes none."""
 
 
 def read_end_tokens(
@@ -43,11 +43,19 @@ def _of_tokenizer(model_dir: Path, model_type: str) -> int | None:
     if "added_tokens_decoder" not in settings:
         older = _read_if_there(model_dir / "special_tokens_map.json")
     named = {**settings, **older}
-    has_file = (model_dir / "tokenizer.json").exists()
-    default = None if has_file and model_type in ("llama", "mistral") else _DEFAULT[model_type]
-    token = named.get("eos_token", default)
+    kind = _kind(model_type, settings.get("tokenizer_class"), (model_dir / "tokenizer.json").exists())
+    token = named.get("eos_token", _DEFAULT.get(kind))
     text = token.get("content") if isinstance(token, dict) else token
     return _id_of(text, settings, model_dir) if isinstance(text, str) else None
+
+
+def _kind(model_type: str, named: Any, has_file: bool) -> str:
+    """The class that transformers takes, as far as it has a default."""
+    if model_type == "qwen2" or (model_type == "qwen3" and named is None):
+        return "Qwen2Tokenizer"
+    if not has_file:
+        return "Qwen2Tokenizer" if model_type == "qwen3" else "LlamaTokenizer"
+    return "" if model_type == "mistral" else str(named).removesuffix("Fast")
 
 
 def _id_of(text: str, settings: dict[str, Any], model_dir: Path) -> int | None:

@@ -351,6 +351,11 @@ def _named_by_the_class(model_dir: Path) -> None:
     path.write_text(path.read_text().replace(IM_END, "<|endoftext|>"))
 
 
+def _named_by_no_class(model_dir: Path, tokenizer_class: str = "TokenizersBackend") -> None:
+    _named_by_the_class(model_dir)
+    (model_dir / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": tokenizer_class}))
+
+
 TOKENIZERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "tokenizer.json": ("qwen3", lambda path: None),
     "as an object": ("qwen3", _named_as_dict),
@@ -358,6 +363,9 @@ TOKENIZERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "an ordinary token": ("llama", _named_an_ordinary_token),
     "not named": ("llama", lambda path: (path / "tokenizer_config.json").unlink()),
     "the class's own": ("qwen2", _named_by_the_class),
+    "a general class": ("qwen3", _named_by_no_class),
+    "a class of the settings": ("qwen3", lambda path: _named_by_no_class(path, "Qwen2TokenizerFast")),
+    "a class that does not count": ("mistral", lambda path: _named_by_no_class(path, "Qwen2Tokenizer")),
     "vocab.json": ("qwen2", write_vocabulary),
     "sentencepiece": ("llama", write_sentencepiece),
     "sentencepiece, mistral": ("mistral", lambda path: write_sentencepiece(path, "mistral")),
