@@ -49,6 +49,8 @@ class Child:
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     started_s: float = 0.0
     last_lines: deque[str] = field(default_factory=lambda: deque(maxlen=_MESSAGE_LINES))
+    held: list[Piece] = field(default_factory=list)
+    """The lines of an error, not shown yet: the launcher's last line may say it."""
     on_trial: bool = False
     """It was added at run time and has never been ready: if it cannot live, only it is given up."""
     given_up: str = ""
@@ -155,6 +157,7 @@ class Launcher:
             while not self._stopping.is_set():
                 code = await self._live(child)
                 if self._stopping.is_set() or child.dismissed.is_set():
+                    self._show_held(child)
                     return
                 lived_s = time.monotonic() - child.started_s
                 decision = child.policy.on_exit(code, lived_s, random.random())
@@ -162,9 +165,11 @@ class Launcher:
                     reason = f"{child.spec.name} {decision.reason}: {child.message() or _ending(code)}"
                     if child.on_trial:
                         child.given_up = reason
-                        return
-                    self._give_up(reason, code if code == CONFIGURATION_ERROR else 1)
+                    else:
+                        self._give_up(reason, code if code == CONFIGURATION_ERROR else 1)
+                    self._show_held(child)
                     return
+                self._show_held(child)
                 self._screen.say(
                     f"{child.spec.name} {_ending(code)}; starts again in {decision.delay_s:.1f} s"
                 )
@@ -195,6 +200,7 @@ class Launcher:
 
     def _start(self, child: Child) -> subprocess.Popen[bytes]:
         child.last_lines.clear()
+        child.held.clear()
         child.ended.clear()
         child.started_s = time.monotonic()
         child.process = subprocess.Popen(
@@ -228,8 +234,21 @@ class Launcher:
     def _show(self, child: Child, thinner: ProgressThinner, piece: Piece) -> None:
         if not piece.passing:
             child.last_lines.append(piece.text)
+        if child.held or (not piece.passing and piece.text.startswith(_ERROR_MARK)):
+            child.held.append(piece)
+            if len(child.held) > _MESSAGE_LINES:
+                self._show_held(child)
+            return
         if self._screen.is_terminal or thinner.keep(piece):
             self._screen.child_line(child.spec.name, child.index, piece)
+
+    def _show_held(self, child: Child) -> None:
+        """The lines of the error that a child ended with, unless the launcher itself ends with that error."""
+        said = child.message()
+        if not said or said not in (self._failure or ""):
+            for piece in child.held:
+                self._screen.child_line(child.spec.name, child.index, piece)
+        child.held.clear()
 
     # ------------------------------------------------------------ ready
 

@@ -9,9 +9,11 @@ from deploy.errors import UserError
 from deploy.options import EngineSettings
 from kvtransfer.layout import rank_slot_bytes
 from services.config import Device, Dtype, KvDtype, Quantization, WorkerConfig
-from services.engine.checkpoint_files import check_tensors, read_checkpoint_files
+from services.engine.checkpoint_files import check_tensors
 from services.engine.errors import CheckpointError
-from services.engine.model_config import read_model_config
+from services.engine.model_config import ModelConfig, read_model_config
+from services.engine.model_directory import hint
+from services.engine.safetensors_files import read_checkpoint_files
 from services.memory.estimate import contexts, plan_input_for
 from services.memory.measure import NotMeasurable, gpu_count, gpu_facts
 from services.memory.plan import MemoryPlan, plan_memory
@@ -69,29 +71,33 @@ def resolve_slot_bytes(slot_bytes: int | None, device: Device) -> int:
 def check_model_dir(model_dir: Path) -> None:
     """Raises UserError unless the directory looks like a model's. Says nothing of its weights."""
     if not model_dir.is_dir():
-        raise UserError(f"MODEL_DIR: {model_dir} is not a directory")
+        raise UserError(f"MODEL_DIR: {model_dir} is not a directory{hint(model_dir)}")
     try:
         content = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"MODEL_DIR: {model_dir} has no config.json: it is not a model directory") from None
+        raise UserError(
+            f"MODEL_DIR: {model_dir} has no config.json: it is not a model directory{hint(model_dir)}"
+        ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"MODEL_DIR: {model_dir / 'config.json'} cannot be read: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"MODEL_DIR: {model_dir / 'config.json'} does not hold a JSON object")
 
 
-def check_checkpoint(model_dir: Path, load_format: str) -> None:
-    """Raises UserError if weights are to be loaded and are missing, torn or in another format.
+def check_checkpoint(model_dir: Path, load_format: str) -> ModelConfig:
+    """Raises UserError if the model cannot be served, or if weights are to be loaded and are missing, torn or
+    in another format.
 
     Reads headers only, and none of torch or transformers: `serve` finds out in a moment, before it starts
     processes that would each find out for themselves.
     """
-    if load_format == "dummy":
-        return
     try:
-        read_checkpoint_files(model_dir)
+        model = read_model_config(model_dir)
+        if load_format != "dummy":
+            check_tensors(model, read_checkpoint_files(model_dir))
     except CheckpointError as error:
         raise UserError(f"MODEL_DIR: {error}") from None
+    return model
 
 
 def device_facts(device: Device, device_index: int, device_memory: int | None) -> DeviceFacts:
@@ -182,14 +188,10 @@ def checked_plan(config: WorkerConfig, device_memory: int | None) -> MemoryPlan:
     smallest change, where it does not fit.
     """
     facts = device_facts(config.device, config.device_index, device_memory)
+    model = check_checkpoint(config.model_dir, config.load_format)
     try:
-        model = read_model_config(config.model_dir)
-        if config.load_format != "dummy":
-            check_tensors(model, read_checkpoint_files(config.model_dir))
         inputs = plan_input_for(config, model, device_name=facts.name, device_bytes=facts.size_bytes)
         return plan_memory(inputs)
-    except CheckpointError as error:
-        raise UserError(f"MODEL_DIR: {error}") from None
     except ValueError as error:
         raise UserError(str(error)) from None
 

@@ -1,4 +1,4 @@
-"""A tokenizer for a checkpoint without `tokenizer.json`, made by transformers in a process of its own.
+"""A tokenizer that transformers makes of a checkpoint's files, in a process of its own.
 
 Loading it here would leave much in the router that it needs once. So `router/convert_tokenizer.py` runs once
 at start, and what it made comes back through a pipe: no file is written that could be left behind.
@@ -14,8 +14,10 @@ import msgspec
 from router.checkpoint import read_json
 from router.config import RouterConfigError
 
+TOKENIZER_FILE = "tokenizer.json"
 SENTENCEPIECE_FILE = "tokenizer.model"
 VOCABULARY_FILE, MERGES_FILE = "vocab.json", "merges.txt"
+UNREAD_FILES = ("tekken.json", "tiktoken.model", "qwen.tiktoken")
 TIME_LIMIT_S = 180.0
 """Most of it is importing transformers: seconds, and more where many processes start at once."""
 _LAST_LINES = 2
@@ -38,11 +40,13 @@ _decode_answer = msgspec.json.Decoder(Converted | Refused).decode
 
 def convert(model_dir: Path, time_limit_s: float = TIME_LIMIT_S) -> Converted:
     """Blocks for the seconds that it takes. Raises RouterConfigError."""
-    sources = (SENTENCEPIECE_FILE, VOCABULARY_FILE)
+    sources = (TOKENIZER_FILE, SENTENCEPIECE_FILE, VOCABULARY_FILE)
     if not any((model_dir / name).exists() for name in sources):
+        unread = [name for name in UNREAD_FILES if (model_dir / name).exists()]
         raise RouterConfigError(
-            f"{model_dir} has no tokenizer: looked for tokenizer.json, {SENTENCEPIECE_FILE}, and "
+            f"{model_dir} has no tokenizer: looked for {TOKENIZER_FILE}, {SENTENCEPIECE_FILE}, and "
             f"{VOCABULARY_FILE} with {MERGES_FILE}"
+            + (f"; {unread[0]} is not read: save a {TOKENIZER_FILE} of it" if unread else "")
         )
     if (settings := model_dir / "tokenizer_config.json").exists():
         read_json(settings)

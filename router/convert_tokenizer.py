@@ -19,7 +19,14 @@ from sentencepiece import SentencePieceProcessor
 
 from router.checkpoint import read_json
 from router.config import RouterConfigError
-from router.conversion import MERGES_FILE, SENTENCEPIECE_FILE, VOCABULARY_FILE, Converted, Refused
+from router.conversion import (
+    MERGES_FILE,
+    SENTENCEPIECE_FILE,
+    TOKENIZER_FILE,
+    VOCABULARY_FILE,
+    Converted,
+    Refused,
+)
 
 _PR_SET_PDEATHSIG = 1
 PROBES = ("Hello world, how are you?", "In 2024 it's naïve: 日本, 🙂 and\nx_1 = [y];")
@@ -52,7 +59,9 @@ def _die_with(parent_pid: int) -> None:
 
 def convert_here(model_dir: Path) -> Converted:
     """Imports transformers. Raises RouterConfigError naming the file at fault."""
-    if (model_dir / SENTENCEPIECE_FILE).exists():
+    if (model_dir / TOKENIZER_FILE).exists():
+        tokenizer = _of_tokenizer_file(model_dir)
+    elif (model_dir / SENTENCEPIECE_FILE).exists():
         tokenizer = _of_sentencepiece(model_dir, _read_sentencepiece(model_dir / SENTENCEPIECE_FILE))
     else:
         tokenizer = _of_vocabulary(model_dir, _read_vocabulary(model_dir))
@@ -144,9 +153,23 @@ def _read_vocabulary(model_dir: Path) -> dict[str, int]:
     return vocabulary
 
 
+def _of_tokenizer_file(model_dir: Path) -> Any:
+    """What AutoTokenizer makes of it, which may be another tokenizer, of the same vocabulary."""
+    source = model_dir / TOKENIZER_FILE
+    vocabulary = (read_json(source).get("model") or {}).get("vocab")
+    tokenizer = _load("AutoTokenizer", model_dir, source)
+    _check_ids(vocabulary if isinstance(vocabulary, dict) else {}, tokenizer, source)
+    return tokenizer
+
+
 def _of_vocabulary(model_dir: Path, vocabulary: dict[str, int]) -> Any:
     source = model_dir / VOCABULARY_FILE
     tokenizer = _load("AutoTokenizer", model_dir, source)
+    _check_ids(vocabulary, tokenizer, source)
+    return tokenizer
+
+
+def _check_ids(vocabulary: dict[str, int], tokenizer: Any, source: Path) -> None:
     made = tokenizer.get_vocab()
     for token, token_id in vocabulary.items():
         if made.get(token) != token_id:
@@ -155,7 +178,6 @@ def _of_vocabulary(model_dir: Path, vocabulary: dict[str, int]) -> Any:
                 f"{type(tokenizer).__name__} that transformers makes; tokenizer_config.json may name the "
                 'wrong "tokenizer_class"'
             )
-    return tokenizer
 
 
 if __name__ == "__main__":

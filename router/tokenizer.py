@@ -1,4 +1,4 @@
-"""The model's tokenizer, read straight from `tokenizer.json`, or from what a conversion makes of other files.
+"""The model's tokenizer, read straight from `tokenizer.json`, or from what a conversion makes of the files.
 
 `transformers` is not used here: importing its tokenizer classes imports torch, which the router must never
 hold (two seconds of start, and hundreds of MiB, for nothing). A checkpoint that needs it gets a process of
@@ -7,6 +7,7 @@ its own (router/conversion.py).
 
 import asyncio
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,7 +17,10 @@ from router.checkpoint import read_json
 from router.config import RouterConfigError
 from router.conversion import convert
 from router.text import ByteDetokenizer, Detokenizer, StreamDetokenizer
+from router.tokenizer_keys import check_keys, why_converted
 from router.words import WordEncoder
+
+log = logging.getLogger(__name__)
 
 THREAD_CHARACTERS = 8192
 """Longer texts are encoded in a thread: about 2 ms, what other streams may have to wait."""
@@ -48,10 +52,16 @@ class TextTokenizer:
         path = model_dir / "tokenizer.json"
         self.special_tokens: Mapping[str, str] = {}
         """By role, `bos_token` and others: only of a converted tokenizer, whose class knows them."""
-        if path.exists():
-            values = read_json(path)
+        values = read_json(path) if path.exists() else {}
+        model = values.get("model")
+        if unread := check_keys(model_dir, model.get("type", "BPE") if isinstance(model, dict) else "BPE"):
+            log.warning("tokenizer_config.json: not read: %s", ", ".join(unread))
+        reason = why_converted(model_dir, values) if values else ""
+        if reason is None:
             content = path.read_text(encoding="utf-8")
         else:
+            if reason:
+                log.warning("%s: converted by transformers at each start: %s", path, reason)
             converted = convert(model_dir)
             path, content, self.special_tokens = model_dir, converted.tokenizer, converted.special_tokens
             values = json.loads(content)

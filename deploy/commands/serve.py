@@ -23,13 +23,15 @@ from deploy.planning import (
 from deploy.readiness import Welcome, claim_port
 from deploy.scaling import Host, Scaling
 from services.config import Device
+from services.engine.model_config import ModelConfig
 from services.memory.measure import gpu_count
 
 
-def checked_slots(settings: ServeSettings) -> tuple[Device, list[WorkerSlot]]:
-    """Who there will be and on what. Raises UserError for whatever can be known before anything starts."""
+def checked_slots(settings: ServeSettings) -> tuple[Device, list[WorkerSlot], ModelConfig]:
+    """Who there will be, on what, and of which model. Raises UserError for whatever can be known before
+    anything starts."""
     check_model_dir(settings.model_dir)
-    check_checkpoint(settings.model_dir, settings.load_format)
+    model = check_checkpoint(settings.model_dir, settings.load_format)
     device = resolve_device(settings.device)
     gpus = gpu_count() if device == "cuda" else 0
     if device == "cuda" and not gpus:
@@ -39,7 +41,7 @@ def checked_slots(settings: ServeSettings) -> tuple[Device, list[WorkerSlot]]:
         for index in sorted({index for slot in slots for index in slot.device_indices}):
             check_gpu_is_here(index, settings.device_memory)
         check_shared_gpus(worker_configs(settings, slots), settings.device_memory)
-    return device, slots
+    return device, slots, model
 
 
 async def _serve(launcher: Launcher, scaling: Scaling, control: Path) -> int:
@@ -48,12 +50,14 @@ async def _serve(launcher: Launcher, scaling: Scaling, control: Path) -> int:
 
 
 def run(settings: ServeSettings) -> None:
-    device, slots = checked_slots(settings)
+    device, slots, model = checked_slots(settings)
     keys = api_keys(settings.api_key, settings.api_key_file)
     port = claim_port(settings.host, settings.port)
     model_name = settings.served_model_name or settings.model_dir.resolve().name
     welcome = Welcome(settings.host, port, model_name, keys[0] if keys else None)
     screen = Screen()
+    for note in model.notes:
+        screen.say(f"warning: {note}")
     for directory in run_directory.sweep():
         screen.say(f"removed {directory.name}, left by a launcher that is gone")
     run_dir = run_directory.create()

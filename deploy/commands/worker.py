@@ -1,5 +1,6 @@
 """`baton worker MODEL_DIR --role ...`: one worker process."""
 
+import logging
 import sys
 from collections.abc import Callable
 from typing import cast
@@ -8,7 +9,10 @@ from deploy.child import child_of_launcher, log_to_stderr
 from deploy.errors import UserError
 from deploy.options import WorkerSettings
 from deploy.planning import check_gpu_is_here, check_model_dir, checked_plan, worker_config
+from services.engine.model_config import read_model_config
 from services.messages import Role
+
+log = logging.getLogger(__name__)
 
 
 def run(settings: WorkerSettings) -> None:
@@ -39,6 +43,9 @@ def run(settings: WorkerSettings) -> None:
     log_to_stderr()
     with child_of_launcher(settings.parent_pid, settings.run_dir, settings.drain_timeout):
         checked_plan(config, settings.device_memory)
+        if settings.parent_pid is None:  # a launcher says it once for all its workers
+            for note in read_model_config(config.model_dir).notes:
+                log.warning("%s", note)
         from kvtransfer.errors import TransferConfigError
         from services.engine.errors import CheckpointError
         from services.engine.staging_view import StagingError

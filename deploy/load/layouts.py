@@ -60,7 +60,7 @@ def _candidates(settings: LaunchedSettings, layouts: Sequence[Layout]) -> list[C
             request_timeout=settings.timeout,
             drain_timeout=DRAIN_TIMEOUT_S,
         )
-        device, slots = checked_slots(serve)
+        device, slots, _ = checked_slots(serve)
         found.append(Candidate(layout.name, serve, device, slots))
     return found
 

@@ -22,13 +22,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from services.engine.checkpoint_files import kv_scale_of, read_checkpoint_files
 from services.engine.errors import CheckpointError
 from services.engine.model_config import ModelConfig
 from services.engine.ops.fp8 import FP8_MAX
 from services.engine.parameters import Parameters
 from services.engine.rank_group import RankGroup
 from services.engine.rope import inverse_frequencies
+from services.engine.safetensors_files import read_checkpoint_files
+from services.engine.tensor_names import kv_scales_of
 
 
 def kv_scales(model: ModelConfig, parameters: Parameters, with_stored: bool) -> Tensor:
@@ -71,21 +72,31 @@ def _rows(model: ModelConfig, parameters: Parameters, prefix: str, part: str) ->
 
 def _take_stored(model: ModelConfig, scales: Tensor, group: RankGroup) -> None:
     all_heads = model.kv_heads * group.size
+    taken: dict[tuple[int, int], str] = {}
     for file in read_checkpoint_files(model.model_dir):
-        named = [tensor.name for tensor in file.tensors if kv_scale_of(tensor.name, model) is not None]
+        named = [tensor.name for tensor in file.tensors if kv_scales_of(tensor.name, model)]
         if not named:
             continue
         with safe_open(file.path, framework="pt", device="cpu") as stored:
             for name in named:
-                values = stored.get_tensor(name).double().flatten()
-                if values.numel() not in (1, all_heads) or not bool((values > 0).all()):
-                    raise CheckpointError(
-                        f"{file.path}: tensor {name} must hold one positive scale, or one for each of the "
-                        f"{all_heads} KV heads"
-                    )
-                if not bool(values.isfinite().all()):
-                    raise CheckpointError(f"{file.path}: tensor {name} is not finite")
-                layer, kind = kv_scale_of(name, model) or (0, 0)
+                values = _checked(stored.get_tensor(name), all_heads, f"{file.path}: tensor {name}")
                 if values.numel() > 1:
                     values = values.chunk(group.size)[group.rank]
-                scales[layer, kind] = values
+                for layer, kind in kv_scales_of(name, model):
+                    if (layer, kind) in taken:
+                        raise CheckpointError(
+                            f"{file.path}: {name} and {taken[layer, kind]} are the same scale"
+                        )
+                    taken[layer, kind] = name
+                    scales[layer, kind] = values
+
+
+def _checked(stored: Tensor, all_heads: int, what: str) -> Tensor:
+    values = stored.double().flatten()
+    if values.numel() not in (1, all_heads) or not bool((values > 0).all()):
+        raise CheckpointError(
+            f"{what} must hold one positive scale, or one for each of the {all_heads} KV heads"
+        )
+    if not bool(values.isfinite().all()):
+        raise CheckpointError(f"{what} is not finite")
+    return values

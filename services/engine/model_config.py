@@ -5,47 +5,38 @@ published with (published_config.py). Nothing here needs torch: a memory plan is
 anything is loaded.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from services.config import Dtype, KvDtype, Quantization
+from services.engine.config_keys import check_config_keys, check_generation_keys, shown
+from services.engine.end_tokens import read_end_tokens
 from services.engine.errors import CheckpointError
+from services.engine.json_files import read_json
+from services.engine.output_matrix import stored_head
 from services.engine.published_config import FAMILIES, PublishedConfig, published_config
+from services.engine.quantization_config import check_quantization
+from services.engine.rope_config import RopeConfig, read_rope
+from services.engine.windows import read_windows
 
-RopeKind = Literal["default", "linear", "llama3", "yarn"]
 SUPPORTED_ARCHITECTURES = tuple(FAMILIES)
-SUPPORTED_ROPE_KINDS: tuple[RopeKind, ...] = ("default", "linear", "llama3", "yarn")
 LINEAR_SUFFIX = "_proj.weight"
 """How the names of the linear layers' matrices end, which are those that can be quantised."""
 MAX_HEAD_DIM = 256
 """The attention kernels keep a tile of whole heads in registers and shared memory."""
-_IGNORED_ROPE_KEYS = {"type", "partial_rotary_factor", "finetuned"}
-
-
-@dataclass(frozen=True, slots=True)
-class RopeConfig:
-    """Rotary position embedding and how it is stretched (see rope.py). Unused fields keep their defaults."""
-
-    kind: RopeKind
-    theta: float
-    factor: float = 1.0
-    original_max_positions: int = 0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    attention_factor: float | None = None
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    truncate: bool = True
+SILU = ("silu", "swish")
+"""The names that transformers has for it."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """Shape of one decoder. `windows[i]` is layer i's sliding window in tokens, None for full attention."""
+    """Shape of one decoder. `windows[i]` is layer i's sliding window in tokens, None for full attention.
+
+    `tied_as_head`: the files hold the one tied matrix under the head's name. `mtp_layers` lie in the files
+    behind the others and are not loaded. `notes` say, a line each, what of the files is passed over.
+    """
 
     model_dir: Path
     architecture: str
@@ -66,6 +57,9 @@ class ModelConfig:
     windows: tuple[int | None, ...]
     rope: RopeConfig
     eos_token_ids: tuple[int, ...]
+    tied_as_head: bool = False
+    mtp_layers: int = 0
+    notes: tuple[str, ...] = ()
 
     def parameter_count(self) -> int:
         """Parameters as they lie in memory: a tied output matrix counts once, the vector that normalises
@@ -134,31 +128,44 @@ def dtype_bytes(dtype: Dtype) -> int:
 
 
 def read_model_config(model_dir: Path) -> ModelConfig:
-    """Read `config.json` and `generation_config.json`. Never fetches anything, never runs remote code.
+    """Read `config.json`, `generation_config.json`, and of the tokenizer's files what names its end token.
+    Never fetches anything, never runs remote code.
 
     Raises `CheckpointError` if the directory does not hold a model that this engine can run.
     """
     path = model_dir / "config.json"
-    raw = _read_json(path)
+    raw = read_json(path)
     architecture = _architecture(raw, path)
-    if raw.get("quantization_config") is not None:
-        raise CheckpointError(
-            f"{path}: quantization_config is set; only checkpoints with float32, bfloat16, float16 weights "
-            "are supported (--quantization fp8 quantises such a one while it is loaded)"
-        )
-    if raw.get("head_dim"):
-        _check_head_dim(raw["head_dim"], path)
-
+    check_quantization(raw, path)
+    notes = _unread(path, check_config_keys(raw, path))
+    if raw.get("auto_map"):
+        notes.append("config.json: auto_map names code of the checkpoint, which is not run")
+    generation_path = model_dir / "generation_config.json"
+    generation = read_json(generation_path) if generation_path.exists() else {}
+    notes += _unread(generation_path, check_generation_keys(generation, generation_path))
     try:
         config = published_config(raw, architecture)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    return _from_published(model_dir, architecture, config, path)
+    model_type = FAMILIES[architecture][0]
+    ends, passed_over = read_end_tokens(
+        model_dir, model_type, config.vocab_size, config.eos_token_id, generation
+    )
+    return _from_published(model_dir, architecture, config, ends, [*notes, *passed_over])
 
 
-def _from_published(model_dir: Path, architecture: str, config: PublishedConfig, path: Path) -> ModelConfig:
-    if config.hidden_act != "silu":
-        raise CheckpointError(f"{path}: hidden_act {config.hidden_act!r} is not supported (only 'silu')")
+def _unread(path: Path, keys: list[str]) -> list[str]:
+    return [f"{path.name}: not read: {', '.join(keys)}"] if keys else []
+
+
+def _from_published(
+    model_dir: Path, architecture: str, config: PublishedConfig, ends: tuple[int, ...], notes: list[str]
+) -> ModelConfig:
+    path = model_dir / "config.json"
+    if config.hidden_act not in SILU:
+        raise CheckpointError(
+            f"{path}: hidden_act {config.hidden_act!r} is not supported (supported: {', '.join(SILU)})"
+        )
     heads = config.num_attention_heads
     kv_heads = config.num_key_value_heads or heads
     if heads % kv_heads:
@@ -166,9 +173,19 @@ def _from_published(model_dir: Path, architecture: str, config: PublishedConfig,
             f"{path}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
         )
     head_dim = config.head_dim or config.hidden_size // heads
-    _check_head_dim(head_dim, path)
+    if head_dim % 2 or not 2 <= head_dim <= MAX_HEAD_DIM:
+        raise CheckpointError(
+            f"{path}: head_dim {head_dim} is not supported (supported: even sizes from 2 to {MAX_HEAD_DIM})"
+        )
     llama = architecture == "LlamaForCausalLM"
     bias = config.attention_bias and (llama or architecture == "Qwen3ForCausalLM")
+    head = stored_head(model_dir) if config.tie_word_embeddings else "none"
+    if head == "other":
+        notes.append(
+            "config.json: tie_word_embeddings is true, but lm_head.weight is another matrix, which is used"
+        )
+    if config.mtp_layers():
+        notes.append(f"{config.mtp_layers()} layers that predict further tokens (MTP) are not used")
     return ModelConfig(
         model_dir=model_dir,
         architecture=architecture,
@@ -184,94 +201,30 @@ def _from_published(model_dir: Path, architecture: str, config: PublishedConfig,
         output_bias=bias,
         mlp_bias=llama and config.mlp_bias,
         qk_norm=architecture == "Qwen3ForCausalLM",
-        tied_embeddings=config.tie_word_embeddings,
+        tied_embeddings=config.tie_word_embeddings and head != "other",
         max_model_len=config.max_position_embeddings,
-        windows=_windows(config, path),
-        rope=_rope(config.rope(), path),
-        eos_token_ids=_eos_token_ids(config.eos_token_id, model_dir, config.vocab_size),
+        windows=read_windows(config, path),
+        rope=read_rope(config.rope(), path),
+        eos_token_ids=ends,
+        tied_as_head=head == "only",
+        mtp_layers=config.mtp_layers(),
+        notes=tuple(notes),
     )
 
 
-def _check_head_dim(head_dim: Any, path: Path) -> None:
-    if not isinstance(head_dim, int) or head_dim % 2 or not 2 <= head_dim <= MAX_HEAD_DIM:
-        raise CheckpointError(
-            f"{path}: head_dim {head_dim!r} is not supported (supported: even sizes from 2 to {MAX_HEAD_DIM})"
-        )
-
-
-def _windows(config: PublishedConfig, path: Path) -> tuple[int | None, ...]:
-    """Mistral slides in every layer or in none; Qwen by `layer_types`; Llama never."""
-    window, layers = config.window(), config.num_hidden_layers
-    if window is None:
-        return (None,) * layers
-    kinds = config.sliding_layers()
-    if len(kinds) != layers or not set(kinds) <= {"full_attention", "sliding_attention"}:
-        raise CheckpointError(
-            f"{path}: layer_types must name 'full_attention' or 'sliding_attention' "
-            f"for each of the {layers} layers"
-        )
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
-
-
-def _rope(parameters: dict[str, Any], path: Path) -> RopeConfig:
-    kind = parameters.pop("rope_type")
-    if kind not in SUPPORTED_ROPE_KINDS:
-        raise CheckpointError(
-            f"{path}: rope type {kind!r} is not supported (supported: {', '.join(SUPPORTED_ROPE_KINDS)})"
-        )
-    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise CheckpointError(f"{path}: partial_rotary_factor is not supported")
-    renamed = {"rope_theta": "theta", "original_max_position_embeddings": "original_max_positions"}
-    fields: dict[str, Any] = {"theta": 10000.0}
-    for key, value in parameters.items():
-        if key not in _IGNORED_ROPE_KEYS and value is not None:
-            fields[renamed.get(key, key)] = value
-    if kind != "default" and not (isinstance(fields.get("factor"), int | float) and fields["factor"] >= 1):
-        raise CheckpointError(f"{path}: rope type {kind!r} needs a factor of at least 1")
-    try:
-        return RopeConfig(kind=kind, **fields)
-    except TypeError as error:
-        raise CheckpointError(f"{path}: rope parameters: {error}") from error
-
-
-def _eos_token_ids(from_config: Any, model_dir: Path, vocab_size: int) -> tuple[int, ...]:
-    """The end tokens of both files: chat models often name the end of a turn only in the second."""
-    found: set[int] = set()
-    sources = [("config.json", from_config)]
-    generation = model_dir / "generation_config.json"
-    if generation.exists():
-        sources.append((generation.name, _read_json(generation).get("eos_token_id")))
-    for name, value in sources:
-        ids = value if isinstance(value, list) else [] if value is None else [value]
-        for token in ids:
-            if not isinstance(token, int) or not 0 <= token < vocab_size:
-                raise CheckpointError(
-                    f"{model_dir / name}: eos_token_id {token!r} is not a token below vocab_size {vocab_size}"
-                )
-            found.add(token)
-    return tuple(sorted(found))
-
-
 def _architecture(raw: Mapping[str, Any], path: Path) -> str:
-    named = raw.get("architectures")
-    architecture = named[0] if isinstance(named, list) and named else None
-    if architecture not in SUPPORTED_ARCHITECTURES:
-        raise CheckpointError(
-            f"{path}: architecture {architecture!r} is not supported "
-            f"(supported: {', '.join(SUPPORTED_ARCHITECTURES)})"
-        )
-    return str(architecture)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: not found; --model must be a Hugging Face model directory") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object, holds {type(values).__name__}")
-    return values
+    """The first architecture that is known here; like transformers, by `model_type` where the file names none
+    or the decoder without its head, which may be tied."""
+    given = raw.get("architectures")
+    named = [name for name in given if isinstance(name, str)] if isinstance(given, list) else []
+    for name in named:
+        if name in FAMILIES:
+            return name
+    for architecture, (model_type, _) in FAMILIES.items():
+        decoder = architecture.removesuffix("ForCausalLM") + "Model"
+        if raw.get("model_type") == model_type and (not given or decoder in named):
+            return architecture
+    raise CheckpointError(
+        f"{path}: architecture {shown(named[0] if named else given)} is not supported "
+        f"(supported: {', '.join(SUPPORTED_ARCHITECTURES)})"
+    )

@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor
 
-from services.engine.model_config import RopeConfig
+from services.engine.rope_config import RopeConfig
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]:

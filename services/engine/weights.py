@@ -9,13 +9,13 @@ from safetensors import SafetensorError, safe_open
 
 from services.engine.checkpoint_files import (
     DUMMY_SEED,
-    StoredTensor,
+    Located,
     check_tensors,
-    read_checkpoint_files,
 )
 from services.engine.errors import CheckpointError
 from services.engine.model_config import ModelConfig
 from services.engine.parameters import Parameters
+from services.engine.safetensors_files import read_checkpoint_files
 
 Progress = Callable[[int, int], None]
 
@@ -29,32 +29,30 @@ def load_safetensors(model: ModelConfig, parameters: Parameters, progress: Progr
     """
     files = read_checkpoint_files(model.model_dir)
     located = check_tensors(model, files)
-    total_bytes = sum(
-        tensor.byte_count for file in files for tensor in file.tensors if tensor.name in located
-    )
+    total_bytes = sum(found.tensor.byte_count for found in located.values())
     done_bytes = 0
     progress(0, total_bytes)
     for file in files:
         try:
             with safe_open(file.path, framework="pt", device="cpu") as stored:
-                for tensor in file.tensors:
-                    if located.get(tensor.name) is not file:
+                for name, found in located.items():
+                    if found.file is not file:
                         continue
-                    _fill(parameters, tensor, stored)
-                    done_bytes += tensor.byte_count
+                    _fill(parameters, name, found, stored)
+                    done_bytes += found.tensor.byte_count
                     progress(done_bytes, total_bytes)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file.path}: cannot be read: {error}") from error
 
 
-def _fill(parameters: Parameters, tensor: StoredTensor, stored: Any) -> None:
-    part = parameters.part(tensor.name, tensor.shape)
+def _fill(parameters: Parameters, name: str, found: Located, stored: Any) -> None:
+    part = parameters.part(name, found.tensor.shape)
     if part is None:
-        parameters.views[tensor.name].zero_()
+        parameters.views[name].zero_()
     elif parameters.group.size == 1:
-        parameters.fill(tensor.name, stored.get_tensor(tensor.name))
+        parameters.fill(name, stored.get_tensor(found.tensor.name))
     else:
-        parameters.fill(tensor.name, stored.get_slice(tensor.name)[part])
+        parameters.fill(name, stored.get_slice(found.tensor.name)[part])
 
 
 def fill_dummy(model: ModelConfig, parameters: Parameters, progress: Progress) -> None:

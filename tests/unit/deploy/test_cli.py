@@ -1,6 +1,7 @@
 """What the user sees: one line on stderr and code 2 for anything wrong; nothing imported for nothing."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -8,19 +9,30 @@ from pathlib import Path
 import pytest
 
 from deploy.cli import run
+from services.engine.model_config import read_model_config
 from services.memory.measure import NotMeasurable
 from services.memory.sizes import parse_bytes
 
 WORKER = ["--role", "unified", "--listen", "ipc:///run/w"]
+SMALLEST = {
+    "architectures": ["LlamaForCausalLM"], "hidden_size": 4, "intermediate_size": 2, "vocab_size": 8,
+    "num_hidden_layers": 1, "num_attention_heads": 1,
+}
 
 
 @pytest.fixture
 def model_dir(tmp_path: Path) -> str:
     """Enough of a model for what is checked before anything is started."""
-    (tmp_path / "m").mkdir()
-    (tmp_path / "m/config.json").write_text("{}")
-    (tmp_path / "m/model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
-    return str(tmp_path / "m")
+    directory = tmp_path / "m"
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(SMALLEST))
+    entries, end = {}, 0
+    for name, shape in read_model_config(directory).tensor_shapes().items():
+        begin, end = end, end + 2 * math.prod(shape)
+        entries[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    header = json.dumps(entries).encode()
+    (directory / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(end))
+    return str(directory)
 
 
 @pytest.mark.parametrize(
@@ -77,6 +89,9 @@ def model_dir(tmp_path: Path) -> str:
         (["worker", "BROKEN", *WORKER], "config.json cannot be read"),
         (["worker", "LIST", *WORKER], "does not hold a JSON object"),
         (["serve", "BARE"], "holds neither model.safetensors nor"),
+        (["serve", "UNNAMED"], "config.json: architecture null is not supported"),
+        (["serve", "maker/model"], "if maker/model is a model of a hub, download it first"),
+        (["serve", "model.gguf"], "is not a directory; GGUF is not supported"),
         (["router", "MODEL"], "--worker, --workers-file: one of them is needed"),
         (["router", "MODEL", "--workers-file", "/nowhere/w"], "--workers-file: /nowhere is not a directory"),
         (["router", "MODEL", "--worker", "tcp+dns://:7000"], "a tcp+dns:// endpoint has a name"),
@@ -94,7 +109,7 @@ def model_dir(tmp_path: Path) -> str:
         (["keys"], "DIRECTORY is missing"),
         (["bench", "frobnicate"], "No such command 'frobnicate'"),
         (["bench", "engine", "--model-config", "gpt-9"], "'gpt-9' is neither a known model (qwen3-8b, "),
-        (["bench", "engine", "--device", "cpu", "--model-config", "MODEL"], "architecture None is not"),
+        (["bench", "engine", "--device", "cpu", "--model-config", "UNNAMED"], "architecture null is not"),
         (["bench", "engine", "--device", "cpu", "--model-config", "BROKEN"], "config.json: not valid JSON"),
         (["bench", "engine"], "--device cuda: no NVIDIA driver; use --device cpu"),
         (["bench", "engine", "--device", "cpu", "--only", "trace"], "--only trace: --trace is missing"),
@@ -145,7 +160,9 @@ def test_one_line_and_code_2(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name, content in (("empty", None), ("broken", "{"), ("list", "[]"), ("bare", "{}")):
+    bare = json.dumps(SMALLEST)
+    contents = {"empty": None, "broken": "{", "list": "[]", "bare": bare, "unnamed": "{}"}
+    for name, content in contents.items():
         (tmp_path / name).mkdir()
         if content is not None:
             (tmp_path / name / "config.json").write_text(content)
@@ -155,6 +172,7 @@ def test_one_line_and_code_2(
         "BROKEN": str(tmp_path / "broken"),
         "LIST": str(tmp_path / "list"),
         "BARE": str(tmp_path / "bare"),
+        "UNNAMED": str(tmp_path / "unnamed"),
     }
 
     def no_gpu(device_index: int) -> None:

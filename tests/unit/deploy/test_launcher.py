@@ -132,6 +132,7 @@ def test_a_refused_configuration_ends_all_with_its_message(
     assert system.run() == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == "baton: error: worker-0 refused its configuration: --port: no such port"
+    assert "no such port" not in system.text, "the same error was said twice"
     assert descendants() == before
     assert not system.run_dir.exists()
 
