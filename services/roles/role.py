@@ -210,8 +210,8 @@ class Role(ABC):
         )
 
     def _end_nonfinite(self, sequence: Sequence, position: int) -> None:
-        """A token's numbers are NaN or infinite. So would be those of every sequence that begins with the same
-        tokens: one that took their KV from here does not notice, since the pool keeps no such number."""
+        """A token's numbers are NaN or infinite. So would be those of every sequence that begins with the
+        same tokens: one that took their KV from here does not notice, since the pool keeps no such number."""
         sharers = self.spoil(sequence, position)
         if sequence.state is not State.ENDED:
             message = f"the model's logits are NaN or infinite at token position {position}"

@@ -115,6 +115,10 @@ def check_quantise(device: torch.device, rows: int, size: int) -> None:
         quantised, scale = fp8.quantise_rows_kernel(wide.to(device)[:, :size])
         assert torch.equal(scale.cpu(), factor)
         assert torch.equal(quantised.float().cpu(), exact)
+    hostile = torch.ones(4, size, device=device)
+    hostile[0, 0], hostile[1, size - 1], hostile[2, size // 2] = torch.nan, torch.inf, -torch.inf
+    for quantise in (fp8.quantise_rows_kernel, fp8.quantise_rows_reference):
+        assert quantise(hostile)[1].isnan().view(-1).tolist() == [True, True, True, False]
     zeros, scale = fp8.quantise_rows_kernel(torch.zeros(2, size, device=device))
     assert zeros.float().count_nonzero() == 0
     assert bool((scale > 0).all())
@@ -141,7 +145,10 @@ def check_write(device: torch.device, tokens: int, heads: int, layout: KvLayout)
     index[-1] = -1  # a place of the launch that no token uses
     for write in (qkv.qkv_to_pool_kernel, qkv.qkv_to_pool_reference):
         pool = KvPool(layout, pages, fp8.FP8, device, scales)
-        write(product, None, EPS, cos, sin, pool.layer_rows[layer], index.view(-1), pool.layer_scales(layer))
+        place_of = (pool.layer_rows[layer], index.view(-1))
+        marks = torch.zeros(tokens, dtype=torch.int32, device=device)
+        write(product, None, EPS, cos, sin, *place_of, marks, pool.layer_scales(layer))
+        assert marks.nonzero().view(-1).tolist() == [0, 1]  # what only saturates is sound
         rows = pool.layer_rows[layer].float()[index[:-1]]
         infinite = ~product[:-1, heads : heads + kv_heads].isfinite().all(dim=2)
         keep = torch.cat((~infinite, torch.ones_like(infinite)), dim=1)  # inf * sin of 0 is NaN beside it

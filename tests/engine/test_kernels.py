@@ -106,7 +106,9 @@ def check_qkv(
         sin,
         wide.layer_rows[layer],
         index.view(-1),
+        torch.zeros(tokens, dtype=torch.int32, device=device),
     )
+    marks = torch.zeros(tokens, dtype=torch.int32, device=device)
     found = qkv.qkv_to_pool_kernel(
         product,
         weights,
@@ -115,9 +117,11 @@ def check_qkv(
         sin,
         pool.layer_rows[layer],
         index.view(-1),
+        marks,
         launch=qkv.QkvLaunch(block_heads=4),
     )
     same(found, expected.to(dtype))
+    assert marks.nonzero().view(-1).tolist() == [0]
     finite_max = torch.finfo(dtype).max
     assert pool.data.isfinite().all()
     assert pool.data.min() == -finite_max

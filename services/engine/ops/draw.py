@@ -6,8 +6,8 @@ measures again the runs in which something is kept, and inverts the distribution
 over the tokens of one run. Masses are added as integers, so their order cannot matter, and a draw depends on
 nothing but its row and its parameters. CUDA tensors go to the kernels, others to the reference.
 
-A NaN or +inf shows in the first launch, which reads every logit anyway: it makes its run's largest logit +inf,
-and from that the second launch draws no token.
+A NaN or +inf shows in the first launch, which reads every logit anyway: its run's largest logit is then
++inf, and the second launch draws no token.
 """
 
 import torch
@@ -46,10 +46,10 @@ def draw_tokens(
     """One token for each draw: int64 `[draws]` on the logits' device, without waiting for it.
 
     `logits` are `[n, vocab]`, of any float dtype; -inf is a probability of zero. The rest is `[draws]` on
-    their device: `rows` int32, the row each draw uses; `temperature` float32, 0 for the first of the largest logits;
-    `top_k` int32, 0 for off; `top_p` float32 in [0, 1], 1 for off; `min_p` float32 in [0, 1], 0 for off;
-    `chance` float32 or float64 in [0, 1). `filtered` false says that no draw has a filter on: top_k, top_p
-    and min_p are then not read.
+    their device: `rows` int32, the row each draw uses; `temperature` float32, 0 for the first of the largest
+    logits; `top_k` int32, 0 for off; `top_p` float32 in [0, 1], 1 for off; `min_p` float32 in [0, 1], 0 for
+    off; `chance` float32 or float64 in [0, 1). `filtered` false says that no draw has a filter on: top_k,
+    top_p and min_p are then not read.
 
     Logits are divided by the temperature, then filtered by min-p, top-k and top-p in this order; tokens that
     tie with the last one kept are kept too. The token is the first, in the order of ids, whose cumulative
@@ -193,8 +193,8 @@ def _checked(logits: Tensor, rows: Tensor) -> tuple[Tensor, int]:
 def _measured(
     logits: Tensor, rows: Tensor, temperature: Tensor | None, runs: int, block_runs: int = 32
 ) -> tuple[Tensor, Tensor]:
-    """Each run's largest logit, float32 `[draws, runs]`, and with temperatures its mass, likewise. Where a run
-    has a NaN, its largest is +inf."""
+    """Each run's largest logit, float32 `[draws, runs]`, +inf if there is a NaN; and with temperatures its
+    mass, likewise."""
     draws = rows.shape[0]
     maxima = torch.empty((draws, runs), dtype=torch.float32, device=logits.device)
     masses = maxima if temperature is None else torch.empty_like(maxima)

@@ -21,8 +21,8 @@ STEP_SHIFT = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
 def lowest_kept_reference(
     scores: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
 ) -> Tensor:
-    """The lowest score each row keeps, float32 `[draws]`, for float32 `scores` `[draws, vocab]`: without NaN or
-    +inf, and with a finite one.
+    """The lowest score each row keeps, float32 `[draws]`, for float32 `scores` `[draws, vocab]`: no NaN or
+    +inf among them, and a finite one.
 
     The parameters are `[draws]` as `draw_tokens` takes them, every temperature above zero. Filters follow
     each other: min-p, top-k (Fan et al., 2018), top-p (Holtzman et al., 2019); tokens that tie with the k-th

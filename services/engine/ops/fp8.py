@@ -33,8 +33,8 @@ def to_fp8(values: Tensor, scale: Tensor) -> Tensor:
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Each row of `x` `[rows, size]` with a scale of its own, which puts its largest number at 448.
 
-    Returns fp8 `[rows, size]` and the scales, float32 `[rows, 1]`; that of a row which is not all finite is NaN,
-    so that what is made of the row is too. CUDA tensors go to the kernel.
+    Returns fp8 `[rows, size]` and the scales, float32 `[rows, 1]`; that of a row which is not all finite is
+    NaN, so that what is made of the row is too. CUDA tensors go to the kernel.
     """
     return quantise_rows_kernel(x) if x.is_cuda else quantise_rows_reference(x)
 
