@@ -49,9 +49,8 @@ class Judged(Served):
 
     def check(self) -> None:
         cancelled = {request_id for request_id, _ in self.silent}
-        assert self.failed - cancelled == {
-            one.request_id for one in self.works.values() if self.is_bad(one) and one.request_id not in cancelled
-        }
+        bad = {one.request_id for one in self.works.values() if self.is_bad(one)}
+        assert self.failed - cancelled == bad - cancelled
         assert set(self.codes.values()) <= {"invalid_logits"}
         assert self.parts.counters["requests_failed_invalid_logits"] == len(self.failed)
         super().check()
@@ -59,8 +58,8 @@ class Judged(Served):
             for choice in range(work.choices):
                 tokens = work.prompt + self.expected(work, choice)
                 sound = next((at for at, token in enumerate(tokens) if token in BAD), len(tokens))
-                spoilt = page_contents(work.salt, tokens).keys() - page_contents(work.salt, tokens[:sound]).keys()
-                assert not self.pool._page_of.keys() & spoilt
+                contents, kept = (page_contents(work.salt, part) for part in (tokens, tokens[:sound]))
+                assert not self.pool._page_of.keys() & (contents.keys() - kept.keys())
 
     def _reported(self, router: bytes, reports: list[Any]) -> bool:
         self.codes |= {one.request_id: one.code for one in reports if isinstance(one, Failed)}
