@@ -1,7 +1,6 @@
 """Drawing tokens: the reference and, in Triton's interpreter, the kernels, held against the definition.
 
-As in test_kernels.py, this file runs itself once more in a process that interprets Triton, and its checks
-serve the tests on a GPU.
+The checks serve the tests on a GPU too.
 """
 
 from collections.abc import Sequence
@@ -20,9 +19,8 @@ from services.engine.ops.draw import (
     draw_tokens_kernel,
 )
 from services.engine.ops.draw_threshold import lowest_kept_reference
-from tests.engine.interpreter import INTERPRETED, run_interpreted
+from tests.engine.interpreter import interpreted
 
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process of test_in_the_interpreter")
 CPU = torch.device("cpu")
 CLOSE = 1e-5
 LARGEST_CHANCE = 1 - 2.0**-53
@@ -49,11 +47,6 @@ SETTINGS: tuple[dict[str, float], ...] = (
     {"temperature": 1e-30, "top_p": 0.5},
     {"temperature": 1e-30},
 )
-
-
-@pytest.mark.skipif(INTERPRETED, reason="would start itself for ever")
-def test_in_the_interpreter() -> None:
-    run_interpreted(__file__)
 
 
 def columns(settings: list[dict[str, float]], device: torch.device, seed: int = 0) -> dict[str, Tensor]:

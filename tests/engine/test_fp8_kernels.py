@@ -1,8 +1,8 @@
 """The kernels that read and write fp8, on a CPU in Triton's interpreter, against plain numbers.
 
-As in test_kernels.py the file runs itself once more, interpreted; tests/gpu/test_fp8.py runs the checks
-compiled. The interpreter reads fp8 rightly, but loses the carry when rounding reaches the next power of two:
-what it is to write is therefore chosen such that nothing is rounded, and rounding is checked compiled.
+tests/gpu/test_fp8.py runs the checks compiled. The interpreter reads fp8 rightly, but loses the carry when
+rounding reaches the next power of two: what it is to write is therefore chosen such that nothing is rounded,
+and rounding is checked compiled.
 """
 
 
@@ -17,12 +17,11 @@ from services.engine.ops import fp8, kv_segment, qkv
 from services.engine.ops import prefill_attention as prefill
 from services.engine.rope import rotation
 from services.engine.run_table import RunTables
-from tests.engine.interpreter import INTERPRETED, run_interpreted
+from tests.engine.interpreter import interpreted
 from tests.engine.test_kernels import (
     CPU,
     EPS,
     filled_pool,
-    interpreted,
     page_tables,
     random,
     random_runs,
@@ -31,11 +30,6 @@ from tests.engine.test_kernels import (
 )
 
 LARGEST = 448.0
-
-
-@pytest.mark.skipif(INTERPRETED, reason="would start itself for ever")
-def test_in_the_interpreter() -> None:
-    run_interpreted(__file__)
 
 
 def every_number() -> Tensor:
