@@ -302,7 +302,7 @@ def test_logits_that_are_no_numbers_are_tried_again_by_nobody(worker: str) -> No
     sends = flight.on_failed(worker, Failed(7, "invalid_logits", "NaN", False), 1.0)
     error = recorder.errors[0]
     assert (error.code, error.committed, error.retry_reason) == ("invalid_logits", True, None)
-    assert [(one.worker, type(one.request)) for one in sends] == [("d" if worker == "p" else "p", Cancel)]
+    assert [(one.worker, type(one.message)) for one in sends] == [("d" if worker == "p" else "p", Cancel)]
 
 
 def test_reports_that_do_not_belong_change_nothing() -> None:
