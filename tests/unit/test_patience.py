@@ -1,5 +1,8 @@
 """How tests wait, which no test of a feature would show."""
 
+import ast
+from pathlib import Path
+
 import pytest
 
 from tests import patience
@@ -34,3 +37,37 @@ def test_own_limits_stretch_too(limit: float) -> None:
 
 def test_the_common_limit_stretches_too(limit: float) -> None:
     assert limit == 180 * patience.factor()
+
+
+WAITS = frozenset(
+    {"wait", "join", "result", "settimeout", "communicate", "asyncio.wait_for", "asyncio.timeout"}
+)
+POLL_S = 0.5
+"""What is waited for between two looks is no deadline."""
+
+
+def test_no_test_has_a_deadline_of_its_own() -> None:
+    tests = Path(__file__).parents[1]
+    found = [
+        f"{path.relative_to(tests)}:{call.lineno}"
+        for path in sorted(tests.rglob("*.py"))
+        for call in ast.walk(ast.parse(path.read_text()))
+        if isinstance(call, ast.Call) and any(map(is_long, limits_of(call)))
+    ]
+    assert not found, "waits that no patience stretches"
+
+
+def limits_of(call: ast.Call) -> list[ast.expr]:
+    """What a call takes for a time limit: `timeout=`, and what a waiting method is given last."""
+    limits = [keyword.value for keyword in call.keywords if keyword.arg == "timeout"]
+    called = ast.unparse(call.func)
+    return limits + (call.args[-1:] if {called, called.rpartition(".")[2]} & WAITS else [])
+
+
+def is_long(limit: ast.expr) -> bool:
+    return (
+        isinstance(limit, ast.Constant)
+        and isinstance(limit.value, int | float)
+        and not isinstance(limit.value, bool)
+        and limit.value > POLL_S
+    )

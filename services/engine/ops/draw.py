@@ -255,13 +255,7 @@ def _best(
     maximum = tl.load(maxima_ptr + draw * runs + run, mask=run < runs, other=float("-inf"))
     best = tl.max(maximum, 0)
     token = _first_best(row_ptr, vocab, run, maximum, best, RUNS, RUN)
-    tl.store(tokens_ptr + draw, tl.where(_is_drawable(best), token, -1))
-
-
-@triton.jit
-def _is_drawable(best):
-    """Whether logits are a distribution, whose largest is `best` as `_measure` finds it."""
-    return tl.abs(best) < float("inf")
+    tl.store(tokens_ptr + draw, tl.where(tl.abs(best) < float("inf"), token, -1))
 
 
 @triton.jit
@@ -302,7 +296,7 @@ def _draw(
     temperature = tl.load(temperature_ptr + draw)
     maximum = tl.load(maxima_ptr + run, mask=is_run, other=float("-inf"))
     best = tl.max(maximum, 0)
-    if not _is_drawable(best):
+    if tl.abs(best) == float("inf"):
         tl.store(tokens_ptr + draw, -1)
         tl.store(lowest_ptr + draw, best)
     elif temperature == 0:
