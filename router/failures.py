@@ -11,20 +11,22 @@ _ERRORS: dict[str, tuple[int, str | None]] = {
     "transfer": (503, "transfer_failed"),
     "draining": (503, "draining"),
     "internal": (500, "internal_error"),
+    "invalid_logits": (500, "invalid_logits"),
 }
 _RETRIED = frozenset({"overloaded", "transfer", "draining", "internal"})
 """What another attempt may mend, where the worker says so too."""
 
 
 def error_of(report: Failed, retry_after_s: int, committed: bool) -> ApiError:
-    """The client's view of a worker's failure."""
+    """The client's view of a worker's failure. Logits that are no numbers come from the checkpoint or from
+    the prompt, whichever worker or client tries them again."""
     status, code = _ERRORS[report.code]
     return ApiError(
         status,
         report.message or report.code,
         code=code,
         retry_after_s=retry_after_s if status in (429, 503) else None,
-        committed=committed,
+        committed=committed or report.code == "invalid_logits",
         retry_reason=report.code if report.retryable and report.code in _RETRIED else None,
     )
 

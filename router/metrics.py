@@ -154,7 +154,10 @@ def _worker_families(statuses: Iterable[tuple[str, Status]]) -> Iterable[Metric]
     total = CounterMetricFamily(
         "baton_worker_events", "A worker's counters", labels=["worker", "role", "event"]
     )
-    counters["baton_worker_events"] = total
+    nonfinite = CounterMetricFamily(
+        "baton_nonfinite_logits", "Requests ended by NaN or infinite logits", labels=["worker", "role"]
+    )
+    counters |= {"baton_worker_events": total, "baton_nonfinite_logits": nonfinite}
     for name, status in statuses:
         who = [name, status.role]
 
@@ -183,6 +186,7 @@ def _worker_families(statuses: Iterable[tuple[str, Status]]) -> Iterable[Metric]
             add("baton_worker_memory_bytes", [*labels, "planned"], entry.planned_bytes)
             if entry.measured_bytes is not None:
                 add("baton_worker_memory_bytes", [*labels, "measured"], entry.measured_bytes)
+        nonfinite.add_metric(who, status.counters.get("requests_failed_invalid_logits", 0))
         for event, value in status.counters.items():
             total.add_metric([*who, event], value)
     return [*gauges.values(), *counters.values()]

@@ -29,6 +29,9 @@ TokenIds = Annotated[list[TokenId], Meta(min_length=1, max_length=1 << 24)]
 ChoiceIndex = Annotated[int, Meta(ge=0, lt=MAX_CHOICES)]
 Role = Literal["prefill", "decode", "unified"]
 FinishReason = Literal["stop", "length"]
+FailureCode = Literal[
+    "invalid", "too_long", "overloaded", "deadline", "transfer", "draining", "internal", "invalid_logits"
+]
 Probability = Annotated[float, Meta(ge=0, le=1)]
 
 
@@ -269,7 +272,7 @@ class Failed(Struct, frozen=True, array_like=True, tag="f"):
     """
 
     request_id: int
-    code: Literal["invalid", "too_long", "overloaded", "deadline", "transfer", "draining", "internal"]
+    code: FailureCode
     message: str
     retryable: bool
 

@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 
+from tests.patience import patient
+
 if TYPE_CHECKING:
     from xdist.scheduler import LoadScopeScheduling
 
 MARK = "PYTEST_SESSION_OF_BATON"  # no BATON_ variable: children are started without those
-LEFT_BEHIND_WAIT_S = 5.0
+LEFT_BEHIND_WAIT_S = patient(5.0)
 
 
 def has_gpu() -> bool:
@@ -48,6 +50,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         raise pytest.UsageError(f"--require-gpu: {len(wanted)} tests need an NVIDIA GPU, and there is none")
     for item in wanted:
         item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """A test's time limit is a deadline like the others, unless one is given for this run."""
+    if item.config.getoption("timeout") is None:
+        own = item.get_closest_marker("timeout")
+        seconds = own.args[0] if own is not None else float(item.config.getini("timeout"))
+        item.add_marker(pytest.mark.timeout(patient(seconds)), append=False)
+    return (yield)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -1,7 +1,8 @@
 """A worker without a model: a real ZMQ peer that speaks `services/messages.py` and answers from a script.
 
-For tests of the router. One thread owns the socket; a test changes the `Script`, looks
-at `received`, and has things done in that thread by `act`.
+For tests of the router. One thread owns the socket; a test changes the `Script`, looks at what came by `of`
+and `wait_for`, and has things done in that thread by `act`. To answer a message and to note it is one act:
+who has the answer finds the message, and who finds the message finds it answered.
 """
 
 import queue
@@ -45,8 +46,9 @@ from services.messages import (
     Work,
     WorkerHello,
 )
+from tests.patience import patient
 
-DEADLINE_S = 10.0
+DEADLINE_S = patient(30.0)
 Kind = TypeVar("Kind")
 
 
@@ -115,7 +117,7 @@ class FakeWorker:
         self.name = name or role
         self.epoch = epoch
         self._limits = (vocab_size, max_model_len, max_sequence_tokens)
-        self.received: list[Request] = []
+        self._received: list[Request] = []
         self.mute = False
         self._works: dict[int, tuple[bytes, Work]] = {}
         self._peer = b""
@@ -155,7 +157,7 @@ class FakeWorker:
 
     def of(self, kind: type[Kind]) -> list[Kind]:
         with self._changed:
-            found: list[Kind] = [message for message in self.received if isinstance(message, kind)]
+            found: list[Kind] = [message for message in self._received if isinstance(message, kind)]
             return found
 
     def wait_for(self, kind: type[Kind], count: int = 1) -> list[Kind]:
@@ -163,25 +165,26 @@ class FakeWorker:
         until_s = time.monotonic() + DEADLINE_S
         with self._changed:
             while True:
-                found: list[Kind] = [message for message in self.received if isinstance(message, kind)]
+                found: list[Kind] = [message for message in self._received if isinstance(message, kind)]
                 if len(found) >= count:
                     return found[:count]
                 left_s = until_s - time.monotonic()
-                assert left_s > 0, f"{self.name}: waited for {count} {kind.__name__}, got {self.received}"
+                assert left_s > 0, f"{self.name}: waited for {count} {kind.__name__}, got {self._received}"
                 self._changed.wait(left_s)
 
     @property
     def busy(self) -> bool:
         """Whether something given to `act` is still to be done."""
-        return not self._actions.empty()
+        with self._changed:
+            return not self._actions.empty()
 
     def work_of(self, request_id: int) -> Work:
         return self._works[request_id][1]
 
     def forget(self) -> None:
-        """Empties `received`."""
+        """What came until now is found no more."""
         with self._changed:
-            self.received.clear()
+            self._received.clear()
 
     # -- the thread
 
@@ -200,10 +203,10 @@ class FakeWorker:
                 self._bell_drain()
                 for peer, messages in server.receive():
                     self._peer = peer
-                    for message in messages:
-                        self._answer(peer, message)
                     with self._changed:
-                        self.received += [one for one in messages if not isinstance(one, StatusRequest)]
+                        for message in messages:
+                            self._answer(peer, message)
+                        self._received += [one for one in messages if not isinstance(one, StatusRequest)]
                         self._changed.notify_all()
         finally:
             server.close()
@@ -214,8 +217,9 @@ class FakeWorker:
             while self._bell_end.recv(64):
                 pass
         except BlockingIOError:
-            while not self._actions.empty():
-                self._actions.get()()
+            with self._changed:
+                while not self._actions.empty():
+                    self._actions.get()()
 
     def _stop(self) -> None:
         self._stopping = True

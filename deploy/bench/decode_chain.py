@@ -89,6 +89,7 @@ class Chain:
         place = self.tables[:, -1].long() * (LAYERS * 2 * KV_HEADS * PAGE_SIZE_TOKENS) + PAGE_SIZE_TOKENS - 1
         heads = torch.arange(2 * KV_HEADS, device=CUDA) * PAGE_SIZE_TOKENS
         self.write_index = (place[:, None] + heads).reshape(-1)
+        self.nonfinite = torch.zeros(tokens, dtype=torch.int32, device=CUDA)
         pool_rows = self.pool.view(-1, HEAD_DIM)
         layer_rows = 2 * KV_HEADS * PAGE_SIZE_TOKENS
         self.layer_rows = [pool_rows[layer * layer_rows :] for layer in range(LAYERS)]
@@ -105,7 +106,14 @@ class Chain:
             x, residual = add_rms_norm_kernel(x, residual, self.norm, EPS)
             qkv = self.multiply(x, QKV, layer).view(self.tokens, -1, HEAD_DIM)
             queries = qkv_to_pool_kernel(
-                qkv, self.head_norm, EPS, self.cos, self.sin, self.layer_rows[layer], self.write_index
+                qkv,
+                self.head_norm,
+                EPS,
+                self.cos,
+                self.sin,
+                self.layer_rows[layer],
+                self.write_index,
+                self.nonfinite,
             )
             mixed = decode_attention_kernel(
                 queries,

@@ -107,12 +107,13 @@ def bench_small(bench: Bench, memory: Tensor) -> None:
         place = torch.arange(tokens, device=CUDA)
         first = (place // 16) * (LAYERS * 2 * KV_HEADS * 16) + place % 16
         index = (first[:, None] + torch.arange(2 * KV_HEADS, device=CUDA) * 16).reshape(-1)
+        nonfinite = torch.zeros(tokens, dtype=torch.int32, device=CUDA)
         moved = 2 * all_heads * HEAD_DIM * column_bytes + 2 * tokens * HEAD_DIM * 4
         for qkv_launch in QKV_LAUNCHES:
             calls: list[Call] = [
                 partial(
                     qkv_to_pool_kernel,
-                    *(qkv, head_norm, EPS, cos, sin, layer, index),
+                    *(qkv, head_norm, EPS, cos, sin, layer, index, nonfinite),
                     launch=qkv_launch,
                 )
                 for layer in layer_rows

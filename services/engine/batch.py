@@ -52,5 +52,13 @@ class Drawn:
 
 @dataclass(slots=True)
 class RowResult:
+    """`nonfinite_at` is the first of the row's positions at which the model's numbers were NaN or infinite,
+    None if they never were: what was computed from there on, and drawn, is worth nothing."""
+
     drawn: list[Drawn] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    nonfinite_at: int | None = None
+
+    def spoil(self, position: int) -> None:
+        if self.nonfinite_at is None or position < self.nonfinite_at:
+            self.nonfinite_at = position

@@ -40,13 +40,15 @@ def ladder(max_batch: int) -> list[int]:
 @dataclass(frozen=True, slots=True)
 class _Inputs:
     """What one graph reads, one entry a place: int64 but for `lengths`, int32. `source` counts through the
-    drawn ids and then through `tokens`; `write` is the pool row of the token's first head."""
+    drawn ids and then through `tokens`; `write` is the pool row of the token's first head. `nonfinite` int32
+    is written too: it is sent as zeros (step_inputs.py)."""
 
     tokens: Tensor
     source: Tensor
     positions: Tensor
     write: Tensor
     lengths: Tensor
+    nonfinite: Tensor
 
 
 class DecodeGraphs:
@@ -72,7 +74,7 @@ class DecodeGraphs:
         self._heads = (
             torch.arange(2 * layout.kv_heads, dtype=torch.int64, device=device) * layout.page_size_tokens
         )
-        self._packed = torch.zeros(5 * aligned_bytes(8 * max_batch), dtype=torch.uint8, device=device)
+        self._packed = torch.zeros(6 * aligned_bytes(8 * max_batch), dtype=torch.uint8, device=device)
         self._tables = torch.zeros((max_batch, self._width), dtype=torch.int32, device=device)
         self._slots = TableSlots(max_batch)
         self._logits = torch.empty(
@@ -124,9 +126,10 @@ class DecodeGraphs:
         """Row numbers in the order in which `run` wants them."""
         return self._slots.place(rows)
 
-    def run(self, rows: list[Row], drawn_at: list[int]) -> Tensor:
-        """Logits `[rows, vocab]`, overwritten by the next step; nothing is waited for. `rows` are in `order`,
-        `drawn_at[i]` is where row i finds its token among the drawn ids, -1 if it brings its own.
+    def run(self, rows: list[Row], drawn_at: list[int]) -> tuple[Tensor, Tensor]:
+        """Logits `[rows, vocab]` and the tokens' marks (`StepInputs.nonfinite`), both overwritten by the next
+        step; nothing is waited for. `rows` are in `order`, `drawn_at[i]` is where row i finds its token among
+        the drawn ids, -1 if it brings its own.
 
         Raises `RowError` before anything runs."""
         count = len(rows)
@@ -148,7 +151,7 @@ class DecodeGraphs:
         self._write_tables(rows)
         self._send(tokens, source, positions, pages, batch)
         self._graphs[batch].replay()
-        return self._logits[:count]
+        return self._logits[:count], self._inputs(batch).nonfinite[:count]
 
     def _write_tables(self, rows: list[Row]) -> None:
         """Send the pages that the tables lack: one copy and one kernel, however many rows changed."""
@@ -184,22 +187,23 @@ class DecodeGraphs:
         inputs[3] = NOT_WRITTEN
         inputs[3, :count] = pages * (layout.layers * 2 * layout.kv_heads * size) + positions % size
         lengths[:count] = positions + 1
-        host = pinned([*inputs, lengths])
+        host = pinned([*inputs, lengths, np.zeros(batch, dtype=np.int32)])
         self._packed[: host.shape[0]].copy_(host, non_blocking=True)
 
     def _inputs(self, batch: int) -> _Inputs:
         """Where `_send` puts the inputs of the graph for `batch`."""
-        step = aligned_bytes(8 * batch)
+        wide, narrow = aligned_bytes(8 * batch), aligned_bytes(4 * batch)
 
-        def column(at: int, dtype: torch.dtype) -> Tensor:
-            return self._packed[at * step : at * step + dtype.itemsize * batch].view(dtype)
+        def column(first: int, dtype: torch.dtype) -> Tensor:
+            return self._packed[first : first + dtype.itemsize * batch].view(dtype)
 
         return _Inputs(
             tokens=column(0, torch.int64),
-            source=column(1, torch.int64),
-            positions=column(2, torch.int64),
-            write=column(3, torch.int64),
-            lengths=column(4, torch.int32),
+            source=column(wide, torch.int64),
+            positions=column(2 * wide, torch.int64),
+            write=column(3 * wide, torch.int64),
+            lengths=column(4 * wide, torch.int32),
+            nonfinite=column(4 * wide + narrow, torch.int32),
         )
 
     def _forward(self, inputs: _Inputs, batch: int, layers: int | None = None) -> None:
@@ -220,6 +224,7 @@ class DecodeGraphs:
             positions=inputs.positions,
             write_index=(inputs.write[:, None] + self._heads).view(-1),
             attention=attention,
+            nonfinite=inputs.nonfinite,
         )
         hidden = self._decoder.forward(step, self._pool, layers)
         self._decoder.logits(hidden, out=self._logits[:batch])

@@ -1,23 +1,51 @@
 """A step that was handed to the device, and what becomes of it."""
 
+import math
 from dataclasses import dataclass, field
 
-from services.engine.batch import RowResult
+import torch
+from torch import Tensor
+
+from services.engine.batch import Row, RowResult
 from services.engine.errors import EngineStateError
 from services.engine.marks import Mark
+from services.engine.ops.draw import NO_TOKEN
 from services.engine.sampler import QueuedDraws, QueuedLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class QueuedMarks:
+    """Which tokens of a step have numbers that are not finite: int32, on its way to the host, for `rows` as
+    they lie on the device; row i of them is number `order[i]` of the step."""
+
+    on_host: Tensor
+    rows: list[Row]
+    order: list[int]
+
+    def collect(self) -> list[tuple[int, int]]:
+        """The step's rows that have such tokens, each with the first one's position."""
+        if not self.on_host.numpy().any():
+            return []
+        found: list[tuple[int, int]] = []
+        parts = torch.split(self.on_host, [len(row.tokens) for row in self.rows])
+        for at, row, marks in zip(self.order, self.rows, parts, strict=True):
+            marked = marks.nonzero()
+            if marked.numel():
+                found.append((at, row.start + int(marked[0])))
+        return found
 
 
 @dataclass(slots=True, eq=False)
 class Launched:
-    """Results of `row_count` rows. `owners[i]` is the row of the i-th of `draws`, `prompts` the parts of the
+    """Results of `rows`. `owners[i]` is the row of the i-th of `draws`, `prompts` the parts of the
     rows' prompt log probabilities in order, `done` what passes when all of them are in host memory (None:
     they are). Every launch is collected once, or never where nothing of it is wanted."""
 
-    row_count: int
+    rows: list[Row]
     owners: list[int] = field(default_factory=list)
     draws: QueuedDraws | None = None
     prompts: list[tuple[int, QueuedLogprobs]] = field(default_factory=list)
+    marks: QueuedMarks | None = None
     done: Mark | None = None
     _is_collected: bool = False
 
@@ -34,10 +62,24 @@ class Launched:
         self._is_collected = True
         if self.done is not None:
             self.done.synchronize()
-        results = [RowResult() for _ in range(self.row_count)]
+        results = [RowResult() for _ in self.rows]
+        for at, position in self.marks.collect() if self.marks is not None else []:
+            results[at].spoil(position)
         for at, logprobs in self.prompts:
-            results[at].prompt_logprobs += logprobs.collect()
+            self._take_prompt(results[at], self.rows[at].start, logprobs)
         if self.draws is not None:
             for at, drawn in zip(self.owners, self.draws.collect(), strict=True):
                 results[at].drawn.append(drawn)
+                if drawn.token == NO_TOKEN:
+                    results[at].spoil(self.rows[at].start + len(self.rows[at].tokens) - 1)
         return results
+
+    def _take_prompt(self, result: RowResult, start: int, queued: QueuedLogprobs) -> None:
+        """Logits that are no distribution make every log probability NaN."""
+        first = start + len(result.prompt_logprobs)
+        logprobs = queued.collect()
+        result.prompt_logprobs += logprobs
+        for position, logprob in enumerate(logprobs, first):
+            if math.isnan(logprob.logprob):
+                result.spoil(position)
+                return

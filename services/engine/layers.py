@@ -60,7 +60,15 @@ class Attention:
         qkv = self.qkv.forward(x).view(x.shape[0], -1, self.head_dim)
         layer_rows, kv_scales = pool.layer_rows[self.layer], pool.layer_scales(self.layer)
         queries = qkv_to_pool(
-            qkv, self.head_norm, self.eps, cos, sin, layer_rows, step.write_index, kv_scales
+            qkv,
+            self.head_norm,
+            self.eps,
+            cos,
+            sin,
+            layer_rows,
+            step.write_index,
+            step.nonfinite,
+            kv_scales,
         )
         if wanted is not None and wanted.shape[0] == 0:
             return x[:0]
@@ -145,7 +153,8 @@ class Decoder(ABC):
     def forward(
         self, step: StepInputs, pool: KvPool, layers: int | None = None, wanted: Tensor | None = None
     ) -> Tensor:
-        """Hidden states `[tokens, hidden]` before the final norm; fills the new tokens' KV.
+        """Hidden states `[tokens, hidden]` before the final norm; fills the new tokens' KV, and marks those
+        whose numbers are not finite in any rank.
 
         `layers` runs only that many: what a memory measurement needs, since they reuse their memory.
         `wanted`, an int64 index, names the tokens whose hidden states are asked for: the last layer computes
@@ -158,6 +167,7 @@ class Decoder(ABC):
         for layer in inner:
             x, residual = layer.forward(x, residual, step, cos, sin, pool)
         x, residual = last.forward(x, residual, step, cos, sin, pool, wanted)
+        self.group.sum(step.nonfinite)
         return residual.add_(x)
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:

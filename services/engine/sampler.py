@@ -66,6 +66,7 @@ def sample(logits: Tensor, rows: list[int], draws: list[Draw]) -> QueuedDraws:
     dtype). All that the device needs to know of them goes there in one copy.
 
     Log probabilities are those of the logits as the model gave them: before bias, penalties, temperature.
+    Logits that are no distribution give NO_TOKEN, also with these: no finite bias makes a number of a NaN.
     """
     vocab = logits.shape[-1]
     random = [at for at, draw in enumerate(draws) if draw.sampling.temperature > 0]
@@ -94,7 +95,8 @@ def sample(logits: Tensor, rows: list[int], draws: list[Draw]) -> QueuedDraws:
     if wanted:
         tops = [draws[at].sampling.logprobs or 0 for at in wanted]
         chosen = logits.index_select(0, sent["wanted_rows"])
-        logprobs = token_logprobs(chosen, tokens.index_select(0, sent["wanted"]), tops)
+        own = tokens.index_select(0, sent["wanted"]).clamp_(min=0)  # NO_TOKEN has no column
+        logprobs = token_logprobs(chosen, own, tops)
     return QueuedDraws(tokens, to_host(tokens), wanted, logprobs)
 
 

@@ -17,12 +17,14 @@ from services.engine.step_attention import SpanAttention, StepAttention, kernel_
 @dataclass(frozen=True, slots=True)
 class StepInputs:
     """`tokens`, `positions`: int64 `[tokens]`. `write_index`: int64 `[tokens * 2 * kv_heads]`, rows of
-    `KvPool.layer_rows`. `attention` knows which tokens attend to which pages."""
+    `KvPool.layer_rows`. `attention` knows which tokens attend to which pages. `nonfinite`: int32 `[tokens]`,
+    zeros, where the forward marks tokens whose queries, keys or values are not all finite."""
 
     tokens: Tensor
     positions: Tensor
     write_index: Tensor
     attention: StepAttention
+    nonfinite: Tensor
 
 
 def order_rows(rows: list[Row]) -> list[int]:
@@ -95,6 +97,7 @@ def build_step(
         "tokens": tokens,
         "positions": positions,
         "write_index": _write_index(sequences, positions, layout),
+        "nonfinite": np.zeros(first, dtype=np.int32),
     }
     if waiting:
         source = np.arange(first, dtype=np.int64) + drawn.shape[0]
@@ -118,6 +121,7 @@ def build_step(
         positions=sent["positions"],
         write_index=sent["write_index"],
         attention=attention,
+        nonfinite=sent["nonfinite"],
     )
 
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from services.engine.attention_plan import KvLayout, SpanLimits
 from services.engine.batch import Draw, Row
 from services.engine.decode_graphs import DecodeGraphs
-from services.engine.host_copy import indices, to_device
+from services.engine.host_copy import indices, to_device, to_host
 from services.engine.kv_pool import KvPool
-from services.engine.launched import Launched
+from services.engine.launched import Launched, QueuedMarks
 from services.engine.layers import Decoder
 from services.engine.sampler import QueuedDraws, QueuedLogprobs, sample, token_logprobs
 from services.engine.step_inputs import build_step, check_row, order_rows
@@ -56,7 +56,7 @@ class Steps:
     ) -> Launched:
         """See `Engine.launch`. `layers` runs only that many."""
         if not rows:
-            return Launched(0)
+            return Launched([])
         vocab_size = self.decoder.model.vocab_size
         for row in rows:
             check_row(row, vocab_size, len(self._drawn_at))
@@ -77,14 +77,16 @@ class Steps:
         draws = None
         if last_tokens:
             draws = self._sample(self.decoder.logits(hidden), drawing)
-        return self._finish(rows, order, drawing, draws, prompts)
+        marks = QueuedMarks(to_host(step.nonfinite), ordered, order)
+        return self._finish(rows, order, drawing, draws, prompts, marks)
 
     def _launch_graph(self, rows: list[Row], graphs: DecodeGraphs) -> Launched:
         order = graphs.order(rows)
         ordered = [rows[at] for at in order]
-        logits = graphs.run(ordered, self._sources(ordered))
+        logits, nonfinite = graphs.run(ordered, self._sources(ordered))
         drawing, _ = _drawing(ordered, order)
-        return self._finish(rows, order, drawing, self._sample(logits, drawing), [])
+        marks = QueuedMarks(to_host(nonfinite), ordered, order)
+        return self._finish(rows, order, drawing, self._sample(logits, drawing), [], marks)
 
     def _sample(self, logits: Tensor, drawing: _Drawing) -> QueuedDraws | None:
         """Rank 0 draws for all: no difference between two devices can make two ranks go on differently."""
@@ -102,19 +104,21 @@ class Steps:
         drawing: _Drawing,
         draws: QueuedDraws | None,
         prompts: list[tuple[int, QueuedLogprobs]],
+        marks: QueuedMarks,
     ) -> Launched:
-        """Keep the draws for the next step, and mark where the device is done with this one."""
+        """Keep the draws for the next step, and mark where the device is done with this one. A step that
+        goes on from logits without a token computes something, which nobody will want."""
         self._drawn_at = _positions(rows, order)
         kept = min(len(self._drawn_at), self.drawn.shape[0])
         if draws is not None:
-            self.drawn[:kept].copy_(draws.tokens[:kept])
+            torch.clamp(draws.tokens[:kept], min=0, out=self.drawn[:kept])
         if kept:
             self.decoder.group.share(self.drawn[:kept])
         done = None
         if self.drawn.is_cuda:
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record()
-        return Launched(len(rows), drawing.owners, draws, prompts, done)
+        return Launched(rows, drawing.owners, draws, prompts, marks, done)
 
     def _prompt_logprobs(
         self, hidden: Tensor, rows: list[Row], order: list[int]

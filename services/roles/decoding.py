@@ -14,7 +14,7 @@ from typing import Generic, TypeVar
 
 from kvtransfer.messages import WITHDRAWN
 from services.engine.batch import Drawn, RowResult
-from services.roles.role import Flight, Parts, Role
+from services.roles.role import Flight, Parts, Role, sharing
 from services.scheduler.decode import DecodeScheduler
 from services.scheduler.sequence import Chunk, Sequence, State
 from services.scheduler.unified import UnifiedScheduler
@@ -58,6 +58,9 @@ class DecodingRole(Role, Generic[Scheduler]):
 
     def preemptions(self) -> int:
         return self.scheduler.batch.preemptions
+
+    def spoil(self, sequence: Sequence, position: int) -> list[Sequence]:
+        return sharing(self.scheduler.batch.spoil(sequence, position), self.scheduler.sequences())
 
     def take_chunk(self, chunk: Chunk, row: RowResult) -> None:
         """A computed chunk of a sequence that has not ended since."""

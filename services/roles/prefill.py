@@ -23,9 +23,9 @@ from services.engine.batch import RowResult
 from services.kv_push_parts import PushParts
 from services.messages import Cancel, Failed, Holding, Prefill, PushAgain, Request, Undelivered
 from services.requests import Live
-from services.roles.role import Flight, Occupancy, Parts, Role
+from services.roles.role import Flight, Occupancy, Parts, Role, sharing
 from services.scheduler.prefill import PrefillScheduler
-from services.scheduler.sequence import Chunk
+from services.scheduler.sequence import Chunk, Sequence
 
 MAX_FLIGHTS = 2
 """One runs, and the next one starts without a gap. More would only make what arrives wait."""
@@ -104,6 +104,9 @@ class PrefillRole(Role):
 
     def preemptions(self) -> int:
         return self.scheduler.batch.preemptions
+
+    def spoil(self, sequence: Sequence, position: int) -> list[Sequence]:
+        return sharing(self.scheduler.batch.spoil(sequence, position), self.scheduler.sequences())
 
     def sweep(self) -> None:
         """As every role, and asks after leases that have run out."""

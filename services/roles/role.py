@@ -8,9 +8,8 @@ once a turn. All of them run on the loop's only thread.
 import logging
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Literal
 
 from kvtransfer.client import WorkerEvent
 from kvtransfer.messages import WITHDRAWN
@@ -18,7 +17,7 @@ from kvtransfer.spans import Spans
 from services.engine.batch import Drawn, RowResult
 from services.engine.engine import Engine
 from services.engine.launched import Launched
-from services.messages import Cancel, Failed, PrefillDone, Request, Tokens, Work
+from services.messages import Cancel, Failed, FailureCode, PrefillDone, Request, Tokens, Work
 from services.outbox import Outbox
 from services.requests import Live, Requests
 from services.rows import rows_of, wants_prompt_logprobs
@@ -29,7 +28,6 @@ from services.scheduler.sequence import Chunk, Sequence, State, StepPlan
 
 log = logging.getLogger(__name__)
 
-FailureCode = Literal["invalid", "too_long", "overloaded", "deadline", "transfer", "draining", "internal"]
 ENGINE_FAILURES = (RuntimeError, ValueError, IndexError)
 
 
@@ -108,6 +106,11 @@ class Role(ABC):
         """How often a running choice had to give up its pages."""
 
     @abstractmethod
+    def spoil(self, sequence: Sequence, position: int) -> list[Sequence]:
+        """What was computed of a sequence from `position` on is worth nothing, and is no prefix any more.
+        Returns the sequences that have taken it for one."""
+
+    @abstractmethod
     def release(self, request_id: int, reason: str) -> None:
         """Give back everything a request holds here. Called once for each, when it leaves `requests`."""
 
@@ -159,7 +162,8 @@ class Role(ABC):
         log.warning("request %d failed: %s: %s", request_id, code, message)
         self.parts.counters[f"requests_failed_{code}"] += 1
         self.parts.outbox.add(live.router, Failed(request_id, code, message, retryable))
-        self.end(request_id, code)
+        # What nobody tries again ends at its other worker by the router's word: nothing is lost there.
+        self.end(request_id, code if retryable else WITHDRAWN)
 
     # ------------------------------------------------------------ a step
 
@@ -190,7 +194,9 @@ class Role(ABC):
     def collect(self, flight: Flight, after: Flight | None = None) -> StepResult | None:
         """Wait for a launched plan. An error fails its requests likewise, and those of the step launched
         `after` it, which went on from what it should have computed. Since pages are findable prefixes from
-        the launch on that computes them, no prefix is trusted any more."""
+        the launch on that computes them, no prefix is trusted any more.
+
+        A request whose numbers are not finite ends here, without the others of the step."""
         plan = flight.plan
         try:
             results = flight.launched.collect()
@@ -200,11 +206,25 @@ class Role(ABC):
                 self._fail_plan(after.plan, "the step before failed")
             self.parts.pool.forget_prefixes()
             return None
+        for sequence, result in zip(plan.sequences(), results, strict=True):
+            if result.nonfinite_at is not None:
+                self._end_nonfinite(sequence, result.nonfinite_at)
         decodes = len(plan.decodes)
         return StepResult(
             [(one, result.drawn[0]) for one, result in zip(plan.decodes, results[:decodes], strict=True)],
             list(zip(plan.chunks, results[decodes:], strict=True)),
         )
+
+    def _end_nonfinite(self, sequence: Sequence, position: int) -> None:
+        """A token's numbers are NaN or infinite. So would be those of every sequence that begins with the
+        same tokens: one that took their KV from here does not notice, since the pool keeps no such number."""
+        sharers = self.spoil(sequence, position)
+        if sequence.state is not State.ENDED:
+            message = f"the model's logits are NaN or infinite at token position {position}"
+            self.fail(sequence.work.request_id, "invalid_logits", message, False)
+        for sharer in sharers:
+            if sharer.state is not State.ENDED:
+                self._end_nonfinite(sharer, position)
 
     def _fail_plan(self, plan: StepPlan, reason: str) -> None:
         """End the requests of a plan. Those whose sequences have ended meanwhile are not touched."""
@@ -249,3 +269,8 @@ class Role(ABC):
         if finish is not None:
             self.parts.counters[f"choices_finished_{finish}"] += 1
         return finish is not None
+
+
+def sharing(pages: set[int], sequences: Iterable[Sequence]) -> list[Sequence]:
+    """Those that hold at least one of the pages."""
+    return [one for one in sequences if not pages.isdisjoint(one.pages)]

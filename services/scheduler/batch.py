@@ -193,7 +193,7 @@ class RunningBatch:
         """Make the full pages that are computed once `step` is done, and whose tokens are known, findable as
         prefixes."""
         size = self.pool.page_size_tokens
-        full = min(sequence.computed_tokens, sequence.known_tokens) // size
+        full = min(sequence.computed_tokens, sequence.known_tokens, sequence.sound_tokens) // size
         digests = sequence.digests
         while len(digests) < full:
             start = len(digests) * size
@@ -202,6 +202,13 @@ class RunningBatch:
         for index in range(sequence.published_pages, full):
             self.pool.publish(sequence.pages[index], digests[index], step)
         sequence.published_pages = max(full, sequence.published_pages)
+
+    def spoil(self, sequence: Sequence, position: int) -> set[int]:
+        """What was computed of a sequence from `position` on is worth nothing: its pages are not findable any
+        more, nor will be. Returns them: others may have found them. The sequence may have ended meanwhile."""
+        sequence.sound_tokens = min(sequence.sound_tokens, position)
+        first = position // self.pool.page_size_tokens
+        return {*sequence.pages[first:], *self.pool.forget(sequence.digests[first:])}
 
     # ------------------------------------------------------------ leaving
 

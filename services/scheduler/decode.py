@@ -125,6 +125,11 @@ class DecodeScheduler:
     def launched(self, plan: StepPlan) -> None:
         self.batch.launched(plan)
 
+    def sequences(self) -> list[Sequence]:
+        """All that have not ended."""
+        prompts = [reservation.prompt for reservation in self.reservations.values()]
+        return prompts + [one for parts in self._sequences.values() for one in parts]
+
     def end(self, request_id: int, choice: int | None = None) -> bool:
         """End a request, or one choice; True when nothing of the request is left. Unknown ids: False."""
         reservation = self.reservations.get(request_id)

@@ -141,6 +141,16 @@ class PagePool:
             self._page_of[digest] = page
             self._computed_by[page] = step
 
+    def forget(self, digests: Seq[bytes]) -> list[int]:
+        """Pages are not found by these contents any more. Returns the pages that were, held or not."""
+        pages = [self._page_of.pop(digest) for digest in digests if digest in self._page_of]
+        for page in pages:
+            self._digest[page] = None
+            if page in self._idle:
+                del self._idle[page]
+                self._free.append(page)
+        return pages
+
     def forget_prefixes(self) -> None:
         """No page is found by its content any more: what was published may not be what is in the pages."""
         self._page_of.clear()

@@ -67,6 +67,10 @@ class PrefillScheduler:
             self.holding[sequence.work.request_id] = sequence
         return done
 
+    def sequences(self) -> list[Sequence]:
+        """All that have not ended."""
+        return list(self._sequences.values())
+
     def end(self, request_id: int) -> Sequence | None:
         """Handed over, cancelled or failed: release everything. Unknown ids are ignored."""
         sequence = self._sequences.pop(request_id, None)

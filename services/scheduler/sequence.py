@@ -62,6 +62,7 @@ class Sequence:
     done_tokens: int = 0  # computed by steps that are known to be done
     digests: list[bytes] = field(default_factory=list)
     published_pages: int = 0
+    sound_tokens: int = 1 << 62  # from here on, what was computed is no prefix for anybody
     output_start: int = 0  # where the output begins, that of earlier workers included
     limit_tokens: int = 0  # with so many tokens it ends; known before the last one is
     draw: int = -1  # the number of its last draw, among those of that step

@@ -47,6 +47,10 @@ class UnifiedScheduler:
             del self._sequences[request_id]
         return copies
 
+    def sequences(self) -> list[Sequence]:
+        """All that have not ended."""
+        return [one for parts in self._sequences.values() for one in parts]
+
     def end(self, request_id: int, choice: int | None = None) -> bool:
         """End a request, or one choice; True when nothing of the request is left. Unknown ids: False."""
         sequences = self._sequences.get(request_id)

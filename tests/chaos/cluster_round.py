@@ -17,9 +17,10 @@ from tests.chaos.report import Report
 from tests.chaos.requests import Plan
 from tests.chaos.system import LAYOUTS, System, lasting, started
 from tests.e2e.cluster import wait_until
+from tests.patience import patient
 
 PHASE_S = 50.0
-COMPLETE_S = 90.0
+COMPLETE_S = patient(90.0)
 """Longest wait of a restart after three deaths in a row, and the start of a worker on a busy machine."""
 MEET_S = 0.25
 

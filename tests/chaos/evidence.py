@@ -7,6 +7,7 @@ from typing import Any
 import httpx
 
 from tests.chaos.system import System
+from tests.patience import patient
 
 TAIL_LINES = 25
 COUNTS = ("queued", "running", "reserved", "holding", "open_sends", "open_receives")
@@ -17,7 +18,7 @@ def evidence(cluster: System) -> list[str]:
     cluster that does not answer: then it is about everybody."""
     log = cluster.log_lines()
     try:
-        with httpx.Client(base_url=cluster.url, timeout=5) as http:
+        with httpx.Client(base_url=cluster.url, timeout=patient(5)) as http:
             values = http.get("/cluster").json()
     except (httpx.HTTPError, ValueError) as error:
         return [f"/cluster does not answer: {error!r}", *log[-2 * TAIL_LINES :]]

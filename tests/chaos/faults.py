@@ -18,6 +18,7 @@ import psutil
 from tests.chaos.outages import Outages
 from tests.chaos.report import Report
 from tests.chaos.system import System, cable_of
+from tests.patience import patient
 
 KINDS = {"prefill": 3, "decode": 4, "prefill-transfer": 2, "decode-transfer": 2, "router": 1}
 """How often each is drawn, relative to the others."""
@@ -83,7 +84,7 @@ class Faults:
 
     async def watch(self) -> None:
         """Sees the ends of outages. Runs until it is cancelled."""
-        async with httpx.AsyncClient(base_url=self._cluster.url, timeout=5) as http:
+        async with httpx.AsyncClient(base_url=self._cluster.url, timeout=patient(5)) as http:
             while True:
                 await asyncio.sleep(LOOK_S)
                 asked_s = time.monotonic()

@@ -9,10 +9,12 @@ from threading import Event
 
 import psutil
 
+from tests.patience import patient
+
 DESCRIPTORS = 12
 """A process that talks to all the others may hold a few more connections than at the first look."""
 RESIDENT_BYTES = 96 << 20
-ENDS_S = 60.0
+ENDS_S = patient(60.0)
 """After a SIGKILL of the launcher its children drain first, and are killed after their grace."""
 SHARED_MEMORY = Path("/dev/shm")
 SYSTEM_V = Path("/proc/sysvipc/shm")

@@ -11,11 +11,12 @@ from tests.chaos.outages import Outages
 from tests.chaos.reference import difference
 from tests.chaos.report import Report
 from tests.chaos.requests import Plan
+from tests.patience import patient
 
 CLIENTS = 10
-END_S = 90.0
+END_S = patient(90.0)
 """A request that has no end by then never gets one: above every time-out of the cluster that is in use."""
-REFUSED_S = 180.0
+REFUSED_S = patient(180.0)
 """A request that is refused for longer finds a cluster that does not come back."""
 LONGEST_WAIT_S = 1.0
 """A client would wait for `retry-after`; more requests in an outage are worth more here."""

@@ -8,9 +8,10 @@ import httpx
 from tests.chaos.client import Answer, ask
 from tests.chaos.requests import MODEL, Plan
 from tests.e2e.cluster import Cluster
+from tests.patience import patient
 
 AT_ONCE = 8
-DEADLINE_S = 240.0
+DEADLINE_S = patient(240.0)
 
 
 Tokens = dict[int, list[int]]

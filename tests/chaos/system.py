@@ -9,6 +9,7 @@ import psutil
 from tests.chaos.requests import MODEL
 from tests.e2e.cluster import Cluster
 from tests.e2e.two_hosts import Cable, TwoHosts
+from tests.patience import patient
 
 System = Cluster | TwoHosts
 LAYOUTS = {"1P2D": (1, 2), "2P1D": (2, 1), "2hosts": (1, 1)}
@@ -17,7 +18,7 @@ ONE_HOST = ("1P2D", "2P1D")
 RETRIES = "30"
 """Of one request: with a fault every two seconds it may well lose more workers than the default allows."""
 STAGING = ("--staging-slots", "8", "--staging-slot-bytes", "65536")
-ROUTER = ("--worker-timeout", "3", "--max-retries", RETRIES)
+ROUTER = ("--worker-timeout", str(patient(3)), "--max-retries", RETRIES)
 CHUNK = ("--max-chunk-tokens", "256")
 
 
@@ -28,7 +29,7 @@ def started(layout: str, model_dir: Path, log_dir: Path) -> Iterator[System]:
         hosts = TwoHosts(
             model_dir,
             log_dir,
-            transfer=("--peer-timeout", "3", *STAGING),
+            transfer=("--peer-timeout", str(patient(3)), *STAGING),
             worker=(*CHUNK, *STAGING),
             router=ROUTER,
             revives=True,
@@ -38,7 +39,8 @@ def started(layout: str, model_dir: Path, log_dir: Path) -> Iterator[System]:
         return
     prefill, decode = LAYOUTS[layout]
     flags = ["--served-model-name", MODEL, "--prefill", str(prefill), "--decode", str(decode)]
-    cluster = Cluster(model_dir, log_dir, *flags, "--peer-timeout", "3", *ROUTER, *CHUNK, *STAGING)
+    flags += ["--peer-timeout", str(patient(3))]
+    cluster = Cluster(model_dir, log_dir, *flags, *ROUTER, *CHUNK, *STAGING)
     try:
         cluster.wait_ready()
         yield cluster

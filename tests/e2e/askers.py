@@ -4,7 +4,9 @@ import threading
 from collections.abc import Callable
 from typing import Self
 
-JOIN_S = 120.0
+from tests.patience import patient
+
+JOIN_S = patient(120.0)
 
 
 class Askers:

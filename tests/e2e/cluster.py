@@ -14,11 +14,12 @@ from typing import Any, Self
 import httpx
 import psutil
 
+from tests.patience import patient
 from tests.ports import free_port
 
-READY_DEADLINE_S = 90.0
-REST_DEADLINE_S = 30.0
-STOP_DEADLINE_S = 45.0
+READY_DEADLINE_S = patient(90.0)
+REST_DEADLINE_S = patient(30.0)
+STOP_DEADLINE_S = patient(45.0)
 SMALL_FRACTION = "0.1"
 """Of a device of 2 GiB. A larger pool of pages would be filled with zeros for seconds at every start."""
 
@@ -38,7 +39,7 @@ class Accounts:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self.http = httpx.Client(base_url=url, timeout=120)
+        self.http = httpx.Client(base_url=url, timeout=patient(120))
 
     def is_ready(self) -> bool:
         try:
@@ -178,7 +179,7 @@ class Cluster(Accounts):
         for process in [self.launcher, *children]:
             if _runs(process):
                 process.kill()
-        self.launcher.wait(10)
+        self.launcher.wait(patient(20))
         self.http.close()
 
 

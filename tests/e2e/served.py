@@ -9,9 +9,10 @@ import httpx
 
 from tests.e2e.cluster import Accounts, wait_until
 from tests.e2e.test_tokens import prompt_of
+from tests.patience import patient
 
 PROMPT = prompt_of(150, 9)
-BACK_S = 60.0
+BACK_S = patient(60.0)
 System = TypeVar("System", bound=Accounts)
 
 
@@ -67,7 +68,7 @@ class Served(Generic[System]):
     def whole(self, **changes: Any) -> dict[str, Any]:
         body = {"model": "tiny", "prompt": PROMPT, "max_tokens": len(self.wanted), "temperature": 0}
         body |= {"ignore_eos": True, "return_token_ids": True, **changes}
-        with httpx.Client(base_url=self.cluster.url, timeout=120) as http:
+        with httpx.Client(base_url=self.cluster.url, timeout=patient(120)) as http:
             answer = http.post("/v1/completions", json=body)
         assert answer.status_code == 200, answer.text
         values: dict[str, Any] = answer.json()

@@ -20,6 +20,7 @@ from services.messages import VERSION, Refusal, Report, Request, RouterHello
 from tests.checkpoints import make_checkpoint
 from tests.e2e.cluster import wait_until
 from tests.e2e.test_tokens import prompt_of, reference
+from tests.patience import patient
 from tests.ports import free_port
 
 PROMPTS = [prompt_of(length, 4) for length in (1, 7, 16, 33, 150)]
@@ -41,7 +42,7 @@ def running(*arguments: str, log: Path) -> Iterator["subprocess.Popen[bytes]"]:
         yield process
         if process.returncode is None:
             process.terminate()
-            assert process.wait(30) == 0, log.read_text()
+            assert process.wait(patient(30)) == 0, log.read_text()
     finally:
         if process.poll() is None:
             process.kill()
@@ -82,7 +83,7 @@ class System:
         for role in ("prefill", "decode"):
             router += ["--worker", f"ipc://{self.sockets}/{role}"]
         process = self.start(*router, log=f"{name}.log")
-        http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
+        http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=patient(60))
         self.stack.enter_context(http)
         return process, http
 
@@ -115,7 +116,7 @@ class Stream:
         self.begun = threading.Event()
         self._thread = threading.Thread(target=self._read, args=(http,), daemon=True)
         self._thread.start()
-        assert self.begun.wait(60), "no first token"
+        assert self.begun.wait(patient(60)), "no first token"
 
     def _read(self, http: httpx.Client) -> None:
         try:
@@ -128,7 +129,7 @@ class Stream:
             self.events.append("cut")
 
     def end(self) -> list[str]:
-        self._thread.join(60)
+        self._thread.join(patient(60))
         assert not self._thread.is_alive()
         return self.events
 
@@ -200,7 +201,7 @@ def test_a_decode_worker_is_replaced_under_load(system: System, http: httpx.Clie
     assert refused.status_code == 503 and "retry-after" in refused.headers
     events = running_now.end()
     assert events[-1] == "[DONE]", events[-3:]
-    assert old.wait(30) == 0
+    assert old.wait(patient(30)) == 0
     system.decode = system.start_worker("decode", "4")
     wait_until("the router has found its successor", lambda: is_ready(http), 60)
     answer = http.post("/v1/completions", json={"prompt": [5], "max_tokens": 2})

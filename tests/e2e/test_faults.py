@@ -16,6 +16,7 @@ from tests.checkpoints import make_checkpoint
 from tests.e2e.cluster import Cluster, wait_until
 from tests.e2e.served import PROMPT, Served, stream
 from tests.e2e.test_tokens import prompt_of, reference
+from tests.patience import patient
 
 WORKERS = 3
 COUNT = 200
@@ -23,7 +24,8 @@ LONG = 700
 """Prompt tokens that take several times what two slots hold."""
 AT_ONCE = 12
 FEW = 4
-FLAGS = ["--served-model-name", "tiny", "--worker-timeout", "2", "--peer-timeout", "2"]
+FLAGS = ["--served-model-name", "tiny"]
+FLAGS += ["--worker-timeout", str(patient(2)), "--peer-timeout", str(patient(2))]
 FLAGS += ["--staging-slots", "2", "--staging-slot-bytes", "64KiB", "--max-chunk-tokens", "64"]
 FLAGS += ["--no-prefix-cache", "--drain-timeout", "90"]
 
@@ -182,7 +184,7 @@ def test_a_launcher_is_killed_and_started_again_at_the_same_port(
     text, _, usage = stream(served, kill)
     assert killed and usage["completion_tokens"] == COUNT and text
     first.http.close()
-    first.launcher.wait(10)
+    first.launcher.wait(patient(20))
     first.assert_nothing_left(children)
     with Cluster(model_dir, tmp_path, *FLAGS, port=first.port) as second:
         again = Served(second, served.wanted, 2)

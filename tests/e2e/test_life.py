@@ -14,6 +14,7 @@ import pytest
 
 from tests.checkpoints import make_checkpoint
 from tests.e2e.cluster import STOP_DEADLINE_S, Cluster, wait_until
+from tests.patience import patient
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +131,7 @@ def test_sigkill_of_the_launcher_leaves_nothing(model_dir: Path, tmp_path: Path)
         children = cluster.processes()
         assert len(children) >= 5
         cluster.launcher.kill()
-        cluster.launcher.wait(10)
+        cluster.launcher.wait(patient(20))
         cluster.assert_nothing_left(children)
     finally:
         cluster.kill()
@@ -146,7 +147,7 @@ def test_a_broken_checkpoint_is_one_clear_message(model_dir: Path, tmp_path: Pat
         [sys.executable, "-m", "deploy", "serve", str(broken), "--device", "cpu", "--port", "0"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=patient(60),
     )
     assert ended.returncode == 2
     assert "model.safetensors" in ended.stderr and "Traceback" not in ended.stderr

@@ -14,6 +14,7 @@ from tests.checkpoints import make_checkpoint
 from tests.e2e.cluster import Cluster, wait_until
 from tests.e2e.served import BACK_S, PROMPT, Served, stream
 from tests.e2e.test_tokens import reference
+from tests.patience import patient
 
 COUNT = 400
 
@@ -23,7 +24,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served[Cluster]
     directory = tmp_path_factory.mktemp("migration")
     model_dir = make_checkpoint("llama", directory / "model", seed=3, eos=False)
     wanted = reference(model_dir, [PROMPT], COUNT)[0]
-    flags = ["--served-model-name", "tiny", "--prefill", "2", "--decode", "2", "--worker-timeout", "2"]
+    flags = ["--served-model-name", "tiny", "--prefill", "2", "--decode", "2"]
+    flags += ["--worker-timeout", str(patient(2))]
     flags += ["--max-chunk-tokens", "64", "--mem-fraction", "0.1", "--no-prefix-cache"]
     with Cluster(model_dir, directory, *flags) as cluster:
         served = Served(cluster, wanted, 4)

@@ -12,6 +12,7 @@ import pytest
 
 from tests.checkpoints import VOCAB_SIZE, make_checkpoint
 from tests.e2e.cluster import Cluster
+from tests.patience import patient
 
 REQUESTS = 200
 MAX_MODEL_LEN = 2048
@@ -115,7 +116,7 @@ async def run_all(url: str, plans: list[Plan], at_once: int) -> list[BaseExcepti
             await run_plan(client, plan)
 
     limits = httpx.Limits(max_connections=at_once)
-    async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=patient(120), limits=limits) as client:
         outcomes = await asyncio.gather(*map(guarded, plans), return_exceptions=True)
     return [one for one in outcomes if one is not None]
 

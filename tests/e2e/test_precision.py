@@ -11,6 +11,7 @@ from tests.e2e.cluster import Cluster, wait_until
 from tests.e2e.test_alone import running
 from tests.e2e.test_tokens import ask, prompt_of, tokens_of
 from tests.engine.harness import Sequence, run_together, start_engine
+from tests.patience import patient
 from tests.ports import free_port
 
 DEMO = Path(deploy.demo.__file__).parent / "model"
@@ -52,7 +53,7 @@ def test_two_sides_that_keep_kv_differently_are_told_apart(tmp_path: Path) -> No
             stack.enter_context(running(*worker, log=tmp_path / f"{role}.log"))
             router += ["--worker", control]
         stack.enter_context(running(*router, log=tmp_path / "router.log"))
-        client = stack.enter_context(httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60))
+        client = stack.enter_context(httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=patient(60)))
 
         def ready() -> bool:
             try:

@@ -11,8 +11,9 @@ import httpx
 from tests.checkpoints import make_checkpoint
 from tests.e2e.askers import Askers
 from tests.e2e.cluster import Cluster, wait_until
+from tests.patience import patient
 
-SCALE_DEADLINE_S = 120.0
+SCALE_DEADLINE_S = patient(120.0)
 PROMPTS = [[5 + number, *range(9, 9 + 40 * number)] for number in range(6)]
 
 

@@ -18,6 +18,7 @@ from tests.e2e.served import PROMPT, Served, stream
 from tests.e2e.test_tokens import prompt_of, reference
 from tests.e2e.two_hosts import NoNamespaces, TwoHosts
 from tests.e2e.wire import NAMESPACES
+from tests.patience import patient
 
 COUNT = 200
 LONG = prompt_of(800, 13)
@@ -48,9 +49,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
     hosts = TwoHosts(
         model_dir,
         directory,
-        transfer=("--peer-timeout", "2", "--transfer-timeout", "20", *STAGING),
+        transfer=("--peer-timeout", str(patient(2)), "--transfer-timeout", str(patient(20)), *STAGING),
         worker=("--max-chunk-tokens", "64", "--no-prefix-cache", *STAGING),
-        router=("--worker-timeout", "2",),
+        router=("--worker-timeout", str(patient(2)),),
     )
     try:
         with hosts:

@@ -13,12 +13,13 @@ import zmq
 
 from kvtransfer.client import SlotsLent, TransferClient, TransferLost, WorkerEvent
 from kvtransfer.messages import Aborted, Arrived, KvGeometry, Segment, SendCommitted, SendGranted, SlotUse
+from tests.patience import patient
 
 GEOMETRY = KvGeometry("model", 4, 2, 32, "float32")
 TOKEN_BYTES = GEOMETRY.token_bytes
 SLOTS = 6
 SLOT_BYTES = 64 << 10
-PATIENCE_S = 30.0
+DEADLINE_S = patient(30.0)
 
 PROGRAM = """
 import logging, sys
@@ -31,7 +32,7 @@ run(TransferConfig(
     name=name, listen=f"ipc://{directory}/{name}.worker", peer_listen=f"ipc://{directory}/{name}.peers",
     staging_socket=directory / f"{name}.staging", slots=int(sys.argv[3]), slot_bytes=int(sys.argv[4]),
     device=sys.argv[5], device_index=int(sys.argv[6]), mover=sys.argv[7],
-    peer_timeout_s=1.0, heartbeat_s=0.2, transfer_timeout_s=10.0,
+    peer_timeout_s=float(sys.argv[8]), heartbeat_s=0.2, transfer_timeout_s=10.0,
 ))
 """
 
@@ -52,6 +53,7 @@ class TransferPair:
         slot_bytes: int = SLOT_BYTES,
     ) -> None:
         arguments = [str(self.directory), name, str(SLOTS), str(slot_bytes), device, str(gpu), mover]
+        arguments.append(str(patient(1.0)))
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         self.processes[name] = subprocess.Popen(
             [sys.executable, "-c", PROGRAM, *arguments], env=environment
@@ -62,17 +64,17 @@ class TransferPair:
 
     def kill(self, name: str) -> None:
         self.signal(name, signal.SIGKILL)
-        self.processes.pop(name).wait(PATIENCE_S)
+        self.processes.pop(name).wait(DEADLINE_S)
 
     def terminate(self, name: str) -> int:
         process = self.processes.pop(name)
         process.terminate()
-        return process.wait(PATIENCE_S)
+        return process.wait(DEADLINE_S)
 
     def close(self) -> None:
         for process in self.processes.values():
             process.kill()
-            process.wait(PATIENCE_S)
+            process.wait(DEADLINE_S)
 
 
 class Worker:
@@ -80,7 +82,7 @@ class Worker:
 
     def __init__(self, directory: Path, name: str, epoch: int) -> None:
         self.client = TransferClient(
-            f"ipc://{directory}/{name}.worker", epoch, GEOMETRY, timeout_s=PATIENCE_S
+            f"ipc://{directory}/{name}.worker", epoch, GEOMETRY, timeout_s=DEADLINE_S
         )
         self.content: dict[int, bytes] = {}
         """What to send, by transfer."""
@@ -182,7 +184,7 @@ def drive(workers: list[Worker], until: Callable[[], bool], what: str) -> None:
     poller = zmq.Poller()
     for worker in workers:
         poller.register(worker.client.socket, zmq.POLLIN)
-    deadline_s = time.monotonic() + PATIENCE_S
+    deadline_s = time.monotonic() + DEADLINE_S
     while not until():
         assert time.monotonic() < deadline_s, f"waited in vain: {what}"
         poller.poll(20)

@@ -19,6 +19,7 @@ import psutil
 
 from tests.e2e.cluster import READY_DEADLINE_S, Accounts, wait_until
 from tests.e2e.wire import NAMESPACES, enter
+from tests.patience import patient
 
 DEVICE = "cable"
 ADDRESSES = {"prefill": "10.77.0.1", "decode": "10.77.0.2"}
@@ -91,7 +92,7 @@ class Cable:
         assert self._process.stdout is not None
         answer = self._process.stdout.readline()
         if not answer:
-            raise NoNamespaces(f"the cable ended with code {self._process.wait(10)}")
+            raise NoNamespaces(f"the cable ended with code {self._process.wait(patient(20))}")
         return answer
 
 
@@ -237,10 +238,10 @@ class TwoHosts(Accounts):
             process = self._started[name]
             process.terminate()
             try:
-                process.wait(20)
+                process.wait(patient(20))
             except subprocess.TimeoutExpired:
                 process.kill()
-                process.wait(10)
+                process.wait(patient(20))
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from services.engine.table_slots import TableSlots
 from services.messages import Sampling
 from tests.checkpoints import make_checkpoint
 from tests.engine.harness import GREEDY, Sequence, prompt_of, run_ahead, run_together, start_engine
+from tests.engine.test_nonfinite import check_a_decoded_token, check_overflowing_values
 
 SAMPLED = Sampling(max_tokens=1, seed=11, temperature=0.9, top_p=0.95)
 
@@ -70,6 +71,14 @@ def test_a_closed_engine_holds_no_graph(engine: Engine) -> None:
     engine.close()
     assert engine._graphs is None
     assert captured and all(graph.is_reset for graph in captured)
+
+
+def test_a_token_that_is_not_finite(engine: Engine) -> None:
+    check_a_decoded_token(engine)
+
+
+def test_values_that_are_not_finite(engine: Engine) -> None:
+    check_overflowing_values(engine)
 
 
 @pytest.mark.parametrize("run", [run_together, run_ahead])

@@ -1,9 +1,9 @@
 """Drawing tokens: the reference and, in Triton's interpreter, the kernels, held against the definition.
 
-As in test_kernels.py, this file runs itself once more in a process that interprets Triton, and its checks
-serve the tests on a GPU.
+The checks serve the tests on a GPU too.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -12,15 +12,15 @@ from torch import Tensor
 from transformers import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from services.engine.ops.draw import (
+    NO_TOKEN,
     best_tokens,
     best_tokens_kernel,
     draw_tokens,
     draw_tokens_kernel,
 )
 from services.engine.ops.draw_threshold import lowest_kept_reference
-from tests.engine.interpreter import INTERPRETED, run_interpreted
+from tests.engine.interpreter import interpreted
 
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process of test_in_the_interpreter")
 CPU = torch.device("cpu")
 CLOSE = 1e-5
 LARGEST_CHANCE = 1 - 2.0**-53
@@ -47,11 +47,6 @@ SETTINGS: tuple[dict[str, float], ...] = (
     {"temperature": 1e-30, "top_p": 0.5},
     {"temperature": 1e-30},
 )
-
-
-@pytest.mark.skipif(INTERPRETED, reason="would start itself for ever")
-def test_in_the_interpreter() -> None:
-    run_interpreted(__file__)
 
 
 def columns(settings: list[dict[str, float]], device: torch.device, seed: int = 0) -> dict[str, Tensor]:
@@ -237,19 +232,42 @@ def check_ends(**tuning: Any) -> None:
     assert draw(late, rows[:1], **given, **tuning).tolist() == [297]
 
 
-def check_hostile(**tuning: Any) -> None:
-    """No finite logit, NaN and infinities: an id of the vocabulary, and none that is forbidden."""
+def check_hostile(
+    device: torch.device = CPU,
+    settings: Sequence[dict[str, float]] = SETTINGS,
+    dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float32),
+    **tuning: Any,
+) -> None:
+    """A NaN, a +inf or no finite logit: no token, whatever the draw wants, and the other rows' tokens as they
+    are without those rows. Without them, none that is forbidden."""
     draw = draw_tokens_kernel if tuning else draw_tokens
-    logits = torch.full((4, 150), -torch.inf)
-    logits[1] = torch.nan
-    logits[2, 140:] = torch.tensor([1.0, 2.0, torch.nan, -torch.inf, 1.5] * 2)
-    logits[3] = 0.0
-    logits[3, 77] = torch.inf
-    for row, allowed in enumerate(({0}, {0}, {140, 141, 144, 145, 146, 149}, {77})):
-        settings = list(SETTINGS[row::4])
-        rows = torch.full((len(settings),), row, dtype=torch.int32)
-        tokens = draw(logits.bfloat16(), rows, **columns(settings, CPU, row), **tuning)
-        assert set(tokens.tolist()) <= allowed
+    best = best_tokens_kernel if tuning else best_tokens
+    sound = torch.full((2, 290), -torch.inf)
+    sound[0, 140:150] = torch.tensor([1.0, 2.0, -torch.inf, -torch.inf, 1.5] * 2)
+    sound[1, 289] = -3e38
+    hostile = torch.randn(9, 290, generator=torch.Generator().manual_seed(2))
+    hostile[0] = -torch.inf
+    hostile[1] = torch.nan
+    hostile[2] = torch.inf
+    for row, (place, number) in enumerate(
+        [(0, torch.nan), (289, torch.nan), (130, torch.inf), (0, torch.inf), (5, -torch.nan)], 3
+    ):
+        hostile[row, place] = number
+    hostile[8] = sound[0]
+    hostile[8, 3] = torch.nan
+    for dtype in dtypes:
+        logits = torch.cat((hostile, sound)).to(dtype).to(device)
+        every = torch.arange(11, dtype=torch.int32, device=device)
+        assert best(logits, every).tolist() == [NO_TOKEN] * 9 + [141, 289]
+        for at, setting in enumerate(settings):
+            given = columns([setting] * 11, device, at)
+            tokens = draw(logits, every, **given, **tuning)
+            assert tokens[:9].tolist() == [NO_TOKEN] * 9
+            assert tokens[9].item() in {140, 141, 144, 145, 146, 149} and tokens[10].item() == 289
+            alone = {name: values[9:].clone() for name, values in given.items()}
+            assert torch.equal(draw(logits[9:].clone(), every[:2], **alone, **tuning), tokens[9:])
+        without = columns([{}] * 11, device)
+        assert draw(logits, every, **without, **tuning, filtered=False)[:9].tolist() == [NO_TOKEN] * 9
 
 
 def test_ties_ends_and_hostile_logits_of_the_reference() -> None:
@@ -264,7 +282,12 @@ def test_ties_ends_and_hostile_logits() -> None:
     neighbours = (256 + 2 * torch.arange(40.0)[None]).bfloat16()  # nothing lies between two of them
     check_draws(neighbours, [0], [{"top_k": 5, "temperature": 50.0}], candidates=1)
     check_ends(candidates=64)
-    check_hostile(candidates=64, tile_runs=2)
+
+
+@interpreted
+def test_no_token_is_drawn_from_what_is_no_distribution() -> None:
+    settings: list[dict[str, float]] = [{"temperature": 0.0}, {"top_k": 7, "top_p": 0.9}]
+    check_hostile(CPU, settings, [torch.bfloat16], candidates=64, tile_runs=2)
 
 
 @interpreted

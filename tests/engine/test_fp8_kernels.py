@@ -1,8 +1,8 @@
 """The kernels that read and write fp8, on a CPU in Triton's interpreter, against plain numbers.
 
-As in test_kernels.py the file runs itself once more, interpreted; tests/gpu/test_fp8.py runs the checks
-compiled. The interpreter reads fp8 rightly, but loses the carry when rounding reaches the next power of two:
-what it is to write is therefore chosen such that nothing is rounded, and rounding is checked compiled.
+tests/gpu/test_fp8.py runs the checks compiled. The interpreter reads fp8 rightly, but loses the carry when
+rounding reaches the next power of two: what it is to write is therefore chosen such that nothing is rounded,
+and rounding is checked compiled.
 """
 
 
@@ -17,12 +17,11 @@ from services.engine.ops import fp8, kv_segment, qkv
 from services.engine.ops import prefill_attention as prefill
 from services.engine.rope import rotation
 from services.engine.run_table import RunTables
-from tests.engine.interpreter import INTERPRETED, run_interpreted
+from tests.engine.interpreter import interpreted
 from tests.engine.test_kernels import (
     CPU,
     EPS,
     filled_pool,
-    interpreted,
     page_tables,
     random,
     random_runs,
@@ -31,11 +30,6 @@ from tests.engine.test_kernels import (
 )
 
 LARGEST = 448.0
-
-
-@pytest.mark.skipif(INTERPRETED, reason="would start itself for ever")
-def test_in_the_interpreter() -> None:
-    run_interpreted(__file__)
 
 
 def every_number() -> Tensor:
@@ -115,6 +109,10 @@ def check_quantise(device: torch.device, rows: int, size: int) -> None:
         quantised, scale = fp8.quantise_rows_kernel(wide.to(device)[:, :size])
         assert torch.equal(scale.cpu(), factor)
         assert torch.equal(quantised.float().cpu(), exact)
+    hostile = torch.ones(4, size, device=device)
+    hostile[0, 0], hostile[1, size - 1], hostile[2, size // 2] = torch.nan, torch.inf, -torch.inf
+    for quantise in (fp8.quantise_rows_kernel, fp8.quantise_rows_reference):
+        assert quantise(hostile)[1].isnan().view(-1).tolist() == [True, True, True, False]
     zeros, scale = fp8.quantise_rows_kernel(torch.zeros(2, size, device=device))
     assert zeros.float().count_nonzero() == 0
     assert bool((scale > 0).all())
@@ -141,7 +139,10 @@ def check_write(device: torch.device, tokens: int, heads: int, layout: KvLayout)
     index[-1] = -1  # a place of the launch that no token uses
     for write in (qkv.qkv_to_pool_kernel, qkv.qkv_to_pool_reference):
         pool = KvPool(layout, pages, fp8.FP8, device, scales)
-        write(product, None, EPS, cos, sin, pool.layer_rows[layer], index.view(-1), pool.layer_scales(layer))
+        place_of = (pool.layer_rows[layer], index.view(-1))
+        marks = torch.zeros(tokens, dtype=torch.int32, device=device)
+        write(product, None, EPS, cos, sin, *place_of, marks, pool.layer_scales(layer))
+        assert marks.nonzero().view(-1).tolist() == [0, 1]  # what only saturates is sound
         rows = pool.layer_rows[layer].float()[index[:-1]]
         infinite = ~product[:-1, heads : heads + kv_heads].isfinite().all(dim=2)
         keep = torch.cat((~infinite, torch.ones_like(infinite)), dim=1)  # inf * sin of 0 is NaN beside it

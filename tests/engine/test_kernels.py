@@ -1,8 +1,7 @@
 """The kernels against their references, on a CPU in Triton's interpreter.
 
-The interpreter must be chosen before Triton is imported, so this file runs itself once more in a process of
-its own; the checks also serve the tests on a GPU (tests/gpu/test_kernels.py), compiled and larger.
-The interpreter cannot multiply matrices of bfloat16, so attention is tried here in float32 and float16.
+The checks also serve the tests on a GPU (tests/gpu/test_kernels.py), compiled and larger. The interpreter
+cannot multiply matrices of bfloat16, so attention is tried here in float32 and float16.
 """
 
 from array import array
@@ -20,20 +19,14 @@ from services.engine.ops import decode_attention as decode
 from services.engine.ops import prefill_attention as prefill
 from services.engine.rope import rotation
 from services.engine.run_table import RUN_FIELDS, RunTable, RunTables, SlotRun
-from tests.engine.interpreter import INTERPRETED, run_interpreted
+from tests.engine.interpreter import interpreted
 
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process of test_in_the_interpreter")
 TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 """Absolute and relative: two roundings of the dtype. Attention gets a quarter of the absolute one, since
 its results are means, and small."""
 SMALL_TILE = decode.DecodeLaunch(block_keys=16)
 EPS = 1e-6
 CPU = torch.device("cpu")
-
-
-@pytest.mark.skipif(INTERPRETED, reason="would start itself for ever")
-def test_in_the_interpreter() -> None:
-    run_interpreted(__file__)
 
 
 def random(
@@ -106,7 +99,9 @@ def check_qkv(
         sin,
         wide.layer_rows[layer],
         index.view(-1),
+        torch.zeros(tokens, dtype=torch.int32, device=device),
     )
+    marks = torch.zeros(tokens, dtype=torch.int32, device=device)
     found = qkv.qkv_to_pool_kernel(
         product,
         weights,
@@ -115,9 +110,11 @@ def check_qkv(
         sin,
         pool.layer_rows[layer],
         index.view(-1),
+        marks,
         launch=qkv.QkvLaunch(block_heads=4),
     )
     same(found, expected.to(dtype))
+    assert marks.nonzero().view(-1).tolist() == [0]
     finite_max = torch.finfo(dtype).max
     assert pool.data.isfinite().all()
     assert pool.data.min() == -finite_max

@@ -1,7 +1,7 @@
 """The small-batch products against float32 products of torch, on a CPU in Triton's interpreter.
 
-As in test_kernels.py the interpreter needs a process of its own, and the checks serve the tests on a GPU. It
-cannot multiply matrices of bfloat16, so tiles are tried in float32 and float16.
+The checks serve the tests on a GPU too. The interpreter cannot multiply matrices of bfloat16, so tiles are
+tried in float32 and float16.
 """
 
 
@@ -21,8 +21,8 @@ from services.engine.ops.small_products import (
     small_gate_up,
     small_linear,
 )
-from tests.engine.interpreter import INTERPRETED, run_interpreted
-from tests.engine.test_kernels import CPU, TOLERANCE, interpreted, random
+from tests.engine.interpreter import interpreted
+from tests.engine.test_kernels import CPU, TOLERANCE, random
 
 ROWS = RowProduct(block_rows=8, block_inner=64, num_warps=4, programs_per_processor=1 << 16)
 TILES = TileProduct(
@@ -35,11 +35,6 @@ TILES = TileProduct(
     descriptors=False,
     prefetch_bytes=0,
 )
-
-
-@pytest.mark.skipif(INTERPRETED, reason="would start itself for ever")
-def test_in_the_interpreter() -> None:
-    run_interpreted(__file__)
 
 
 def operands(

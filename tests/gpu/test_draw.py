@@ -28,6 +28,11 @@ def test_a_draw_depends_on_its_row_alone(dtype: torch.dtype) -> None:
     draws.check_independence(draws.some_logits(5, 151936, dtype, CUDA), repeats=15)
 
 
+def test_no_token_is_drawn_from_what_is_no_distribution() -> None:
+    draws.check_hostile(CUDA)
+    draws.check_hostile(CUDA, candidates=64)
+
+
 def test_a_captured_draw_follows_its_inputs() -> None:
     logits = torch.zeros((5, 151936), dtype=torch.bfloat16, device=CUDA)
     settings = list(draws.SETTINGS)

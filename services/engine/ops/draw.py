@@ -5,6 +5,9 @@ A second one, of one program a draw, finds the lowest logit that the filters kee
 measures again the runs in which something is kept, and inverts the distribution twice: over the runs, then
 over the tokens of one run. Masses are added as integers, so their order cannot matter, and a draw depends on
 nothing but its row and its parameters. CUDA tensors go to the kernels, others to the reference.
+
+A NaN or +inf shows in the first launch, which reads every logit anyway: its run's largest logit is then
++inf, and the second launch draws no token.
 """
 
 import torch
@@ -14,17 +17,19 @@ from torch import Tensor
 
 from services.engine.ops.draw_threshold import (
     STEP_SHIFT,
-    clean_scores,
     list_runs,
     listed_scores,
     lowest_kept,
     lowest_kept_reference,
+    scores_at,
 )
 from services.engine.ops.remembered import cdiv, next_power_of_2, remembered
 
 RUN = 128
 MAX_VOCAB = 1 << 22
 """The largest vocabulary whose masses, in units of 2**-40 of the likeliest token's, add up in 63 bits."""
+NO_TOKEN = -1
+"""What is drawn from logits that are no distribution."""
 
 
 def draw_tokens(
@@ -40,15 +45,16 @@ def draw_tokens(
 ) -> Tensor:
     """One token for each draw: int64 `[draws]` on the logits' device, without waiting for it.
 
-    `logits` are `[n, vocab]`, of any float dtype; NaN counts as -inf. The rest is `[draws]` on their device:
-    `rows` int32, the row each draw uses; `temperature` float32, 0 for the first of the largest logits;
-    `top_k` int32, 0 for off; `top_p` float32 in [0, 1], 1 for off; `min_p` float32 in [0, 1], 0 for off;
-    `chance` float32 or float64 in [0, 1). `filtered` false says that no draw has a filter on: top_k, top_p
-    and min_p are then not read.
+    `logits` are `[n, vocab]`, of any float dtype; -inf is a probability of zero. The rest is `[draws]` on
+    their device: `rows` int32, the row each draw uses; `temperature` float32, 0 for the first of the largest
+    logits; `top_k` int32, 0 for off; `top_p` float32 in [0, 1], 1 for off; `min_p` float32 in [0, 1], 0 for
+    off; `chance` float32 or float64 in [0, 1). `filtered` false says that no draw has a filter on: top_k,
+    top_p and min_p are then not read.
 
     Logits are divided by the temperature, then filtered by min-p, top-k and top-p in this order; tokens that
     tie with the last one kept are kept too. The token is the first, in the order of ids, whose cumulative
-    probability exceeds the chance; one of weight zero is never drawn. A row without a finite logit gives 0.
+    probability exceeds the chance; one of weight zero is never drawn. A row with a NaN or +inf, or without a
+    finite logit, gives NO_TOKEN.
 
     The kernels weigh tokens in float32, the reference in float64: where a chance lies within 1e-5 of the
     border of two tokens, or a nucleus' mass as close to top_p, they may differ by that token. On one device
@@ -62,7 +68,9 @@ def best_tokens(logits: Tensor, rows: Tensor) -> Tensor:
     """`draw_tokens` at temperature 0: the first of the largest logits of `logits[rows]`, int64 `[draws]`."""
     if logits.is_cuda:
         return best_tokens_kernel(logits, rows)
-    return _clean(logits[rows.long()]).argmax(dim=-1)
+    scores = logits[rows.long()]
+    best = scores.max(dim=-1)
+    return best.indices.masked_fill(~best.values.isfinite(), NO_TOKEN)
 
 
 def draw_tokens_reference(
@@ -77,7 +85,9 @@ def draw_tokens_reference(
     filtered: bool = True,
 ) -> Tensor:
     """`draw_tokens` in float64, with a sort where there are filters."""
-    scores = _clean(logits[rows.long()])
+    scores = logits[rows.long()].float()
+    drawable = scores.amax(dim=-1).isfinite()  # the largest is NaN if any is
+    scores = scores.masked_fill(~drawable[:, None], 0.0)
     greedy = temperature == 0
     warm = torch.where(greedy, 1.0, temperature)
     # the best score moved to zero first: a tiny temperature must not overflow
@@ -91,12 +101,8 @@ def draw_tokens_reference(
     tokens = torch.searchsorted(cumulative, target, right=True)
     # rounding must not carry past the last token with a weight
     last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
-    return torch.where(greedy, scores.argmax(dim=-1), torch.minimum(tokens, last)[:, 0])
-
-
-def _clean(logits: Tensor) -> Tensor:
-    infinite = torch.finfo(torch.bfloat16).max
-    return logits.float().nan_to_num(nan=-torch.inf, posinf=infinite, neginf=-torch.inf).clamp(max=infinite)
+    drawn = torch.where(greedy, scores.argmax(dim=-1), torch.minimum(tokens, last)[:, 0])
+    return drawn.masked_fill(~drawable, NO_TOKEN)
 
 
 def draw_tokens_kernel(
@@ -187,7 +193,8 @@ def _checked(logits: Tensor, rows: Tensor) -> tuple[Tensor, int]:
 def _measured(
     logits: Tensor, rows: Tensor, temperature: Tensor | None, runs: int, block_runs: int = 32
 ) -> tuple[Tensor, Tensor]:
-    """Each run's largest logit, float32 `[draws, runs]`, and with temperatures its mass, likewise."""
+    """Each run's largest logit, float32 `[draws, runs]`, +inf if there is a NaN; and with temperatures its
+    mass, likewise."""
     draws = rows.shape[0]
     maxima = torch.empty((draws, runs), dtype=torch.float32, device=logits.device)
     masses = maxima if temperature is None else torch.empty_like(maxima)
@@ -225,7 +232,8 @@ def _measure(
     runs = tl.cdiv(vocab, RUN)
     row_ptr = logits_ptr + tl.load(rows_ptr + draw).to(tl.int64) * row_stride
     column = run[:, None] * RUN + tl.arange(0, RUN)[None, :]
-    score = clean_scores(row_ptr, column, column < vocab)
+    score = scores_at(row_ptr, column, column < vocab)
+    score = tl.where(score == score, score, float("inf"))
     maximum = tl.max(score, 1)
     tl.store(maxima_ptr + draw * runs + run, maximum, mask=run < runs)
     if WEIGH:
@@ -246,14 +254,15 @@ def _best(
     row_ptr = logits_ptr + tl.load(rows_ptr + draw).to(tl.int64) * row_stride
     maximum = tl.load(maxima_ptr + draw * runs + run, mask=run < runs, other=float("-inf"))
     best = tl.max(maximum, 0)
-    tl.store(tokens_ptr + draw, _first_best(row_ptr, vocab, run, maximum, best, RUNS, RUN))
+    token = _first_best(row_ptr, vocab, run, maximum, best, RUNS, RUN)
+    tl.store(tokens_ptr + draw, tl.where(tl.abs(best) < float("inf"), token, -1))
 
 
 @triton.jit
 def _first_best(row_ptr, vocab, run, maximum, best, RUNS: tl.constexpr, RUN: tl.constexpr):
     chosen = tl.min(tl.where(maximum == best, run, RUNS - 1), 0)
     column = chosen * RUN + tl.arange(0, RUN)
-    score = clean_scores(row_ptr, column, column < vocab)
+    score = scores_at(row_ptr, column, column < vocab)
     return tl.min(tl.where(score == best, column, chosen * RUN + RUN - 1), 0).to(tl.int64)
 
 
@@ -287,7 +296,10 @@ def _draw(
     temperature = tl.load(temperature_ptr + draw)
     maximum = tl.load(maxima_ptr + run, mask=is_run, other=float("-inf"))
     best = tl.max(maximum, 0)
-    if temperature == 0:
+    if tl.abs(best) == float("inf"):
+        tl.store(tokens_ptr + draw, -1)
+        tl.store(lowest_ptr + draw, best)
+    elif temperature == 0:
         tl.store(tokens_ptr + draw, _first_best(row_ptr, vocab, run, maximum, best, RUNS, RUN))
         tl.store(lowest_ptr + draw, best)
     else:
@@ -323,7 +335,7 @@ def _draw(
         beyond = target - tl.sum(tl.where(run < chosen, units, 0), 0)
 
         column = chosen * RUN + tl.arange(0, RUN)
-        score = clean_scores(row_ptr, column, column < vocab)
+        score = scores_at(row_ptr, column, column < vocab)
         anchor = tl.maximum(tl.max(score, 0), -3.4e38)
         units = _units(tl.where(score >= lowest, tl.exp2((score - anchor) * scale), 0.0))
         upto = tl.cumsum(units, 0)

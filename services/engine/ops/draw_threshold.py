@@ -21,7 +21,8 @@ STEP_SHIFT = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
 def lowest_kept_reference(
     scores: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
 ) -> Tensor:
-    """The lowest score each row keeps, float32 `[draws]`, for float32 `scores` `[draws, vocab]` without NaN.
+    """The lowest score each row keeps, float32 `[draws]`, for float32 `scores` `[draws, vocab]`: no NaN or
+    +inf among them, and a finite one.
 
     The parameters are `[draws]` as `draw_tokens` takes them, every temperature above zero. Filters follow
     each other: min-p, top-k (Fan et al., 2018), top-p (Holtzman et al., 2019); tokens that tie with the k-th
@@ -47,10 +48,9 @@ def lowest_kept_reference(
 
 
 @triton.jit
-def clean_scores(row_ptr, column, mask):
-    """Logits in float32: NaN and what the mask leaves out are -inf, +inf is the largest bfloat16."""
-    score = tl.load(row_ptr + column, mask=mask, other=float("-inf")).to(tl.float32)
-    return tl.minimum(tl.where(score == score, score, float("-inf")), 3.3895313892515355e38)
+def scores_at(row_ptr, column, mask):
+    """Logits in float32; what the mask leaves out is -inf."""
+    return tl.load(row_ptr + column, mask=mask, other=float("-inf")).to(tl.float32)
 
 
 @triton.jit
@@ -70,7 +70,7 @@ def listed_scores(row_ptr, vocab, list_ptr, first, count, RUN: tl.constexpr, TIL
     run = tl.load(list_ptr + at, mask=at < count, other=-1)
     column = run[:, None] * RUN + tl.arange(0, RUN)[None, :]
     is_token = (run >= 0)[:, None] & (column < vocab)
-    return run, clean_scores(row_ptr, column, is_token), is_token
+    return run, scores_at(row_ptr, column, is_token), is_token
 
 
 @triton.jit

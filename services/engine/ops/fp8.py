@@ -33,7 +33,8 @@ def to_fp8(values: Tensor, scale: Tensor) -> Tensor:
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Each row of `x` `[rows, size]` with a scale of its own, which puts its largest number at 448.
 
-    Returns fp8 `[rows, size]` and the scales, float32 `[rows, 1]`. CUDA tensors go to the kernel.
+    Returns fp8 `[rows, size]` and the scales, float32 `[rows, 1]`; that of a row which is not all finite is
+    NaN, so that what is made of the row is too. CUDA tensors go to the kernel.
     """
     return quantise_rows_kernel(x) if x.is_cuda else quantise_rows_reference(x)
 
@@ -41,7 +42,7 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 def quantise_rows_reference(x: Tensor) -> tuple[Tensor, Tensor]:
     """`quantise_rows` by torch operations."""
     largest = x.abs().amax(dim=-1, keepdim=True).float()
-    scale = largest.clamp(_LEAST_AMAX, torch.finfo(torch.float32).max) / FP8_MAX
+    scale = largest.clamp(min=_LEAST_AMAX).masked_fill(~largest.isfinite(), torch.nan) / FP8_MAX
     return to_fp8(x, scale), scale
 
 
@@ -76,9 +77,10 @@ def _quantise_rows(
     column = tl.arange(0, BLOCK)
     mask = column < SIZE
     x = tl.load(x_ptr + row * row_stride + column, mask=mask, other=0.0).to(tl.float32)
-    largest = tl.minimum(tl.maximum(tl.max(tl.abs(x), axis=0), LEAST), 3.4028234663852886e38)
-    scale = tl.math.div_rn(largest, 448.0)
+    size = tl.where(x == x, tl.abs(x), float("inf"))
+    largest = tl.maximum(tl.max(size, axis=0), LEAST)
+    scale = tl.math.div_rn(tl.where(largest < float("inf"), largest, float("nan")), 448.0)
     scaled = tl.minimum(tl.maximum(tl.math.div_rn(x, scale), -448.0), 448.0)
-    scaled = tl.where(x == x, scaled, 0.0)
+    scaled = tl.where(scale == scale, scaled, 0.0)
     tl.store(out_ptr + row * SIZE + column, scaled.to(out_ptr.dtype.element_ty), mask=mask)
     tl.store(scale_ptr + row, scale)

@@ -27,6 +27,7 @@ def qkv_to_pool(
     sin: Tensor,
     layer_rows: Tensor,
     write_index: Tensor,
+    nonfinite: Tensor,
     kv_scales: Tensor | None = None,
 ) -> Tensor:
     """Returns the rotated queries `[tokens, heads, head_dim]` and writes keys and values into the pool.
@@ -35,12 +36,12 @@ def qkv_to_pool(
     weights or None; `cos` and `sin` float32 `[tokens, 1, head_dim]` with the first half of `sin` negated
     (rope.py). `layer_rows` is `KvPool.layer_rows[layer]`, `write_index` int64 `[tokens * 2 * kv_heads]` the
     row of each head, keys first; a negative row is not written, which is how a CUDA graph's unused
-    places leave the pool alone. Numbers that overflowed are stored as finite ones (see kv_write).
+    places leave the pool alone. Numbers that are not finite are stored as finite ones (see kv_write), and put
+    a 1 at their token in `nonfinite` int32 `[tokens]`: later tokens would not show what they attended to.
     `kv_scales` is `KvPool.layer_scales`: None, or float32 `[2, kv_heads]` for a pool of fp8.
     """
-    if qkv.is_cuda:
-        return qkv_to_pool_kernel(qkv, head_norm, eps, cos, sin, layer_rows, write_index, kv_scales)
-    return qkv_to_pool_reference(qkv, head_norm, eps, cos, sin, layer_rows, write_index, kv_scales)
+    write = qkv_to_pool_kernel if qkv.is_cuda else qkv_to_pool_reference
+    return write(qkv, head_norm, eps, cos, sin, layer_rows, write_index, nonfinite, kv_scales)
 
 
 def qkv_to_pool_reference(
@@ -51,6 +52,7 @@ def qkv_to_pool_reference(
     sin: Tensor,
     layer_rows: Tensor,
     write_index: Tensor,
+    nonfinite: Tensor,
     kv_scales: Tensor | None = None,
 ) -> Tensor:
     """`qkv_to_pool` by torch operations."""
@@ -60,7 +62,10 @@ def qkv_to_pool_reference(
     if head_norm is not None:
         rotated = head_rms_norm(rotated, head_norm, eps)
     rotated = rotate(rotated, cos, sin)
-    kv = torch.cat((rotated[:, heads:], qkv[:, heads + kv_heads :]), dim=1)
+    values = qkv[:, heads + kv_heads :]
+    finite = rotated.isfinite().all(dim=(1, 2)) & values.isfinite().all(dim=(1, 2))
+    nonfinite.masked_fill_(~finite, 1)
+    kv = torch.cat((rotated[:, heads:], values), dim=1)
     write_kv(layer_rows, write_index, kv, kv_scales)
     return rotated[:, :heads]
 
@@ -80,6 +85,7 @@ def qkv_to_pool_kernel(
     sin: Tensor,
     layer_rows: Tensor,
     write_index: Tensor,
+    nonfinite: Tensor,
     kv_scales: Tensor | None = None,
     launch: QkvLaunch | None = None,
 ) -> Tensor:
@@ -111,6 +117,7 @@ def qkv_to_pool_kernel(
         layer_rows,
         write_index,
         cos if kv_scales is None else kv_scales,
+        nonfinite,
         queries,
         qkv.stride(0),
         eps,
@@ -121,6 +128,7 @@ def qkv_to_pool_kernel(
         BLOCK_HEADS=launch.block_heads,
         NORM=head_norm is not None,
         SCALED=kv_scales is not None,
+        LARGEST=torch.finfo(qkv.dtype).max,
         FINITE_MAX=torch.finfo(layer_rows.dtype).max,
         num_warps=launch.num_warps,
         **launch_options(qkv),
@@ -138,6 +146,7 @@ def _qkv_to_pool(
     rows_ptr: tl.tensor,
     index_ptr: tl.tensor,
     scales_ptr: tl.tensor,
+    nonfinite_ptr: tl.tensor,
     queries_ptr: tl.tensor,
     token_stride: tl.tensor,
     eps: tl.tensor,
@@ -148,6 +157,7 @@ def _qkv_to_pool(
     BLOCK_HEADS: tl.constexpr,
     NORM: tl.constexpr,
     SCALED: tl.constexpr,
+    LARGEST: tl.constexpr,
     FINITE_MAX: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
@@ -187,6 +197,10 @@ def _qkv_to_pool(
     query = queries_ptr + token * (HEADS * 2 * HALF) + place
     tl.store(query, first_out.to(first_in.dtype), mask=is_query)
     tl.store(query + HALF, second_out.to(first_in.dtype), mask=is_query)
+
+    # false for NaN as well; all that are not finite write the same to the same place
+    is_finite = (tl.abs(first_out) <= LARGEST) & (tl.abs(second_out) <= LARGEST)
+    tl.store(nonfinite_ptr + token + place * 0, 1, mask=mask & (is_finite == 0))
 
     kv_head = head - HEADS
     is_kv = (kv_head >= 0) & (kv_head < 2 * KV_HEADS)

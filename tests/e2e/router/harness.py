@@ -15,8 +15,9 @@ import httpx
 import openai
 
 from tests.fake_worker import FakeWorker, Script
+from tests.patience import patient
 
-DEADLINE_S = 20.0
+DEADLINE_S = patient(30.0)
 START = """
 import sys, json, pathlib
 from router.config import RouterConfig

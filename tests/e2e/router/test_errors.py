@@ -60,7 +60,7 @@ def test_validation_errors_reach_the_client_library(cluster: Cluster) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.completions.create(model="tiny", prompt=[320])
     assert caught.value.param == "prompt"
-    assert not cluster.prefill.received
+    assert not cluster.prefill.of(Prefill)
 
 
 FAILURES = [("invalid", 400), ("overloaded", 429), ("transfer", 503), ("draining", 503), ("internal", 500)]

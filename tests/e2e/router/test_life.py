@@ -15,6 +15,7 @@ import pytest
 from services.messages import Cancel, Generate, Join, Prefill
 from tests.e2e.router.harness import DEADLINE_S, START, open_request, running_router, small_cluster, until
 from tests.fake_worker import FakeWorker, Script
+from tests.patience import patient
 
 
 @pytest.mark.parametrize("how", ["connection closed", "silent"])
@@ -22,7 +23,8 @@ from tests.fake_worker import FakeWorker, Script
 def test_a_request_waits_for_its_lost_worker_to_come_back(
     model_dir: Path, tmp_path: Path, how: str, stream: bool
 ) -> None:
-    with small_cluster(model_dir, tmp_path, worker_timeout_s=0.5 if how == "silent" else 60.0) as cluster:
+    timeout_s = patient(0.5 if how == "silent" else 60.0)
+    with small_cluster(model_dir, tmp_path, worker_timeout_s=timeout_s) as cluster:
         cluster.use(Script(answers=[[39, 40, 41, 42]], decode_limit=1))
         connection = open_request(cluster.router, {"prompt": "a", "stream": stream, "max_tokens": 4})
         cluster.decode.wait_for(Join)
@@ -237,17 +239,17 @@ def test_a_bad_start_is_one_message(tmp_path: Path) -> None:
 
 def test_a_router_that_was_stopped_reads_before_it_judges(model_dir: Path, tmp_path: Path) -> None:
     """Its workers were not silent; only it was not listening."""
-    with small_cluster(model_dir, tmp_path, worker_timeout_s=0.5) as cluster:
+    with small_cluster(model_dir, tmp_path, worker_timeout_s=patient(0.5)) as cluster:
         cluster.use(Script(answers=[[39, 40, 41, 42]], hold_decode=True))
         connection = open_request(cluster.router, {"prompt": "a", "max_tokens": 4})
         join = cluster.decode.wait_for(Join)[0]
         pid = cluster.router.process.pid
         os.kill(pid, signal.SIGSTOP)
         try:
-            threading.Event().wait(1.5)  # longer than the timeout: that is what is tested
+            threading.Event().wait(patient(1.5))  # longer than the timeout: that is what is tested
             for worker in (cluster.prefill, cluster.decode):
                 worker.say([worker.status(None)])
-            until(lambda: not cluster.decode.busy, "both have said so")
+            until(lambda: not (cluster.prefill.busy or cluster.decode.busy), "both have said so")
         finally:
             os.kill(pid, signal.SIGCONT)
         work = cluster.decode.work_of(join.request_id)

@@ -21,7 +21,7 @@ def bench(cluster: Cluster, out: Path, *flags: str) -> tuple[int, dict[str, Any]
 
 
 def prompts_seen(cluster: Cluster) -> list[list[int]]:
-    return [message.work.prompt for message in cluster.prefill.received if isinstance(message, Prefill)]
+    return [message.work.prompt for message in cluster.prefill.of(Prefill)]
 
 
 def test_a_load_arrives_as_planned_and_is_counted(
@@ -41,7 +41,7 @@ def test_a_load_arrives_as_planned_and_is_counted(
     assert len(seen) == 20, "two rates of 8, and 2 that warm up at each"
     assert len({tuple(prompt) for prompt in seen}) == 20
     assert all(5 <= len(prompt) <= 50 and min(prompt) >= 32 for prompt in seen)
-    works = [message.work for message in cluster.prefill.received if isinstance(message, Prefill)]
+    works = [message.work for message in cluster.prefill.of(Prefill)]
     assert {work.sampling.max_tokens for work in works} == {6}
     assert found["settings"]["input-tokens"] == "uniform:5:50"
     assert found["model"] == "tiny"

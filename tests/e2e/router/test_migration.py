@@ -113,12 +113,13 @@ def test_undelivered_kv_is_pushed_again_and_its_former_worker_told(served: tuple
     fakes.prefill.say([Undelivered(prefill.work.request_id, 12345, "of another attempt")])
     fakes.prefill.say([Undelivered(prefill.work.request_id, prefill.transfer_id, "no way")])
     asking.check()
-    (push,) = fakes.prefill.of(PushAgain)
+    (push,) = fakes.prefill.wait_for(PushAgain)
     new = next(one for _, one in fakes.of(Reserve) if one.transfer_id == push.transfer_id)
     assert push.request_id == prefill.work.request_id
     assert new.work.request_id != old.work.request_id and new.work.prompt == old.work.prompt
     assert len(fakes.prefill.of(Prefill)) == 1
-    assert (first[0], Cancel(old.work.request_id)) in fakes.of(Cancel)
+    until(lambda: (first[0], Cancel(old.work.request_id)) in fakes.of(Cancel), "the former worker is told")
+    assert len(fakes.prefill.of(PushAgain)) == 1
 
 
 def test_who_holds_kv_of_a_request_that_is_over_is_told(served: tuple[Fakes, Router]) -> None:
@@ -141,6 +142,7 @@ def test_held_kv_goes_to_the_worker_that_is_left(served: tuple[Fakes, Router]) -
     fakes.decodes[1 - lost].script = Script(answers=[ANSWER])
     fakes.decodes[lost].stop()
     asking.check()
+    fakes.prefill.wait_for(PushAgain)
     assert len(fakes.prefill.of(Prefill)) == 1 and len(fakes.prefill.of(PushAgain)) == 1
     with router.http() as http:
         text = http.get("/metrics").text

@@ -9,6 +9,7 @@ import pytest
 from services.messages import Cancel, Join, Prefill
 from tests.e2e.router.harness import DEADLINE_S, Cluster, Router, open_request, small_cluster, until
 from tests.fake_worker import Script
+from tests.patience import patient
 
 LONG = [39] * 1000
 
@@ -108,7 +109,7 @@ def test_who_sends_too_slowly_is_cut_off(model_dir: Path, tmp_path: Path) -> Non
     head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 99\r\n\r\n"
     unknown = head.replace(b"/v1/completions", b"/nowhere")
     whole = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
-    with small_cluster(model_dir, tmp_path, upload_timeout_s=0.5) as cluster:
+    with small_cluster(model_dir, tmp_path, upload_timeout_s=patient(0.5)) as cluster:
         cluster.use(Script(hold_prefill=True))
         waiting = open_request(cluster.router, {"prompt": "a"})
         cluster.prefill.wait_for(Prefill)

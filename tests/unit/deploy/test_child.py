@@ -10,7 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-DEADLINE_S = 30.0
+from tests.patience import patient
+
+DEADLINE_S = patient(30.0)
 
 CHILD = """
 import os, signal, sys, threading

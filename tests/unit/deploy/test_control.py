@@ -13,8 +13,9 @@ from deploy import run_directory
 from deploy.control import give_order, taking_orders
 from deploy.errors import UserError
 from deploy.scale_plan import Scale
+from tests.patience import patient
 
-DEADLINE_S = 10.0
+DEADLINE_S = patient(30.0)
 
 
 class Launcher:

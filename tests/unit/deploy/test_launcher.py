@@ -16,11 +16,12 @@ from deploy.output import Screen
 from deploy.readiness import Welcome
 from deploy.supervision import Kind
 from tests.conftest import MARK
+from tests.patience import patient
 from tests.ports import free_port
 from tests.unit.deploy import fake_child
 
 PROGRAM = (sys.executable, fake_child.__file__)
-DEADLINE_S = 60.0
+DEADLINE_S = patient(60.0)
 
 
 class System:

@@ -15,8 +15,9 @@ from deploy.options import ServeSettings
 from deploy.readiness import SeenWorker, Welcome
 from deploy.scale_plan import Scale
 from deploy.scaling import Host, Scaling
+from tests.patience import patient
 
-DEADLINE_S = 20.0
+DEADLINE_S = patient(30.0)
 
 
 class System:

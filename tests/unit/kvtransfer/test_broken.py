@@ -6,6 +6,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tests.patience import patient
+
 ROOT = Path(__file__).parents[3]
 PROGRAM = """
 import sys
@@ -38,7 +40,7 @@ def test_it_ends_without_a_farewell() -> None:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=patient(60),
             check=False,
         )
     assert (done.returncode, done.stdout) == (1, "")

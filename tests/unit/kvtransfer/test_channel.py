@@ -13,8 +13,9 @@ from kvtransfer.channel import ChannelKeys, Link, Server, write_new_keys
 from kvtransfer.codecs import WORKER_COMMANDS, WORKER_EVENTS
 from kvtransfer.errors import TransferConfigError
 from kvtransfer.messages import Command, Commit, Event, NotAttached, Refused
+from tests.patience import patient
 
-WAIT_MS = 5000
+WAIT_MS = int(patient(20_000))
 
 
 @pytest.fixture

@@ -36,12 +36,13 @@ from kvtransfer.messages import (
     Stats,
     TransferAddress,
 )
+from tests.patience import patient
 
 GEOMETRY = KvGeometry("m", 1, 1, 2, "float16")
 HERE = TransferAddress("ipc:///peers", 70)
 SOURCE = TransferAddress("ipc:///source", 5)
 A, B = SlotUse(1, 4), SlotUse(2, 9)
-WAIT_MS = 5000
+WAIT_MS = int(patient(20_000))
 
 
 class Script:

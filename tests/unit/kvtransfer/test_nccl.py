@@ -20,6 +20,7 @@ from kvtransfer.movers.base import PieceOfWrite, Progress, Region, two_sided
 from kvtransfer.movers.nccl import Announce, Join, NcclMover
 from kvtransfer.peer_messages import Closed
 from tests.e2e.transfer_pair import SLOT_BYTES, SLOTS, Worker, content_of, drive
+from tests.patience import patient
 from tests.unit.kvtransfer.fake_nccl import FakeNccl, FakeStreams, Wire
 
 SIZE = 64
@@ -273,7 +274,7 @@ class Threads:
 
     def stop(self, name: str) -> None:
         self.stops.pop(name).set()
-        self.threads.pop(name).join(30.0)
+        self.threads.pop(name).join(patient(30.0))
 
     def close(self) -> None:
         for name in list(self.threads):

@@ -14,11 +14,12 @@ from kvtransfer.machine import TransferMachine
 from kvtransfer.messages import Aborted, OpenReceive, TransferAddress
 from kvtransfer.peer_messages import Cancel, Closed, Connection, PeerHello, PeerMessage, PeerPing, PeerRefused
 from kvtransfer.sources import SETTLE_S, Sources
+from tests.patience import patient
 from tests.unit.kvtransfer.cluster import GEOMETRY, SLOT_BYTES, limits
 
 OURS = PeerHello(PEER_VERSION, 1, None, "nixl/cpu", GEOMETRY, 8, SLOT_BYTES, "ours", b"", 0, 0)
 THEIRS = msgspec.structs.replace(OURS, epoch=50, agent_name="theirs")
-WAIT_MS = 5000
+WAIT_MS = int(patient(20_000))
 TIMEOUT_S, HEARTBEAT_S = 5.0, 0.5
 
 

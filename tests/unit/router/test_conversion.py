@@ -23,6 +23,7 @@ from router.convert_tokenizer import convert_here
 from router.template import ChatTemplate
 from router.tokenizer import TextTokenizer
 from tests.checkpoints import write_sentencepiece, write_tokenizer, write_vocabulary
+from tests.patience import patient
 
 BOTH = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
 
@@ -267,7 +268,7 @@ def test_the_process_ends_with_the_one_that_asked(tmp_path: Path, number: signal
     writer = os.open(fifo, os.O_WRONLY)  # waits until the conversion reads
     try:
         asking.send_signal(number)
-        assert asking.wait(20) == (0 if number is signal.SIGTERM else -number)
+        assert asking.wait(patient(30)) == (0 if number is signal.SIGTERM else -number)
         with pytest.raises(BrokenPipeError):
             # A pipe holds 64 KiB: a write beyond that waits for a reader, and fails when there is none.
             for _ in range(1024):

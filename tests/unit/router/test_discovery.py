@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from router.discovery import MAX_FILE_BYTES, MAX_WORKERS, Discovery, WorkerName, WorkersFile, listed_endpoints
+from tests.patience import patient
 
 TEXT = """
 # prefill workers
@@ -118,7 +119,7 @@ def test_file_and_names_are_one_list(tmp_path: Path) -> None:
         try:
             latest: list[str] = []
             while len(latest) < 2:  # names are resolved beside the looks at the file
-                latest = await asyncio.wait_for(found.get(), 10)
+                latest = await asyncio.wait_for(found.get(), patient(20))
             return latest
         finally:
             discovery.close()

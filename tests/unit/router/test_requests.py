@@ -285,6 +285,7 @@ def test_an_unpaired_flight_may_end_with_its_first_tokens() -> None:
         ("transfer", 503),
         ("draining", 503),
         ("internal", 500),
+        ("invalid_logits", 500),
     ],
 )
 def test_failures_have_their_status(code: str, status: int) -> None:
@@ -293,6 +294,15 @@ def test_failures_have_their_status(code: str, status: int) -> None:
     error = recorder.errors[0]
     assert (error.status, error.message) == (status, "why")
     assert (error.retry_after_s is not None) == (status in (429, 503))
+
+
+@pytest.mark.parametrize("worker", ["p", "d"])
+def test_logits_that_are_no_numbers_are_tried_again_by_nobody(worker: str) -> None:
+    flight, recorder = in_phase(Phase.PREFILLING)
+    sends = flight.on_failed(worker, Failed(7, "invalid_logits", "NaN", False), 1.0)
+    error = recorder.errors[0]
+    assert (error.code, error.committed, error.retry_reason) == ("invalid_logits", True, None)
+    assert [(one.worker, type(one.message)) for one in sends] == [("d" if worker == "p" else "p", Cancel)]
 
 
 def test_reports_that_do_not_belong_change_nothing() -> None:

@@ -9,8 +9,9 @@ import pytest
 import zmq
 
 from services.client import ClientConfigError, ClientState, WorkerClient, load_keys
+from tests.patience import patient
 
-DEADLINE_S = 20.0
+DEADLINE_S = patient(30.0)
 
 
 @pytest.fixture

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import patient
+
 ROOT = Path(__file__).parents[3]
 OBEDIENT = "while data := os.read(int(sys.argv[3]), 65536): got = data"
 """A rank that takes every order, answers none, and ends with its leader."""
@@ -34,7 +36,7 @@ def lead(tmp_path: Path, rank: str, then: str) -> tuple[int, str]:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=patient(60),
         check=False,
     )
     return ended.returncode, ended.stdout + ended.stderr

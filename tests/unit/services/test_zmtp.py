@@ -14,10 +14,11 @@ from kvtransfer.errors import TransferConfigError
 from services.messages import Failed, Report, Request, StatusRequest, Tokens
 from services.wires import UnixWire
 from services.zmtp import GREETING, READY, Incoming, ZmtpError, message
+from tests.patience import patient
 
 LIMIT_BYTES = 1 << 20
 BODIES = [b"a", b"b" * 255, b"c" * 256, b"", b"d" * 70_000]
-DEADLINE_S = 20.0
+DEADLINE_S = patient(30.0)
 
 
 def cut(data: bytes, size: int) -> list[bytes]:
