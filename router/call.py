@@ -49,9 +49,10 @@ class Call:
 
     def choice_ended(self, tokens: int) -> None:
         self.usage.completion_tokens += tokens
+        if self._open_choices == 1:
+            self.sheet.close(self.usage)  # first: an answer that cannot be closed has not ended well
         self._open_choices -= 1
         if self._open_choices == 0:
-            self.sheet.close(self.usage)
             self.wake()
 
     def fail(self, error: ApiError) -> None:
