@@ -70,7 +70,7 @@ def sampling_defaults(model_dir: Path, source: str = AUTO) -> SamplingDefaults:
         given = Path(source).expanduser()
         path = given / FILE if given.is_dir() else given
         if not path.is_file():
-            raise RouterConfigError(f"--generation-config: {path} does not exist; allowed: auto, none, a path")
+            raise RouterConfigError(f"--generation-config: {path} does not exist (or give auto or none)")
     elif not path.exists():
         return SamplingDefaults()
     values = read_json(path)

@@ -15,6 +15,7 @@ from typing import Literal
 from kvtransfer.client import TransferLost
 from kvtransfer.messages import WITHDRAWN, Event
 from kvtransfer.spans import Spans
+from services.borders import contain
 from services.engine.batch import Drawn, RowResult
 from services.engine.engine import Engine
 from services.engine.launched import Launched
@@ -113,17 +114,19 @@ class Role(ABC):
 
     def sweep(self) -> None:
         """End every request whose deadline has passed."""
-        for live in self.parts.requests.expired(self.parts.clock()):
-            seconds = f"{live.work.deadline_s:g} s"
-            self.fail(live.work.request_id, "deadline", f"not finished within {seconds}", False)
+
+        def expire(live: Live) -> None:
+            message = f"not finished within {live.work.deadline_s:g} s"
+            self.fail(live.work.request_id, "deadline", message, False)
+
+        self.each("sweep", self.parts.requests.expired(self.parts.clock()), expire)
 
     def drop_router(self, router: bytes) -> None:
         """A router is gone: nobody wants its requests any more."""
         lost = self.parts.requests.of_router(router)
         if lost:
             log.warning("router %s is gone with %d requests", router.hex(), len(lost))
-        for live in lost:
-            self.end(live.work.request_id, WITHDRAWN)
+        self.each("router_lost", lost, lambda live: self.end(live.work.request_id, WITHDRAWN))
 
     # ------------------------------------------------------------ entering and leaving
 
@@ -160,6 +163,21 @@ class Role(ABC):
         self.parts.counters[f"requests_failed_{code}"] += 1
         self.parts.outbox.add(live.router, Failed(request_id, code, message, retryable))
         self.end(request_id, code)
+
+    def contain(self, where: str, request_id: int | None, error: Exception) -> None:
+        """What nobody foresaw ends the request that it came from, and no other; see `borders.contain`."""
+        parts = self.parts
+        contain(where, request_id, error, parts.counters, parts.engine.device.type == "cuda")
+        if request_id is not None:
+            self.fail(request_id, "internal", "the worker failed on this request", False)
+
+    def each(self, where: str, requests: list[Live], act: Callable[[Live], None]) -> None:
+        """Something that is done for many requests, of which each fails by itself."""
+        for live in requests:
+            try:
+                act(live)
+            except Exception as error:
+                self.contain(where, live.work.request_id, error)
 
     # ------------------------------------------------------------ a step
 

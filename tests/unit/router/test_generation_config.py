@@ -98,7 +98,8 @@ def test_a_file_that_says_nothing_changes_nothing(tmp_path: Path, values: dict[s
     ("key", "value"),
     [("temperature", "warm"), ("temperature", -1), ("temperature", 2.5), ("temperature", True),
      ("temperature", float("nan")), ("temperature", float("inf")), ("top_p", 0), ("top_p", 1.5),
-     ("top_p", [1]), ("top_k", 2.5), ("top_k", -2), ("top_k", True), ("top_k", 2**40), ("min_p", -0.1), ("min_p", {}),
+     ("top_p", [1]), ("top_k", 2.5), ("top_k", -2), ("top_k", True), ("top_k", 2**40),
+     ("min_p", -0.1), ("min_p", {}),
      ("repetition_penalty", 0), ("repetition_penalty", 3), ("max_new_tokens", 0), ("max_new_tokens", 1.5),
      ("do_sample", "no"), ("do_sample", 0)],
 )  # fmt: skip
