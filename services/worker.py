@@ -55,7 +55,7 @@ from services.roles.decode import DecodeRole
 from services.roles.prefill import PrefillRole
 from services.roles.role import Parts, Role
 from services.roles.unified import UnifiedRole
-from services.rules import Limits
+from services.rules import Limits, named_request
 from services.scheduler.pages import PagePool
 from services.startup import Prepared, ledgers_now, prepare
 from services.tracing import Tracing
@@ -111,6 +111,7 @@ class Worker:
             keys=keys,
             on_drop=self._count_drop,
             refusal=Refusal,
+            on_bad=self._on_bad,
         )
         limits = Limits(
             vocab_size=engine.vocab_size,
@@ -218,6 +219,14 @@ class Worker:
         self.role.on_transfer(event)
         if isinstance(event, TransferLost):
             self.prepared.moves[event.rank].let_go()
+
+    def _on_bad(self, router: bytes, said: object, why: str) -> None:
+        """A message that is no request. If it says which one it would be, its router need not wait for it."""
+        self._count_drop("malformed_request")
+        request_id = named_request(said)
+        if request_id is not None:
+            message = f"the worker cannot read this request: {why}"
+            self.parts.outbox.add(router, Failed(request_id, "internal", message, False))
 
     def _refuse(self, router: bytes, request: Request, error: Exception) -> None:
         """A request that could not be taken in is answered all the same, and those beside it are not hurt."""
