@@ -376,3 +376,22 @@ def test_looking_for_workers_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
         assert borders.counts["discovery"] == 1
 
     play(scenario)
+
+
+def test_a_report_on_the_connection_that_fails_costs_no_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path)
+        client = Client()
+        request_id = world.submit(client)
+        worker = world.dispatcher.clients[PREFILL]
+        monkeypatch.setattr(WorkerClient, "_on_own", lambda worker, report: 1 / 0)
+        status = worker.status
+        assert status is not None
+        world.report(PREFILL, status, Tokens(request_id, 0, [7]), status)
+        assert client.tokens == [7]
+        assert worker.dropped == {"internal_error": 2}
+        world.dispatcher.end_all(ApiError(503, "over"))
+
+    play(scenario)
