@@ -122,6 +122,7 @@ def child_specs(
     router = ["router", str(settings.model_dir), "--host", settings.host, "--port", str(port), *family]
     router += ["--workers-file", str(run_dir / WORKERS)]
     router += ["--drain-timeout", _number(drain_of(Kind.ROUTER, settings.drain_timeout))]
+    router += ["--generation-config", settings.generation_config]
     router += ["--request-timeout", _number(settings.request_timeout)]
     router += ["--max-body-bytes", str(settings.max_body_bytes)]
     router += ["--worker-timeout", _number(settings.worker_timeout)]

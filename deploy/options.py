@@ -115,6 +115,9 @@ class HttpSettings:
         (), parse_api_key, "Bearer key that clients must send; repeatable.", many=True
     )
     api_key_file: Path | None = setting(None, path, "File with more such keys, one a line.")
+    generation_config: str = setting(
+        "auto", text, "Sampling defaults: auto (the model's generation_config.json), none, or a path."
+    )
     request_timeout: float = setting(600.0, seconds(1, 86400), "Seconds that one request may take.")
     max_body_bytes: int = setting(8 << 20, parse_bytes, "Largest request body, like 8MiB.")
     max_choices: int = setting(16, integer(1, 128), "Most choices (`n`) of one prompt.")

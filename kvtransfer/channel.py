@@ -12,13 +12,14 @@ import contextlib
 import errno
 import socket as sockets
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
-from kvtransfer.codec import Codec
+from kvtransfer.codec import Codec, OnBad
 from kvtransfer.errors import ProtocolError, TransferConfigError, VersionMismatch
 from kvtransfer.keys import ChannelKeys, require_private_directory, write_new_keys
 
@@ -78,13 +79,17 @@ def _check_ipc_path_is_ours(endpoint: str) -> Path:
 
 
 def _decode(
-    codec: Codec[In], parts: list[bytes], on_drop: DropReport, on_mismatch: Callable[[str], None]
+    codec: Codec[In],
+    parts: list[bytes],
+    on_drop: DropReport,
+    on_mismatch: Callable[[str], None],
+    on_bad: OnBad | None = None,
 ) -> list[In] | None:
     if len(parts) != 1:
         on_drop("malformed_frame")
         return None
     try:
-        return codec.decode(parts[0])
+        return codec.decode(parts[0]) if on_bad is None else codec.decode_each(parts[0], on_bad)
     except VersionMismatch as error:
         on_drop("other_version")
         on_mismatch(str(error))
@@ -108,11 +113,14 @@ class Server(Generic[In, Out]):
         keys: ChannelKeys | None = None,
         on_drop: DropReport,
         refusal: Callable[[str], Out] | None = None,
+        on_bad: Callable[[bytes, object, str], None] | None = None,
     ) -> None:
         """`refusal(why)` answers a frame of another protocol version: its sender cannot read the answer, but
-        sees our version in front of it."""
+        sees our version in front of it. `on_bad(peer, message, why)` takes messages that are not allowed out
+        of frames whose others count; without it such a frame is dropped as a whole."""
         scheme, address, _ = _split_endpoint(endpoint)
         self._receives, self._sends, self._on_drop, self._refusal = receives, sends, on_drop, refusal
+        self._on_bad = on_bad
         self._ipc_path = _check_ipc_path_is_ours(address) if scheme == "ipc" else None
         if scheme == "tcp" and keys is None:
             raise TransferConfigError(f"endpoint {endpoint}: {NEEDS_KEYS}")
@@ -148,7 +156,8 @@ class Server(Generic[In, Out]):
                     break
                 raise
             mismatches: list[str] = []
-            messages = _decode(self._receives, parts, self._on_drop, mismatches.append)
+            on_bad = None if self._on_bad is None else partial(self._on_bad, peer)
+            messages = _decode(self._receives, parts, self._on_drop, mismatches.append, on_bad)
             if messages is not None:
                 arrived.append((peer, messages))
             elif mismatches and self._refusal is not None:
@@ -191,7 +200,10 @@ class Link(Generic[In, Out]):
         *,
         keys: ChannelKeys | None = None,
         on_drop: DropReport,
+        on_bad: OnBad | None = None,
     ) -> None:
+        """`on_bad`: as `Server`'s."""
+        self._on_bad = on_bad
         scheme, address, key_name = _split_endpoint(endpoint)
         if scheme == "ipc":
             parent = Path(address.removeprefix("ipc://")).parent
@@ -231,7 +243,7 @@ class Link(Generic[In, Out]):
             if not self.pending():
                 break
             parts = self.socket.recv_multipart(_NOBLOCK)
-            messages = _decode(self._receives, parts, self._on_drop, self._note_mismatch)
+            messages = _decode(self._receives, parts, self._on_drop, self._note_mismatch, self._on_bad)
             if messages is not None:
                 arrived.extend(messages)
         return arrived

@@ -6,6 +6,7 @@ list lengths are checked while decoding, and nothing but `ProtocolError` comes o
 """
 
 import zlib
+from collections.abc import Callable
 from typing import Annotated, Any, Generic, TypeVar
 
 import msgspec
@@ -18,6 +19,10 @@ MAX_MESSAGES_PER_FRAME = 1 << 16
 SEAL_BYTES = 4
 
 Message = TypeVar("Message")
+OnBad = Callable[[object, str], None]
+"""What a message that is not allowed says (None: it cannot be read at all), and what is wrong with it."""
+_MALFORMED = (msgspec.MsgspecError, ValueError, OverflowError, RecursionError)
+"""Beside msgspec's own errors, bad UTF-8 raises ValueError and deep nesting RecursionError."""
 
 
 class Codec(Generic[Message]):
@@ -33,6 +38,7 @@ class Codec(Generic[Message]):
         bounded = Annotated[list[union], msgspec.Meta(max_length=MAX_MESSAGES_PER_FRAME)]
         self._decoder: msgspec.msgpack.Decoder[list[Message]] = msgspec.msgpack.Decoder(bounded)
         self._encoder = msgspec.msgpack.Encoder()
+        self._one: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(union)
 
     def encode(self, messages: list[Message]) -> bytes:
         """One frame. Raises ProtocolError if it would be larger than the other side accepts."""
@@ -45,6 +51,38 @@ class Codec(Generic[Message]):
 
     def decode(self, frame: bytes | memoryview) -> list[Message]:
         """The messages of one frame. Raises ProtocolError (VersionMismatch for another version)."""
+        said = self._said(frame)
+        try:
+            return self._decoder.decode(said)
+        except _MALFORMED as error:
+            raise ProtocolError(f"malformed frame: {error}") from error
+
+    def decode_each(self, frame: bytes | memoryview, on_bad: OnBad) -> list[Message]:
+        """As `decode`, but a message that is not allowed costs the others of its frame nothing. Raises
+        ProtocolError if none is allowed."""
+        try:
+            return self.decode(frame)
+        except VersionMismatch:
+            raise
+        except ProtocolError:
+            good: list[Message] = []
+            for part in self._parts(frame):
+                try:
+                    good.append(self._one.decode(part))
+                except _MALFORMED as error:
+                    on_bad(_anything(part), str(error))
+            if not good:
+                raise
+            return good
+
+    def _parts(self, frame: bytes | memoryview) -> list[msgspec.Raw]:
+        try:
+            parts = msgspec.msgpack.decode(self._said(frame), type=list[msgspec.Raw])
+        except _MALFORMED as error:
+            raise ProtocolError(f"malformed frame: {error}") from error
+        return parts if len(parts) <= MAX_MESSAGES_PER_FRAME else []
+
+    def _said(self, frame: bytes | memoryview) -> memoryview:
         if len(frame) == 0:
             raise ProtocolError("empty frame")
         if len(frame) > self.max_frame_bytes:
@@ -56,8 +94,11 @@ class Codec(Generic[Message]):
             seal, said = said[:SEAL_BYTES], said[SEAL_BYTES:]
             if zlib.crc32(said).to_bytes(SEAL_BYTES, "little") != seal:
                 raise ProtocolError("a frame was changed on its way")
-        try:
-            return self._decoder.decode(said)
-        except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError) as error:
-            # Beside msgspec's own errors, bad UTF-8 raises ValueError and deep nesting RecursionError.
-            raise ProtocolError(f"malformed frame: {error}") from error
+        return said
+
+
+def _anything(part: msgspec.Raw) -> object:
+    try:
+        return msgspec.msgpack.decode(part)
+    except _MALFORMED:
+        return None

@@ -33,10 +33,14 @@ class Heading(Struct, frozen=True):
 
 @dataclass(slots=True)
 class Preface:
-    """An echoed prompt: comes before the text of each of its choices."""
+    """An echoed prompt: comes before the text of a choice."""
 
     text: str = ""
     logprobs: dict[str, Any] | None = None
+
+    def take_back(self, text: str) -> None:
+        """The prompt's text ends in this no more, now that more tokens follow."""
+        self.text = self.text.removesuffix(text)
 
 
 class Sheet(Protocol):

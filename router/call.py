@@ -49,9 +49,10 @@ class Call:
 
     def choice_ended(self, tokens: int) -> None:
         self.usage.completion_tokens += tokens
+        if self._open_choices == 1:
+            self.sheet.close(self.usage)  # first: an answer that cannot be closed has not ended well
         self._open_choices -= 1
         if self._open_choices == 0:
-            self.sheet.close(self.usage)
             self.wake()
 
     def fail(self, error: ApiError) -> None:
@@ -92,34 +93,38 @@ class Call:
 class PromptOutput:
     """What one prompt's flight reports to (`router.requests.Output`)."""
 
-    __slots__ = ("_call", "_choices", "_first_index", "_muted", "_preface", "_prompt", "_sheet")
+    __slots__ = ("_call", "_choices", "_first_index", "_muted", "_prefaces", "_prompt", "_sheet", "_special")
 
     def __init__(self, call: Call, prompt: list[int], text: str | None, first_index: int) -> None:
         options = call.options
         self._call, self._sheet = call, call.sheet
         self._prompt, self._first_index = prompt, first_index
-        self._preface = Preface()
+        self._special = text is None
+        """Special tokens are part of an echo that was given as token ids."""
         self._muted = options.max_tokens == 0
-        if options.echo:
-            self._preface.text = call.tokenizer.decode(prompt) if text is None else text
+        echo = (call.tokenizer.decode(prompt) if text is None else text) if options.echo else ""
+        self._prefaces = [Preface(echo) for _ in range(options.choices)]
+        continuation = call.tokenizer.continuation(prompt)
         self._choices = [
             Choice(
-                call.tokenizer.detokenizer(continues=True),
+                continuation.detokenizer(preface.take_back),
                 options.stops,
                 options.include_stop,
                 options.logprobs is not None,
-                call.sheet.writer(first_index + index, self._preface),
+                call.sheet.writer(first_index + index, preface),
             )
-            for index in range(options.choices)
+            for index, preface in enumerate(self._prefaces)
         ]
 
     def on_prefilled(self, report: PrefillDone) -> None:
         self._call.usage.cached_tokens += report.cached_tokens
         options = self._call.options
         if options.echo and options.logprobs is not None and report.prompt_logprobs is not None:
-            self._preface.logprobs = prompt_logprobs(
-                self._prompt, report.prompt_logprobs, self._call.tokenizer, options.logprobs
+            logprobs = prompt_logprobs(
+                self._prompt, report.prompt_logprobs, self._call.tokenizer, options.logprobs, self._special
             )
+            for preface in self._prefaces:
+                preface.logprobs = logprobs
 
     def on_tokens(self, report: Tokens, now_s: float) -> bool:
         choice = self._choices[report.choice]

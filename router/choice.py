@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from router.text import Detokenizer, StopScanner
+from router.detokenizer import Detokenizer
+from router.text import StopScanner
 from services.messages import FinishReason, TokenLogprob, Tokens
 
 
@@ -35,6 +36,7 @@ class Choice:
         "_include_stop",
         "_length",
         "_released",
+        "_seen",
         "_stops",
         "_want_logprobs",
         "_writer",
@@ -58,6 +60,8 @@ class Choice:
         self._writer = writer
         self._entries: list[LogprobEntry] = []
         self._length = 0
+        self._seen = 0
+        """The length with what the detokenizer holds back, as far as that is text already."""
         self._released = 0
         self.finish: FinishReason | None = None
         self.token_count = 0
@@ -72,10 +76,15 @@ class Choice:
             self.token_count += 1
             ends = report.finish == "stop" and index == len(tokens) - 1
             text = "" if ends and not self._include_stop else self._detokenizer.push((token,))
-            start, self._length = self._length, self._length + len(text)
+            ahead = self._detokenizer.ahead()
+            self._length += len(text)
+            start, self._seen = self._seen, max(self._seen, self._length + len(ahead))
             if self._want_logprobs and logprobs is not None and index < len(logprobs):
-                self._entries.append(LogprobEntry(token, logprobs[index], start, self._length))
+                self._entries.append(LogprobEntry(token, logprobs[index], start, self._seen))
             if self._pass_on(text):
+                return False
+            if ahead and self._stops is not None and self._stops.completes(ahead):
+                self._pass_on(self._detokenizer.flush())
                 return False
         if report.finish is None:
             return True

@@ -26,6 +26,8 @@ class RouterConfig:
     workers_file: Path | None = None
     """More of them, one a line; they come and go with their lines."""
     worker_names: tuple[str, ...] = ()
+    generation_config: str = "auto"
+    """Where sampling defaults come from: `auto` (the model directory), `none`, or a directory or file."""
     max_body_bytes: int = 8 << 20
     max_choices: int = 16
     """`n` of one prompt."""

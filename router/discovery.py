@@ -10,6 +10,8 @@ import socket
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
 
+from router.borders import Borders
+
 logger = logging.getLogger(__name__)
 
 LOOK_S = 0.5
@@ -103,9 +105,13 @@ class Discovery:
     """Calls `on_found(endpoints)` every `LOOK_S` with all that is known, if there is anything to look at."""
 
     def __init__(
-        self, file: WorkersFile | None, names: Iterable[WorkerName], on_found: Callable[[list[str]], None]
+        self,
+        file: WorkersFile | None,
+        names: Iterable[WorkerName],
+        on_found: Callable[[list[str]], None],
+        borders: Borders,
     ) -> None:
-        self._file, self._names, self._on_found = file, list(names), on_found
+        self._file, self._names, self._on_found, self._borders = file, list(names), on_found, borders
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
@@ -121,13 +127,19 @@ class Discovery:
 
     async def _keep(self, name: WorkerName) -> None:
         while True:
-            await name.refresh()
+            try:
+                await name.refresh()
+            except BaseException as error:
+                self._borders.contain("discovery", "the workers of a name", error)
             await asyncio.sleep(RESOLVE_S)
 
     async def _watch(self) -> None:
         while True:
-            found = [] if self._file is None else list(self._file.look())
-            for name in self._names:
-                found += name.endpoints
-            self._on_found(found)
+            try:
+                found = [] if self._file is None else list(self._file.look())
+                for name in self._names:
+                    found += name.endpoints
+                self._on_found(found)
+            except BaseException as error:
+                self._borders.contain("discovery", "the workers that are listed", error)
             await asyncio.sleep(LOOK_S)

@@ -13,14 +13,15 @@ from router.admission import Admission
 from router.candidates import common_limits
 from router.config import RouterConfig
 from router.discovery import Discovery, WorkerName, WorkersFile
-from router.errors import ApiError
+from router.errors import ApiError, crashed
 from router.fleet import Fleet
 from router.ids import draw_number
 from router.metrics import Metrics, Snapshot
 from router.migration import Journey, Leg
 from router.orders import Order
+from router.outbox import Outbox
 from router.parameters import Limits
-from router.policy import Pairing, place, place_decode, spare
+from router.policy import Pairing, place
 from router.requests import WITHOUT_DECODE, Flight, Phase, Send, Times
 from router.seats import Seat
 from router.traces import Traces
@@ -33,7 +34,6 @@ from services.messages import (
     Holding,
     PrefillDone,
     Report,
-    Request,
     Tokens,
     TraceReply,
     Undelivered,
@@ -52,6 +52,7 @@ class Dispatcher:
         self._config, self._metrics, self._draw_id = config, metrics, draw_id
         # Not the loop's clock: uvloop's has a resolution of a millisecond.
         self._clock = clock
+        self._borders = metrics.borders
         self._flights: dict[int, Flight] = {}
         """By each id under which a worker may report of it."""
         self._legs: dict[int, Leg] = {}
@@ -59,7 +60,6 @@ class Dispatcher:
         self._journeys: set[Journey] = set()
         self._waiting = WaitingRoom(config.max_waiting)
         self._sweeping: asyncio.TimerHandle | None = None
-        self._outbox: dict[str, list[Request]] = {}
         self._admission = Admission(config.ttft_slo_s, config.max_kv_load, config.retry_after_s)
         self._limits: Limits | None = None
         """Until a worker comes or goes."""
@@ -68,9 +68,10 @@ class Dispatcher:
         self.draining = False
         self.fleet = Fleet(config, draw_id(), self._on_reports, self._on_state)
         self.clients, self._seats = self.fleet.clients, self.fleet.seats
+        self._outbox = Outbox(self.fleet.send, self._on_unsent, self._borders)
         self.traces = Traces(self.fleet.send, clock)
         file = None if config.workers_file is None else WorkersFile(config.workers_file)
-        self._discovery = Discovery(file, map(WorkerName, config.worker_names), self._on_found)
+        self._discovery = Discovery(file, map(WorkerName, config.worker_names), self._on_found, self._borders)
 
     def start(self) -> None:
         """Connects to every worker, in the running loop. Raises ClientConfigError."""
@@ -150,8 +151,17 @@ class Dispatcher:
         self.check_open(len(orders))
         self._admit([len(order.prompt) for order in orders])
         now_s = self._clock()
-        journeys = [self._depart(order, now_s) for order in orders]
-        self._flush()
+        journeys: list[Journey] = []
+        try:
+            for order in orders:
+                self._depart(order, now_s, journeys)
+        except BaseException as error:
+            self.end(journeys)  # no prompt of a request runs without the others
+            if isinstance(error, ApiError):
+                raise
+            self._borders.contain("submit", f"{len(orders)} prompts", error)
+            raise crashed() from None
+        self._outbox.flush()
         return journeys
 
     def _admit(self, prompts: list[int]) -> None:
@@ -162,7 +172,7 @@ class Dispatcher:
             first = placement.prefill or placement.decode
             self._admission.check(placement, prompts, self._seats.of[first.name].queued_prompts)
 
-    def _depart(self, order: Order, now_s: float) -> Journey:
+    def _depart(self, order: Order, now_s: float, journeys: list[Journey]) -> None:
         work = Work(
             request_id=self._draw_id(),
             prompt=order.prompt,
@@ -182,16 +192,16 @@ class Dispatcher:
         retry_after_s, budget = self._config.retry_after_s, self._metrics.retries
         journey = Journey(work, order.output, Times(now_s), retry_after_s, budget)
         self._journeys.add(journey)
+        journeys.append(journey)
         self._idle.clear()
         self._fly(journey.legs[0], placement.pairing, blocks, work.request_id, now_s)
-        return journey
 
     def _fly(
         self, leg: Leg, pairing: Pairing, blocks: Sequence[int], request_id: int, now_s: float
     ) -> None:
         paired_anew = leg.flight is not None
         transfer_id = self._draw_id() if pairing.prefill is not None else 0
-        self._queue(leg.journey.depart(leg, pairing, request_id, transfer_id, now_s))
+        self._outbox.queue(leg.journey.depart(leg, pairing, request_id, transfer_id, now_s))
         flight = leg.flight
         if flight is None:
             raise RuntimeError("a leg departed without a flight")
@@ -204,21 +214,30 @@ class Dispatcher:
         now_s = self._clock()
         for journey in journeys:
             self._end(journey, error, now_s)
-        self._flush()
+        self._outbox.flush()
 
     def end_all(self, error: ApiError) -> None:
         self.end(list(self._journeys), error)
 
     def _end(self, journey: Journey, error: ApiError | None, now_s: float) -> None:
-        self._queue(journey.end(now_s, error))
+        flights = [leg.flight for leg in journey.legs if leg.flight is not None]
+        whose = f"request {journey.work.request_id}"
+        try:
+            self._outbox.queue(journey.end(now_s, error))
+        except BaseException as problem:
+            self._borders.contain("end", whose, problem)
+            for flight in flights:
+                self._outbox.queue(flight.recall())
         if journey not in self._journeys:
             return
         self._journeys.discard(journey)
-        for leg in journey.legs:
-            if leg.flight is not None:
-                self._forget(leg.flight)
+        for flight in flights:
+            self._forget(flight)
         journey.close()
-        self._metrics.observe_journey(journey)
+        try:
+            self._metrics.observe_journey(journey)
+        except BaseException as problem:
+            self._borders.contain("metrics", whose, problem)
         if not self._journeys:
             self._idle.set()
 
@@ -230,7 +249,7 @@ class Dispatcher:
         if leg is None:
             return
         journey = leg.journey
-        self._queue(journey.settle(leg, now_s))
+        self._outbox.queue(journey.settle(leg, now_s))
         if flight.ended:
             self._forget(flight)
         elif flight.phase in WITHOUT_DECODE:
@@ -249,7 +268,7 @@ class Dispatcher:
             return
         due = leg.not_before_s <= now_s
         blocks = self.fleet.blocks(leg.journey.work) if due else ()
-        pairing = self._pairing(leg, blocks) if due else None
+        pairing = self.fleet.pairing(leg, blocks) if due else None
         if pairing is not None:
             self._fly(leg, pairing, blocks, self._draw_id(), now_s)
         elif (leg.strict and due) or not self._waiting.add(leg):
@@ -261,26 +280,17 @@ class Dispatcher:
         if self._sweeping is None and len(self._waiting):
             self._sweeping = asyncio.get_running_loop().call_later(SWEEP_S, self._sweep)
 
-    def _pairing(self, leg: Leg, blocks: Sequence[int]) -> Pairing | None:
-        candidates = spare(self.fleet.candidates(blocks), leg.avoid, leg.strict)
-        flight = leg.flight
-        tokens = len(leg.journey.work.prompt)
-        if flight is None or flight.prefill is None:
-            placement = place(candidates, tokens)
-            return None if placement is None else placement.pairing
-        hello = self.clients[flight.prefill].hello
-        if hello is None or hello.transfer is None:
-            return None
-        decode = place_decode(candidates, hello.model_digest, tokens)
-        return None if decode is None else Pairing(flight.prefill, decode.name, hello.transfer)
-
     def _sweep(self) -> None:
         self._sweeping = None
         now_s = self._clock()
         for leg in self._waiting.take_due(now_s):
-            self._seek(leg, now_s)
+            try:
+                self._seek(leg, now_s)
+            except BaseException as error:
+                self._borders.contain("sweep", f"request {leg.journey.work.request_id}", error)
+                self._end_crashed(leg.journey, now_s)
         self._sweep_later()
-        self._flush()
+        self._outbox.flush()
 
     def _forget(self, flight: Flight) -> None:
         """No worker is to report of it any more."""
@@ -297,46 +307,63 @@ class Dispatcher:
 
     def _on_reports(self, client: WorkerClient, reports: list[Report]) -> None:
         worker, now_s = client.endpoint, self._clock()
-        flights = self._flights
         tokens = 0
         for report in reports:
-            flight = flights.get(report.request_id)  # type: ignore[union-attr]
-            if flight is None:
-                self._on_unknown(worker, report)
-                continue
-            if isinstance(report, Tokens):
-                tokens += len(report.tokens)
-                sends = flight.on_tokens(worker, report, now_s)
-                if sends:
-                    self._queue(sends)
-            elif isinstance(report, PrefillDone):
-                flight.on_prefill_done(worker, report)
-                self._seats.leave_prefill(flight)
-                self._admission.observe(worker, len(flight.work.prompt), flight.times.submitted_s, now_s)
-            elif isinstance(report, DecodeStarted):
-                flight.on_decode_started(worker, report, now_s)
-            elif isinstance(report, Failed):
-                self._queue(flight.on_failed(worker, report, now_s))
-                self._settle(flight, now_s)
-            elif isinstance(report, Undelivered):
-                self._queue(flight.on_undelivered(worker, report))
-                self._settle(flight, now_s)
-            elif isinstance(report, Holding):
-                self._queue(flight.on_holding(worker))
-            elif isinstance(report, TraceReply):
-                self.traces.on_reply(report)
-            if flight.ended:
-                self._settle(flight, now_s)
+            try:
+                tokens += self._on_report(worker, report, now_s)
+            except BaseException as error:
+                self._contain("report", getattr(report, "request_id", 0), error, now_s)
         if tokens:
             self._metrics.rate.add(tokens, now_s)
-        self._flush()
+        self._outbox.flush()
+
+    def _on_report(self, worker: str, report: Report, now_s: float) -> int:
+        """How many tokens came with it."""
+        flight = self._flights.get(report.request_id)  # type: ignore[union-attr]
+        if flight is None:
+            self._on_unknown(worker, report)
+            return 0
+        if isinstance(report, Tokens):
+            sends = flight.on_tokens(worker, report, now_s)
+            if sends:
+                self._outbox.queue(sends)
+        elif isinstance(report, PrefillDone):
+            flight.on_prefill_done(worker, report)
+            self._seats.leave_prefill(flight)
+            self._admission.observe(worker, len(flight.work.prompt), flight.times.submitted_s, now_s)
+        elif isinstance(report, DecodeStarted):
+            flight.on_decode_started(worker, report, now_s)
+        elif isinstance(report, Failed):
+            self._outbox.queue(flight.on_failed(worker, report, now_s))
+            self._settle(flight, now_s)
+        elif isinstance(report, Undelivered):
+            self._outbox.queue(flight.on_undelivered(worker, report))
+            self._settle(flight, now_s)
+        elif isinstance(report, Holding):
+            self._outbox.queue(flight.on_holding(worker))
+        elif isinstance(report, TraceReply):
+            self.traces.on_reply(report)
+        if flight.ended:
+            self._settle(flight, now_s)
+        return len(report.tokens) if isinstance(report, Tokens) else 0
+
+    def _contain(self, where: str, request_id: int, error: BaseException, now_s: float) -> None:
+        """What nobody foresaw ends the request that it came from, on its workers too, and no other."""
+        self._borders.contain(where, f"request {request_id}", error)
+        flight = self._flights.get(request_id)
+        leg = None if flight is None else self._legs.get(flight.work.request_id)
+        if leg is not None:
+            self._end_crashed(leg.journey, now_s)
+
+    def _end_crashed(self, journey: Journey, now_s: float) -> None:
+        self._end(journey, crashed(committed=journey.times.first_token_s is not None), now_s)
 
     def _on_unknown(self, worker: str, report: Report) -> None:
         """Of a flight that has ended here: who still holds KV for it need not."""
         if isinstance(report, TraceReply):
             self.traces.on_reply(report)
         elif isinstance(report, Holding | Undelivered):
-            self._queue((Send(worker, Cancel(report.request_id)),))
+            self._outbox.queue((Send(worker, Cancel(report.request_id)),))
         else:
             self._metrics.ignored_reports += 1
 
@@ -349,9 +376,15 @@ class Dispatcher:
         flights = [leg.flight for leg in self._legs.values() if leg.flight is not None]
         for flight in flights:
             if client.endpoint in flight.workers:
-                self._queue(flight.on_worker_lost(client.endpoint, now_s))
-                self._settle(flight, now_s)
-        self._flush()
+                self._on_lost(flight, client.endpoint, now_s)
+        self._outbox.flush()
+
+    def _on_lost(self, flight: Flight, worker: str, now_s: float) -> None:
+        try:
+            self._outbox.queue(flight.on_worker_lost(worker, now_s))
+            self._settle(flight, now_s)
+        except BaseException as error:
+            self._contain("worker_lost", flight.work.request_id, error, now_s)
 
     def _on_found(self, endpoints: list[str]) -> None:
         """Discovery has looked: workers come and go."""
@@ -360,26 +393,8 @@ class Dispatcher:
             flights = (leg.flight for leg in self._legs.values() if leg.flight is not None)
             self.fleet.release({worker for flight in flights for worker in flight.workers})
 
-    # -- sending
-
-    def _queue(self, sends: Iterable[Send]) -> None:
-        for send in sends:
-            self._outbox.setdefault(send.worker, []).append(send.message)
-
-    def _flush(self) -> None:
-        while self._outbox:
-            outbox, self._outbox = self._outbox, {}
-            for worker, messages in outbox.items():
-                if not self.fleet.send(worker, messages):
-                    self._not_sent(worker, messages)
-
-    def _not_sent(self, worker: str, messages: list[Request]) -> None:
-        """A worker that cannot even be written to holds nothing of these requests, whatever it was before."""
-        now_s = self._clock()
-        for message in messages:
-            work = getattr(message, "work", None)
-            request_id: int = work.request_id if work is not None else getattr(message, "request_id", 0)
-            flight = self._flights.get(request_id)
-            if flight is not None:
-                self._queue(flight.on_worker_lost(worker, now_s))
-                self._settle(flight, now_s)
+    def _on_unsent(self, worker: str, request_id: int) -> None:
+        """A worker that cannot even be written to holds nothing of the request, whatever it was before."""
+        flight = self._flights.get(request_id)
+        if flight is not None:
+            self._on_lost(flight, worker, self._clock())

@@ -75,9 +75,9 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
     return ApiError(400, message, param=param, code=code)
 
 
-def crashed() -> ApiError:
+def crashed(committed: bool = False) -> ApiError:
     """For what nobody foresaw; the log says more."""
-    return ApiError(500, "The server failed on this request.", code="internal_error")
+    return ApiError(500, "The server failed on this request.", code="internal_error", committed=committed)
 
 
 _AT_PATH = re.compile(r" - at `\$\.?(?P<path>[^`]*)`$")

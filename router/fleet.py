@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 from router.candidates import candidates
 from router.config import RouterConfig
-from router.policy import Candidate
+from router.migration import Leg
+from router.policy import Candidate, Pairing, place, place_decode, spare
 from router.prefixes import PrefixIndex, prefix_blocks
 from router.requests import Flight
 from router.roster import Roster
@@ -133,6 +134,20 @@ class Fleet:
         if leaving:
             clients = [client for client in clients if client.endpoint not in leaving]
         return candidates(clients, self.seats, self._prefixes, blocks)
+
+    def pairing(self, leg: Leg, blocks: Sequence[int]) -> Pairing | None:
+        """Workers for a leg that waits for them, if there are any now."""
+        candidates = spare(self.candidates(blocks), leg.avoid, leg.strict)
+        flight = leg.flight
+        tokens = len(leg.journey.work.prompt)
+        if flight is None or flight.prefill is None:
+            placement = place(candidates, tokens)
+            return None if placement is None else placement.pairing
+        hello = self.clients[flight.prefill].hello
+        if hello is None or hello.transfer is None:
+            return None
+        decode = place_decode(candidates, hello.model_digest, tokens)
+        return None if decode is None else Pairing(flight.prefill, decode.name, hello.transfer)
 
     def take(self, flight: Flight, blocks: Sequence[int], paired_anew: bool) -> None:
         """The flight departs, or departs again with another decode worker."""

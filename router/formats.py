@@ -88,15 +88,21 @@ def completion_logprobs(
 
 
 def prompt_logprobs(
-    prompt: Sequence[int], logprobs: Sequence[TokenLogprob], tokenizer: TextTokenizer, alternatives: int
+    prompt: Sequence[int],
+    logprobs: Sequence[TokenLogprob],
+    tokenizer: TextTokenizer,
+    alternatives: int,
+    special: bool = False,
 ) -> dict[str, Any]:
-    """The same for an echoed prompt, whose first token has no probability."""
+    """The same for an echoed prompt, whose first token has no probability. `special`: special tokens are part
+    of its text."""
     offsets: list[int] = []
-    length = 0
-    detokenizer = tokenizer.detokenizer()
+    length = seen = 0
+    detokenizer = tokenizer.detokenizer(special)
     for token in prompt:
-        offsets.append(length)
+        offsets.append(seen)
         length += len(detokenizer.push((token,)))
+        seen = max(seen, length + len(detokenizer.ahead()))
     following = list(zip(prompt[1:], logprobs, strict=False))
     tops: list[dict[str, float] | None] = [None]
     tops += [_top(logprob, token, tokenizer) for token, logprob in following]

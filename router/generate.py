@@ -20,12 +20,14 @@ from router.config import RouterConfig
 from router.dispatch import Dispatcher
 from router.errors import ApiError, crashed
 from router.formats import frame
+from router.generation_config import SamplingDefaults
 from router.http import EVENT_STREAM, ClientGone, Receive, Response, Scope, Send, read_body
 from router.ids import draw_name, draw_number
 from router.metrics import Metrics
 from router.migration import Journey
 from router.orders import Order
 from router.parameters import (
+    PLAIN_SAMPLING,
     Limits,
     Options,
     check_model,
@@ -69,6 +71,7 @@ class Service:
     metrics: Metrics
     bodies: BodyDecoder
     draw_seed: Callable[[], int] = draw_number
+    defaults: SamplingDefaults = PLAIN_SAMPLING
 
     def limits(self) -> Limits:
         """Raises ApiError 503 while no worker has said what it can take."""
@@ -135,7 +138,7 @@ class GenerateEndpoint:
             body = service.bodies.decode(CompletionBody, raw)
         check_model(body.model, service.config.served_model_name)
         limits = service.limits()
-        options = options_of(body, limits, service.draw_seed())
+        options = options_of(body, limits, service.draw_seed(), service.defaults)
         prompts: list[tuple[list[int], str | None]] = []
         param = "messages" if isinstance(body, ChatBody) else "prompt"
         if isinstance(body, ChatBody):

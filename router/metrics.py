@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from router.borders import Borders
 from router.migration import Journey, RetryBudget
 from router.requests import Phase
 from services.messages import Status
@@ -95,6 +96,7 @@ class TimeSplit:
 class Metrics:
     started_s: float = field(default_factory=time.time)
     outcomes: dict[str, int] = field(default_factory=dict)
+    borders: Borders = field(default_factory=Borders)
     prompt_tokens: int = 0
     generation_tokens: int = 0
     ignored_reports: int = 0
@@ -214,6 +216,12 @@ class _Families(Collector):
         for outcome, count in sorted(metrics.outcomes.items()):
             outcomes.add_metric([outcome], count)
         yield outcomes
+        errors = CounterMetricFamily(
+            "baton_internal_errors", "Failures that ended one request, or less", labels=["where"]
+        )
+        for where, count in metrics.borders.counts.items():
+            errors.add_metric([where], count)
+        yield errors
         yield CounterMetricFamily("baton_prompt_tokens", "Prompt tokens", value=metrics.prompt_tokens)
         yield CounterMetricFamily(
             "baton_generation_tokens", "Generated tokens", value=metrics.generation_tokens

@@ -216,13 +216,15 @@ class Journey:
             return ()
         self.phase, self.error = (Phase.CANCELLED if error is None else Phase.FAILED), error
         sends: list[Send] = []
-        for leg in self.legs:
-            if leg.flight is not None:
-                sends += leg.flight.cancel(now_s)
-                self.ignored += leg.flight.ignored
-        self.times.ended_s = now_s
-        if error is not None:
-            self.output.on_failed(error)
+        try:
+            for leg in self.legs:
+                if leg.flight is not None:
+                    sends += leg.flight.cancel(now_s)
+                    self.ignored += leg.flight.ignored
+        finally:  # whatever a flight's state was, the client hears of the end
+            self.times.ended_s = now_s
+            if error is not None:
+                self.output.on_failed(error)
         return sends
 
     def close(self) -> None:

@@ -8,10 +8,12 @@ from msgspec import Struct
 
 from router.bodies import ChatBody, CompletionBody, GenerationBody, refuse_unsupported
 from router.errors import ApiError, invalid
+from router.generation_config import SamplingDefaults
 from services.messages import Sampling
 
 DEFAULT_COMPLETION_TOKENS = 16
 MAX_TOKEN_ID_DIGITS = 10
+PLAIN_SAMPLING = SamplingDefaults()
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +63,13 @@ def check_model(asked: str | None, served: str) -> None:
         )
 
 
-def options_of(body: CompletionBody | ChatBody, limits: Limits, random_seed: int) -> Options:
-    """`random_seed` (62 bits) is used where the request names none."""
+def options_of(
+    body: CompletionBody | ChatBody,
+    limits: Limits,
+    random_seed: int,
+    defaults: SamplingDefaults = PLAIN_SAMPLING,
+) -> Options:
+    """`random_seed` (62 bits) and `defaults` are used where the request says nothing."""
     refuse_unsupported(body)
     _check_floats(body)
     choices = body.n or 1
@@ -78,20 +85,22 @@ def options_of(body: CompletionBody | ChatBody, limits: Limits, random_seed: int
     if isinstance(body, ChatBody):
         logprobs = _chat_logprobs(body)
         max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+        max_tokens = defaults.max_tokens if max_tokens is None else max_tokens
     else:
         logprobs = body.logprobs
-        max_tokens = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+        most = DEFAULT_COMPLETION_TOKENS if defaults.max_tokens is None else defaults.max_tokens
+        max_tokens = min(DEFAULT_COMPLETION_TOKENS, most) if body.max_tokens is None else body.max_tokens
         if max_tokens == 0 and not echo:
             raise invalid("'max_tokens' must be at least 1 (0 is for 'echo' only).", "max_tokens")
     stops = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     sampling = Sampling(
         max_tokens=1,
         seed=random_seed if body.seed is None else body.seed & (2**63 - 1),
-        temperature=_or(body.temperature, 1.0),
-        top_p=_or(body.top_p, 1.0),
-        top_k=max(0, body.top_k or 0),
-        min_p=_or(body.min_p, 0.0),
-        repetition_penalty=_or(body.repetition_penalty, 1.0),
+        temperature=_or(body.temperature, defaults.temperature),
+        top_p=_or(body.top_p, defaults.top_p),
+        top_k=defaults.top_k if body.top_k is None else max(0, body.top_k),
+        min_p=_or(body.min_p, defaults.min_p),
+        repetition_penalty=_or(body.repetition_penalty, defaults.repetition_penalty),
         presence_penalty=_or(body.presence_penalty, 0.0),
         frequency_penalty=_or(body.frequency_penalty, 0.0),
         logit_bias=_logit_bias(body.logit_bias, limits.vocab_size),

@@ -26,6 +26,7 @@ from router.connection import connection_with
 from router.dispatch import Dispatcher
 from router.errors import ApiError
 from router.generate import Service
+from router.generation_config import sampling_defaults
 from router.metrics import Metrics
 from router.migration import RetryBudget
 from router.template import ChatTemplate
@@ -83,6 +84,7 @@ def run(config: RouterConfig) -> None:
 
 def build_service(config: RouterConfig) -> Service:
     """Steps 1 and, without its sockets, 2. Raises RouterConfigError."""
+    defaults = sampling_defaults(config.model_dir, config.generation_config)
     tokenizer = TextTokenizer(config.model_dir)
     template = ChatTemplate(config.model_dir, tokenizer.special_tokens)
     metrics = Metrics(retries=RetryBudget(config.max_retries, config.retry_share, config.retry_burst))
@@ -90,7 +92,8 @@ def build_service(config: RouterConfig) -> Service:
         dispatcher = Dispatcher(config, metrics)
     except ClientConfigError as error:
         raise RouterConfigError(str(error)) from error
-    return Service(config, tokenizer, template, dispatcher, metrics, BodyDecoder())
+    logger.info("%s", defaults.describe())
+    return Service(config, tokenizer, template, dispatcher, metrics, BodyDecoder(), defaults=defaults)
 
 
 def _listen(config: RouterConfig) -> socket.socket:

@@ -337,6 +337,11 @@ class Flight:
         self._end(Phase.CANCELLED, now_s)
         return self._cancels(holders)
 
+    def recall(self) -> Sequence[Send]:
+        """To every worker that had a part in a flight whose state is not to be trusted."""
+        self.ended = True
+        return self._cancels([self.decode] if self.prefill is None else [self.prefill, self.decode])
+
     def _cancels(self, holders: Sequence[str]) -> Sequence[Send]:
         ids = {self.decode: self.decode_id}
         return [Send(one, Cancel(ids.get(one, self.work.request_id))) for one in holders]

@@ -16,7 +16,9 @@ from tokenizers import Tokenizer
 from router.checkpoint import read_json
 from router.config import RouterConfigError
 from router.conversion import convert
-from router.text import ByteDetokenizer, Detokenizer, StreamDetokenizer
+from router.decoder_chain import DecoderChain, byte_level_bytes, byte_level_table
+from router.decoders import byte_of
+from router.detokenizer import ByteDetokenizer, ChainDetokenizer, Continuation, Pieces
 from router.tokenizer_keys import check_keys, why_converted
 from router.words import WordEncoder
 
@@ -25,24 +27,6 @@ log = logging.getLogger(__name__)
 THREAD_CHARACTERS = 8192
 """Longer texts are encoded in a thread: about 2 ms, what other streams may have to wait."""
 ENCODING_THREADS = 2
-
-
-_BYTE_FALLBACK = [
-    {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-    {"type": "ByteFallback"},
-    {"type": "Fuse"},
-]
-"""How decoding begins in what transformers makes of sentencepiece models."""
-_STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
-
-
-def _bytes_of_byte_level() -> dict[str, int]:
-    """The printable stand-in of each byte in byte-level vocabularies (GPT-2; Radford et al. 2019)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    table = {chr(byte): byte for byte in printable}
-    others = (byte for byte in range(256) if byte not in set(printable))
-    table.update({chr(256 + index): byte for index, byte in enumerate(others)})
-    return table
 
 
 class TextTokenizer:
@@ -65,7 +49,6 @@ class TextTokenizer:
             converted = convert(model_dir)
             path, content, self.special_tokens = model_dir, converted.tokenizer, converted.special_tokens
             values = json.loads(content)
-        decoder = values.get("decoder")
         try:
             self._tokenizer: Tokenizer = Tokenizer.from_str(content)
         except Exception as error:  # the library raises bare Exception
@@ -78,33 +61,28 @@ class TextTokenizer:
         self.size = max(vocabulary.values()) + 1
         added = self._tokenizer.get_added_tokens_decoder()
         self.special = frozenset(token for token, entry in added.items() if entry.special)
-        self._byte_level = isinstance(decoder, dict) and decoder.get("type") == "ByteLevel"
-        steps = decoder.get("decoders", []) if isinstance(decoder, dict) else []
-        self._byte_fallback = steps[:3] == _BYTE_FALLBACK and steps[3:] in ([], [_STRIP])
-        self._strip = steps[3:] == [_STRIP]
-        self._all_bytes = self._token_bytes(vocabulary)
-        self._text_bytes = [
-            b"" if token in self.special else piece for token, piece in enumerate(self._all_bytes)
-        ]
-        stand_ins = {byte: text for text, byte in _bytes_of_byte_level().items()}
+        names = frozenset(entry.content for entry in added.values() if entry.special)
+        try:
+            self._chain = DecoderChain(values.get("decoder"))
+        except ValueError as error:
+            raise RouterConfigError(f"{path}: {error}") from error
+        if not self._chain.streams:
+            log.warning("%s: its decoder needs a whole text, so a stream's comes at its end", path)
+        self._shown = Pieces(self._tokenizer, self.size, frozenset(), self._chain.first)
+        self._unspecial = Pieces(self._tokenizer, self.size, names, self._chain.first)
+        self._all_bytes: list[bytes] = []
+        self._text_bytes: list[bytes] = []
+        table = byte_level_table()
+        if self._chain.byte_level:
+            all_names = [self._tokenizer.id_to_token(token) or "" for token in range(self.size)]
+            self._all_bytes = [byte_level_bytes(name, table) for name in all_names]
+            self._text_bytes = [
+                b"" if name in names else piece
+                for name, piece in zip(all_names, self._all_bytes, strict=True)
+            ]
+        stand_ins = {byte: text for text, byte in table.items()}
         self._words = WordEncoder.make(self._tokenizer, values, stand_ins)
         self._threads = asyncio.Semaphore(ENCODING_THREADS)
-
-    def _token_bytes(self, vocabulary: dict[str, int]) -> list[bytes]:
-        table = _bytes_of_byte_level()
-        pieces = [b""] * self.size
-        for text, token in vocabulary.items():
-            if token in self.special and not self._byte_level:
-                pieces[token] = text.encode()
-            elif self._byte_level:
-                stand_ins = [table.get(character) for character in text]
-                known = [byte for byte in stand_ins if byte is not None]
-                pieces[token] = bytes(known) if len(known) == len(stand_ins) else text.encode()
-            elif len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
-                pieces[token] = bytes.fromhex(text[3:5])
-            else:
-                pieces[token] = text.replace("▁", " ").encode()
-        return pieces
 
     async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Token ids. A short text is encoded at once, a long one in a thread beside the event loop."""
@@ -124,20 +102,30 @@ class TextTokenizer:
         return ids
 
     def decode(self, tokens: Sequence[int], skip_special_tokens: bool = False) -> str:
-        text: str = self._tokenizer.decode(
-            [token for token in tokens if token < self.size], skip_special_tokens=skip_special_tokens
-        )
-        return text
+        detokenizer = self.detokenizer(special=not skip_special_tokens)
+        return detokenizer.push(tokens) + detokenizer.flush()
 
-    def detokenizer(self, continues: bool = False) -> Detokenizer:
-        """`continues`: the tokens follow others, so that a space which begins their text belongs to it."""
-        if self._byte_level or self._byte_fallback:
-            return ByteDetokenizer(self._text_bytes, self._strip and not continues)
-        return StreamDetokenizer(self._tokenizer, self.size)
+    def continuation(self, prompt: Sequence[int]) -> Continuation:
+        return Continuation(prompt, self.detokenizer())
+
+    def detokenizer(self, special: bool = False) -> ByteDetokenizer | ChainDetokenizer:
+        """For a text that begins with its tokens. `special`: special tokens are shown."""
+        if self._chain.byte_level:
+            return ByteDetokenizer(self._all_bytes if special else self._text_bytes)
+        pieces = self._shown if special else self._unspecial
+        return ChainDetokenizer(pieces, self._chain.others, self._chain.local)
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes one token stands for; a special token's are those of its name."""
-        return self._all_bytes[token] if 0 <= token < self.size else b""
+        """The bytes one token stands for amid others; a special token's are those of its name."""
+        if self._chain.byte_level:
+            return self._all_bytes[token] if 0 <= token < self.size else b""
+        if token in self.special:
+            return str(self._tokenizer.id_to_token(token)).encode()
+        piece = self._shown[token]
+        if piece is None:
+            return b""
+        byte = byte_of(piece) if self._chain.has_bytes else None
+        return self._chain.middle(piece).encode() if byte is None else bytes((byte,))
 
     def token_text(self, token: int) -> str:
         return self.token_bytes(token).decode("utf-8", "replace")

@@ -174,9 +174,12 @@ class WorkerClient:
         for report in reports:
             if isinstance(report, _OWN_REPORTS):
                 if passed_on:
-                    self._on_reports(self, passed_on)
+                    self._pass_on(passed_on)
                     passed_on = []
-                self._on_own(report)
+                try:
+                    self._on_own(report)
+                except Exception as error:
+                    self._failed(error)
                 if self._wire is not wire:
                     return
             elif self.state is ClientState.READY:
@@ -184,7 +187,18 @@ class WorkerClient:
             else:
                 self._on_drop("report_without_hello")
         if passed_on:
-            self._on_reports(self, passed_on)
+            self._pass_on(passed_on)
+
+    def _pass_on(self, reports: list[Report]) -> None:
+        try:
+            self._on_reports(self, reports)
+        except Exception as error:
+            self._failed(error)
+
+    def _failed(self, error: Exception) -> None:
+        """What else came with it still counts, and so does the connection."""
+        logger.error("worker %s: internal error on a report", self.endpoint, exc_info=error)
+        self._on_drop("internal_error")
 
     def _on_own(self, report: WorkerHello | Refusal | Status) -> None:
         if isinstance(report, Refusal):

@@ -1,4 +1,4 @@
-"""Two pure rules of every role: which work is taken in, and when a choice ends."""
+"""Pure rules of every role: which work is taken in, and when a choice ends."""
 
 from dataclasses import dataclass
 
@@ -59,3 +59,11 @@ def finish_reason(work: Work, token: int, output_tokens: int, limits: Limits) ->
     if len(work.prompt) - work.output_tokens + output_tokens >= limits.max_sequence_tokens:
         return "length"
     return None
+
+
+def named_request(said: object) -> int | None:
+    """The id that a message which is no request names as its own, if it is one."""
+    if isinstance(said, dict) and isinstance(said.get("work"), dict):
+        said = said["work"]
+    named = said.get("request_id") if isinstance(said, dict) else None
+    return named if type(named) is int and 0 < named < 2**63 else None

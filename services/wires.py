@@ -167,7 +167,7 @@ class UnixWire:
         reports: list[Report] = []
         for body in bodies:
             try:
-                reports += self._receives.decode(body)
+                reports += self._receives.decode_each(body, self._on_bad)
             except VersionMismatch as error:
                 self._on_drop("other_version")
                 self._on_mismatch(str(error))
@@ -175,6 +175,10 @@ class UnixWire:
                 self._on_drop("malformed_frame")
         if reports:
             self._on_reports(reports)
+
+    def _on_bad(self, said: object, why: str) -> None:
+        """A report that is none costs the others of its frame nothing."""
+        self._on_drop("malformed_report")
 
     def _write(self, data: bytes | bytearray) -> int:
         """How many bytes the socket took. An end of the connection is the reader's to find."""
@@ -219,7 +223,14 @@ class ZmqWire:
     ) -> None:
         self._on_reports, self._on_mismatch, self._on_end = on_reports, on_mismatch, on_end
         receives, sends = Codec[Report](Report), Codec[Request](Request)
-        self._link = Link(endpoint, receives, sends, keys=keys, on_drop=on_drop)
+        self._link = Link(
+            endpoint,
+            receives,
+            sends,
+            keys=keys,
+            on_drop=on_drop,
+            on_bad=lambda said, why: on_drop("malformed_report"),
+        )
         self._closed = False
         self._loop = asyncio.get_running_loop()
         self._monitor: zmq.Socket[bytes] = self._link.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)

@@ -23,7 +23,7 @@ import zmq
 
 from kvtransfer.channel import ChannelKeys, Codec, Server
 from kvtransfer.client import TransferLost
-from kvtransfer.messages import TransferSpans
+from kvtransfer.messages import Event, TransferSpans
 from services.config import WorkerConfig
 from services.kv_pull import KvPull
 from services.kv_pull_parts import PullParts
@@ -55,7 +55,7 @@ from services.roles.decode import DecodeRole
 from services.roles.prefill import PrefillRole
 from services.roles.role import Parts, Role
 from services.roles.unified import UnifiedRole
-from services.rules import Limits
+from services.rules import Limits, named_request
 from services.scheduler.pages import PagePool
 from services.startup import Prepared, ledgers_now, prepare
 from services.tracing import Tracing
@@ -111,6 +111,7 @@ class Worker:
             keys=keys,
             on_drop=self._count_drop,
             refusal=Refusal,
+            on_bad=self._on_bad,
         )
         limits = Limits(
             vocab_size=engine.vocab_size,
@@ -193,19 +194,49 @@ class Worker:
         if self.transfer is not None:
             self.transfer.tick(now_s)
             for event in self.transfer.receive(now_s):
-                if isinstance(event, TransferSpans):
-                    self.tracing.answer(event)
-                    continue
-                self.role.on_transfer(event)
-                if isinstance(event, TransferLost):
-                    self.prepared.moves[event.rank].let_go()
+                try:
+                    self._on_event(event)
+                except Exception as error:
+                    if isinstance(event, TransferLost):
+                        raise  # of all requests at once, and half done
+                    live = self.parts.requests.of_transfer(getattr(event, "transfer_id", 0))
+                    self.role.contain("event", None if live is None else live.work.request_id, error)
             self._tell_address()
         for router, requests in self.server.receive():
             if router not in self._routers and not self._greet(router, requests):
                 continue
             self._routers[router] = now_s
             for request in requests:
-                self._accept(router, request)
+                try:
+                    self._accept(router, request)
+                except Exception as error:
+                    self._refuse(router, request, error)
+
+    def _on_event(self, event: Event | TransferLost) -> None:
+        if isinstance(event, TransferSpans):
+            self.tracing.answer(event)
+            return
+        self.role.on_transfer(event)
+        if isinstance(event, TransferLost):
+            self.prepared.moves[event.rank].let_go()
+
+    def _on_bad(self, router: bytes, said: object, why: str) -> None:
+        """A message that is no request. If it says which one it would be, its router need not wait for it."""
+        self._count_drop("malformed_request")
+        request_id = named_request(said)
+        if request_id is not None:
+            message = f"the worker cannot read this request: {why}"
+            self.parts.outbox.add(router, Failed(request_id, "internal", message, False))
+
+    def _refuse(self, router: bytes, request: Request, error: Exception) -> None:
+        """A request that could not be taken in is answered all the same, and those beside it are not hurt."""
+        work = getattr(request, "work", None)
+        request_id = getattr(request, "request_id", None) if work is None else work.request_id
+        known = request_id is not None and request_id in self.parts.requests
+        self.role.contain("request", request_id, error)
+        if request_id is not None and not known:
+            message = "the worker failed on this request"
+            self.parts.outbox.add(router, Failed(request_id, "internal", message, False))
 
     def _tell_address(self) -> None:
         """A transfer process that was restarted has a new address; without one, routers look elsewhere."""

@@ -27,6 +27,7 @@ def run(settings: RouterSettings) -> None:
             workers_file=settings.workers_file,
             model_dir=settings.model_dir,
             served_model_name=settings.served_model_name or settings.model_dir.resolve().name,
+            generation_config=settings.generation_config,
             host=settings.host,
             port=settings.port,
             api_keys=api_keys(settings.api_key, settings.api_key_file),

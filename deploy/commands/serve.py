@@ -22,6 +22,8 @@ from deploy.planning import (
 )
 from deploy.readiness import Welcome, claim_port
 from deploy.scaling import Host, Scaling
+from router.config import RouterConfigError
+from router.generation_config import SamplingDefaults, sampling_defaults
 from services.config import Device
 from services.engine.model_config import ModelConfig
 from services.memory.measure import gpu_count
@@ -49,8 +51,17 @@ async def _serve(launcher: Launcher, scaling: Scaling, control: Path) -> int:
         return await launcher.run()
 
 
+def checked_defaults(settings: ServeSettings) -> SamplingDefaults:
+    """Raises UserError for a generation_config.json that cannot be obeyed."""
+    try:
+        return sampling_defaults(settings.model_dir, settings.generation_config)
+    except RouterConfigError as error:
+        raise UserError(str(error)) from None
+
+
 def run(settings: ServeSettings) -> None:
     device, slots, model = checked_slots(settings)
+    defaults = checked_defaults(settings)
     keys = api_keys(settings.api_key, settings.api_key_file)
     port = claim_port(settings.host, settings.port)
     model_name = settings.served_model_name or settings.model_dir.resolve().name
@@ -58,6 +69,7 @@ def run(settings: ServeSettings) -> None:
     screen = Screen()
     for note in model.notes:
         screen.say(f"warning: {note}")
+    screen.say(defaults.describe())
     for directory in run_directory.sweep():
         screen.say(f"removed {directory.name}, left by a launcher that is gone")
     run_dir = run_directory.create()

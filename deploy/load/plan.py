@@ -129,13 +129,17 @@ def make_load(
 
 
 def body(prompt: TokenIds, size: Sizes, ask: Ask, number: int) -> bytes:
-    """Exactly `output_tokens` are wanted, whatever the model draws."""
+    """Exactly `output_tokens` are wanted, whatever the model draws, and whatever a server's defaults are."""
     return msgspec.json.encode(
         {
             "model": ask.model,
             "prompt": prompt.tolist(),
             "max_tokens": size.output_tokens,
             "temperature": ask.temperature,
+            "top_p": 1.0,
+            "top_k": -1,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
             "seed": number,
             "ignore_eos": True,
             "stream": True,

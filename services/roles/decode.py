@@ -14,6 +14,7 @@ from services.messages import Cancel, DecodeStarted, Join, Request, Reserve, Tra
 from services.roles.decoding import DecodingRole
 from services.roles.role import Occupancy, Parts
 from services.scheduler.decode import DecodeScheduler, Reservation
+from services.scheduler.sequence import Sequence
 
 
 class DecodeRole(DecodingRole[DecodeScheduler]):
@@ -57,8 +58,13 @@ class DecodeRole(DecodingRole[DecodeScheduler]):
             case TransferLost(rank=rank):
                 lost = self.pull.open_ids()
                 self.pull.clear(rank)
-                for transfer_id in lost:
-                    self._fail_transfer(transfer_id, "the transfer process was restarted")
+                message = "KV did not arrive: the transfer process was restarted"
+                lives = [live for one in lost if (live := self.parts.requests.of_transfer(one)) is not None]
+                self.each(
+                    "transfer_lost",
+                    lives,
+                    lambda live: self.fail(live.work.request_id, "transfer", message, True),
+                )
 
     @property
     def in_flight(self) -> bool:
@@ -94,19 +100,26 @@ class DecodeRole(DecodingRole[DecodeScheduler]):
             return
         now_s = self.parts.clock()
         for sequence in self.scheduler.reserve():
-            request_id = sequence.work.request_id
-            live = self.parts.requests.get(request_id)
-            if live is None or live.transfer_id is None:
-                continue
-            source = self._sources.pop(request_id)
-            left_s = max(live.deadline_at_s - now_s, 0.001)
             try:
-                incoming = self.pull.open(sequence, live.transfer_id, source, left_s)
-            except ValueError as error:
-                self._fail_transfer(live.transfer_id, str(error))
-                continue
-            if incoming.missing_tokens == 0:
-                self._arrived(request_id, 0.0)
+                self._ask_for(sequence, now_s)
+            except Exception as error:
+                self.contain("reserve", sequence.work.request_id, error)
+
+    def _ask_for(self, sequence: Sequence, now_s: float) -> None:
+        """Has the KV of a prompt that has its pages sent."""
+        request_id = sequence.work.request_id
+        live = self.parts.requests.get(request_id)
+        if live is None or live.transfer_id is None:
+            return
+        source = self._sources.pop(request_id)
+        left_s = max(live.deadline_at_s - now_s, 0.001)
+        try:
+            incoming = self.pull.open(sequence, live.transfer_id, source, left_s)
+        except ValueError as error:
+            self._fail_transfer(live.transfer_id, str(error))
+            return
+        if incoming.missing_tokens == 0:
+            self._arrived(request_id, 0.0)
 
     def _settle_transfers(self) -> None:
         settled = self.pull.settle()
@@ -114,7 +127,11 @@ class DecodeRole(DecodingRole[DecodeScheduler]):
             self.parts.counters["checksum_mismatches"] += 1
             self._fail_transfer(transfer_id, reason)
         for incoming in settled.whole:
-            self._arrived(incoming.sequence.work.request_id, incoming.transfer_s)
+            request_id = incoming.sequence.work.request_id
+            try:
+                self._arrived(request_id, incoming.transfer_s)
+            except Exception as error:
+                self.contain("arrival", request_id, error)
 
     def _arrived(self, request_id: int, transfer_s: float) -> None:
         self._transfer_s[request_id] = transfer_s

@@ -99,8 +99,14 @@ class DecodingRole(Role, Generic[Scheduler]):
         if result is None:
             return
         for sequence, drawn in result.decodes:
-            if sequence.state is not State.ENDED:
-                self.append(sequence, drawn)
+            try:
+                if sequence.state is not State.ENDED:
+                    self.append(sequence, drawn)
+            except Exception as error:
+                self.contain("token", sequence.work.request_id, error)
         for chunk, row in result.chunks:
-            if chunk.sequence.state is not State.ENDED:
-                self.take_chunk(chunk, row)
+            try:
+                if chunk.sequence.state is not State.ENDED:
+                    self.take_chunk(chunk, row)
+            except Exception as error:
+                self.contain("chunk", chunk.sequence.work.request_id, error)

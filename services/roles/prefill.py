@@ -82,9 +82,9 @@ class PrefillRole(Role):
                     self._undelivered(live, reason)
             case TransferLost(rank=rank):
                 self.push.clear(rank)
-                for live in self.parts.requests.all():
-                    if live.transfer_id is not None:
-                        self._undelivered(live, "the transfer process was restarted")
+                why = "the transfer process was restarted"
+                sent = [live for live in self.parts.requests.all() if live.transfer_id is not None]
+                self.each("transfer_lost", sent, lambda live: self._undelivered(live, why))
 
     def step(self) -> bool:
         worked = self._collect_done()
@@ -157,7 +157,10 @@ class PrefillRole(Role):
             self._done_s = now_s
             result = self.collect(flight, after=self._flights[0] if self._flights else None)
             for chunk, row in result.chunks if result is not None else []:
-                self._report(chunk, row)
+                try:
+                    self._report(chunk, row)
+                except Exception as error:
+                    self.contain("chunk", chunk.sequence.work.request_id, error)
             collected = True
         return collected
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from kvtransfer.client import WorkerEvent
 from kvtransfer.messages import WITHDRAWN
 from kvtransfer.spans import Spans
+from services.borders import contain
 from services.engine.batch import Drawn, RowResult
 from services.engine.engine import Engine
 from services.engine.launched import Launched
@@ -116,17 +117,19 @@ class Role(ABC):
 
     def sweep(self) -> None:
         """End every request whose deadline has passed."""
-        for live in self.parts.requests.expired(self.parts.clock()):
-            seconds = f"{live.work.deadline_s:g} s"
-            self.fail(live.work.request_id, "deadline", f"not finished within {seconds}", False)
+
+        def expire(live: Live) -> None:
+            message = f"not finished within {live.work.deadline_s:g} s"
+            self.fail(live.work.request_id, "deadline", message, False)
+
+        self.each("sweep", self.parts.requests.expired(self.parts.clock()), expire)
 
     def drop_router(self, router: bytes) -> None:
         """A router is gone: nobody wants its requests any more."""
         lost = self.parts.requests.of_router(router)
         if lost:
             log.warning("router %s is gone with %d requests", router.hex(), len(lost))
-        for live in lost:
-            self.end(live.work.request_id, WITHDRAWN)
+        self.each("router_lost", lost, lambda live: self.end(live.work.request_id, WITHDRAWN))
 
     # ------------------------------------------------------------ entering and leaving
 
@@ -164,6 +167,21 @@ class Role(ABC):
         self.parts.outbox.add(live.router, Failed(request_id, code, message, retryable))
         # What nobody tries again ends at its other worker by the router's word: nothing is lost there.
         self.end(request_id, code if retryable else WITHDRAWN)
+
+    def contain(self, where: str, request_id: int | None, error: Exception) -> None:
+        """What nobody foresaw ends the request that it came from, and no other; see `borders.contain`."""
+        parts = self.parts
+        contain(where, request_id, error, parts.counters, parts.engine.device.type == "cuda")
+        if request_id is not None:
+            self.fail(request_id, "internal", "the worker failed on this request", False)
+
+    def each(self, where: str, requests: list[Live], act: Callable[[Live], None]) -> None:
+        """Something that is done for many requests, of which each fails by itself."""
+        for live in requests:
+            try:
+                act(live)
+            except Exception as error:
+                self.contain(where, live.work.request_id, error)
 
     # ------------------------------------------------------------ a step
 

@@ -1,5 +1,7 @@
 """What must hold after every turn of a process, and what is left at rest."""
 
+from collections.abc import Mapping
+
 from kvtransfer.machine import TransferMachine
 from kvtransfer.messages import SlotUse
 from kvtransfer.sender import REMEMBERED_ENDS
@@ -43,6 +45,13 @@ def check_pages(name: str, worker: Worker) -> None:
     known = {one.work.request_id for one in sequences}
     if known != worker.parts.requests._live.keys():
         raise Violation(f"{name}: requests {worker.parts.requests.all()}, scheduled {sorted(known)}")
+
+
+def check_borders(name: str, counters: Mapping[str, int]) -> None:
+    """Nothing has failed that nobody foresaw: borders keep it from other requests, not from this eye."""
+    failed = {at: count for at, count in counters.items() if at.startswith("internal_errors_") and count}
+    if failed:
+        raise Violation(f"{name}: {failed}")
 
 
 def check_slots(name: str, machine: TransferMachine) -> None:

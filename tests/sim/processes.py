@@ -20,7 +20,7 @@ from services.staging import Staging
 from services.transfer_ranks import TransferRanks
 from services.worker import Worker
 from tests.sim.engine import CELL_BYTES, GEOMETRY, PAGE_TOKENS, SimEngine
-from tests.sim.invariants import check_pages, check_slots, transfer_rest, worker_rest
+from tests.sim.invariants import check_borders, check_pages, check_slots, transfer_rest, worker_rest
 from tests.sim.kernel import Process
 from tests.sim.network import Link
 from tests.sim.seams import Seams, SimTransferClient
@@ -158,6 +158,7 @@ class WorkerHost(Process):
     def check(self) -> None:
         if self.worker is not None:
             check_pages(self.name, self.worker)
+            check_borders(self.name, self.worker.parts.counters)
 
     def rest(self) -> str | None:
         return None if self.worker is None else worker_rest(self.worker)
@@ -293,6 +294,8 @@ class RouterHost(Process):
     def check(self) -> None:
         dispatcher = self.dispatcher
         if dispatcher is not None:
+            counts = dispatcher._borders.counts
+            check_borders(self.name, {f"internal_errors_{at}": count for at, count in counts.items()})
             for flight in dispatcher._flights.values():
                 if flight.ended:
                     raise AssertionError(f"flight {flight.work.request_id} has ended and is still there")

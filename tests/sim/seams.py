@@ -126,11 +126,28 @@ class Seams:
     # ------------------------------------------------------------ what stands in for what
 
     def _server(
-        self, endpoint: str, receives: Any, sends: Any, *, keys: Any = None, on_drop: Any, refusal: Any = None
+        self,
+        endpoint: str,
+        receives: Any,
+        sends: Any,
+        *,
+        keys: Any = None,
+        on_drop: Any,
+        refusal: Any = None,
+        on_bad: Any = None,
     ) -> Server:
         return Server(self.network, endpoint, receives, sends, on_drop)
 
-    def _link(self, endpoint: str, receives: Any, sends: Any, *, keys: Any = None, on_drop: Any) -> Link:
+    def _link(
+        self,
+        endpoint: str,
+        receives: Any,
+        sends: Any,
+        *,
+        keys: Any = None,
+        on_drop: Any,
+        on_bad: Any = None,
+    ) -> Link:
         return Link(self.network, endpoint, receives, sends, on_drop)
 
     def _mover(self, config: TransferConfig, agent_name: str, device: None, ipc_handle: None) -> SimMover:

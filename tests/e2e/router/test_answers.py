@@ -1,12 +1,14 @@
 """What a client gets for its requests: the openai client in strict mode, and the wire itself."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
 from services.messages import Cancel, Join, Prefill, Reserve
 from tests.checkpoints import IM_END
-from tests.e2e.router.harness import MESSAGES, Cluster
+from tests.e2e.router.harness import MESSAGES, Cluster, small_cluster, until
 
 
 def test_chat(cluster: Cluster) -> None:
@@ -221,3 +223,23 @@ def test_views_of_the_cluster(cluster: Cluster) -> None:
         assert "http://" not in page.text.replace("http://www.w3.org/", "")
         assert "innerHTML" not in page.text
         assert http.get("/version").json()["version"]
+
+
+def test_sampling_defaults_of_the_checkpoint_apply(model_dir: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "m"
+    shutil.copytree(model_dir, directory)
+    values = {"temperature": 0.25, "top_k": 3, "top_p": 0.5, "repetition_penalty": 1.25}
+    (directory / "generation_config.json").write_text(json.dumps(values))
+    with small_cluster(directory, tmp_path) as cluster, cluster.router.http() as http:
+        for path, body in (
+            ("chat/completions", {"messages": MESSAGES, "temperature": None}),
+            ("completions", {"prompt": "a"}),
+            ("completions", {"prompt": "a", "temperature": 0, "top_k": -1}),
+        ):
+            answer = http.post(f"/v1/{path}", json={**body, "max_tokens": 2})
+            assert answer.status_code == 200, answer.text
+        drawn = [one.work.sampling for one in cluster.prefill.wait_for(Prefill, 3)]
+        until(cluster.router.at_rest, "a router at rest")
+    for sampling in drawn[:2]:
+        assert {name: getattr(sampling, name) for name in values} == values
+    assert (drawn[2].temperature, drawn[2].top_k, drawn[2].top_p) == (0.0, 0, 0.5)

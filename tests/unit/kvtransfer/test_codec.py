@@ -114,3 +114,24 @@ def test_frame_size_limit_both_ways() -> None:
         codec.decode(frame)
     with pytest.raises(ProtocolError, match="limit"):
         codec.encode(MESSAGES)
+
+
+@given(st.lists(st.sampled_from(MESSAGES) | PLAIN, max_size=6))
+def test_messages_that_are_none_cost_the_others_nothing(mixed: list[object]) -> None:
+    good = [one for one in mixed if isinstance(one, msgspec.Struct)]
+    values = [value for value in mixed if not isinstance(value, msgspec.Struct)]
+    bad: list[object] = []
+    frame = VERSION + msgspec.msgpack.encode(mixed)
+    try:
+        found = WORKER_COMMANDS.decode_each(frame, lambda said, why: bad.append(said))
+    except ProtocolError:
+        assert mixed and not good
+        found = []
+    assert found == good
+    assert msgspec.msgpack.encode(bad) == msgspec.msgpack.encode(values)
+
+
+def test_a_frame_that_is_none_is_refused_as_a_whole() -> None:
+    for frame in (b"", b"\x00\x90", VERSION + b"\x93\x01", VERSION + b"\x81\x01\x02"):
+        with pytest.raises(ProtocolError):
+            WORKER_COMMANDS.decode_each(frame, lambda said, why: None)

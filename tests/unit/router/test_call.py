@@ -1,17 +1,20 @@
-"""A stream whose client does not keep up."""
+"""A prompt and its answer as one text; a stream whose client does not keep up."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, decoders, models
 
 import router.call
-from router.answers import Heading, StreamSheet
+from router.answers import Heading, Sheet, StreamSheet, WholeSheet
 from router.bodies import CompletionBody
 from router.call import Call
 from router.metrics import Metrics
 from router.parameters import Limits, options_of
 from router.tokenizer import TextTokenizer
-from services.messages import Tokens
+from services.messages import PrefillDone, TokenLogprob, Tokens
 from tests.checkpoints import write_tokenizer
 
 LIMITS = Limits(320, 1024, 1024, 8, 8, 8)
@@ -33,3 +36,95 @@ def test_frames_that_nobody_takes_end_the_stream(tmp_path: Path, monkeypatch: py
     assert going_on == [True] * 10 + [False] * 4
     assert call.ended and call.error is not None
     assert (call.error.status, call.error.code) == (408, "client_too_slow")
+
+
+def answer(tokenizer: TextTokenizer, body: CompletionBody, text: str | None, prompt: list[int]) -> Any:
+    """The choices of a whole answer, made of `COMPLETIONS`."""
+    limits = Limits(2000, 4096, 4096, 8, 8, 8)
+    options = options_of(body, limits, 1)
+    sheet = WholeSheet(Heading("id", 0, "tiny"), tokenizer, False, options.logprobs)
+    call = Call(options, sheet, tokenizer, Metrics())
+    output = call.add_prompt(prompt, text)
+    logprobs = [TokenLogprob(-1.0, []) for _ in prompt[1:]]
+    output.on_prefilled(PrefillDone(1, 0.0, 0.0, 0, logprobs if options.logprobs is not None else None))
+    for choice, tokens in enumerate(COMPLETIONS[: options.choices]):
+        own = [TokenLogprob(-1.0, []) for _ in tokens] if options.logprobs is not None else None
+        output.on_tokens(Tokens(1, choice, tokens, own, "length"), 0.0)
+    assert call.ended
+    return json.loads(call.sheet.body(call.usage))["choices"]
+
+
+COMPLETIONS = [[500, 501], [502]]
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
+    """`<s>`, then `▁w1` to `▁w999` with a Metaspace decoder."""
+    library = Tokenizer(models.WordLevel({f"▁w{i}": i for i in range(1000)}, unk_token="▁w0"))
+    library.decoder = decoders.Metaspace(prepend_scheme="always")
+    library.add_special_tokens(["<s>"])
+    directory: Path = tmp_path_factory.mktemp("words")
+    library.save(str(directory / "tokenizer.json"))
+    return TextTokenizer(directory)
+
+
+@pytest.mark.parametrize("text", [None, "w5 w600 w7"])
+def test_prompt_and_completion_of_an_echo_are_one_text(words: TextTokenizer, text: str | None) -> None:
+    body = CompletionBody(prompt="", echo=True, max_tokens=2, n=2, logprobs=0)
+    first, second = answer(words, body, text, [5, 600, 7])
+    assert first["text"] == words.decode([5, 600, 7, 500, 501]) == "w5 w600 w7 w500 w501"
+    assert second["text"] == "w5 w600 w7 w502"
+    assert first["logprobs"]["text_offset"] == [0, 2, 7, 10, 15]
+    assert first["logprobs"]["tokens"][3:] == [" w500", " w501"]
+
+
+def test_without_an_echo_the_text_begins_where_the_prompt_ends(words: TextTokenizer) -> None:
+    (choice,) = answer(words, CompletionBody(prompt="", max_tokens=2, logprobs=0), None, [5, 600, 7])
+    assert choice["text"] == " w500 w501"
+    assert choice["logprobs"]["text_offset"] == [0, 5]
+
+
+def test_a_prompt_of_ids_shows_its_special_tokens(words: TextTokenizer) -> None:
+    body = CompletionBody(prompt="", echo=True, max_tokens=2, logprobs=0)
+    (choice,) = answer(words, body, None, [1000, 5])
+    assert choice["text"] == "<s> w5 w500 w501"
+    assert choice["logprobs"]["text_offset"] == [0, 3, 6, 11]
+    (choice,) = answer(words, CompletionBody(prompt="", max_tokens=2), None, [1000])
+    assert choice["text"] == "w500 w501"
+
+
+def test_an_echo_of_half_a_character_is_made_whole(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    tokenizer = TextTokenizer(tmp_path)
+    tokens = tokenizer._encode_long("xé", False)
+    body = CompletionBody(prompt="", echo=True, max_tokens=2, logprobs=0)
+    options = options_of(body, LIMITS, 1)
+    for streamed in (False, True):
+        heading = Heading("id", 0, "tiny")
+        sheet: Sheet = (
+            StreamSheet(heading, tokenizer, False, 0, False)
+            if streamed
+            else WholeSheet(heading, tokenizer, False, 0)
+        )
+        call = Call(options, sheet, tokenizer, Metrics())
+        output = call.add_prompt(tokens[:2], None)
+        logprobs = [TokenLogprob(-1.0, [])]
+        output.on_prefilled(PrefillDone(1, 0.0, 0.0, 0, logprobs))
+        output.on_tokens(Tokens(1, 0, tokens[2:], logprobs, "length"), 0.0)
+        bodies = (
+            [line[6:] for line in b"".join(sheet.frames).splitlines() if line.startswith(b"data: {")]
+            if streamed
+            else [sheet.body(call.usage)]
+        )
+        choices = [json.loads(one)["choices"][0] for one in bodies]
+        assert "".join(choice["text"] for choice in choices) == "xé"
+        offsets = [choice["logprobs"]["text_offset"] for choice in choices if choice["logprobs"]]
+        assert [at for each in offsets for at in each] == [0, 1, 1]
+
+
+def test_an_echo_alone_is_what_the_prompt_decodes_to(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    tokenizer = TextTokenizer(tmp_path)
+    tokens = tokenizer._encode_long("xé", False)[:2]
+    (choice,) = answer(tokenizer, CompletionBody(prompt="", echo=True, max_tokens=0), None, tokens)
+    assert choice["text"] == tokenizer.decode(tokens) == "x\ufffd"

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, decoders, models
 
 from router.choice import Choice, LogprobEntry
 from router.tokenizer import TextTokenizer
@@ -101,3 +102,41 @@ def test_logprobs_of_half_characters_come_with_the_character(tokenizer: TextToke
     choice.push(Tokens(1, 0, tokens[1:], [TokenLogprob(-2.0, [])], "length"))
     assert paper.text == "é"
     assert [entry.token for entry in paper.entries] == tokens
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
+    """`▁a` is 0, `▁b` 1, and from 2 on a token for each byte."""
+    vocab = {"▁a": 0, "▁b": 1, **{f"<0x{byte:02X}>": 2 + byte for byte in range(256)}}
+    library = Tokenizer(models.WordLevel(vocab, unk_token="▁a"))
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    library.decoder = decoders.Sequence(parts)
+    directory: Path = tmp_path_factory.mktemp("llama")
+    library.save(str(directory / "tokenizer.json"))
+    return TextTokenizer(directory)
+
+
+LINE_END = 2 + 0x0A
+
+
+def test_a_stop_string_ends_a_choice_before_more_bytes_could_change_it(llama: TextTokenizer) -> None:
+    choice, paper = make(llama, stops=("a\n",))
+    assert choice.push(Tokens(1, 0, [1, 0]))
+    assert not choice.push(Tokens(1, 0, [LINE_END]))
+    assert (paper.text, paper.finishes, choice.token_count) == ("b ", ["stop"], 3)
+
+
+def test_bytes_that_may_still_be_no_text_are_not_sent(llama: TextTokenizer) -> None:
+    choice, paper = make(llama, stops=("never",))
+    assert choice.push(Tokens(1, 0, [0, LINE_END]))
+    assert paper.text == "a"
+    assert not choice.push(Tokens(1, 0, [2 + 0xFF, 1], None, "length"))
+    assert paper.text == "a\ufffd\ufffd b"
+
+
+def test_logprobs_tell_where_held_text_will_be(llama: TextTokenizer) -> None:
+    choice, paper = make(llama, logprobs=True)
+    for token in (0, LINE_END, 1):
+        assert choice.push(Tokens(1, 0, [token], [TokenLogprob(-1.0, [])]))
+    assert paper.text == "a\n b"
+    assert [(entry.start, entry.end) for entry in paper.entries] == [(0, 1), (1, 2), (2, 4)]

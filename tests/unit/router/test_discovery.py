@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from router.borders import Borders
 from router.discovery import MAX_FILE_BYTES, MAX_WORKERS, Discovery, WorkerName, WorkersFile, listed_endpoints
 from tests.patience import patient
 
@@ -114,7 +115,7 @@ def test_file_and_names_are_one_list(tmp_path: Path) -> None:
     async def watch() -> list[str]:
         found: asyncio.Queue[list[str]] = asyncio.Queue()
         names = [WorkerName("tcp+dns://a:1", Answers(["10.0.0.1"])), WorkerName("tcp+dns://b:2", Answers([]))]
-        discovery = Discovery(WorkersFile(path), names, found.put_nowait)
+        discovery = Discovery(WorkersFile(path), names, found.put_nowait, Borders())
         discovery.start()
         try:
             latest: list[str] = []

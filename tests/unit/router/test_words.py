@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 import router.words
-from router.tokenizer import _bytes_of_byte_level
+from router.decoder_chain import byte_level_table
 from router.words import MAX_WORD_CHARACTERS, WordEncoder, ascii_pattern, starts_at_spaces
 
-STAND_INS = {byte: text for text, byte in _bytes_of_byte_level().items()}
+STAND_INS = {byte: text for text, byte in byte_level_table().items()}
 PATTERNS = {
     "gpt2": None,
     "llama3": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
