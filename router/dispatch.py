@@ -298,14 +298,13 @@ class Dispatcher:
     def _on_reports(self, client: WorkerClient, reports: list[Report]) -> None:
         worker, now_s = client.endpoint, self._clock()
         flights = self._flights
-        tokens = 0
+        tokens_before = self._metrics.generation_tokens
         for report in reports:
             flight = flights.get(report.request_id)  # type: ignore[union-attr]
             if flight is None:
                 self._on_unknown(worker, report)
                 continue
             if isinstance(report, Tokens):
-                tokens += len(report.tokens)
                 sends = flight.on_tokens(worker, report, now_s)
                 if sends:
                     self._queue(sends)
@@ -327,8 +326,8 @@ class Dispatcher:
                 self.traces.on_reply(report)
             if flight.ended:
                 self._settle(flight, now_s)
-        if tokens:
-            self._metrics.rate.add(tokens, now_s)
+        if self._metrics.generation_tokens > tokens_before:
+            self._metrics.rate.add(self._metrics.generation_tokens - tokens_before, now_s)
         self._flush()
 
     def _on_unknown(self, worker: str, report: Report) -> None:

@@ -85,6 +85,7 @@ def build_service(config: RouterConfig) -> Service:
     """Steps 1 and, without its sockets, 2. Raises RouterConfigError."""
     tokenizer = TextTokenizer(config.model_dir)
     template = ChatTemplate(config.model_dir, tokenizer.special_tokens)
+    template.learn()
     metrics = Metrics(retries=RetryBudget(config.max_retries, config.retry_share, config.retry_burst))
     try:
         dispatcher = Dispatcher(config, metrics)
