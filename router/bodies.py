@@ -44,8 +44,8 @@ class GenerationBody(Struct, kw_only=True):
     model: Name | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: Annotated[int, Meta(ge=1)] | None = None
-    best_of: Annotated[int, Meta(ge=1)] | None = None
+    n: Annotated[int, Meta(ge=1, lt=2**31)] | None = None
+    best_of: Annotated[int, Meta(ge=1, lt=2**31)] | None = None
     max_completion_tokens: Annotated[int, Meta(ge=1, lt=2**31)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
@@ -123,6 +123,7 @@ class ChatBody(GenerationBody, kw_only=True):
     continue_final_message: bool | None = None
     chat_template_kwargs: TemplateNames | None = None
     tools: list[dict[str, Any]] | None = None
+    tool_choice: Any = None
     documents: list[dict[str, Any]] | None = None
     reasoning_effort: str | None = None
     return_prompt_text: bool | None = None
@@ -139,6 +140,7 @@ class TokenizeBody(Struct, kw_only=True):
     continue_final_message: bool | None = None
     chat_template_kwargs: TemplateNames | None = None
     tools: list[dict[str, Any]] | None = None
+    tool_choice: Any = None
     documents: list[dict[str, Any]] | None = None
     reasoning_effort: str | None = None
     return_token_strs: bool | None = None
@@ -175,7 +177,7 @@ def _refuse_nested(body: GenerationBody) -> None:
 
 
 class _Kind:
-    """One kind of body with a place for everything that its endpoint refuses."""
+    """One kind of body with a place of any type for everything that its endpoint refuses."""
 
     def __init__(self, kind: type[Any]) -> None:
         endpoint = _ENDPOINTS[kind]

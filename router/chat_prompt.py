@@ -56,8 +56,12 @@ def chat_prompt(template: ChatTemplate, body: ChatBody | TokenizeBody, messages:
         missing = [number for number, one in enumerate(marks) if any(said[number].texts) and one not in shown]
         lost = missing[:1]
     if lost:
-        path = said[lost[0]].path
-        raise invalid(f"The chat template leaves out '{path}'.", path, "template_lost_text")
+        one = said[lost[0]]
+        raise invalid(
+            f"This model's chat template leaves out what a message of role {one.role!r} says: '{one.path}'.",
+            one.path,
+            "template_lost_text",
+        )
     return prompt
 
 
@@ -84,6 +88,8 @@ def _names(template: ChatTemplate, body: ChatBody | TokenizeBody, found: Study) 
     for name, given in (("tools", _tools(body.tools)), ("documents", body.documents)):
         if given:
             if name not in found.reads:
+                if name == "tools" and body.tool_choice == "none":
+                    continue  # the model is to call none of them
                 raise invalid(
                     f"'{name}' is not supported by this server: this model's chat template does not read it.",
                     name,

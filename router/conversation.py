@@ -21,6 +21,7 @@ class Said(Struct, frozen=True):
     """A text that must come out of the rendering, and where it came from."""
 
     path: str
+    role: str
     texts: tuple[str, ...]
     message: int
 
@@ -39,7 +40,7 @@ def conversation(messages: Sequence[Message], found: Study) -> tuple[list[dict[s
         content = _content(message, texts, found.form_of(message.role))
         made.append({"role": message.role, "content": content, **_extras(message, where, found)})
         if message.role not in UNCHECKED_ROLES:
-            said.append(Said(f"{where}.content", texts, index))
+            said.append(Said(f"{where}.content", message.role, texts, index))
     return made, said
 
 
