@@ -6,10 +6,11 @@
 4. What users, tools and all others but the assistant said must be in the prompt, or the request is refused.
 """
 
-import html
 import json
 from collections.abc import Sequence
 from typing import Any
+
+from markupsafe import escape
 
 from router.bodies import ChatBody, Message, TokenizeBody
 from router.content_form import Study, mark
@@ -168,7 +169,7 @@ _WRITINGS = (
     lambda text: text,
     lambda text: json.dumps(text, ensure_ascii=False)[1:-1],
     lambda text: json.dumps(text)[1:-1],
-    html.escape,
+    lambda text: str(escape(text)),
 )
 """What templates make of a text without losing it."""
 
