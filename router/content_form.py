@@ -99,18 +99,18 @@ def _content_names(tree: nodes.Template) -> frozenset[str]:
         known |= found
 
 
-def names_read(tree: nodes.Template) -> frozenset[str]:
-    """Variables, attributes and keys that the template mentions."""
-    found = {one.name for one in tree.find_all(nodes.Name)}
-    found |= {one.attr for one in tree.find_all(nodes.Getattr)}
-    found |= {one.value for one in tree.find_all(nodes.Const) if isinstance(one.value, str)}
-    return frozenset(found)
+def _mentions(tree: nodes.Template, key: str) -> bool:
+    """Whether an attribute or a key of this name is read."""
+    return any(one.attr == key for one in tree.find_all(nodes.Getattr)) or any(
+        one.value == key for one in tree.find_all(nodes.Const)
+    )
 
 
 # ------------------------------------------------------------ marked renderings
 
 ROLES = ("user", "system", "developer", "assistant", "tool")
-_PRINTED = ("'type': 'text'", '"type": "text"', '"type":"text"')
+_PRINTED = ("'text': '{}", '"text": "{}', '"text":"{}')
+"""How a part looks that was not read but printed as it is."""
 _TOOL = {
     "type": "function",
     "function": {
@@ -152,7 +152,7 @@ def _shapes(role: str, subject: Message, filler: Callable[[int], Any]) -> Iterat
 class Study:
     """What a template was found to take.
 
-    `faithful`: no rendering of several users' turns lost one. `reads` are the names that it mentions;
+    `faithful`: no rendering of several users' turns lost one. `reads` are the variables that it mentions;
     `calls` says whether calls in the history come out, `mapping` whether their arguments are to be an object.
     """
 
@@ -168,16 +168,18 @@ class Study:
 
 def study(tree: nodes.Template, render: Render) -> Study:
     """`render` raises whatever ends the study: then the syntax tree alone decides."""
-    reads, proposal = names_read(tree), proposed_form(tree)
+    reads = frozenset(one.name for one in tree.find_all(nodes.Name))
+    proposal, mentioned = proposed_form(tree), _mentions(tree, "tool_calls")
     forms = dict.fromkeys(ROLES, proposal)
     try:
         for role in ROLES:
             forms[role] = _form_of(role, render) or proposal
-        calls = _calls_taken(render)
+        mapping, text = (_is_call_shown(render, arguments) for arguments in _ARGUMENTS)
         faithful = _is_faithful(render, forms)
     except jinja2.TemplateError:
-        return Study(forms, False, reads, "tool_calls" in reads, True)
-    return Study(forms, faithful, reads, "tool_calls" in reads or any(calls), calls[0] or not calls[1])
+        return Study(forms, False, reads, mentioned, True)
+    calls = mentioned if mapping is text is None else bool(mapping or text)
+    return Study(forms, faithful, reads, calls, bool(mapping) or not text)
 
 
 def _form_of(role: str, render: Render) -> Form | None:
@@ -198,31 +200,29 @@ def _kept(role: str, render: Render, form: Form, texts: Sequence[str]) -> bool:
     for messages in _shapes(role, subject, lambda number: as_form(form, (mark(number),), True)):
         prompt = render(messages, {})
         if prompt is not None:
-            kept.append(all(text in prompt for text in texts) and not any(one in prompt for one in _PRINTED))
+            printed = any(one.format(text) in prompt for one in _PRINTED for text in texts)
+            kept.append(all(text in prompt for text in texts) and not printed)
     return bool(kept) and all(kept)
 
 
-def _calls_taken(render: Render) -> tuple[bool, bool]:
-    """Whether a call in the history comes out with its arguments as an object, and as a string."""
-    taken: list[bool] = []
-    for arguments in ({"markkey": mark(1)}, f'{{"markkey": "{mark(1)}"}}'):
-        call = {
-            "id": "mark12345",
-            "type": "function",
-            "function": {"name": "markcall", "arguments": arguments},
-        }
-        messages: list[Message] = [
-            {"role": "user", "content": mark(90)},
-            {"role": "assistant", "content": "", "tool_calls": [call]},
-            {"role": "tool", "content": mark(91), "tool_call_id": "mark12345", "name": "markcall"},
-        ]
-        prompts = [render(messages[:size], {"tools": [_TOOL]}) for size in (3, 2)]
-        taken.append(any(_shows_call(prompt) for prompt in prompts if prompt is not None))
-    return taken[0], taken[1]
+_ARGUMENTS: tuple[Any, ...] = ({"markkey": mark(1)}, f'{{"markkey": "{mark(1)}"}}')
 
 
-def _shows_call(prompt: str) -> bool:
-    return "markcall" in prompt and mark(1) in prompt and "'markkey'" not in prompt
+def _is_call_shown(render: Render, arguments: Any) -> bool | None:
+    """Whether a call in the history comes out with its arguments. None: nothing was rendered."""
+    call = {"id": "mark12345", "type": "function", "function": {"name": "markcall", "arguments": arguments}}
+    messages: list[Message] = [
+        {"role": "user", "content": mark(90)},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": mark(91), "tool_call_id": "mark12345", "name": "markcall"},
+    ]
+    prompts = [render(messages[:size], {"tools": [_TOOL]}) for size in (3, 2)]
+    shown = [
+        "markcall" in prompt and mark(1) in prompt and "'markkey'" not in prompt
+        for prompt in prompts
+        if prompt is not None
+    ]
+    return any(shown) if shown else None
 
 
 def _is_faithful(render: Render, forms: dict[str, Form]) -> bool:

@@ -26,6 +26,18 @@ TIME_LIMIT_S = 1.0
 """Nothing else happens in the router while a template runs. Those of known models need microseconds."""
 
 
+_FIELDS = (
+    "messages",
+    "tools",
+    "documents",
+    "add_generation_prompt",
+    "continue_final_message",
+    "chat_template",
+    "tokenize",
+)
+"""What is not a template's variable to choose, or has a field of its own in the request."""
+
+
 def _sources(model_dir: Path, settings: dict[str, Any]) -> dict[str, tuple[Path, str]]:
     """The templates by name, `default` and `tool_use`, each with the file that it is from."""
     path = model_dir / "chat_template.jinja"
@@ -146,7 +158,7 @@ class ChatTemplate:
     @property
     def own_names(self) -> frozenset[str]:
         """What a request's names cannot stand for."""
-        return frozenset((*self._names, "messages", "tools", "documents", "add_generation_prompt"))
+        return frozenset((*self._names, *_FIELDS))
 
     def program(self, for_tools: bool = False) -> Program:
         """The template to render with: some checkpoints have one of its own for tools. Raises ApiError 400

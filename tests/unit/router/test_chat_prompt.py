@@ -87,7 +87,9 @@ def test_any_json_reaches_the_template(tmp_path: Path) -> None:
     assert made == json.dumps(value, ensure_ascii=False) + " True hi"
 
 
-@pytest.mark.parametrize("name", ["messages", "tools", "documents", "add_generation_prompt", "bos_token"])
+@pytest.mark.parametrize(
+    "name", ["messages", "tools", "documents", "add_generation_prompt", "chat_template", "bos_token"]
+)
 def test_names_of_the_template_are_not_replaced(name: str, tmp_path: Path) -> None:
     error = refused(write(tmp_path, PLAIN, bos_token="<s>"), chat_template_kwargs={name: "x"})
     assert error.param == f"chat_template_kwargs.{name}"

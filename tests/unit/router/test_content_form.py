@@ -179,6 +179,17 @@ def test_roles_may_have_forms_of_their_own(tmp_path: Path) -> None:
     assert ours(template, [{"role": "user", "content": "c"}]) == "c"
 
 
+def test_users_in_parts_and_assistants_in_strings(tmp_path: Path) -> None:
+    """Without a variable, loop or test from which the tree could tell."""
+    in_parts = "{% if m.role == 'user' %}{{ m.content | map(attribute='text') | join }}"
+    reader = in_parts + "{% else %}{{ m.content }}{% endif %}"
+    template = write(tmp_path, "{% for m in messages %}" + reader + "|{% endfor %}")
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    messages = [{"role": role, "content": parts} for role in ("user", "assistant", "user")]
+    assert ours(template, messages) == "ab|a\nb|ab|"
+    assert template.program().study.form_of("assistant") is Form.STRING
+
+
 def test_a_template_that_takes_too_long_is_left_to_its_tree(tmp_path: Path) -> None:
     source = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     ticks = iter(range(10**9))

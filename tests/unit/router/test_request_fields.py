@@ -1,6 +1,7 @@
 """The table of request fields beside the lists of the three protocols, and each of its promises."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -174,6 +175,69 @@ def test_what_is_harmless_changes_nothing(endpoint: Endpoint, field: Field) -> N
         assert msgspec.to_builtins(body) == msgspec.to_builtins(decode(endpoint, {}))
 
 
+ASKS: list[tuple[Endpoint, str, list[Any]]] = [
+    ("chat", "guided_json", [{}, "", {"type": "object"}]),
+    ("chat", "structured_outputs", [{}]),
+    ("completions", "prompt_logprobs", [0, 1]),
+    ("chat", "web_search_options", [{}]),
+    ("completions", "allowed_token_ids", [[], [5]]),
+    ("completions", "truncate_prompt_tokens", [0, -1, 5]),
+    ("completions", "skip_special_tokens", [False]),
+    ("completions", "min_tokens", [1, False]),
+    ("completions", "priority", [1, -1]),
+    ("completions", "stop_regex", ["", "a+"]),
+    ("chat", "include_reasoning", [False]),
+    ("chat", "thinking_token_budget", [0, 10]),
+    ("chat", "logprob_token_ids", [[], [1]]),
+    ("chat", "tool_choice", ["required", {}, {"type": "function", "function": {"name": "f"}}]),
+    ("chat", "modalities", [[], ["audio"], ["text", "audio"]]),
+    ("chat", "echo", [True]),
+    ("chat", "audio", [{}]),
+    ("chat", "input_ids", [[], [1]]),
+    ("completions", "prompt_embeds", ["", [], "x"]),
+    ("completions", "lora_path", ["", "x", ["x"]]),
+    ("chat", "repetition_detection", [{}]),
+    ("chat", "return_hidden_states", [True, "last"]),
+    ("chat", "verbosity", ["low", "high"]),
+    ("chat", "moderation", [{}]),
+    ("tokenize", "truncate_prompt_tokens", [0, 5]),
+    ("tokenize", "chat_template", ["", "{{ 1 }}"]),
+]
+ASKS_NOTHING: list[tuple[Endpoint, dict[str, Any]]] = [
+    (
+        "completions",
+        {"min_tokens": 0, "use_beam_search": False, "skip_special_tokens": True, "bad_words": []},
+    ),
+    (
+        "completions",
+        {"guided_json": None, "prompt_logprobs": None, "suffix": "", "priority": 0, "lora_path": None},
+    ),
+    (
+        "completions",
+        {"thinking_token_budget": -1, "vllm_xargs": {}, "logits_processors": [], "stop_regex": []},
+    ),
+    ("chat", {"tool_choice": "none", "function_call": "auto", "functions": [], "tools": [], "echo": False}),
+    (
+        "chat",
+        {"tool_choice": "auto", "modalities": ["text"], "verbosity": "medium", "include_reasoning": True},
+    ),
+    ("chat", {"parallel_tool_calls": False, "store": True, "metadata": {"a": "b"}, "service_tier": "flex"}),
+]
+
+
+@pytest.mark.parametrize(("endpoint", "name", "values"), ASKS)
+def test_values_that_ask_for_something(endpoint: Endpoint, name: str, values: list[Any]) -> None:
+    for value in values:
+        with pytest.raises(ApiError) as caught:
+            decode(endpoint, {name: value})
+        assert (caught.value.param, caught.value.code) == (name, "unsupported_parameter"), value
+
+
+@pytest.mark.parametrize(("endpoint", "fields"), ASKS_NOTHING)
+def test_values_that_ask_for_nothing(endpoint: Endpoint, fields: dict[str, Any]) -> None:
+    decode(endpoint, fields)
+
+
 def test_a_refused_field_is_named_before_what_is_missing_for_it() -> None:
     for kind, name in ((CompletionBody, "prompt_embeds"), (ChatBody, "input_ids")):
         with pytest.raises(ApiError) as caught:
@@ -233,3 +297,13 @@ def test_other_names_of_the_same_thing() -> None:
     assert options_of(decode("chat", {"no_stop_trim": True}), LIMITS, 1).include_stop
     assert options_of(decode("chat", {"rid": "mine"}), LIMITS, 1).label == "mine"
     options_of(decode("chat", {"top_logprobs": 0, "logprobs": False}), LIMITS, 1)
+
+
+def test_the_documentation_names_every_field_that_is_not_done() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "api.md").read_text(encoding="utf-8")
+    unnamed = {
+        field.name
+        for field in FIELDS
+        if field.state != "done" and f"`{field.name.split('.')[-1]}" not in text
+    }
+    assert unnamed == {"stream_options.include_obfuscation"}  # named with its owner
