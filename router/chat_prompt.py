@@ -6,26 +6,20 @@
 4. What users, tools and all others but the assistant said must be in the prompt, or the request is refused.
 """
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
-from markupsafe import escape
-
 from router.bodies import ChatBody, Message, TokenizeBody
 from router.content_form import Study, mark
-from router.conversation import Said, conversation, marked
+from router.conversation import conversation, marked
 from router.errors import ApiError, invalid
+from router.lost_text import first_lost
 from router.template import ChatTemplate
 
 REASONING_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 MAX_DEPTH = 32
 """Of JSON that goes to the template as it is."""
 MAX_ENTRIES = 1 << 16
-SCANS = 32
-"""Times the prompt's length that may be searched for texts that are not in order."""
-SHORT_CHARACTERS = 24
-"""Of a text this short it says little that it is in the prompt."""
 _OPEN_END = "MkOpenEndzq "
 """Put at the end of a message that is continued; its space shows whether the template strips."""
 
@@ -47,20 +41,19 @@ def chat_prompt(template: ChatTemplate, body: ChatBody | TokenizeBody, messages:
     prompt = template.render(made, add_generation_prompt, names)
     if open_end:
         prompt = _left_open(prompt)
-    lost = _lost(said, prompt, found.faithful)
-    if lost is None:
+    lost, sure = first_lost(said, prompt, found.faithful)
+    if not sure:
         marks = [mark(number) for number in range(len(said))]
         try:
             shown = template.render(marked(made, said, marks), add_generation_prompt, names)
         except ApiError:
-            shown = "".join(marks)  # marks are no texts to judge by where only they are refused
-        missing = [number for number, one in enumerate(marks) if any(said[number].texts) and one not in shown]
-        lost = missing[:1]
-    if lost:
-        one = said[lost[0]]
+            return prompt  # it refuses the marks, and not what was said
+        gone = (one for one, text in zip(said, marks, strict=True) if any(one.texts) and text not in shown)
+        lost = next(gone, None)
+    if lost is not None:
         raise invalid(
-            f"This model's chat template leaves out what a message of role {one.role!r} says: '{one.path}'.",
-            one.path,
+            f"This model's chat template leaves out '{lost.path}', of a message of role {lost.role!r}.",
+            lost.path,
             "template_lost_text",
         )
     return prompt
@@ -161,48 +154,3 @@ def _left_open(prompt: str) -> str:
             "continue_final_message",
         )
     return prompt[:at] if prompt.startswith(_OPEN_END, at) else prompt[:at].rstrip()
-
-
-# ------------------------------------------------------------ nothing is lost
-
-_WRITINGS = (
-    lambda text: text,
-    lambda text: json.dumps(text, ensure_ascii=False)[1:-1],
-    lambda text: json.dumps(text)[1:-1],
-    lambda text: str(escape(text)),
-)
-"""What templates make of a text without losing it."""
-
-
-def _lost(said: Sequence[Said], prompt: str, faithful: bool) -> list[int] | None:
-    """Numbers of texts that are not in the prompt, at most one; None where that is not for the prompt to say.
-
-    Texts mostly follow each other in the order they were said, so that each search goes on where the last one
-    ended.
-    """
-    at, way, left = 0, 0, SCANS * len(prompt) + (1 << 20)
-    sure = True
-    for number, one in enumerate(said):
-        for text in one.texts:
-            core = text.strip()
-            if not core:
-                continue
-            sure = sure and (faithful or len(core) > SHORT_CHARACTERS)
-            place = -1
-            for start, tried in ((start, tried) for tried in _ways(way) for start in (at, 0)):
-                written = _WRITINGS[tried](core)
-                place = prompt.find(written, start)
-                left -= (len(prompt) if place < 0 else place) - start + len(written)
-                if place >= 0:
-                    way = tried if written != core else way
-                    at = place + len(written)
-                    break
-                if left < 0:
-                    return None
-            if place < 0:
-                return [number]
-    return [] if sure else None
-
-
-def _ways(first: int) -> list[int]:
-    return [first, *(way for way in range(len(_WRITINGS)) if way != first)]

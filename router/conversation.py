@@ -57,14 +57,18 @@ def _texts_of(message: Message, where: str) -> tuple[str, ...]:
         return (message.refusal,) if message.refusal else ()
     if isinstance(content, str):
         return (content,)
-    return tuple(_text_of(part, message.role, f"{where}.content[{at}]") for at, part in enumerate(content))
+    return tuple([_text_of(part, message.role, where, at) for at, part in enumerate(content)])
 
 
-def _text_of(part: str | dict[str, Any], role: str, path: str) -> str:
+def _text_of(part: str | dict[str, Any], role: str, where: str, at: int) -> str:
     if isinstance(part, str):
         return part
     kind = part.get("type")
     key = TEXT_PARTS.get(kind) if isinstance(kind, str) else None
+    text = part.get(key) if key is not None else None
+    if isinstance(text, str) and (kind not in ASSISTANT_PARTS or role == "assistant"):
+        return text
+    path = f"{where}.content[{at}]"
     if key is None or (kind in ASSISTANT_PARTS and role != "assistant"):
         raise invalid(
             f"'{path}': this text model cannot read a part of type {str(kind)[:64]!r} in a message of role "
@@ -72,10 +76,7 @@ def _text_of(part: str | dict[str, Any], role: str, path: str) -> str:
             f"{path}.type",
             "unsupported_content",
         )
-    text = part.get(key)
-    if not isinstance(text, str):
-        raise invalid(f"'{path}.{key}' must be a string.", f"{path}.{key}")
-    return text
+    raise invalid(f"'{path}.{key}' must be a string.", f"{path}.{key}")
 
 
 def _extras(message: Message, where: str, found: Study) -> dict[str, Any]:
