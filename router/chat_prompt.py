@@ -14,7 +14,9 @@ from router.content_form import Study, mark
 from router.conversation import conversation, marked
 from router.errors import ApiError, invalid
 from router.lost_text import first_lost
+from router.sandbox import TemplateTimeout
 from router.template import ChatTemplate
+from router.template_budget import TemplateTooLarge
 
 REASONING_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 MAX_DEPTH = 32
@@ -46,7 +48,9 @@ def chat_prompt(template: ChatTemplate, body: ChatBody | TokenizeBody, messages:
         marks = [mark(number) for number in range(len(said))]
         try:
             shown = template.render(marked(made, said, marks), add_generation_prompt, names)
-        except ApiError:
+        except ApiError as error:
+            if isinstance(error.__cause__, TemplateTimeout | TemplateTooLarge):
+                raise
             return prompt  # it refuses the marks, and not what was said
         gone = (one for one, text in zip(said, marks, strict=True) if any(one.texts) and text not in shown)
         lost = next(gone, None)

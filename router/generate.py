@@ -14,13 +14,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from router.answers import Heading, Sheet, StreamSheet, WholeSheet
-from router.bodies import BodyDecoder, ChatBody, CompletionBody, GenerationBody
+from router.bodies import BodyDecoder, ChatBody, CompletionBody
 from router.call import Call
 from router.chat_prompt import chat_prompt
 from router.config import RouterConfig
 from router.dispatch import Dispatcher
 from router.errors import ApiError, crashed
-from router.formats import encode_json, frame
+from router.formats import frame
 from router.http import EVENT_STREAM, ClientGone, Receive, Response, Scope, Send, label_of, read_body
 from router.ids import draw_name, draw_number
 from router.metrics import Metrics
@@ -53,12 +53,9 @@ def salt_of(api_key: str | None) -> bytes:
     return b"" if not api_key else hashlib.sha256(b"baton tenant\0" + api_key.encode()).digest()
 
 
-def cache_salt_of(tenant: bytes, body: GenerationBody) -> bytes:
+def cache_salt_of(tenant: bytes, own: bytes) -> bytes:
     """A request's own prefix cache within its tenant's, where it asks for one."""
-    if body.cache_salt is None and body.extra_key is None:
-        return tenant
-    own = encode_json([body.cache_salt, body.extra_key])
-    return hashlib.sha256(b"baton cache salt\0" + tenant + b"\0" + own).digest()
+    return hashlib.sha256(b"baton cache salt\0" + tenant + b"\0" + own).digest() if own else tenant
 
 
 def outcome_of(error: ApiError) -> str:
@@ -161,7 +158,7 @@ class GenerateEndpoint:
                 else:
                     prompts.append((prompt, None))
         call = Call(options, self._sheet(options), service.tokenizer, service.metrics)
-        salt = cache_salt_of(salt, body)
+        salt = cache_salt_of(salt, options.cache_salt)
         orders: list[Order] = []
         for tokens, text_or_none in prompts:
             size = None if text_or_none is None else service.tokenizer.size

@@ -53,6 +53,8 @@ class Options(Struct, frozen=True):
     prompt_text: bool = False
     label: str = ""
     """The client's own name for the answer."""
+    cache_salt: bytes = b""
+    """Of requests that share a prefix cache with none but each other."""
 
 
 def check_model(asked: str | None, served: str) -> None:
@@ -116,7 +118,14 @@ def options_of(body: CompletionBody | ChatBody, limits: Limits, random_seed: int
         token_ids=bool(body.return_token_ids),
         prompt_text=isinstance(body, ChatBody) and bool(body.return_prompt_text),
         label=body.request_id or body.rid or "",
+        cache_salt=_cache_salt(body),
     )
+
+
+def _cache_salt(body: GenerationBody) -> bytes:
+    if body.cache_salt is None and body.extra_key is None:
+        return b""
+    return msgspec.json.encode([body.cache_salt, body.extra_key])
 
 
 def _or(value: float | None, default: float) -> float:
