@@ -7,7 +7,7 @@ anything, the proposal stands.
 """
 
 import enum
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,26 +126,23 @@ def mark(number: int) -> str:
     return f"Mk{number}zq"
 
 
-def _shapes(role: str, subject: Message, filler: Callable[[int], Any]) -> Iterator[list[Message]]:
+def _shapes(role: str, subject: Message, filler: Callable[[int], Any]) -> list[list[Message]]:
+    """Conversations with the subject in them: some templates want a system prompt, some want none."""
     user: Message = {"role": "user", "content": filler(90)}
     answer: Message = {"role": "assistant", "content": filler(91)}
     system: Message = {"role": "system", "content": filler(92)}
+    if role in ("system", "developer"):
+        return [[subject, user], [subject, user, answer, user]]
     if role == "user":
-        yield [subject]
-        yield [system, subject]
-        yield [user, answer, subject]
-        yield [subject, answer, user]
-    elif role in ("system", "developer"):
-        yield [subject, user]
-        yield [subject, user, answer, user]
+        shapes = [[subject], [user, answer, subject], [subject, answer, user]]
     elif role == "assistant":
-        yield [user, subject]
-        yield [user, subject, user]
+        shapes = [[user, subject], [user, subject, user]]
     else:
         call = {"id": "mark12345", "type": "function", "function": {"name": "marktool", "arguments": {}}}
         asking = {"role": "assistant", "content": "", "tool_calls": [call]}
-        yield [user, asking, {**subject, "tool_call_id": "mark12345", "name": "marktool"}]
-        yield [user, answer, subject]
+        answered = {**subject, "tool_call_id": "mark12345", "name": "marktool"}
+        shapes = [[user, asking, answered], [user, answer, subject]]
+    return shapes + [[system, *shape] for shape in shapes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +171,7 @@ def study(tree: nodes.Template, render: Render) -> Study:
     try:
         for role in ROLES:
             forms[role] = _form_of(role, render) or proposal
-        mapping, text = (_is_call_shown(render, arguments) for arguments in _ARGUMENTS)
+        mapping, text = (_is_call_shown(render, forms, arguments) for arguments in _ARGUMENTS)
         faithful = _is_faithful(render, forms)
     except jinja2.TemplateError:
         return Study(forms, False, reads, mentioned, True)
@@ -208,15 +205,18 @@ def _kept(role: str, render: Render, form: Form, texts: Sequence[str]) -> bool:
 _ARGUMENTS: tuple[Any, ...] = ({"markkey": mark(1)}, f'{{"markkey": "{mark(1)}"}}')
 
 
-def _is_call_shown(render: Render, arguments: Any) -> bool | None:
+def _said(role: str, number: int, forms: dict[str, Form]) -> Message:
+    return {"role": role, "content": as_form(forms[role], (mark(number),), False)}
+
+
+def _is_call_shown(render: Render, forms: dict[str, Form], arguments: Any) -> bool | None:
     """Whether a call in the history comes out with its arguments. None: nothing was rendered."""
     call = {"id": "mark12345", "type": "function", "function": {"name": "markcall", "arguments": arguments}}
-    messages: list[Message] = [
-        {"role": "user", "content": mark(90)},
-        {"role": "assistant", "content": "", "tool_calls": [call]},
-        {"role": "tool", "content": mark(91), "tool_call_id": "mark12345", "name": "markcall"},
-    ]
-    prompts = [render(messages[:size], {"tools": [_TOOL]}) for size in (3, 2)]
+    asked, asking = _said("user", 90, forms), {"role": "assistant", "content": "", "tool_calls": [call]}
+    answered = {**_said("tool", 91, forms), "tool_call_id": "mark12345", "name": "markcall"}
+    shapes = [[asked, asking, answered], [asked, asking]]
+    shapes += [[_said("system", 92, forms), *shape] for shape in shapes]
+    prompts = [render(shape, {"tools": [_TOOL]}) for shape in shapes]
     shown = [
         "markcall" in prompt and mark(1) in prompt and "'markkey'" not in prompt
         for prompt in prompts
@@ -226,12 +226,10 @@ def _is_call_shown(render: Render, arguments: Any) -> bool | None:
 
 
 def _is_faithful(render: Render, forms: dict[str, Form]) -> bool:
-    def said(role: str, number: int) -> Message:
-        return {"role": role, "content": as_form(forms[role], (mark(number),), False)}
-
-    turns = [said(("user", "assistant")[number % 2], number) for number in range(7)]
-    in_a_row = [said("user", number) for number in (0, 2, 4, 6)]
-    prompts = [render(messages, {}) for messages in (turns, [said("system", 50), *turns], in_a_row)]
+    turns = [_said(("user", "assistant")[number % 2], number, forms) for number in range(7)]
+    in_a_row = [_said("user", number, forms) for number in (0, 2, 4, 6)]
+    with_system = [_said("system", 50, forms), *turns]
+    prompts = [render(messages, {}) for messages in (turns, with_system, in_a_row)]
     rendered = [prompt for prompt in prompts if prompt is not None]
     return bool(rendered) and all(_has_all(prompt, (0, 2, 4, 6)) for prompt in rendered)
 

@@ -113,7 +113,7 @@ def in_form(form: Form, texts: list[str], sent_parts: bool) -> Any:
 def test_the_form_is_found(reader: str, frame: str, tmp_path: Path) -> None:
     content = CONTENTS[len(reader + frame) % len(CONTENTS)]
     found = write(tmp_path, source_of(frame, reader, content)).program().study
-    assert found.form_of("user") is READERS[reader][1]
+    assert found.form_of("user") is found.form_of("assistant") is READERS[reader][1]
     assert found.faithful
 
 
