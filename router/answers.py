@@ -33,10 +33,18 @@ class Heading(Struct, frozen=True):
 
 @dataclass(slots=True)
 class Preface:
-    """An echoed prompt: comes before the text of a choice."""
+    """What an answer says of a prompt: its text and log probabilities, echoed before a choice of its own, its
+    token ids, and for a chat what its template made."""
 
     text: str = ""
     logprobs: dict[str, Any] | None = None
+    token_ids: list[int] | None = None
+    prompt_text: str | None = None
+
+    def shown(self) -> dict[str, Any]:
+        """Beside the choices of a chat, or in each choice of a completion."""
+        values = {"prompt_token_ids": self.token_ids, "prompt_text": self.prompt_text}
+        return {name: value for name, value in values.items() if value is not None}
 
     def take_back(self, text: str) -> None:
         """The prompt's text ends in this no more, now that more tokens follow."""
@@ -53,6 +61,9 @@ class Sheet(Protocol):
     def note_tokens(self, index: int, tokens: Sequence[int]) -> None:
         """What a choice was made of; called only for answers that give token ids too."""
 
+    def annotate(self, since: int, index: int, usage: Usage) -> None:
+        """Frames from number `since` on are one choice's new ones; they get what few requests ask for."""
+
     def close(self, usage: Usage) -> None:
         """All choices have ended."""
 
@@ -60,11 +71,13 @@ class Sheet(Protocol):
         """The whole answer; for answers that are not streamed."""
 
 
-_PLAIN_TAIL = b',"logprobs":null,"finish_reason":null}]}\n\n'
+_END = b"}]}\n\n"
+"""Of every frame with a choice."""
+_PLAIN_TAIL = b',"logprobs":null,"finish_reason":null' + _END
 
 
 def _tail(logprobs: dict[str, Any] | None, finish: FinishReason | None) -> bytes:
-    return b',"logprobs":' + encode_json(logprobs) + b',"finish_reason":' + encode_json(finish) + b"}]}\n\n"
+    return b',"logprobs":' + encode_json(logprobs) + b',"finish_reason":' + encode_json(finish) + _END
 
 
 def _open_frame(heading: Heading, kind: str, null_usage: bool) -> bytes:
@@ -124,19 +137,35 @@ class _CompletionFrames:
         self.frames.append(self.start + encode_json(text) + tail)
 
 
+def _further(fields: dict[str, Any]) -> bytes:
+    """As they follow others in an object."""
+    return b"," + encode_json(fields)[1:-1] if fields else b""
+
+
 class StreamSheet:
-    """`with_usage` adds a last chunk without choices, and a null `usage` to all others (as OpenAI does)."""
+    """`with_usage` adds a last chunk without choices, and a null `usage` to all others (as OpenAI does).
+    `continuous_usage` gives every chunk the usage so far."""
 
     def __init__(
-        self, heading: Heading, tokenizer: TextTokenizer, chat: bool, logprobs: int | None, with_usage: bool
+        self,
+        heading: Heading,
+        tokenizer: TextTokenizer,
+        chat: bool,
+        logprobs: int | None,
+        with_usage: bool,
+        continuous_usage: bool = False,
     ) -> None:
         self.frames: list[bytes] = []
         self._heading, self._tokenizer, self._logprobs = heading, tokenizer, logprobs
         self._chat, self._with_usage = chat, with_usage
         self._kind = "chat.completion.chunk" if chat else "text_completion"
-        self._open = _open_frame(heading, self._kind, with_usage)
+        self._continuous_usage = continuous_usage
+        self._open = _open_frame(heading, self._kind, with_usage and not continuous_usage)
+        self._prefaces: dict[int, Preface] = {}
+        self._token_ids: dict[int, list[int]] = {}
 
     def writer(self, index: int, preface: Preface) -> Writer:
+        self._prefaces[index] = preface
         if self._chat:
             start = self._open + b'%d,"delta":' % index
             return _ChatFrames(self.frames, start, self._tokenizer, self._logprobs is not None)
@@ -145,7 +174,20 @@ class StreamSheet:
         )
 
     def note_tokens(self, index: int, tokens: Sequence[int]) -> None:
-        """Streams give no token ids."""
+        self._token_ids.setdefault(index, []).extend(tokens)
+
+    def annotate(self, since: int, index: int, usage: Usage) -> None:
+        for at in range(since, len(self.frames)):
+            in_choice: dict[str, Any] = {}
+            beside: dict[str, Any] = {"usage": usage.body()} if self._continuous_usage else {}
+            preface = self._prefaces.pop(index, None)
+            if preface is not None:
+                (beside if self._chat else in_choice).update(preface.shown())
+            if at == len(self.frames) - 1 and index in self._token_ids:
+                # Tokens whose text was held back come with the next that is not.
+                in_choice["token_ids"] = self._token_ids.pop(index)
+            start = self.frames[at].removesuffix(_END)
+            self.frames[at] = start + _further(in_choice) + b"}]" + _further(beside) + b"}\n\n"
 
     def close(self, usage: Usage) -> None:
         if self._with_usage:
@@ -189,17 +231,25 @@ class WholeSheet:
     def note_tokens(self, index: int, tokens: Sequence[int]) -> None:
         self._token_ids.setdefault(index, []).extend(tokens)
 
+    def annotate(self, since: int, index: int, usage: Usage) -> None:
+        """There are no frames."""
+
     def close(self, usage: Usage) -> None:
         """Nothing to add: `body` is asked for next."""
 
     def body(self, usage: Usage) -> bytes:
         kind = "chat.completion" if self._chat else "text_completion"
         one = self._chat_choice if self._chat else self._completion_choice
-        choices = [one(choice) for choice in sorted(self._choices, key=lambda choice: choice.index)]
-        for choice in choices:
-            if choice["index"] in self._token_ids:
-                choice["token_ids"] = self._token_ids[choice["index"]]
-        return encode_json({**self._heading.fields(kind), "choices": choices, "usage": usage.body()})
+        collected = sorted(self._choices, key=lambda choice: choice.index)
+        choices = [one(choice) for choice in collected]
+        for choice, made in zip(collected, choices, strict=True):
+            if choice.index in self._token_ids:
+                made["token_ids"] = self._token_ids[choice.index]
+            if not self._chat:
+                made.update(choice.preface.shown())
+        beside = collected[0].preface.shown() if self._chat else {}
+        answer = {**self._heading.fields(kind), "choices": choices, "usage": usage.body(), **beside}
+        return encode_json(answer)
 
     def _chat_choice(self, choice: _Collected) -> dict[str, Any]:
         logprobs = None

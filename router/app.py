@@ -17,7 +17,8 @@ from fastapi import Response as Plain
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
-from router.bodies import DetokenizeBody, TokenizeBody, template_messages
+from router.bodies import DetokenizeBody, TokenizeBody
+from router.chat_prompt import chat_prompt
 from router.cluster import cluster_values, memory_values
 from router.config import RouterConfig
 from router.errors import ApiError, crashed, invalid
@@ -200,12 +201,8 @@ class Pages:
         check_model(body.model, service.config.served_model_name)
         if (body.prompt is None) == (body.messages is None):
             raise invalid("Exactly one of 'prompt' and 'messages' must be given.", "prompt")
-        if body.chat_template:
-            raise invalid("'chat_template' is not supported by this server.", "chat_template")
         if body.messages is not None:
-            text = service.template.render(
-                template_messages(body.messages), body.add_generation_prompt is not False
-            )
+            text = chat_prompt(service.template, body, body.messages)
         else:
             text = body.prompt or ""
         default = body.messages is None

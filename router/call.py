@@ -36,7 +36,7 @@ class Call:
         self._waiter: asyncio.Future[None] | None = None
 
     def add_prompt(self, tokens: list[int], text: str | None) -> "PromptOutput":
-        """`text` is what `echo` gives back."""
+        """`text` is what `echo` and `return_prompt_text` give back."""
         output = PromptOutput(self, tokens, text, self._prompts * self.options.choices)
         self._prompts += 1
         self._open_choices += self.options.choices
@@ -47,8 +47,12 @@ class Call:
     def ended(self) -> bool:
         return self.left or self.error is not None or self._open_choices == 0
 
-    def choice_ended(self, tokens: int) -> None:
+    def count(self, tokens: int) -> None:
+        """Tokens that a choice was made of; what was generated past its end is nobody's."""
         self.usage.completion_tokens += tokens
+        self.metrics.generation_tokens += tokens
+
+    def choice_ended(self) -> None:
         if self._open_choices == 1:
             self.sheet.close(self.usage)  # first: an answer that cannot be closed has not ended well
         self._open_choices -= 1
@@ -93,7 +97,17 @@ class Call:
 class PromptOutput:
     """What one prompt's flight reports to (`router.requests.Output`)."""
 
-    __slots__ = ("_call", "_choices", "_first_index", "_muted", "_prefaces", "_prompt", "_sheet", "_special")
+    __slots__ = (
+        "_annotates",
+        "_call",
+        "_choices",
+        "_first_index",
+        "_muted",
+        "_prefaces",
+        "_prompt",
+        "_sheet",
+        "_special",
+    )
 
     def __init__(self, call: Call, prompt: list[int], text: str | None, first_index: int) -> None:
         options = call.options
@@ -103,7 +117,14 @@ class PromptOutput:
         """Special tokens are part of an echo that was given as token ids."""
         self._muted = options.max_tokens == 0
         echo = (call.tokenizer.decode(prompt) if text is None else text) if options.echo else ""
-        self._prefaces = [Preface(echo) for _ in range(options.choices)]
+        ids = prompt if options.token_ids else None
+        rendered = text if options.prompt_text else None
+        self._prefaces = [
+            Preface(echo, token_ids=ids, prompt_text=rendered) for _ in range(options.choices)
+        ]
+        self._annotates = options.stream and (
+            options.token_ids or options.prompt_text or options.continuous_usage
+        )
         continuation = call.tokenizer.continuation(prompt)
         self._choices = [
             Choice(
@@ -132,15 +153,21 @@ class PromptOutput:
         if last_s is not None:
             self._call.metrics.inter_token.observe(now_s - last_s)
         choice.last_token_s = now_s
-        if self._call.options.token_ids:
-            self._sheet.note_tokens(self._first_index + report.choice, report.tokens)
+        before, frames = choice.token_count, len(self._sheet.frames)
         going_on = False
         if self._muted:
             choice.mute()
         else:
             going_on = choice.push(report)
+        taken = choice.token_count - before
+        self._call.count(taken)
+        index = self._first_index + report.choice
+        if self._call.options.token_ids:
+            self._sheet.note_tokens(index, report.tokens[:taken])
+        if self._annotates:
+            self._sheet.annotate(frames, index, self._call.usage)
         if not going_on:
-            self._call.choice_ended(choice.token_count)
+            self._call.choice_ended()
         elif self._sheet.frames:
             if len(self._sheet.frames) > MAX_UNSENT_FRAMES:
                 self._call.fail(ApiError(408, "The client reads too slowly.", code="client_too_slow"))

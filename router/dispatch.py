@@ -307,22 +307,21 @@ class Dispatcher:
 
     def _on_reports(self, client: WorkerClient, reports: list[Report]) -> None:
         worker, now_s = client.endpoint, self._clock()
-        tokens = 0
+        before_tokens = self._metrics.generation_tokens
         for report in reports:
             try:
-                tokens += self._on_report(worker, report, now_s)
+                self._on_report(worker, report, now_s)
             except BaseException as error:
                 self._contain("report", getattr(report, "request_id", 0), error, now_s)
-        if tokens:
-            self._metrics.rate.add(tokens, now_s)
+        if self._metrics.generation_tokens > before_tokens:
+            self._metrics.rate.add(self._metrics.generation_tokens - before_tokens, now_s)
         self._outbox.flush()
 
-    def _on_report(self, worker: str, report: Report, now_s: float) -> int:
-        """How many tokens came with it."""
+    def _on_report(self, worker: str, report: Report, now_s: float) -> None:
         flight = self._flights.get(report.request_id)  # type: ignore[union-attr]
         if flight is None:
             self._on_unknown(worker, report)
-            return 0
+            return
         if isinstance(report, Tokens):
             sends = flight.on_tokens(worker, report, now_s)
             if sends:
@@ -345,7 +344,6 @@ class Dispatcher:
             self.traces.on_reply(report)
         if flight.ended:
             self._settle(flight, now_s)
-        return len(report.tokens) if isinstance(report, Tokens) else 0
 
     def _contain(self, where: str, request_id: int, error: BaseException, now_s: float) -> None:
         """What nobody foresaw ends the request that it came from, on its workers too, and no other."""

@@ -14,14 +14,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from router.answers import Heading, Sheet, StreamSheet, WholeSheet
-from router.bodies import BodyDecoder, ChatBody, CompletionBody, template_messages
+from router.bodies import BodyDecoder, ChatBody, CompletionBody
 from router.call import Call
+from router.chat_prompt import chat_prompt
 from router.config import RouterConfig
 from router.dispatch import Dispatcher
 from router.errors import ApiError, crashed
 from router.formats import frame
 from router.generation_config import SamplingDefaults
-from router.http import EVENT_STREAM, ClientGone, Receive, Response, Scope, Send, read_body
+from router.http import EVENT_STREAM, ClientGone, Receive, Response, Scope, Send, label_of, read_body
 from router.ids import draw_name, draw_number
 from router.metrics import Metrics
 from router.migration import Journey
@@ -52,6 +53,11 @@ _STREAM_HEADERS = (
 def salt_of(api_key: str | None) -> bytes:
     """Keeps tenants' prefix caches apart; empty without keys."""
     return b"" if not api_key else hashlib.sha256(b"baton tenant\0" + api_key.encode()).digest()
+
+
+def cache_salt_of(tenant: bytes, own: bytes) -> bytes:
+    """A request's own prefix cache within its tenant's, where it asks for one."""
+    return hashlib.sha256(b"baton cache salt\0" + tenant + b"\0" + own).digest() if own else tenant
 
 
 def outcome_of(error: ApiError) -> str:
@@ -142,39 +148,41 @@ class GenerateEndpoint:
         prompts: list[tuple[list[int], str | None]] = []
         param = "messages" if isinstance(body, ChatBody) else "prompt"
         if isinstance(body, ChatBody):
-            text = service.template.render(
-                template_messages(body.messages),
-                body.add_generation_prompt is not False,
-                body.chat_template_kwargs,
-            )
-            prompts.append((await service.tokenizer.encode(text, add_special_tokens=False), None))
+            text = chat_prompt(service.template, body, body.messages)
+            prompts.append((await service.tokenizer.encode(text, bool(body.add_special_tokens)), text))
         else:
             given = prompts_of(body, limits)
             check_total_choices(len(given), options.choices, limits)
+            special = body.add_special_tokens is not False
             for prompt in given:
                 if isinstance(prompt, str):
-                    tokens = await service.tokenizer.encode(prompt, add_special_tokens=True) if prompt else []
+                    tokens = await service.tokenizer.encode(prompt, special) if prompt else []
                     prompts.append((tokens, prompt))
                 else:
                     prompts.append((prompt, None))
         call = Call(options, self._sheet(options), service.tokenizer, service.metrics)
+        salt = cache_salt_of(salt, options.cache_salt)
         orders: list[Order] = []
         for tokens, text_or_none in prompts:
-            is_encoded = self._chat or text_or_none is not None
-            check_tokens(
-                tokens, limits.vocab_size, param, service.tokenizer.size if is_encoded else None
-            )
+            size = None if text_or_none is None else service.tokenizer.size
+            check_tokens(tokens, limits.vocab_size, param, size)
             sampling = sampling_for(options, len(tokens), limits, param)
             output = call.add_prompt(tokens, text_or_none)
             orders.append(Order(tokens, sampling, options.choices, salt, output))
         return call, orders
 
     def _sheet(self, options: Options) -> Sheet:
-        answer_id = ("chatcmpl-" if self._chat else "cmpl-") + draw_name()
+        name = label_of(options.label.encode()) if options.label else draw_name()
+        answer_id = ("chatcmpl-" if self._chat else "cmpl-") + name
         heading = Heading(answer_id, int(time.time()), self._service.config.served_model_name)
         if options.stream:
             return StreamSheet(
-                heading, self._service.tokenizer, self._chat, options.logprobs, options.include_usage
+                heading,
+                self._service.tokenizer,
+                self._chat,
+                options.logprobs,
+                options.include_usage,
+                options.continuous_usage,
             )
         return WholeSheet(heading, self._service.tokenizer, self._chat, options.logprobs)
 

@@ -117,9 +117,9 @@ class Metrics:
         self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
 
     def observe_journey(self, journey: Journey) -> None:
-        """One prompt has ended; only finished ones enter the time histograms."""
+        """One prompt has ended; only finished ones enter the time histograms. Generated tokens are counted as
+        choices take them."""
         self.prompt_tokens += len(journey.work.prompt)
-        self.generation_tokens += journey.generated_tokens
         self.ignored_reports += journey.ignored
         times = journey.times
         if times.first_token_s is not None:

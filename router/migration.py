@@ -125,10 +125,6 @@ class Journey:
     def ended(self) -> bool:
         return self.phase is not None
 
-    @property
-    def generated_tokens(self) -> int:
-        return sum(map(len, self.tokens))
-
     # ------------------------------------------------------------ what flights report
 
     def on_prefilled(self, report: PrefillDone) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import msgspec
 from msgspec import Struct
 
-from router.bodies import ChatBody, CompletionBody, GenerationBody, refuse_unsupported
+from router.bodies import ChatBody, CompletionBody, GenerationBody
 from router.errors import ApiError, invalid
 from router.generation_config import SamplingDefaults
 from services.messages import Sampling
@@ -48,9 +48,15 @@ class Options(Struct, frozen=True):
     include_stop: bool
     stream: bool
     include_usage: bool
+    continuous_usage: bool
     logprobs: int | None
     echo: bool = False
     token_ids: bool = False
+    prompt_text: bool = False
+    label: str = ""
+    """The client's own name for the answer."""
+    cache_salt: bytes = b""
+    """Of requests that share a prefix cache with none but each other."""
 
 
 def check_model(asked: str | None, served: str) -> None:
@@ -70,26 +76,24 @@ def options_of(
     defaults: SamplingDefaults = PLAIN_SAMPLING,
 ) -> Options:
     """`random_seed` (62 bits) and `defaults` are used where the request says nothing."""
-    refuse_unsupported(body)
     _check_floats(body)
     choices = body.n or 1
     if choices > limits.max_choices:
         raise invalid(f"'n' is {choices}: at most {limits.max_choices} choices are allowed.", "n")
     if body.best_of is not None and body.best_of != choices:
-        raise invalid(f"'best_of' must equal 'n' ({choices}) or be left out.", "best_of")
+        raise invalid(
+            f"'best_of' must equal 'n' ({choices}) or be left out.", "best_of", "unsupported_parameter"
+        )
     if body.stream_options is not None and not body.stream:
         raise invalid("'stream_options' is only allowed when 'stream' is true.", "stream_options")
-    if body.return_token_ids and body.stream:
-        raise invalid("'return_token_ids' is only allowed when 'stream' is false.", "return_token_ids")
-    echo = bool(body.echo)
+    max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     if isinstance(body, ChatBody):
-        logprobs = _chat_logprobs(body)
-        max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+        echo, logprobs = False, _chat_logprobs(body)
         max_tokens = defaults.max_tokens if max_tokens is None else max_tokens
     else:
-        logprobs = body.logprobs
+        echo, logprobs = bool(body.echo), body.logprobs
         most = DEFAULT_COMPLETION_TOKENS if defaults.max_tokens is None else defaults.max_tokens
-        max_tokens = min(DEFAULT_COMPLETION_TOKENS, most) if body.max_tokens is None else body.max_tokens
+        max_tokens = min(DEFAULT_COMPLETION_TOKENS, most) if max_tokens is None else max_tokens
         if max_tokens == 0 and not echo:
             raise invalid("'max_tokens' must be at least 1 (0 is for 'echo' only).", "max_tokens")
     stops = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
@@ -114,13 +118,23 @@ def options_of(
         max_tokens=max_tokens,
         choices=choices,
         stops=stops,
-        include_stop=bool(body.include_stop_str_in_output),
+        include_stop=bool(body.include_stop_str_in_output or body.no_stop_trim),
         stream=bool(body.stream),
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
+        continuous_usage=bool(body.stream_options and body.stream_options.continuous_usage_stats),
         logprobs=logprobs,
         echo=echo,
         token_ids=bool(body.return_token_ids),
+        prompt_text=isinstance(body, ChatBody) and bool(body.return_prompt_text),
+        label=body.request_id or body.rid or "",
+        cache_salt=_cache_salt(body),
     )
+
+
+def _cache_salt(body: GenerationBody) -> bytes:
+    if body.cache_salt is None and body.extra_key is None:
+        return b""
+    return msgspec.json.encode([body.cache_salt, body.extra_key])
 
 
 def _or(value: float | None, default: float) -> float:
@@ -143,7 +157,7 @@ def _check_floats(body: GenerationBody) -> None:
 
 
 def _chat_logprobs(body: ChatBody) -> int | None:
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise invalid("'top_logprobs' needs 'logprobs' to be true.", "top_logprobs")
     return (body.top_logprobs or 0) if body.logprobs else None
 
@@ -211,9 +225,12 @@ def sampling_for(options: Options, prompt_tokens: int, limits: Limits, param: st
     """The request's sampling with `max_tokens` clipped to what this prompt leaves of the context."""
     room = limits.context_tokens - prompt_tokens
     if room < 1:
+        # OpenAI's words: clients know an overflow by them, and shorten their history.
+        what = "messages" if param == "messages" else "prompt"
         raise invalid(
-            f"The prompt has {prompt_tokens} tokens; with one to generate that is over this model's context "
-            f"of {limits.context_tokens} tokens.",
+            f"This model's maximum context length is {limits.context_tokens} tokens. However, your {what} "
+            f"resulted in {prompt_tokens} tokens, and at least one more is to be generated. Please reduce "
+            f"the length of the {what}.",
             param,
             "context_length_exceeded",
         )

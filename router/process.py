@@ -87,6 +87,7 @@ def build_service(config: RouterConfig) -> Service:
     defaults = sampling_defaults(config.model_dir, config.generation_config)
     tokenizer = TextTokenizer(config.model_dir)
     template = ChatTemplate(config.model_dir, tokenizer.special_tokens)
+    template.learn()
     metrics = Metrics(retries=RetryBudget(config.max_retries, config.retry_share, config.retry_burst))
     try:
         dispatcher = Dispatcher(config, metrics)

@@ -117,8 +117,8 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self.globals["raise_exception"] = _raise_exception
         del self.globals["lipsum"]
 
-    def begin(self) -> None:
-        self._until_s = self._clock() + self._time_limit_s
+    def begin(self, at_least_s: float = 0.0) -> None:
+        self._until_s = self._clock() + max(self._time_limit_s, at_least_s)
         self.budget.renew()
 
     def look_at_clock(self, plain: int = 0) -> str:

@@ -22,8 +22,8 @@ from types import FrameType
 import zmq
 
 from kvtransfer.channel import ChannelKeys, Codec, Server
-from kvtransfer.client import TransferLost
-from kvtransfer.messages import Event, TransferSpans
+from kvtransfer.client import TransferLost, WorkerEvent
+from kvtransfer.messages import TransferSpans
 from services.config import WorkerConfig
 from services.kv_pull import KvPull
 from services.kv_pull_parts import PullParts
@@ -212,7 +212,7 @@ class Worker:
                 except Exception as error:
                     self._refuse(router, request, error)
 
-    def _on_event(self, event: Event | TransferLost) -> None:
+    def _on_event(self, event: WorkerEvent) -> None:
         if isinstance(event, TransferSpans):
             self.tracing.answer(event)
             return

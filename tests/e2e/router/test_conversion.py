@@ -29,6 +29,13 @@ def test_prompts_and_answers_are_those_of_sentencepiece(tmp_path: Path) -> None:
         messages = [{"role": "user", "content": "that"}]
         chat = http.post("/tokenize", json={"messages": messages}).json()["tokens"]
         assert chat == [reference.bos_id(), *reference.encode("[INST] that [/INST]")]
+        more = {"messages": messages, "add_special_tokens": True}
+        assert http.post("/tokenize", json=more).json()["tokens"] == [reference.bos_id(), *chat]
+        usage = http.post("/v1/chat/completions", json={**more, "max_tokens": 1}).json()["usage"]
+        assert usage["prompt_tokens"] == len(chat) + 1
+        plain = {"prompt": "that he was", "add_special_tokens": False, "max_tokens": 1}
+        usage = http.post("/v1/completions", json=plain).json()["usage"]
+        assert usage["prompt_tokens"] == len(prompt) - 1
         cluster.use(Script(answers=[reference.encode("with naïve 🙂")]))
         body = {"prompt": "that he was", "echo": True, "max_tokens": 64}
         answer = http.post("/v1/completions", json=body).json()["choices"][0]

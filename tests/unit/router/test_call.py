@@ -1,4 +1,4 @@
-"""A prompt and its answer as one text; a stream whose client does not keep up."""
+"""A prompt and its answer as one text; a stream whose client does not keep up; what is counted."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models
 
 import router.call
 from router.answers import Heading, Sheet, StreamSheet, WholeSheet
-from router.bodies import CompletionBody
+from router.bodies import BodyDecoder, ChatBody, CompletionBody
 from router.call import Call
 from router.metrics import Metrics
 from router.parameters import Limits, options_of
@@ -128,3 +128,93 @@ def test_an_echo_alone_is_what_the_prompt_decodes_to(tmp_path: Path) -> None:
     tokens = tokenizer._encode_long("xé", False)[:2]
     (choice,) = answer(tokenizer, CompletionBody(prompt="", echo=True, max_tokens=0), None, tokens)
     assert choice["text"] == tokenizer.decode(tokens) == "x\ufffd"
+
+
+LETTERS = [65, 66, 67, 68]  # b, c, d, e
+CASES: list[dict[str, Any]] = [
+    {},
+    {"n": 2},
+    {"prompt": ["a", "b"], "n": 2},
+    {"max_tokens": 0, "echo": True},
+    {"max_tokens": 0, "echo": True, "n": 2, "logprobs": 1},
+    {"echo": True, "logprobs": 1},
+    {"stop": "c"},
+    {"stop": "cd", "n": 2, "include_stop_str_in_output": True},
+    {"ends": True},
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("fields", CASES, ids=str)
+def test_counters_and_usage_and_ids_agree(fields: dict[str, Any], stream: bool, tmp_path: Path) -> None:
+    """Whatever workers send past a choice's end, and however many of its tokens come at once."""
+    write_tokenizer(tmp_path)
+    tokenizer = TextTokenizer(tmp_path)
+    fields = {"prompt": "a", **fields}
+    ends = fields.pop("ends", False)
+    options = options_of(CompletionBody(**fields, stream=stream, return_token_ids=True), LIMITS, 1)
+    heading = Heading("id", 0, "tiny")
+    sheet: Sheet = (
+        StreamSheet(heading, tokenizer, False, options.logprobs, True)
+        if stream
+        else WholeSheet(heading, tokenizer, False, options.logprobs)
+    )
+    metrics = Metrics()
+    call = Call(options, sheet, tokenizer, metrics)
+    prompts = fields["prompt"] if isinstance(fields["prompt"], list) else [fields["prompt"]]
+    top = [TokenLogprob(-1.0, [])] * len(LETTERS)
+    for number, text in enumerate(prompts):
+        output = call.add_prompt([5, 6 + number], text)
+        for choice in range(options.choices):
+            for tokens, finish in ((LETTERS[:1], None), (LETTERS[1:], "stop" if ends else "length")):
+                if not output.on_tokens(Tokens(1, choice, tokens, top[: len(tokens)], finish), 0.0):
+                    break
+    assert call.ended and call.error is None
+    raw = sheet.body(call.usage).decode()
+    answers = [json.loads(line) for line in raw.replace("data: ", "").split("\n\n") if line[:1] == "{"]
+    made = [(one["index"], one.get("token_ids", [])) for answer in answers for one in answer["choices"]]
+    usage = answers[-1]["usage"]
+    assert usage["completion_tokens"] == sum(len(ids) for _, ids in made) == metrics.generation_tokens
+    shown = [
+        one["prompt_token_ids"]
+        for answer in answers
+        for one in answer["choices"]
+        if "prompt_token_ids" in one
+    ]
+    assert sorted(shown) == sorted(
+        [5, 6 + number] for number in range(len(prompts)) for _ in range(options.choices)
+    )
+    for index in range(len(prompts) * options.choices):
+        ids = [token for at, tokens in made for token in tokens if at == index]
+        assert ids == LETTERS[: len(ids)]
+        assert len(ids) == (
+            0 if options.max_tokens == 0 else {"c": 2, "cd": 3}.get(fields.get("stop", ""), 4)
+        )
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_stream_can_say_its_usage_all_along(chat: bool, tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    tokenizer = TextTokenizer(tmp_path)
+    raw = {"stream": True, "n": 2, "stream_options": {"continuous_usage_stats": True, "include_usage": True}}
+    raw |= (
+        {"messages": [{"role": "user", "content": "a"}], "return_prompt_text": True}
+        if chat
+        else {"prompt": "a"}
+    )
+    body = BodyDecoder().decode(ChatBody if chat else CompletionBody, json.dumps(raw).encode())
+    options = options_of(body, LIMITS, 1)
+    sheet = StreamSheet(Heading("id", 0, "tiny"), tokenizer, chat, None, True, options.continuous_usage)
+    call = Call(options, sheet, tokenizer, Metrics())
+    output = call.add_prompt([5, 6, 7], "the prompt")
+    for choice in (0, 1):
+        output.on_tokens(Tokens(1, choice, LETTERS[:1], None, None), 0.0)
+        output.on_tokens(Tokens(1, choice, LETTERS[1:], None, "length"), 0.0)
+    frames = [json.loads(line[6:]) for line in sheet.body(call.usage).decode().split("\n\n")[:-2]]
+    counts = [frame["usage"]["completion_tokens"] for frame in frames]
+    assert counts == sorted(counts)
+    assert set(counts) == {1, 4, 5, 8}
+    assert {frame["usage"]["prompt_tokens"] for frame in frames} == {3}
+    assert (frames[-1]["choices"], counts[-1]) == ([], 8)
+    with_text = [frame["choices"][0]["index"] for frame in frames if frame.get("prompt_text") == "the prompt"]
+    assert with_text == ([0, 1] if chat else [])
