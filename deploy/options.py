@@ -13,6 +13,7 @@ from deploy.values import (
     flag,
     fraction,
     integer,
+    origins,
     parse_api_key,
     path,
     power_of_two,
@@ -115,6 +116,13 @@ class HttpSettings:
         (), parse_api_key, "Bearer key that clients must send; repeatable.", many=True
     )
     api_key_file: Path | None = setting(None, path, "File with more such keys, one a line.")
+    keyless_probes: bool = setting(
+        False, flag, "/ready and /metrics need no key, as /health never does.", switch=True
+    )
+    allowed_origins: tuple[str, ...] = setting(
+        (), origins, "Origin of web pages that may use the API, like https://host:port, or *; repeatable.",
+        many=True,
+    )  # fmt: skip
     request_timeout: float = setting(600.0, seconds(1, 86400), "Seconds that one request may take.")
     max_body_bytes: int = setting(8 << 20, parse_bytes, "Largest request body, like 8MiB.")
     max_choices: int = setting(16, integer(1, 128), "Most choices (`n`) of one prompt.")
@@ -138,6 +146,9 @@ class HttpSettings:
     )
     upload_timeout: float = setting(
         60.0, seconds(1, 86400), "Seconds that a request's head, and then its body, may take to arrive."
+    )
+    keep_alive_timeout: float = setting(
+        75.0, seconds(1, 86400), "Seconds that a connection may be idle before it is closed.", "--timeout-keep-alive"
     )
 
 

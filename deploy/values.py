@@ -2,6 +2,7 @@
 ValueError saying what is allowed; the caller names where the text came from."""
 
 import math
+import re
 import string
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,10 @@ from services.memory.sizes import parse_bytes
 
 Parser = Callable[[str], object]
 DNS_SCHEME = "tcp+dns://"
+_ORIGIN = re.compile(
+    r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<host>[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::(?P<port>\d{1,5}))?"
+)
+_DEFAULT_PORTS = {"http": "80", "https": "443"}
 _NAME_CHARACTERS = frozenset(string.ascii_letters + string.digits + "-._")
 
 
@@ -122,6 +127,22 @@ def endpoint(value: str) -> str:
         if not port.isdigit() or not 0 < int(port) < 65536:
             raise ValueError(f"{value!r}: a tcp:// endpoint ends with a port from 1 to 65535")
     return value
+
+
+def origins(value: str) -> str:
+    """`*`, or origins as browsers write them: scheme, host and, unless it is the scheme's own, port."""
+    return ",".join(_origin(one.strip()) for one in value.split(","))
+
+
+def _origin(value: str) -> str:
+    if value == "*":
+        return value
+    match = _ORIGIN.fullmatch(value.lower())
+    if match is None or int(match["port"] or 0) > 65535:
+        raise ValueError(f"{value!r} is not an origin; write https://host or http://host:port, or '*' for all")
+    port = match["port"] and str(int(match["port"]))
+    has_port = port and port != _DEFAULT_PORTS.get(match["scheme"])
+    return f"{match['scheme']}://{match['host']}" + (f":{port}" if has_port else "")
 
 
 def worker_endpoint(value: str) -> str:

@@ -5,7 +5,6 @@ than all that happens to a short request behind them. FastAPI routes the rest.
 """
 
 import asyncio
-import hmac
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from starlette.routing import Route
 from router.bodies import DetokenizeBody, TokenizeBody, template_messages
 from router.cluster import cluster_values, memory_values
 from router.config import RouterConfig
+from router.content import check_content, check_expectations
 from router.errors import ApiError, crashed, invalid
 from router.formats import encode_json
 from router.generate import GenerateEndpoint, Service
@@ -36,7 +36,9 @@ from router.http import (
     label_of,
     read_body,
 )
+from router.keys import Keys
 from router.metrics import exposition
+from router.origins import Origins
 from router.parameters import check_model, check_tokens
 from services.messages import VERSION
 
@@ -50,6 +52,7 @@ _PAGE_HEADERS = [
     (b"referrer-policy", b"no-referrer"),
 ]  # fmt: skip
 _WITHOUT_KEY = frozenset(("/", "/favicon.ico", "/health"))
+_PROBES = frozenset(("/ready", "/metrics"))
 Answer = Callable[[Scope, bytes], Awaitable["Reply"]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
@@ -82,68 +85,67 @@ class Endpoint:
 
 
 class Gate:
-    """Before everything else: the request's label, and the API key.
+    """Before everything else: the request's label, what browsers ask first, the API key, and headers that
+    would change what the body means.
 
-    `/health` needs none, nor does the page, which holds no data and has the field to enter a key.
-
-    All keys are compared, each in constant time, so that the time taken says nothing about any of them.
-    Of requests that generate, `max_open` may be open at once: each may hold a body that is still arriving.
+    `/health` needs no key, nor does the page, which holds no data and has the field to enter a key; nor, with
+    `keyless_probes`, do `/ready` and `/metrics`. Of requests that generate, `max_open` may be open at once:
+    each may hold a body that is still arriving.
     """
 
-    def __init__(
-        self,
-        app: App,
-        posts: Mapping[str, App],
-        api_keys: Sequence[str],
-        max_open: int,
-        retry_after_s: int,
-    ) -> None:
+    def __init__(self, app: App, posts: Mapping[str, App], config: RouterConfig) -> None:
         """`posts` are called for POST on exactly their paths, `app` for everything else."""
         self._app, self._posts = app, posts
-        self._open, self._max_open, self._retry_after_s = 0, max_open, retry_after_s
-        self._keys = [(key, key.encode()) for key in api_keys]
+        self._open, self._max_open, self._retry_after_s = 0, config.max_running, config.retry_after_s
+        self._keys, self._origins = Keys(config.api_keys), Origins(config.allowed_origins)
+        self._without_key = _WITHOUT_KEY | _PROBES if config.keyless_probes else _WITHOUT_KEY
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
-        path = scope["path"]
         scope["baton.label"] = label_of(header(scope, b"x-request-id")).encode()
-        if self._keys and path not in _WITHOUT_KEY:
-            key = self._key_of(header(scope, b"authorization"))
-            if key is None:
-                error = ApiError(
-                    401, "A valid API key is needed: Authorization: Bearer KEY.", code="invalid_api_key"
-                )
-                await Response(scope, send).error(error)
+        origin = header(scope, b"origin")
+        if origin is not None:
+            send = self._origins.let_through(origin, send)
+            if await self._origins.answer_preflight(scope, origin, send):
                 return
-            scope["baton.api_key"] = key
-        if scope["method"] != "POST" or path not in self._posts:
-            await self._app(scope, receive, send)
-            return
-        if self._open >= self._max_open:
-            error = ApiError(
-                429,
-                f"The server is overloaded: {self._open} requests are open.",
-                code="overloaded",
-                retry_after_s=self._retry_after_s,
-            )
+        post = self._posts.get(scope["path"]) if scope["method"] == "POST" else None
+        try:
+            self._check(scope)
+            if post is not None and self._open >= self._max_open:
+                raise ApiError(
+                    429,
+                    f"The server is overloaded: {self._open} requests are open.",
+                    code="overloaded",
+                    retry_after_s=self._retry_after_s,
+                )
+        except ApiError as error:
             await Response(scope, send).error(error)
+            return
+        if post is None:
+            await self._app(scope, receive, send)
             return
         self._open += 1
         try:
-            await self._posts[path](scope, receive, send)
+            await post(scope, receive, send)
         finally:
             self._open -= 1
 
-    def _key_of(self, authorization: bytes | None) -> str | None:
-        scheme, _, given = (authorization or b"").partition(b" ")
-        if scheme.lower() != b"bearer":
-            return None
-        found: str | None = None
-        for key, encoded in self._keys:
-            if hmac.compare_digest(given.strip(), encoded):
-                found = key
-        return found
+    def _check(self, scope: Scope) -> None:
+        headers = scope["headers"]
+        if self._keys and scope["path"] not in self._without_key:
+            key = self._keys.find(headers)
+            if key is None:
+                raise ApiError(
+                    401,
+                    "A valid API key is needed: Authorization: Bearer KEY, or x-api-key: KEY.",
+                    code="invalid_api_key",
+                )
+            scope["baton.api_key"] = key
+        check_expectations(headers)
+        if scope["method"] == "POST":
+            check_content(headers)
+            self._origins.check(headers, header(scope, b"host"))
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Plain:
@@ -304,4 +306,4 @@ def build_app(service: Service) -> Gate:
     routes = [Route(path, endpoint, methods=["POST"]) for path, endpoint in posts.items()]
     routes += [Route(path, Endpoint(answer, config), methods=[method]) for method, path, answer in small]
     app.router.routes.extend(routes)
-    return Gate(app, posts, config.api_keys, config.max_running, config.retry_after_s)
+    return Gate(app, posts, config)

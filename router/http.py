@@ -103,5 +103,9 @@ class Response:
         await self.begin(status, fields)
         await self.part(body, last=True)
 
+    async def empty(self, headers: Sequence[Header]) -> None:
+        await self.begin(204, headers)
+        await self.part(b"", last=True)
+
     async def error(self, error: ApiError) -> None:
         await self.whole(error.status, error.body(), headers=error.headers())

@@ -73,6 +73,7 @@ def run(config: RouterConfig) -> None:
             proxy_headers=False,  # nobody here asks who the client is
             log_config=None,
             log_level="warning",
+            timeout_keep_alive=config.keep_alive_timeout_s,  # type: ignore[arg-type]  # it takes parts of one
             server_header=False,
             timeout_graceful_shutdown=LAST_WRITES_S,
         )

@@ -22,6 +22,7 @@ from deploy.planning import (
 )
 from deploy.readiness import Welcome, claim_port
 from deploy.scaling import Host, Scaling
+from deploy.web_origins import allowed_origins
 from services.config import Device
 from services.memory.measure import gpu_count
 
@@ -50,6 +51,7 @@ async def _serve(launcher: Launcher, scaling: Scaling, control: Path) -> int:
 def run(settings: ServeSettings) -> None:
     device, slots = checked_slots(settings)
     keys = api_keys(settings.api_key, settings.api_key_file)
+    allowed_origins(settings.allowed_origins)  # the router's, but said before anything starts
     port = claim_port(settings.host, settings.port)
     model_name = settings.served_model_name or settings.model_dir.resolve().name
     welcome = Welcome(settings.host, port, model_name, keys[0] if keys else None)
