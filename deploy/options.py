@@ -148,7 +148,10 @@ class HttpSettings:
         60.0, seconds(1, 86400), "Seconds that a request's head, and then its body, may take to arrive."
     )
     keep_alive_timeout: float = setting(
-        75.0, seconds(1, 86400), "Seconds that a connection may be idle before it is closed.", "--timeout-keep-alive"
+        75.0,
+        seconds(1, 86400),
+        "Seconds that a connection may be idle before it is closed.",
+        "--timeout-keep-alive",
     )
 
 

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from typing import TextIO
+from typing import Literal, TextIO
 
 _INPUT, _OUTPUT, _ERRORS = 0, 1, 2
 
@@ -26,5 +26,5 @@ def open_standard_streams() -> None:
     sys.stderr = _stream(sys.stderr, _ERRORS, "w")
 
 
-def _stream(found: TextIO | None, number: int, mode: str) -> TextIO:
+def _stream(found: TextIO | None, number: int, mode: Literal["r", "w"]) -> TextIO:
     return open(number, mode, encoding="utf-8", errors="replace", closefd=False) if found is None else found

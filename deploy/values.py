@@ -139,7 +139,9 @@ def _origin(value: str) -> str:
         return value
     match = _ORIGIN.fullmatch(value.lower())
     if match is None or int(match["port"] or 0) > 65535:
-        raise ValueError(f"{value!r} is not an origin; write https://host or http://host:port, or '*' for all")
+        raise ValueError(
+            f"{value!r} is not an origin; write https://host or http://host:port, or '*' for all"
+        )
     port = match["port"] and str(int(match["port"]))
     has_port = port and port != _DEFAULT_PORTS.get(match["scheme"])
     return f"{match['scheme']}://{match['host']}" + (f":{port}" if has_port else "")
@@ -152,7 +154,9 @@ def worker_endpoint(value: str) -> str:
     rest = value.removeprefix(DNS_SCHEME)
     name = rest.partition("#")[0].rpartition(":")[0]
     if not name or not set(name) <= _NAME_CHARACTERS:
-        raise ValueError(f"{value!r}: a tcp+dns:// endpoint has a name, as in tcp+dns://prefill.baton.svc:7000")
+        raise ValueError(
+            f"{value!r}: a tcp+dns:// endpoint has a name, as in tcp+dns://prefill.baton.svc:7000"
+        )
     endpoint(f"tcp://{rest}")
     return value
 

@@ -16,11 +16,10 @@ from fastapi import Response as Plain
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
-from router.bodies import DetokenizeBody, TokenizeBody, template_messages
 from router.cluster import cluster_values, memory_values
 from router.config import RouterConfig
 from router.content import check_content, check_expectations
-from router.errors import ApiError, crashed, invalid
+from router.errors import ApiError, crashed
 from router.formats import encode_json
 from router.generate import GenerateEndpoint, Service
 from router.http import (
@@ -39,7 +38,8 @@ from router.http import (
 from router.keys import Keys
 from router.metrics import exposition
 from router.origins import Origins
-from router.parameters import check_model, check_tokens
+from router.parameters import check_model
+from router.prepare import Kind
 from services.messages import VERSION
 
 logger = logging.getLogger(__name__)
@@ -82,6 +82,28 @@ class Endpoint:
             return
         else:
             await response.whole(reply.status, reply.body, reply.content_type, reply.headers)
+
+
+class TokensEndpoint:
+    """`/tokenize` and `/detokenize`: the answer is all that preparing makes."""
+
+    def __init__(self, service: Service, kind: Kind) -> None:
+        self._service, self._kind = service, kind
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        response = Response(scope, send)
+        config = self._service.config
+        try:
+            raw = await read_body(scope, receive, config.max_body_bytes, config.upload_timeout_s)
+            pieces = await self._service.prepare(self._kind, raw, receive)
+        except ApiError as error:
+            await response.error(error)
+            return
+        except ClientGone:
+            return
+        if not isinstance(pieces, list):
+            raise TypeError("prompts in place of an answer")
+        await response.pieces(200, pieces)
 
 
 class Gate:
@@ -196,44 +218,6 @@ class Pages:
         check_model(scope["path_params"]["model_id"], self._service.config.served_model_name)
         return Reply(encode_json(self._model()))
 
-    async def tokenize(self, scope: Scope, raw: bytes) -> Reply:
-        service = self._service
-        body = service.bodies.decode(TokenizeBody, raw)
-        check_model(body.model, service.config.served_model_name)
-        if (body.prompt is None) == (body.messages is None):
-            raise invalid("Exactly one of 'prompt' and 'messages' must be given.", "prompt")
-        if body.chat_template:
-            raise invalid("'chat_template' is not supported by this server.", "chat_template")
-        if body.messages is not None:
-            text = service.template.render(
-                template_messages(body.messages), body.add_generation_prompt is not False
-            )
-        else:
-            text = body.prompt or ""
-        default = body.messages is None
-        special = default if body.add_special_tokens is None else body.add_special_tokens
-        tokens = await service.tokenizer.encode(text, special)
-        limits = service.dispatcher.limits()
-        return Reply(
-            encode_json(
-                {
-                    "count": len(tokens),
-                    "max_model_len": limits.context_tokens if limits is not None else None,
-                    "tokens": tokens,
-                    "token_strs": [service.tokenizer.token_text(token) for token in tokens]
-                    if body.return_token_strs
-                    else None,
-                }
-            )
-        )
-
-    async def detokenize(self, scope: Scope, raw: bytes) -> Reply:
-        body = self._service.bodies.decode(DetokenizeBody, raw)
-        check_model(body.model, self._service.config.served_model_name)
-        if body.tokens:
-            check_tokens(body.tokens, self._service.tokenizer.size, "tokens")
-        return Reply(encode_json({"prompt": self._service.tokenizer.decode(body.tokens)}))
-
     async def health(self, scope: Scope, raw: bytes) -> Reply:
         return Reply(b'{"status":"ok"}')
 
@@ -286,8 +270,6 @@ def build_app(service: Service) -> Gate:
     small: list[tuple[str, str, Answer]] = [
         ("GET", "/v1/models", pages.models),
         ("GET", "/v1/models/{model_id:path}", pages.model),
-        ("POST", "/tokenize", pages.tokenize),
-        ("POST", "/detokenize", pages.detokenize),
         ("GET", "/health", pages.health),
         ("GET", "/ready", pages.ready),
         ("GET", "/metrics", pages.metrics),
@@ -302,8 +284,12 @@ def build_app(service: Service) -> Gate:
         "/v1/chat/completions": GenerateEndpoint(service, chat=True),
         "/v1/completions": GenerateEndpoint(service, chat=False),
     }
+    tokens: dict[str, App] = {
+        "/tokenize": TokensEndpoint(service, "tokenize"),
+        "/detokenize": TokensEndpoint(service, "detokenize"),
+    }
     # The gate takes their POSTs; other methods on their paths are answered here, with 405.
-    routes = [Route(path, endpoint, methods=["POST"]) for path, endpoint in posts.items()]
+    routes = [Route(path, endpoint, methods=["POST"]) for path, endpoint in {**posts, **tokens}.items()]
     routes += [Route(path, Endpoint(answer, config), methods=[method]) for method, path, answer in small]
     app.router.routes.extend(routes)
     return Gate(app, posts, config)

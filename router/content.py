@@ -47,11 +47,8 @@ def check_content(headers: Headers) -> None:
             _check_encoding(value)
         elif name == b"content-range":
             raise ApiError(400, "A POST's body is whole: Content-Range is not supported.")
-        elif name == b"content-transfer-encoding":
-            if value.lower() not in _PLAIN:
-                raise ApiError(
-                    415, "Content-Transfer-Encoding is not supported: the body must be JSON as it is."
-                )
+        elif name == b"content-transfer-encoding" and value.lower() not in _PLAIN:
+            raise ApiError(415, "Content-Transfer-Encoding is not supported: the body must be JSON.")
 
 
 def check_expectations(headers: Headers) -> None:
@@ -65,7 +62,9 @@ def _check_charset(value: bytes) -> None:
     for charset in _CHARSET.findall(value):
         if charset.lower() not in _CHARSETS:
             raise ApiError(
-                415, "The body must be JSON in UTF-8: another charset is not supported.", code="unsupported_media_type"
+                415,
+                "The body must be JSON in UTF-8: another charset is not supported.",
+                code="unsupported_media_type",
             )
 
 

@@ -74,7 +74,7 @@ def _too_large(buffer: bytearray) -> ApiError:
 
 
 def take_head(buffer: bytearray, searched: int) -> Head | None:
-    """Removes a head from the front of `buffer`, of which `searched` bytes were looked at in vain before; None
+    """Removes a head from the front of `buffer`, of which `searched` bytes were looked at before in vain. None
     while it is not whole. Raises ApiError for one that cannot be served; the connection ends with it."""
     found = _HEAD_END.search(buffer, max(0, searched - 2))
     if (len(buffer) if found is None else found.end()) > MAX_HEAD_BYTES:
@@ -92,9 +92,7 @@ def _read_head(raw: bytes) -> Head:
     if raw.startswith(_HTTP2):
         raise ApiError(505, "This server speaks HTTP/1.1, not HTTP/2.", code="http_version")
     if raw.count(b"\n") > MAX_HEADERS + 2:
-        raise ApiError(
-            431, f"The request has more than {MAX_HEADERS} headers.", code="head_too_large"
-        )
+        raise ApiError(431, f"The request has more than {MAX_HEADERS} headers.", code="head_too_large")
     pieces = _Pieces()
     parser = httptools.HttpRequestParser(pieces)
     try:
@@ -223,7 +221,7 @@ class ChunkedBody:
     def _too_much() -> ApiError:
         return ApiError(
             431,
-            f"A line between chunks is over the limit of {MAX_CHUNK_LINE_BYTES} bytes, or all their extensions "
+            f"A line between chunks is over the limit of {MAX_CHUNK_LINE_BYTES} bytes, or all extensions "
             f"and trailers over that of {MAX_HEAD_BYTES}.",
             code="head_too_large",
         )

@@ -2,8 +2,8 @@
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine, MutableMapping, Sequence
+from typing import Any, TypeVar
 
 from router.errors import ApiError
 from router.ids import draw_name
@@ -12,6 +12,7 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Header = tuple[bytes, bytes]
+Result = TypeVar("Result")
 
 JSON = b"application/json"
 TEXT = b"text/plain; charset=utf-8"
@@ -42,6 +43,37 @@ def label_of(given: bytes | None) -> str:
 def label_header(scope: Scope) -> Header:
     """What every answer carries; the gate has put the label into the scope."""
     return (b"x-request-id", scope["baton.label"])
+
+
+async def attended(
+    work: Coroutine[Any, Any, Result], receive: Receive, timeout_s: float, limit_s: float
+) -> Result:
+    """What `work` makes. It is cancelled if the client goes away (ClientGone) or `timeout_s` is over, what is
+    left of `limit_s` (ApiError 504)."""
+    loop = asyncio.get_running_loop()
+    task, gone = loop.create_task(work), loop.create_task(until_gone(receive))
+    try:
+        await asyncio.wait((task, gone), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        if gone.done():
+            raise ClientGone
+        raise overdue(limit_s)
+    finally:
+        task.cancel()
+        gone.cancel()
+
+
+async def until_gone(receive: Receive) -> None:
+    # Anything else that the client sends now is of no interest.
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def overdue(limit_s: float, committed: bool = False) -> ApiError:
+    return ApiError(
+        504, f"The request was not done within {limit_s:g} s.", code="deadline_exceeded", committed=committed
+    )
 
 
 def _too_large(limit_bytes: int) -> ApiError:
@@ -102,6 +134,13 @@ class Response:
         fields = ((b"content-type", content_type), (b"content-length", b"%d" % len(body)), *headers)
         await self.begin(status, fields)
         await self.part(body, last=True)
+
+    async def pieces(self, status: int, pieces: Sequence[bytes]) -> None:
+        """JSON that is too long to be joined."""
+        size_bytes = sum(map(len, pieces))
+        await self.begin(status, ((b"content-type", JSON), (b"content-length", b"%d" % size_bytes)))
+        for piece in pieces:
+            await self.part(piece, last=piece is pieces[-1])
 
     async def empty(self, headers: Sequence[Header]) -> None:
         await self.begin(204, headers)

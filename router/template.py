@@ -22,7 +22,7 @@ from router.template_budget import TemplateTooLarge
 MAX_PROMPT_CHARACTERS = 64 << 20
 MAX_TIME_FORMAT = 256
 TIME_LIMIT_S = 1.0
-"""Nothing else happens in the router while a template runs. Those of known models need microseconds."""
+"""Those of known models need microseconds."""
 
 
 def _source(model_dir: Path, settings: dict[str, Any]) -> tuple[Path, str | None]:
@@ -79,13 +79,14 @@ class ChatTemplate:
         special_tokens: Mapping[str, str] | None = None,
         now: Callable[[], datetime.datetime] = datetime.datetime.now,
         clock: Callable[[], float] = time.monotonic,
+        time_limit_s: float = TIME_LIMIT_S,
     ) -> None:
         settings_path = model_dir / "tokenizer_config.json"
         settings = read_json(settings_path) if settings_path.exists() else {}
         path, source = _source(model_dir, settings)
         self._names = {**_special_tokens(model_dir, settings), **(special_tokens or {})}
         self._template: jinja2.Template | None = None
-        self._sandbox = Sandbox(TIME_LIMIT_S, clock)
+        self._sandbox = Sandbox(time_limit_s, clock)
         self._sandbox.globals["strftime_now"] = lambda form: _time_as(str(form), now())
         if source is not None:
             try:

@@ -5,7 +5,6 @@ hold (two seconds of start, and hundreds of MiB, for nothing). A checkpoint that
 its own (router/conversion.py).
 """
 
-import asyncio
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,13 +13,12 @@ from tokenizers import Tokenizer
 
 from router.checkpoint import read_json
 from router.config import RouterConfigError
-from router.conversion import convert
+from router.conversion import Converted, convert
 from router.text import ByteDetokenizer, Detokenizer, StreamDetokenizer
 from router.words import WordEncoder
 
-THREAD_CHARACTERS = 8192
-"""Longer texts are encoded in a thread: about 2 ms, what other streams may have to wait."""
-ENCODING_THREADS = 2
+MAX_WORDS_CHARACTERS = 8192
+"""Longer texts are not put together from words that are known already."""
 
 
 _BYTE_FALLBACK = [
@@ -42,18 +40,22 @@ def _bytes_of_byte_level() -> dict[str, int]:
 
 
 class TextTokenizer:
-    """Encodes, decodes and detokenizes for one checkpoint directory. Raises RouterConfigError on loading."""
+    """Encodes, decodes and detokenizes for one checkpoint directory. Raises RouterConfigError on loading.
 
-    def __init__(self, model_dir: Path) -> None:
+    `converted` is what a conversion made of it before; after loading, what one made, if one was needed."""
+
+    def __init__(self, model_dir: Path, converted: Converted | None = None) -> None:
         path = model_dir / "tokenizer.json"
+        self.converted: Converted | None = None
         self.special_tokens: Mapping[str, str] = {}
         """By role, `bos_token` and others: only of a converted tokenizer, whose class knows them."""
         if path.exists():
             values = read_json(path)
             content = path.read_text(encoding="utf-8")
         else:
-            converted = convert(model_dir)
-            path, content, self.special_tokens = model_dir, converted.tokenizer, converted.special_tokens
+            self.converted = converted or convert(model_dir)
+            path, content = model_dir, self.converted.tokenizer
+            self.special_tokens = self.converted.special_tokens
             values = json.loads(content)
         decoder = values.get("decoder")
         try:
@@ -78,7 +80,6 @@ class TextTokenizer:
         ]
         stand_ins = {byte: text for text, byte in _bytes_of_byte_level().items()}
         self._words = WordEncoder.make(self._tokenizer, values, stand_ins)
-        self._threads = asyncio.Semaphore(ENCODING_THREADS)
 
     def _token_bytes(self, vocabulary: dict[str, int]) -> list[bytes]:
         table = _bytes_of_byte_level()
@@ -96,21 +97,13 @@ class TextTokenizer:
                 pieces[token] = text.replace("▁", " ").encode()
         return pieces
 
-    async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Token ids. A short text is encoded at once, a long one in a thread beside the event loop."""
-        if len(text) <= THREAD_CHARACTERS:
-            words = None if self._words is None else self._words.encode(text, add_special_tokens)
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Token ids."""
+        if len(text) <= MAX_WORDS_CHARACTERS and self._words is not None:
+            words = self._words.encode(text, add_special_tokens)
             if words is not None:
                 return words
-            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
-            return ids
-        async with self._threads:
-            return await asyncio.to_thread(self._encode_long, text, add_special_tokens)
-
-    def _encode_long(self, text: str, add_special_tokens: bool) -> list[int]:
-        # Only the batch call lets go of the interpreter lock.
-        batch = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
-        ids: list[int] = batch[0].ids
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
     def decode(self, tokens: Sequence[int], skip_special_tokens: bool = False) -> str:
