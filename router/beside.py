@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -19,9 +20,10 @@ from functools import partial
 from pathlib import Path
 
 from router.conversion import Converted
-from router.errors import ApiError
+from router.errors import ApiError, invalid
 from router.prepare import Ask, Prepared, Prompt
 from router.preparer import (
+    CPU_LIMIT_S,
     LENGTH,
     TOKEN_BYTES,
     Generation,
@@ -37,8 +39,6 @@ logger = logging.getLogger(__name__)
 
 PROCESSES = 2
 MAX_WAITING_BYTES = 256 << 20
-TIME_LIMIT_S = 60.0
-"""Of one body. The template's own limit is far below: what is left is a tokenizer, slow on its text."""
 ABANDONED_S = 5.0
 """How long a process may still work on a body that nobody waits for."""
 PIECE_BYTES = 256 << 10
@@ -66,10 +66,7 @@ class _Process:
             elif isinstance(answer, Page):
                 made = [piece async for piece in self._pieces(answer.size_bytes)]
         except (OSError, asyncio.IncompleteReadError):
-            logger.error("the process that prepared a body ended (pid %d)", self.process.pid)
-            raise ApiError(
-                500, "The process that prepared this request ended.", code="internal_error", committed=True
-            ) from None
+            raise await self._ended() from None
         self.is_sound = True
         if isinstance(answer, Refused):
             raise ApiError(
@@ -80,6 +77,16 @@ class _Process:
                 retry_after_s=answer.retry_after_s,
             )
         return made
+
+    async def _ended(self) -> ApiError:
+        self.process.kill()
+        code = await asyncio.get_running_loop().run_in_executor(None, self.process.wait)
+        logger.error("the process that prepared a body ended: pid %d, code %d", self.process.pid, code)
+        if code == -signal.SIGXCPU:
+            return invalid(f"This request's text took more than {CPU_LIMIT_S} s of computing to be prepared.")
+        return ApiError(
+            500, "The process that prepared this request ended.", code="internal_error", committed=True
+        )
 
     async def _take(self, size_bytes: int) -> bytes:
         return await self.reader.readexactly(size_bytes)
@@ -147,8 +154,6 @@ class Preparers:
         loop = asyncio.get_running_loop()
         work = loop.create_task(process.prepare(ask, raw))
         work.add_done_callback(partial(self._back, process))
-        limit = loop.call_later(TIME_LIMIT_S, self._give_up, process, work)
-        work.add_done_callback(lambda _: limit.cancel())
         try:
             return await asyncio.shield(work)
         except asyncio.CancelledError:
@@ -159,7 +164,7 @@ class Preparers:
     @staticmethod
     def _give_up(process: _Process, work: "asyncio.Task[Prepared | list[bytes]]") -> None:
         if not work.done():
-            logger.warning("a body takes too long to prepare: pid %d is killed", process.process.pid)
+            logger.warning("nobody waits for what pid %d prepares: it is killed", process.process.pid)
             process.end()
 
     def _back(self, process: _Process, work: "asyncio.Task[Prepared | list[bytes]]") -> None:

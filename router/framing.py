@@ -74,8 +74,8 @@ def _too_large(buffer: bytearray) -> ApiError:
 
 
 def take_head(buffer: bytearray, searched: int) -> Head | None:
-    """Removes a head from the front of `buffer`, of which `searched` bytes were looked at before in vain. None
-    while it is not whole. Raises ApiError for one that cannot be served; the connection ends with it."""
+    """Removes a head from the front of `buffer`, of which `searched` bytes were looked at in vain; None while
+    it is not whole. Raises ApiError for one that cannot be served; the connection ends with it."""
     found = _HEAD_END.search(buffer, max(0, searched - 2))
     if (len(buffer) if found is None else found.end()) > MAX_HEAD_BYTES:
         raise _too_large(buffer)

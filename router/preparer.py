@@ -2,7 +2,8 @@
 
 1. Die with the parent, and leave its signals to it.
 2. Load the tokenizer and the chat template that the router has loaded.
-3. Take one body after the other from the socket, and answer each; until the socket is closed.
+3. Take one body after the other from the socket, and answer each; until the socket is closed, or until one
+   takes more than `CPU_LIMIT_S` of computing: then the kernel ends this process (SIGXCPU).
 
 On the socket every message is its length in four bytes and msgpack; behind it come the bytes that it
 announces, as they are: the body, the answer's JSON, or the prompts' tokens as 32-bit integers.
@@ -10,10 +11,12 @@ announces, as they are: the body, the answer's JSON, or the prompts' tokens as 3
 
 import array
 import logging
+import resource
 import signal
 import socket
 import struct
 import sys
+import time
 from pathlib import Path
 
 import msgspec
@@ -31,6 +34,8 @@ from router.tokenizer import TextTokenizer
 logger = logging.getLogger(__name__)
 
 LENGTH = struct.Struct("<I")
+CPU_LIMIT_S = 60
+"""Of one body. The template's own limit is far below: what is left is a tokenizer, slow on its text."""
 TOKEN_BYTES = 4
 """Of one token on the socket, as `array("i")` has it."""
 
@@ -90,24 +95,34 @@ def run(model_dir: Path, parent_pid: int, descriptor: int) -> None:
     with socket.socket(fileno=descriptor) as connection, connection.makefile("rb", 1 << 20) as arriving:
 
         def take(size_bytes: int) -> bytes:
-            taken = arriving.read(size_bytes)
+            taken: bytes = arriving.read(size_bytes)
             if len(taken) < size_bytes:
                 raise SystemExit(0)  # the router has closed it
             return taken
 
         def message() -> bytes:
-            (size_bytes,) = LENGTH.unpack(take(LENGTH.size))
+            size_bytes: int = LENGTH.unpack(take(LENGTH.size))[0]
             return take(size_bytes)
 
         setup = msgspec.msgpack.decode(message(), type=Setup)
         tokenizer = TextTokenizer(model_dir, setup.converted)
-        template = ChatTemplate(model_dir, tokenizer.special_tokens)
+        # By the time that it computes: others may have the processor meanwhile.
+        template = ChatTemplate(model_dir, tokenizer.special_tokens, clock=time.process_time)
         kit = Kit(setup.model, tokenizer, template, BodyDecoder())
         works = msgspec.msgpack.Decoder(Work)
         while True:
             work = works.decode(message())
-            for piece in answer(kit, work.ask, take(work.body_bytes)):
+            raw = take(work.body_bytes)
+            _limit_cpu()
+            for piece in answer(kit, work.ask, raw):
                 connection.sendall(piece)
+
+
+def _limit_cpu() -> None:
+    until_s = int(time.process_time()) + 1 + CPU_LIMIT_S
+    _, most_s = resource.getrlimit(resource.RLIMIT_CPU)
+    if most_s == resource.RLIM_INFINITY or until_s < most_s:
+        resource.setrlimit(resource.RLIMIT_CPU, (until_s, most_s))
 
 
 def answer(kit: Kit, ask: Ask, raw: bytes) -> list[bytes]:

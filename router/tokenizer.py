@@ -103,7 +103,9 @@ class TextTokenizer:
             words = self._words.encode(text, add_special_tokens)
             if words is not None:
                 return words
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        # Without the offsets of each token, which take a third of the time.
+        batch = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = batch[0].ids
         return ids
 
     def decode(self, tokens: Sequence[int], skip_special_tokens: bool = False) -> str:
