@@ -128,30 +128,39 @@ class Client:
                 got += part
         return got
 
-    async def state(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(DEADLINE_S):
-            while not condition():
-                await asyncio.sleep(0.001)
+
+async def state(condition: Callable[[], bool]) -> None:
+    """Polls it in the loop's turns, with a deadline."""
+    end_s = asyncio.get_running_loop().time() + DEADLINE_S
+    while not condition():
+        assert asyncio.get_running_loop().time() < end_s
+        await asyncio.sleep(0)
 
 
-def played(scenario: Callable[[Client], Awaitable[None]], upload_s: float = 30.0, idle_s: float = 30.0) -> None:
+Scenario = Callable[[Client], Awaitable[None]]
+
+
+def played(scenario: Scenario, upload_s: float = 30.0, idle_s: float = 30.0) -> None:
     async def run() -> None:
         echo = Echo()
         config = uvicorn.Config(
-            echo, http=connection_with(upload_s), ws="none", lifespan="off", log_config=None, access_log=False,
+            echo,
+            http=connection_with(upload_s),
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
             timeout_keep_alive=idle_s,  # type: ignore[arg-type]
-        )  # fmt: skip
+        )
         config.load()
-        loop, state = asyncio.get_running_loop(), ServerState()
+        loop, server = asyncio.get_running_loop(), ServerState()
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
-        connection = connection_with(upload_s)(config, state, {}, loop)
+        connection = connection_with(upload_s)(config, server, {}, loop)
         transport, _ = await loop.connect_accepted_socket(lambda: connection, theirs)
         with ours:
             await scenario(Client(ours, connection, echo))
-        async with asyncio.timeout(DEADLINE_S):
-            while state.connections or state.tasks:
-                await asyncio.sleep(0.001)
+        await state(lambda: not server.connections and not server.tasks)
         transport.close()
 
     asyncio.run(run())
@@ -196,11 +205,13 @@ def test_a_request_is_what_it_is_however_it_arrives(
     ways: list[list[int]] = [[], [at_head], list(range(1, len(raw)))]
     ways += [sorted(draw.sample(range(1, len(raw)), 3)) for _ in range(5)]
 
+    echoed = json.dumps(["/echo", len(BODY), BODY.decode()]).encode()
+
     async def scenario(client: Client) -> None:
         for cuts in ways:
             ends = [*cuts, len(raw)]
             await client.send(*[raw[a:b] for a, b in zip([0, *ends], ends, strict=False)])
-            await client.until(json.dumps(["/echo", len(BODY), BODY.decode()]).encode(), b'["/behind", 0, ""]')
+            await client.until(echoed, b'["/behind", 0, ""]')
         assert client.echo.seen == [("POST", "/echo", BODY), ("GET", "/behind", b"")] * len(ways)
 
     played(scenario)
@@ -316,7 +327,7 @@ def test_a_body_that_breaks_off_is_no_request(case: str, path: bytes) -> None:
         got = await client.until()
         if path == b"/echo":
             assert is_refusal(got, status), got
-            await client.state(lambda: client.echo.gone == 1)
+            await state(lambda: client.echo.gone == 1)
             assert not client.echo.seen
         else:
             assert got == b""
@@ -353,7 +364,7 @@ def test_nothing_grows(case: str) -> None:
 def test_a_pipeline_is_answered_in_order_one_at_a_time() -> None:
     async def scenario(client: Client) -> None:
         await client.send(b"GET /held HTTP/1.1\r\nhost: x\r\n\r\n" + GET * 300)
-        await client.state(lambda: bool(client.echo.seen))
+        await state(lambda: bool(client.echo.seen))
         for _ in range(20):
             await asyncio.sleep(0)
         assert client.echo.seen == [("GET", "/held", b"")]
@@ -383,7 +394,7 @@ def test_many_small_chunks_are_taken_in_turns() -> None:
 
         client.connection.data_received(raw)
         count()
-        await client.state(lambda: bool(client.echo.seen))
+        await state(lambda: bool(client.echo.seen))
         assert client.echo.seen == [("POST", "/echo", body)]
         assert turns >= 20_000 // 1024
         await client.until(b"]")
