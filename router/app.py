@@ -75,7 +75,7 @@ class Endpoint:
         response = Response(scope, send)
         try:
             limits = self._config.max_body_bytes, self._config.upload_timeout_s
-            reply = await self._answer(scope, await read_body(scope, receive, *limits))
+            reply = await self._answer(scope, bytes(await read_body(scope, receive, *limits)))
         except ApiError as error:
             await response.error(error)
         except ClientGone:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from router.conversion import Converted
 from router.errors import ApiError, invalid
+from router.http import Body
 from router.prepare import Ask, Prepared, Prompt
 from router.preparer import (
     CPU_LIMIT_S,
@@ -53,7 +54,7 @@ class _Process:
     is_sound: bool = True
     """Between two bodies, and alive as far as anybody knows."""
 
-    async def prepare(self, ask: Ask, raw: bytes) -> Prepared | list[bytes]:
+    async def prepare(self, ask: Ask, raw: Body) -> Prepared | list[bytes]:
         """Raises ApiError. Never cancelled: what is asked is answered, or the process is at an end."""
         self.is_sound = False
         try:
@@ -128,7 +129,7 @@ class Preparers:
     _all: set[_Process] = field(default_factory=set)
     _bytes: int = 0
 
-    async def prepare(self, ask: Ask, raw: bytes) -> Prepared | list[bytes]:
+    async def prepare(self, ask: Ask, raw: Body) -> Prepared | list[bytes]:
         """As `prepare.prepare`; a whole answer comes in pieces. May be cancelled.
         Raises ApiError, with 429 where too much waits."""
         if self._bytes and self._bytes + len(raw) > MAX_WAITING_BYTES:
@@ -150,7 +151,7 @@ class Preparers:
         finally:
             self._bytes -= len(raw)
 
-    async def _attend(self, process: _Process, ask: Ask, raw: bytes) -> Prepared | list[bytes]:
+    async def _attend(self, process: _Process, ask: Ask, raw: Body) -> Prepared | list[bytes]:
         loop = asyncio.get_running_loop()
         work = loop.create_task(process.prepare(ask, raw))
         work.add_done_callback(partial(self._back, process))

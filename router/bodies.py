@@ -246,7 +246,7 @@ class BodyDecoder:
         kinds = (CompletionBody, ChatBody, TokenizeBody, DetokenizeBody)
         self._decoders: dict[type[Any], Any] = {kind: msgspec.json.Decoder(kind) for kind in kinds}
 
-    def decode(self, kind: type[Body], raw: bytes) -> Body:
+    def decode(self, kind: type[Body], raw: bytes | bytearray) -> Body:
         try:
             body: Body = self._decoders[kind].decode(raw)
         except UnicodeDecodeError as error:

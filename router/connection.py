@@ -28,6 +28,9 @@ MAX_UNREAD_BYTES = 64 << 10
 MAX_JOINED_BYTES = 64 << 10
 LINGER_S = 2.0
 LINGER_BYTES = 32 << 20
+"""Of a body that nobody reads: its client may send it to the end before it looks for the answer ..."""
+LINGER_HEAD_BYTES = 1 << 20
+"""... and of what is no request."""
 _HEAD = b"HTTP/1.1 "
 _CONTINUE = b"HTTP/1.1 100"
 _NEWLINES = b"\r\n"
@@ -146,6 +149,7 @@ class HttpConnection(HttpToolsProtocol):
     _arrival: asyncio.TimerHandle | None = None
     _linger: asyncio.TimerHandle | None = None
     _lingered_bytes = 0
+    _linger_bytes = LINGER_BYTES
     _searched = 0
     _left = 0
     _chunks: ChunkedBody | None = None
@@ -174,7 +178,7 @@ class HttpConnection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._linger is not None:
             self._lingered_bytes += len(data)
-            if self._lingered_bytes > LINGER_BYTES:
+            if self._lingered_bytes > self._linger_bytes:
                 self.transport.close()
             return
         if not self._awaits_head or self._buffer or data.strip(_NEWLINES):
@@ -316,6 +320,7 @@ class HttpConnection(HttpToolsProtocol):
         if not is_answered and not self.transport.is_closing():
             self._write(error)
         self._chunks, self._left = None, 1  # never over
+        self._linger_bytes = LINGER_HEAD_BYTES
         self.transport.close()
 
     def _lingers(self) -> bool:

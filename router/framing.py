@@ -17,14 +17,14 @@ MAX_HEAD_BYTES = 64 << 10
 """Of the request line and all headers; and of all chunk extensions and trailers of one body."""
 MAX_HEADERS = 256
 MAX_CHUNK_LINE_BYTES = 4 << 10
-CHUNKS_A_TURN = 1024
+CHUNKS_A_TURN = 512
 """What other connections wait for: about a millisecond."""
 
 _HEAD_END = re.compile(rb"\n\r?\n")
 _BEGINS = re.compile(rb"[A-Z][A-Z-]{0,31}(?: |\Z)")
 _HTTP2 = b"PRI * HTTP/2.0\r\n"
 _HOST = re.compile(rb"[A-Za-z0-9._~%!$&'()*+,;=:\[\]-]*\Z")
-_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(;[^\r\n\0]*)?\r\Z")
+_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(;[^\r\n\0]*)?\r\n")
 _TRAILER = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n\0]*\r\Z")
 
 
@@ -181,6 +181,14 @@ class ChunkedBody:
                 self._needs_end = not self._left
             if self._left:
                 break
+            if self._needs_end and buffer.startswith(b"\r\n", at):
+                self._needs_end = False
+                at += 2
+            found = None if self._needs_end or self._is_last else _CHUNK.match(buffer, at)
+            if found is not None:
+                self._on_size(found)
+                at = found.end()
+                continue
             end = buffer.find(b"\n", at, at + MAX_CHUNK_LINE_BYTES)
             if end < 0:
                 if len(buffer) - at >= MAX_CHUNK_LINE_BYTES:
@@ -195,22 +203,23 @@ class ChunkedBody:
 
     def _on_line(self, line: bytearray) -> None:
         if self._needs_end:
-            if line != b"\r":
-                raise malformed("a chunk is longer than it says")
-            self._needs_end = False
-        elif not self._is_last:
-            found = _CHUNK_SIZE.match(line)
-            if found is None:
-                raise malformed("a chunk does not begin with its size")
-            self._left = int(found[1], 16)
-            self._is_last = not self._left
-            self._count(len(found[2] or b""))
-        elif line == b"\r":
+            raise malformed("a chunk is longer than it says")
+        if not self._is_last:
+            raise malformed("a chunk does not begin with its size")
+        if line == b"\r":
             self.done = True
         elif _TRAILER.match(line) is None:
             raise malformed("a trailer is no header")
         else:
             self._count(len(line))
+
+    def _on_size(self, found: re.Match[bytes]) -> None:
+        self._left = int(found[1], 16)
+        self._is_last = not self._left
+        if found[2] is not None:
+            if len(found[2]) > MAX_CHUNK_LINE_BYTES:
+                raise self._too_much()
+            self._count(len(found[2]))
 
     def _count(self, extra_bytes: int) -> None:
         self._extra_bytes += extra_bytes

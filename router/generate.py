@@ -23,6 +23,7 @@ from router.errors import ApiError, crashed
 from router.formats import frame
 from router.http import (
     EVENT_STREAM,
+    Body,
     ClientGone,
     Receive,
     Response,
@@ -85,7 +86,7 @@ class Service:
             raise self.dispatcher.unavailable("No workers are connected.", "no_workers")
         return limits
 
-    async def prepare(self, kind: Kind, raw: bytes, receive: Receive) -> Prepared | list[bytes]:
+    async def prepare(self, kind: Kind, raw: Body, receive: Receive) -> Prepared | list[bytes]:
         """A whole answer comes in pieces. Raises ApiError, ClientGone."""
         config = self.config
         ask = Ask(kind, self.dispatcher.limits(), self.draw_seed(), config.retry_after_s)
@@ -126,7 +127,7 @@ class GenerateEndpoint:
         finally:
             self._service.metrics.count_outcome(outcome)
 
-    async def _answer(self, raw: bytes, scope: Scope, receive: Receive, response: Response) -> str:
+    async def _answer(self, raw: Body, scope: Scope, receive: Receive, response: Response) -> str:
         """Returns the outcome. Raises ApiError while nothing was sent, ClientGone."""
         key: str | None = scope.get("baton.api_key")
         service = self._service

@@ -12,6 +12,7 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Header = tuple[bytes, bytes]
+Body = bytes | bytearray
 Result = TypeVar("Result")
 
 JSON = b"application/json"
@@ -80,7 +81,7 @@ def _too_large(limit_bytes: int) -> ApiError:
     return ApiError(413, f"The request body is over the limit of {limit_bytes} bytes.", code="body_too_large")
 
 
-async def read_body(scope: Scope, receive: Receive, limit_bytes: int, timeout_s: float) -> bytes:
+async def read_body(scope: Scope, receive: Receive, limit_bytes: int, timeout_s: float) -> Body:
     """The request's body. Raises ApiError 413 as soon as it is known to be over the limit, with no more than
     that kept, and 408 for one that is not whole after `timeout_s`; ClientGone."""
     length = header(scope, b"content-length")
@@ -95,20 +96,23 @@ async def read_body(scope: Scope, receive: Receive, limit_bytes: int, timeout_s:
         ) from None
 
 
-async def _read_parts(receive: Receive, limit_bytes: int) -> bytes:
-    parts: list[bytes] = []
-    size_bytes = 0
+async def _read_parts(receive: Receive, limit_bytes: int) -> Body:
+    body: Body = b""
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise ClientGone
         part = message.get("body", b"")
-        size_bytes += len(part)
-        if size_bytes > limit_bytes:
+        if len(body) + len(part) > limit_bytes:
             raise _too_large(limit_bytes)
-        parts.append(part)
+        if not body:
+            body = part
+        else:
+            # Grown as it comes: to join megabytes at the end takes milliseconds.
+            body = bytearray(body) if isinstance(body, bytes) else body
+            body += part
         if not message.get("more_body", False):
-            return parts[0] if len(parts) == 1 else b"".join(parts)
+            return body
 
 
 class Response:

@@ -21,6 +21,7 @@ from router.bodies import (
 )
 from router.errors import ApiError, invalid
 from router.formats import encode_json
+from router.http import Body
 from router.parameters import (
     Limits,
     Options,
@@ -86,7 +87,7 @@ class Kit:
         return self.tokenizer.encode(text, add_special_tokens)
 
 
-def prepare(kit: Kit, ask: Ask, raw: bytes) -> Prepared | bytes:
+def prepare(kit: Kit, ask: Ask, raw: Body) -> Prepared | bytes:
     """`bytes`: the JSON of the answer. Raises ApiError, and TooMuchHere."""
     _check_encoding(raw)
     try:
@@ -103,7 +104,7 @@ def prepare(kit: Kit, ask: Ask, raw: bytes) -> Prepared | bytes:
         raise
 
 
-def _check_encoding(raw: bytes) -> None:
+def _check_encoding(raw: Body) -> None:
     """JSON is UTF-8 (RFC 8259, 8.1); other encodings of its first characters all have a zero byte in them."""
     if raw.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")) or b"\0" in raw[:4]:
         raise invalid(
@@ -125,7 +126,7 @@ def check_parts(messages: list[Message]) -> None:
                 )
 
 
-def _generation(kit: Kit, ask: Ask, raw: bytes) -> Prepared:
+def _generation(kit: Kit, ask: Ask, raw: Body) -> Prepared:
     body: ChatBody | CompletionBody
     if ask.kind == "chat":
         body = kit.bodies.decode(ChatBody, raw)
@@ -165,7 +166,7 @@ def _prompt(kit: Kit, given: str | list[int], echo: bool) -> Prompt:
     return Prompt(given, kit.tokenizer.decode(given) if echo else None)
 
 
-def _tokenize(kit: Kit, ask: Ask, raw: bytes) -> bytes:
+def _tokenize(kit: Kit, ask: Ask, raw: Body) -> bytes:
     body = kit.bodies.decode(TokenizeBody, raw)
     check_model(body.model, kit.model)
     if (body.prompt is None) == (body.messages is None):
@@ -190,7 +191,7 @@ def _tokenize(kit: Kit, ask: Ask, raw: bytes) -> bytes:
     )
 
 
-def _detokenize(kit: Kit, raw: bytes) -> bytes:
+def _detokenize(kit: Kit, raw: Body) -> bytes:
     body = kit.bodies.decode(DetokenizeBody, raw)
     check_model(body.model, kit.model)
     if body.tokens:

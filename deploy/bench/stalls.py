@@ -24,7 +24,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from deploy.bench.router_client import GET_VERSION, BenchError
+from deploy.bench.router_client import GET_VERSION, BenchError, Stamps
 from deploy.bench.router_process import Cluster, Cores, cluster
 
 BODY_BYTES = 8 << 20
@@ -34,6 +34,7 @@ PROMPT_TOKENS = 1_000_000
 HEADS = 4
 HEAD_BYTES = 16 << 20
 """Sent of one endless head before its client gives up, or is cut off."""
+SEED = 1
 PAUSE_S = 0.001
 REST_S = 0.0005
 TIMEOUT_S = 300.0
@@ -55,12 +56,12 @@ def chat_body() -> bytes:
     size = BODY_BYTES // (MESSAGES * PARTS_EACH) - 64
     part = {"type": "text", "text": text[:size]}
     message = {"role": "user", "content": [part] * PARTS_EACH}
-    return _post("/v1/chat/completions", {"messages": [message] * MESSAGES, "max_tokens": 1})
+    return _post("/v1/chat/completions", {"messages": [message] * MESSAGES, "max_tokens": 2, "seed": SEED})
 
 
 def tokens_body() -> bytes:
     """A prompt of so many token ids, which is accepted."""
-    return _post("/v1/completions", {"prompt": [65] * PROMPT_TOKENS, "max_tokens": 1, "seed": 1})
+    return _post("/v1/completions", {"prompt": [65] * PROMPT_TOKENS, "max_tokens": 2, "seed": SEED})
 
 
 def tokenize_body() -> bytes:
@@ -215,7 +216,8 @@ def main() -> None:
     cores = Cores.pick()
     os.sched_setaffinity(0, {cores.bench})
     names = [given.only] if given.only else [*BODIES, "heads"]
-    with cluster("unified", cores) as one:
+    with cluster("pair", cores) as one:
+        one.stamps[SEED] = Stamps()
         figures = measure(one, given.count, names, given.quiet_s)
     table = Table(title="a neighbour's GET /version, times in ms; the aim is a longest one under 20")
     for column in ("meanwhile", "answered", "seconds", "p50", "p99", "longest"):
