@@ -18,7 +18,7 @@ from starlette.routing import Route
 
 from router.cluster import cluster_values, memory_values
 from router.config import RouterConfig
-from router.content import check_content, check_expectations
+from router.content import check_content, check_expectations, is_plain
 from router.errors import ApiError, crashed
 from router.formats import encode_json
 from router.generate import GenerateEndpoint, Service
@@ -164,6 +164,8 @@ class Gate:
                     code="invalid_api_key",
                 )
             scope["baton.api_key"] = key
+        if is_plain(headers):
+            return
         check_expectations(headers)
         if scope["method"] == "POST":
             check_content(headers)

@@ -21,9 +21,30 @@ _CONCERNED = frozenset(
         b"expect",
     )
 )
+_RARE = frozenset(
+    (
+        b"content-encoding",
+        b"content-range",
+        b"content-transfer-encoding",
+        b"expect",
+        b"origin",
+        b"sec-fetch-site",
+    )
+)
+_JSON = b"application/json"
 _CHARSET = re.compile(rb";\s*charset\s*=\s*\"?([^\";,\s]*)", re.IGNORECASE)
 _CHARSETS = frozenset((b"utf-8", b"utf8", b"us-ascii", b"ascii"))
 _PLAIN = frozenset((b"7bit", b"8bit", b"binary"))
+
+
+def is_plain(headers: list[tuple[bytes, bytes]]) -> bool:
+    """Whether nothing in a POST's headers needs a second look: so it is with nearly all of them."""
+    given = dict(headers)
+    return (
+        len(given) == len(headers)
+        and given.get(b"content-type", _JSON) == _JSON
+        and _RARE.isdisjoint(given)
+    )
 
 
 def media_type(headers: Headers) -> bytes:

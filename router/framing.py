@@ -7,9 +7,9 @@ here: RFC 9112, sections 2 to 7, in its strict reading.
 
 import re
 import urllib.parse
-from dataclasses import dataclass
 
 import httptools
+from msgspec import Struct
 
 from router.errors import ApiError
 
@@ -28,8 +28,7 @@ _CHUNK = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(;[^\r\n\0]*)?\r\n")
 _TRAILER = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n\0]*\r\Z")
 
 
-@dataclass(frozen=True, slots=True)
-class Head:
+class Head(Struct, frozen=True, gc=False):
     """`body_bytes` None: the body is chunked. Names of headers are in lower case."""
 
     method: str
@@ -107,7 +106,6 @@ def _read_head(raw: bytes) -> Head:
     version = parser.get_http_version()
     if version not in ("1.0", "1.1"):
         raise ApiError(505, f"This server speaks HTTP/1.1, not HTTP/{version}.", code="http_version")
-    _check_coding(pieces.headers)
     path, raw_path, query = _target(pieces.url)
     body_bytes, expects_continue = _body_of(pieces.headers, version)
     method, keep_alive = parser.get_method().decode("ascii"), parser.should_keep_alive()
@@ -138,24 +136,22 @@ def _target(url: bytes) -> tuple[str, bytes, bytes]:
 def _body_of(headers: list[tuple[bytes, bytes]], version: str) -> tuple[int | None, bool]:
     """How many bytes follow (None: chunks), and whether the client waits for leave to send them. llhttp has
     refused lengths that are not one number, and a length beside chunks."""
-    hosts, body_bytes, expects = 0, 0, False
-    is_chunked = False
-    for name, value in headers:
-        if name == b"host":
-            hosts += 1
-            if _HOST.match(value) is None:
-                raise malformed("its Host is no name of a host")
-        elif name == b"content-length":
-            body_bytes = int(value)
-        elif name == b"transfer-encoding":
-            is_chunked = True
-        elif name == b"expect" and value.strip().lower() == b"100-continue":
-            expects = version == "1.1"
+    given = dict(headers)
+    host = given.get(b"host")
+    hosts = 0 if host is None else 1
+    if len(given) < len(headers):
+        hosts = sum(name == b"host" for name, _ in headers)
     if hosts > 1 or (not hosts and version == "1.1"):
         raise malformed(f"it has {hosts} Host headers, and needs one")
-    if is_chunked and version == "1.0":
+    if host is not None and _HOST.match(host) is None:
+        raise malformed("its Host is no name of a host")
+    expects = version == "1.1" and given.get(b"expect", b"").strip().lower() == b"100-continue"
+    if b"transfer-encoding" not in given:
+        return int(given.get(b"content-length", b"0")), expects
+    _check_coding(headers)
+    if version == "1.0":
         raise malformed("HTTP/1.0 has no Transfer-Encoding")
-    return None if is_chunked else body_bytes, expects
+    return None, expects
 
 
 class ChunkedBody:
