@@ -25,6 +25,8 @@ from router.ids import draw_name
 
 MAX_UNREAD_BYTES = 64 << 10
 """Behind a request that is being answered, and of a body that comes faster than it is read."""
+READ_BYTES = 64 << 10
+"""More of one connection is not read in one turn of the loop."""
 MAX_JOINED_BYTES = 64 << 10
 LINGER_S = 2.0
 LINGER_BYTES = 32 << 20
@@ -180,11 +182,18 @@ class HttpConnection(HttpToolsProtocol):
             self._lingered_bytes += len(data)
             if self._lingered_bytes > self._linger_bytes:
                 self.transport.close()
-            return
-        if not self._awaits_head or self._buffer or data.strip(_NEWLINES):
-            self._unset_keepalive_if_required()
-        self._buffer += data
-        self._advance()
+                return
+        else:
+            if not self._awaits_head or self._buffer or data.strip(_NEWLINES):
+                self._unset_keepalive_if_required()
+            self._buffer += data
+            if self._turn is None:
+                self._advance()
+        if len(data) >= READ_BYTES and (self._linger is not None or not self.transport.is_closing()):
+            # uvloop reads on as long as there is something, up to 32 times: others come first.
+            self._hold()
+            if self._turn is None:
+                self._turn = self.loop.call_soon(self._advance)
 
     @property
     def _awaits_head(self) -> bool:
@@ -200,11 +209,14 @@ class HttpConnection(HttpToolsProtocol):
             self._refuse(error)
             return
         if len(self._buffer) > MAX_UNREAD_BYTES:
-            self.flow.held = True
-            self.flow.pause_reading()
+            self._hold()
         elif self.flow.held:
             self.flow.held = False
             self.flow.resume_reading()
+
+    def _hold(self) -> None:
+        self.flow.held = True
+        self.flow.pause_reading()
 
     def _take_head(self) -> bool:
         if self.cycle is not None and not self.cycle.response_complete:
