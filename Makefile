@@ -56,6 +56,7 @@ chaos: $(STAMP)
 bench-cpu: $(STAMP)
 	$(BIN)/python -m deploy.bench.scheduler
 	$(BIN)/python -m deploy.bench.router
+	$(BIN)/python -m deploy.bench.stalls
 	$(BIN)/python -m deploy.bench.mover
 
 clean:

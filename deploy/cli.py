@@ -4,6 +4,7 @@ Heavy modules (torch, fastapi) are imported by the commands that run them, never
 and `version` answer at once.
 """
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -42,9 +43,11 @@ from deploy.options import (
     WorkerSettings,
 )
 from deploy.settings import register
+from deploy.streams import open_standard_streams
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
+_UNWRITABLE = (errno.EPIPE, errno.ENOSPC, errno.EIO)
 
 app = typer.Typer(
     name="baton",
@@ -96,12 +99,17 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def main() -> None:
+    open_standard_streams()
     try:
         code = run(sys.argv[1:])
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever read our output has seen enough (`| head`)
+    except OSError as error:
+        if error.errno not in _UNWRITABLE:
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+        # Whoever read our output has seen enough (`| head`).
+        is_seen = isinstance(error, BrokenPipeError)
+        code = 0 if is_seen else _refuse(f"what was to be printed cannot be written: {error.strerror}")
     sys.exit(code)
 
 

@@ -132,6 +132,10 @@ def child_specs(
     router += ["--max-total-choices", str(settings.max_total_choices)]
     router += ["--stall-timeout", _number(settings.stall_timeout)]
     router += ["--upload-timeout", _number(settings.upload_timeout)]
+    router += ["--keep-alive-timeout", _number(settings.keep_alive_timeout)]
+    router += ["--keyless-probes"] if settings.keyless_probes else []
+    for origins in settings.allowed_origins:
+        router += ["--allowed-origins", origins]
     for flag, limit in (("--ttft-slo", settings.ttft_slo), ("--max-kv-load", settings.max_kv_load)):
         if limit is not None:
             router += [flag, _number(limit)]

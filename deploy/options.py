@@ -13,6 +13,7 @@ from deploy.values import (
     flag,
     fraction,
     integer,
+    origins,
     parse_api_key,
     path,
     power_of_two,
@@ -118,6 +119,13 @@ class HttpSettings:
     generation_config: str = setting(
         "auto", text, "Sampling defaults: auto (the model's generation_config.json), none, or a path."
     )
+    keyless_probes: bool = setting(
+        False, flag, "/ready and /metrics need no key, as /health never does.", switch=True
+    )
+    allowed_origins: tuple[str, ...] = setting(
+        (), origins, "Origin of web pages that may use the API, like https://host:port, or *; repeatable.",
+        many=True,
+    )  # fmt: skip
     request_timeout: float = setting(600.0, seconds(1, 86400), "Seconds that one request may take.")
     max_body_bytes: int = setting(8 << 20, parse_bytes, "Largest request body, like 8MiB.")
     max_choices: int = setting(16, integer(1, 128), "Most choices (`n`) of one prompt.")
@@ -141,6 +149,12 @@ class HttpSettings:
     )
     upload_timeout: float = setting(
         60.0, seconds(1, 86400), "Seconds that a request's head, and then its body, may take to arrive."
+    )
+    keep_alive_timeout: float = setting(
+        75.0,
+        seconds(1, 86400),
+        "Seconds that a connection may be idle before it is closed.",
+        "--timeout-keep-alive",
     )
 
 

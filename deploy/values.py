@@ -2,6 +2,7 @@
 ValueError saying what is allowed; the caller names where the text came from."""
 
 import math
+import re
 import string
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,10 @@ from services.memory.sizes import parse_bytes
 
 Parser = Callable[[str], object]
 DNS_SCHEME = "tcp+dns://"
+_ORIGIN = re.compile(
+    r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<host>[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::(?P<port>\d{1,5}))?"
+)
+_DEFAULT_PORTS = {"http": "80", "https": "443"}
 _NAME_CHARACTERS = frozenset(string.ascii_letters + string.digits + "-._")
 
 
@@ -124,6 +129,24 @@ def endpoint(value: str) -> str:
     return value
 
 
+def origins(value: str) -> str:
+    """`*`, or origins as browsers write them: scheme, host and, unless it is the scheme's own, port."""
+    return ",".join(_origin(one.strip()) for one in value.split(","))
+
+
+def _origin(value: str) -> str:
+    if value == "*":
+        return value
+    match = _ORIGIN.fullmatch(value.lower())
+    if match is None or int(match["port"] or 0) > 65535:
+        raise ValueError(
+            f"{value!r} is not an origin; write https://host or http://host:port, or '*' for all"
+        )
+    port = match["port"] and str(int(match["port"]))
+    has_port = port and port != _DEFAULT_PORTS.get(match["scheme"])
+    return f"{match['scheme']}://{match['host']}" + (f":{port}" if has_port else "")
+
+
 def worker_endpoint(value: str) -> str:
     """An `endpoint`, or `tcp+dns://name:port`, which stands for all the addresses that the name has."""
     if not value.startswith(DNS_SCHEME):
@@ -131,7 +154,9 @@ def worker_endpoint(value: str) -> str:
     rest = value.removeprefix(DNS_SCHEME)
     name = rest.partition("#")[0].rpartition(":")[0]
     if not name or not set(name) <= _NAME_CHARACTERS:
-        raise ValueError(f"{value!r}: a tcp+dns:// endpoint has a name, as in tcp+dns://prefill.baton.svc:7000")
+        raise ValueError(
+            f"{value!r}: a tcp+dns:// endpoint has a name, as in tcp+dns://prefill.baton.svc:7000"
+        )
     endpoint(f"tcp://{rest}")
     return value
 

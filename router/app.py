@@ -5,7 +5,6 @@ than all that happens to a short request behind them. FastAPI routes the rest.
 """
 
 import asyncio
-import hmac
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,11 +16,10 @@ from fastapi import Response as Plain
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
-from router.bodies import DetokenizeBody, TokenizeBody
-from router.chat_prompt import chat_prompt
 from router.cluster import cluster_values, memory_values
 from router.config import RouterConfig
-from router.errors import ApiError, crashed, invalid
+from router.content import check_content, check_expectations, is_plain
+from router.errors import ApiError, crashed
 from router.formats import encode_json
 from router.generate import GenerateEndpoint, Service
 from router.http import (
@@ -37,8 +35,11 @@ from router.http import (
     label_of,
     read_body,
 )
+from router.keys import Keys
 from router.metrics import exposition
-from router.parameters import check_model, check_tokens
+from router.origins import Origins
+from router.parameters import check_model
+from router.prepare import Kind
 from services.messages import VERSION
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ _PAGE_HEADERS = [
     (b"referrer-policy", b"no-referrer"),
 ]  # fmt: skip
 _WITHOUT_KEY = frozenset(("/", "/favicon.ico", "/health"))
+_PROBES = frozenset(("/ready", "/metrics"))
 Answer = Callable[[Scope, bytes], Awaitable["Reply"]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
@@ -73,7 +75,7 @@ class Endpoint:
         response = Response(scope, send)
         try:
             limits = self._config.max_body_bytes, self._config.upload_timeout_s
-            reply = await self._answer(scope, await read_body(scope, receive, *limits))
+            reply = await self._answer(scope, bytes(await read_body(scope, receive, *limits)))
         except ApiError as error:
             await response.error(error)
         except ClientGone:
@@ -82,69 +84,92 @@ class Endpoint:
             await response.whole(reply.status, reply.body, reply.content_type, reply.headers)
 
 
+class TokensEndpoint:
+    """`/tokenize` and `/detokenize`: the answer is all that preparing makes."""
+
+    def __init__(self, service: Service, kind: Kind) -> None:
+        self._service, self._kind = service, kind
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        response = Response(scope, send)
+        config = self._service.config
+        try:
+            raw = await read_body(scope, receive, config.max_body_bytes, config.upload_timeout_s)
+            pieces = await self._service.prepare(self._kind, raw, receive)
+        except ApiError as error:
+            await response.error(error)
+            return
+        except ClientGone:
+            return
+        if not isinstance(pieces, list):
+            raise TypeError("prompts in place of an answer")
+        await response.pieces(200, pieces)
+
+
 class Gate:
-    """Before everything else: the request's label, and the API key.
+    """Before everything else: the request's label, what browsers ask first, the API key, and headers that
+    would change what the body means.
 
-    `/health` needs none, nor does the page, which holds no data and has the field to enter a key.
-
-    All keys are compared, each in constant time, so that the time taken says nothing about any of them.
-    Of requests that generate, `max_open` may be open at once: each may hold a body that is still arriving.
+    `/health` needs no key, nor does the page, which holds no data and has the field to enter a key; nor, with
+    `keyless_probes`, do `/ready` and `/metrics`. Of requests that generate, `max_open` may be open at once:
+    each may hold a body that is still arriving.
     """
 
-    def __init__(
-        self,
-        app: App,
-        posts: Mapping[str, App],
-        api_keys: Sequence[str],
-        max_open: int,
-        retry_after_s: int,
-    ) -> None:
+    def __init__(self, app: App, posts: Mapping[str, App], config: RouterConfig) -> None:
         """`posts` are called for POST on exactly their paths, `app` for everything else."""
         self._app, self._posts = app, posts
-        self._open, self._max_open, self._retry_after_s = 0, max_open, retry_after_s
-        self._keys = [(key, key.encode()) for key in api_keys]
+        self._open, self._max_open, self._retry_after_s = 0, config.max_running, config.retry_after_s
+        self._keys, self._origins = Keys(config.api_keys), Origins(config.allowed_origins)
+        self._without_key = _WITHOUT_KEY | _PROBES if config.keyless_probes else _WITHOUT_KEY
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
-        path = scope["path"]
         scope["baton.label"] = label_of(header(scope, b"x-request-id")).encode()
-        if self._keys and path not in _WITHOUT_KEY:
-            key = self._key_of(header(scope, b"authorization"))
-            if key is None:
-                error = ApiError(
-                    401, "A valid API key is needed: Authorization: Bearer KEY.", code="invalid_api_key"
-                )
-                await Response(scope, send).error(error)
+        origin = header(scope, b"origin")
+        if origin is not None:
+            send = self._origins.let_through(origin, send)
+            if await self._origins.answer_preflight(scope, origin, send):
                 return
-            scope["baton.api_key"] = key
-        if scope["method"] != "POST" or path not in self._posts:
-            await self._app(scope, receive, send)
-            return
-        if self._open >= self._max_open:
-            error = ApiError(
-                429,
-                f"The server is overloaded: {self._open} requests are open.",
-                code="overloaded",
-                retry_after_s=self._retry_after_s,
-            )
+        post = self._posts.get(scope["path"]) if scope["method"] == "POST" else None
+        try:
+            self._check(scope)
+            if post is not None and self._open >= self._max_open:
+                raise ApiError(
+                    429,
+                    f"The server is overloaded: {self._open} requests are open.",
+                    code="overloaded",
+                    retry_after_s=self._retry_after_s,
+                )
+        except ApiError as error:
             await Response(scope, send).error(error)
+            return
+        if post is None:
+            await self._app(scope, receive, send)
             return
         self._open += 1
         try:
-            await self._posts[path](scope, receive, send)
+            await post(scope, receive, send)
         finally:
             self._open -= 1
 
-    def _key_of(self, authorization: bytes | None) -> str | None:
-        scheme, _, given = (authorization or b"").partition(b" ")
-        if scheme.lower() != b"bearer":
-            return None
-        found: str | None = None
-        for key, encoded in self._keys:
-            if hmac.compare_digest(given.strip(), encoded):
-                found = key
-        return found
+    def _check(self, scope: Scope) -> None:
+        headers = scope["headers"]
+        if self._keys and scope["path"] not in self._without_key:
+            key = self._keys.find(headers)
+            if key is None:
+                raise ApiError(
+                    401,
+                    "A valid API key is needed: Authorization: Bearer KEY, or x-api-key: KEY.",
+                    code="invalid_api_key",
+                )
+            scope["baton.api_key"] = key
+        if is_plain(headers):
+            return
+        check_expectations(headers)
+        if scope["method"] == "POST":
+            check_content(headers)
+            self._origins.check(headers, header(scope, b"host"))
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Plain:
@@ -194,40 +219,6 @@ class Pages:
     async def model(self, scope: Scope, raw: bytes) -> Reply:
         check_model(scope["path_params"]["model_id"], self._service.config.served_model_name)
         return Reply(encode_json(self._model()))
-
-    async def tokenize(self, scope: Scope, raw: bytes) -> Reply:
-        service = self._service
-        body = service.bodies.decode(TokenizeBody, raw)
-        check_model(body.model, service.config.served_model_name)
-        if (body.prompt is None) == (body.messages is None):
-            raise invalid("Exactly one of 'prompt' and 'messages' must be given.", "prompt")
-        if body.messages is not None:
-            text = chat_prompt(service.template, body, body.messages)
-        else:
-            text = body.prompt or ""
-        default = body.messages is None
-        special = default if body.add_special_tokens is None else body.add_special_tokens
-        tokens = await service.tokenizer.encode(text, special)
-        limits = service.dispatcher.limits()
-        return Reply(
-            encode_json(
-                {
-                    "count": len(tokens),
-                    "max_model_len": limits.context_tokens if limits is not None else None,
-                    "tokens": tokens,
-                    "token_strs": [service.tokenizer.token_text(token) for token in tokens]
-                    if body.return_token_strs
-                    else None,
-                }
-            )
-        )
-
-    async def detokenize(self, scope: Scope, raw: bytes) -> Reply:
-        body = self._service.bodies.decode(DetokenizeBody, raw)
-        check_model(body.model, self._service.config.served_model_name)
-        if body.tokens:
-            check_tokens(body.tokens, self._service.tokenizer.size, "tokens")
-        return Reply(encode_json({"prompt": self._service.tokenizer.decode(body.tokens)}))
 
     async def health(self, scope: Scope, raw: bytes) -> Reply:
         return Reply(b'{"status":"ok"}')
@@ -281,8 +272,6 @@ def build_app(service: Service) -> Gate:
     small: list[tuple[str, str, Answer]] = [
         ("GET", "/v1/models", pages.models),
         ("GET", "/v1/models/{model_id:path}", pages.model),
-        ("POST", "/tokenize", pages.tokenize),
-        ("POST", "/detokenize", pages.detokenize),
         ("GET", "/health", pages.health),
         ("GET", "/ready", pages.ready),
         ("GET", "/metrics", pages.metrics),
@@ -297,8 +286,12 @@ def build_app(service: Service) -> Gate:
         "/v1/chat/completions": GenerateEndpoint(service, chat=True),
         "/v1/completions": GenerateEndpoint(service, chat=False),
     }
+    tokens: dict[str, App] = {
+        "/tokenize": TokensEndpoint(service, "tokenize"),
+        "/detokenize": TokensEndpoint(service, "detokenize"),
+    }
     # The gate takes their POSTs; other methods on their paths are answered here, with 405.
-    routes = [Route(path, endpoint, methods=["POST"]) for path, endpoint in posts.items()]
+    routes = [Route(path, endpoint, methods=["POST"]) for path, endpoint in {**posts, **tokens}.items()]
     routes += [Route(path, Endpoint(answer, config), methods=[method]) for method, path, answer in small]
     app.router.routes.extend(routes)
-    return Gate(app, posts, config.api_keys, config.max_running, config.retry_after_s)
+    return Gate(app, posts, config)

@@ -198,7 +198,7 @@ class BodyDecoder:
     def __init__(self) -> None:
         self._kinds = {kind: _Kind(kind) for kind in _ENDPOINTS}
 
-    def decode(self, kind: type[Body], raw: bytes) -> Body:
+    def decode(self, kind: type[Body], raw: bytes | bytearray) -> Body:
         made = self._kinds[kind]
         try:
             body: Body = self._decoded(made, raw)
@@ -211,7 +211,7 @@ class BodyDecoder:
             _refuse_nested(body)
         return body
 
-    def _decoded(self, made: _Kind, raw: bytes) -> Any:
+    def _decoded(self, made: _Kind, raw: bytes | bytearray) -> Any:
         try:
             return made.decoder.decode(raw)
         except msgspec.ValidationError:

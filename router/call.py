@@ -35,9 +35,10 @@ class Call:
         self._prompts = self._open_choices = 0
         self._waiter: asyncio.Future[None] | None = None
 
-    def add_prompt(self, tokens: list[int], text: str | None) -> "PromptOutput":
-        """`text` is what `echo` and `return_prompt_text` give back."""
-        output = PromptOutput(self, tokens, text, self._prompts * self.options.choices)
+    def add_prompt(self, tokens: list[int], text: str | None, of_ids: bool = False) -> "PromptOutput":
+        """`text` is what `echo` and `return_prompt_text` give back, made of the tokens if it is None."""
+        first_index = self._prompts * self.options.choices
+        output = PromptOutput(self, tokens, text, of_ids or text is None, first_index)
         self._prompts += 1
         self._open_choices += self.options.choices
         self.usage.prompt_tokens += len(tokens)
@@ -109,11 +110,13 @@ class PromptOutput:
         "_special",
     )
 
-    def __init__(self, call: Call, prompt: list[int], text: str | None, first_index: int) -> None:
+    def __init__(
+        self, call: Call, prompt: list[int], text: str | None, of_ids: bool, first_index: int
+    ) -> None:
         options = call.options
         self._call, self._sheet = call, call.sheet
         self._prompt, self._first_index = prompt, first_index
-        self._special = text is None
+        self._special = of_ids
         """Special tokens are part of an echo that was given as token ids."""
         self._muted = options.max_tokens == 0
         echo = (call.tokenizer.decode(prompt) if text is None else text) if options.echo else ""

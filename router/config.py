@@ -21,6 +21,10 @@ class RouterConfig:
     """0: any free one; the "ready" line says which."""
     api_keys: tuple[str, ...] = ()
     """Empty: no key is asked for."""
+    keyless_probes: bool = False
+    """`/ready` and `/metrics` need no key, as `/health` never does."""
+    allowed_origins: tuple[str, ...] = ()
+    """Of web pages that may use the server, as browsers write them; `*` alone: of any."""
     key_dir: Path | None = None
     """CURVE keys and the allow-list for `tcp://` workers."""
     workers_file: Path | None = None
@@ -51,6 +55,8 @@ class RouterConfig:
     """How long a client may read nothing of what is waiting for it before its connection is closed."""
     upload_timeout_s: float = 60.0
     """How long a request's head may take to arrive, and then its body."""
+    keep_alive_timeout_s: float = 75.0
+    """How long a connection may be idle, before its first request and after each answer."""
     max_retries: int = 3
     """How often one prompt (or one choice of it) is run again after a failure; 0: never."""
     retry_share: float = 0.2
@@ -89,7 +95,9 @@ class RouterConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise RouterConfigError(f"{name}: {value} must be above 0")
-        for name in ("stall_timeout_s", "upload_timeout_s"):
+        if "*" in self.allowed_origins and len(self.allowed_origins) > 1:
+            raise RouterConfigError("allowed_origins: '*' stands for all origins, and alone")
+        for name in ("stall_timeout_s", "upload_timeout_s", "keep_alive_timeout_s"):
             if not 0.001 <= getattr(self, name) <= 86400:
                 raise RouterConfigError(f"{name}: {getattr(self, name)} must be 0.001 to 86400")
         if self.drain_timeout_s < 0:

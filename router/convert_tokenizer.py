@@ -7,9 +7,7 @@
 5. Write one answer to stdout: `Converted` or `Refused` (router/conversion.py).
 """
 
-import ctypes
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,14 +25,14 @@ from router.conversion import (
     Converted,
     Refused,
 )
+from router.parent import die_with
 
-_PR_SET_PDEATHSIG = 1
 PROBES = ("Hello world, how are you?", "In 2024 it's naïve: 日本, 🙂 and\nx_1 = [y];")
 """Single spaces only, and none at the start: there transformers' own tokenizers may differ by design."""
 
 
 def run(model_dir: Path, parent_pid: int) -> None:
-    _die_with(parent_pid)
+    die_with(parent_pid)
     # Where transformers finds torch it imports it, for seconds; tokenizers need none of it.
     sys.modules["torch"] = None  # type: ignore[assignment]
     # The answer has stdout to itself; what a library prints goes to stderr.
@@ -47,14 +45,6 @@ def run(model_dir: Path, parent_pid: int) -> None:
         answer = Refused(str(error))
     with os.fdopen(answers, "wb") as pipe:
         pipe.write(msgspec.json.encode(answer))
-
-
-def _die_with(parent_pid: int) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if os.getppid() != parent_pid:  # it ended before prctl, so no signal will come
-        raise SystemExit(1)
 
 
 def convert_here(model_dir: Path) -> Converted:

@@ -8,12 +8,9 @@ import re
 import msgspec
 
 _TYPES = {
-    400: "invalid_request_error",
     401: "authentication_error",
     404: "not_found_error",
-    405: "invalid_request_error",
     408: "timeout_error",
-    413: "invalid_request_error",
     429: "rate_limit_error",
     503: "service_unavailable_error",
     504: "timeout_error",
@@ -50,7 +47,7 @@ class ApiError(Exception):
             {
                 "error": {
                     "message": self.message,
-                    "type": _TYPES.get(self.status, "internal_server_error"),
+                    "type": _TYPES.get(self.status) or _general_type(self.status),
                     "param": self.param,
                     "code": self.code,
                 }
@@ -65,10 +62,16 @@ class ApiError(Exception):
             headers.append((b"x-should-retry", b"false"))
         if self.status == 401:
             headers.append((b"www-authenticate", b"Bearer"))
-        if self.status in (408, 413):
+        if self.code == "unsupported_content_encoding":
+            headers.append((b"accept-encoding", b"identity"))
+        if self.status in (408, 413, 417):
             # What is left of the body is never read, so the connection cannot be used again.
             headers.append((b"connection", b"close"))
         return headers
+
+
+def _general_type(status: int) -> str:
+    return "invalid_request_error" if status < 500 else "internal_server_error"
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:

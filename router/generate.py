@@ -1,6 +1,7 @@
 """The two endpoints that generate: from a body to flights, and from their frames to the response.
 
-1. The body is read (bounded), decoded and checked; the prompt is rendered and tokenized.
+1. The body is read (bounded); the time limit begins. Then it is decoded and checked, and the prompt rendered
+   and tokenized (prepare.py): a small one here, others in a process beside the event loop.
 2. One flight for each prompt is sent off; a watch ends them if the client goes away or time is up.
 3. The response begins with the first result, so that a failure before it still has its own status.
 4. Frames are written as they come, all that are ready in one write.
@@ -14,15 +15,27 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from router.answers import Heading, Sheet, StreamSheet, WholeSheet
-from router.bodies import BodyDecoder, ChatBody, CompletionBody
+from router.beside import Preparers
 from router.call import Call
-from router.chat_prompt import chat_prompt
 from router.config import RouterConfig
 from router.dispatch import Dispatcher
 from router.errors import ApiError, crashed
 from router.formats import frame
 from router.generation_config import SamplingDefaults
-from router.http import EVENT_STREAM, ClientGone, Receive, Response, Scope, Send, label_of, read_body
+from router.http import (
+    EVENT_STREAM,
+    Body,
+    ClientGone,
+    Receive,
+    Response,
+    Scope,
+    Send,
+    attended,
+    label_of,
+    overdue,
+    read_body,
+    until_gone,
+)
 from router.ids import draw_name, draw_number
 from router.metrics import Metrics
 from router.migration import Journey
@@ -31,17 +44,13 @@ from router.parameters import (
     PLAIN_SAMPLING,
     Limits,
     Options,
-    check_model,
-    check_tokens,
-    check_total_choices,
-    options_of,
-    prompts_of,
     sampling_for,
 )
-from router.template import ChatTemplate
-from router.tokenizer import TextTokenizer
+from router.prepare import BESIDE_BYTES, Ask, Kind, Kit, Prepared, TooMuchHere, prepare
 
 WATCH_AFTER_S = 0.02
+TOKENS_A_TURN = 1 << 15
+"""Of prompts that are sent off at once."""
 _STREAM_HEADERS = (
     (b"content-type", EVENT_STREAM),
     (b"cache-control", b"no-cache"),
@@ -68,14 +77,14 @@ def outcome_of(error: ApiError) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """What the endpoints work with; made once at start."""
+    """What the endpoints work with; made once at start. `kit` is for what is small enough to be prepared in
+    the event loop, `beside` for the rest."""
 
     config: RouterConfig
-    tokenizer: TextTokenizer
-    template: ChatTemplate
+    kit: Kit
+    beside: Preparers
     dispatcher: Dispatcher
     metrics: Metrics
-    bodies: BodyDecoder
     draw_seed: Callable[[], int] = draw_number
     defaults: SamplingDefaults = PLAIN_SAMPLING
 
@@ -85,6 +94,20 @@ class Service:
         if limits is None:
             raise self.dispatcher.unavailable("No workers are connected.", "no_workers")
         return limits
+
+    async def prepare(self, kind: Kind, raw: Body, receive: Receive) -> Prepared | list[bytes]:
+        """A whole answer comes in pieces. Raises ApiError, ClientGone."""
+        config = self.config
+        limits, seed = self.dispatcher.limits(), self.draw_seed()
+        ask = Ask(kind, limits, seed, config.retry_after_s, self.defaults)
+        if len(raw) <= BESIDE_BYTES:
+            try:
+                made = prepare(self.kit, ask, raw)
+                return made if isinstance(made, Prepared) else [made]
+            except TooMuchHere as signal:
+                signal.with_traceback(None)
+        timeout_s = config.request_timeout_s
+        return await attended(self.beside.prepare(ask, raw), receive, timeout_s, timeout_s)
 
 
 class GenerateEndpoint:
@@ -114,17 +137,23 @@ class GenerateEndpoint:
         finally:
             self._service.metrics.count_outcome(outcome)
 
-    async def _answer(self, raw: bytes, scope: Scope, receive: Receive, response: Response) -> str:
+    async def _answer(self, raw: Body, scope: Scope, receive: Receive, response: Response) -> str:
         """Returns the outcome. Raises ApiError while nothing was sent, ClientGone."""
         key: str | None = scope.get("baton.api_key")
-        call, orders = await self._prepare(raw, salt_of(key))
-        dispatcher = self._service.dispatcher
-        journeys: list[Journey] = dispatcher.submit(orders)
+        service = self._service
+        clock, timeout_s = asyncio.get_running_loop().time, service.config.request_timeout_s
+        end_s = clock() + timeout_s
+        prepared = await service.prepare("chat" if self._chat else "completions", raw, receive)
+        if not isinstance(prepared, Prepared):
+            raise TypeError("an answer in place of prompts")
+        call, orders = self._orders(prepared, salt_of(key))
+        dispatcher = service.dispatcher
+        journeys = await _submit(dispatcher, orders)
         label: bytes = scope["baton.label"]
         # A journey whose worker could not be written to may have ended already.
         departed = [leg.flight for journey in journeys for leg in journey.legs if leg.flight is not None]
         dispatcher.traces.remember(key, label.decode(), departed, dispatcher.fleet.name_of)
-        watch = _Watch(dispatcher, journeys, self._service.config.request_timeout_s, receive, call)
+        watch = _Watch(dispatcher, journeys, timeout_s, max(end_s - clock(), 0.0), receive, call)
         try:
             if call.options.stream:
                 await _stream(call, response)
@@ -135,40 +164,18 @@ class GenerateEndpoint:
             dispatcher.end(journeys)
         return "completed" if call.error is None else outcome_of(call.error)
 
-    async def _prepare(self, raw: bytes, salt: bytes) -> tuple[Call, list[Order]]:
-        service = self._service
-        body: ChatBody | CompletionBody
-        if self._chat:
-            body = service.bodies.decode(ChatBody, raw)
-        else:
-            body = service.bodies.decode(CompletionBody, raw)
-        check_model(body.model, service.config.served_model_name)
+    def _orders(self, prepared: Prepared, salt: bytes) -> tuple[Call, list[Order]]:
+        service, options = self._service, prepared.options
         limits = service.limits()
-        options = options_of(body, limits, service.draw_seed(), service.defaults)
-        prompts: list[tuple[list[int], str | None]] = []
-        param = "messages" if isinstance(body, ChatBody) else "prompt"
-        if isinstance(body, ChatBody):
-            text = chat_prompt(service.template, body, body.messages)
-            prompts.append((await service.tokenizer.encode(text, bool(body.add_special_tokens)), text))
-        else:
-            given = prompts_of(body, limits)
-            check_total_choices(len(given), options.choices, limits)
-            special = body.add_special_tokens is not False
-            for prompt in given:
-                if isinstance(prompt, str):
-                    tokens = await service.tokenizer.encode(prompt, special) if prompt else []
-                    prompts.append((tokens, prompt))
-                else:
-                    prompts.append((prompt, None))
-        call = Call(options, self._sheet(options), service.tokenizer, service.metrics)
+        call = Call(options, self._sheet(options), service.kit.tokenizer, service.metrics)
         salt = cache_salt_of(salt, options.cache_salt)
         orders: list[Order] = []
-        for tokens, text_or_none in prompts:
-            size = None if text_or_none is None else service.tokenizer.size
-            check_tokens(tokens, limits.vocab_size, param, size)
-            sampling = sampling_for(options, len(tokens), limits, param)
-            output = call.add_prompt(tokens, text_or_none)
-            orders.append(Order(tokens, sampling, options.choices, salt, output))
+        for prompt in prepared.prompts:
+            sampling = sampling_for(
+                options, len(prompt.tokens), limits, "messages" if self._chat else "prompt"
+            )
+            output = call.add_prompt(prompt.tokens, prompt.text, prompt.of_ids)
+            orders.append(Order(prompt.tokens, sampling, options.choices, salt, output))
         return call, orders
 
     def _sheet(self, options: Options) -> Sheet:
@@ -178,13 +185,13 @@ class GenerateEndpoint:
         if options.stream:
             return StreamSheet(
                 heading,
-                self._service.tokenizer,
+                self._service.kit.tokenizer,
                 self._chat,
                 options.logprobs,
                 options.include_usage,
                 options.continuous_usage,
             )
-        return WholeSheet(heading, self._service.tokenizer, self._chat, options.logprobs)
+        return WholeSheet(heading, self._service.kit.tokenizer, self._chat, options.logprobs)
 
 
 class _Watch:
@@ -194,14 +201,21 @@ class _Watch:
     """
 
     def __init__(
-        self, dispatcher: Dispatcher, journeys: list[Journey], timeout_s: float, receive: Receive, call: Call
+        self,
+        dispatcher: Dispatcher,
+        journeys: list[Journey],
+        limit_s: float,
+        left_s: float,
+        receive: Receive,
+        call: Call,
     ) -> None:
-        self._dispatcher, self._journeys, self._timeout_s = dispatcher, journeys, timeout_s
+        """`left_s` of the request's `limit_s` are left."""
+        self._dispatcher, self._journeys, self._limit_s = dispatcher, journeys, limit_s
         self._receive, self._call = receive, call
         self._loop = asyncio.get_running_loop()
         self._task: asyncio.Task[None] | None = None
-        first_s = min(WATCH_AFTER_S, timeout_s)
-        self._timer = self._loop.call_later(first_s, self._begin, timeout_s - first_s)
+        first_s = min(WATCH_AFTER_S, left_s)
+        self._timer = self._loop.call_later(first_s, self._begin, left_s - first_s)
 
     def cancel(self) -> None:
         self._timer.cancel()
@@ -214,19 +228,31 @@ class _Watch:
         self._timer = self._loop.call_later(left_s, self._expire)
 
     async def _until_gone(self) -> None:
-        # Anything else that the client sends now is of no interest.
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
+        await until_gone(self._receive)
         self._call.leave()
 
     def _expire(self) -> None:
-        error = ApiError(
-            504,
-            f"The request was not done within {self._timeout_s:g} s.",
-            code="deadline_exceeded",
-            committed=any(journey.times.first_token_s is not None for journey in self._journeys),
-        )
-        self._dispatcher.end(self._journeys, error)
+        begun = any(journey.times.first_token_s is not None for journey in self._journeys)
+        self._dispatcher.end(self._journeys, overdue(self._limit_s, committed=begun))
+
+
+async def _submit(dispatcher: Dispatcher, orders: list[Order]) -> list[Journey]:
+    """Sends them off, so many at a time that nobody waits long. Raises ApiError with none under way."""
+    dispatcher.check_open(len(orders))
+    journeys: list[Journey] = []
+    first, tokens = 0, 0
+    try:
+        for index, order in enumerate(orders, 1):
+            tokens += len(order.prompt)
+            if index == len(orders) or tokens >= TOKENS_A_TURN:
+                journeys += dispatcher.submit(orders[first:index])
+                first, tokens = index, 0
+                if index < len(orders):
+                    await asyncio.sleep(0)
+    except BaseException:
+        dispatcher.end(journeys)
+        raise
+    return journeys
 
 
 async def _whole(call: Call, response: Response) -> None:

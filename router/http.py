@@ -2,8 +2,8 @@
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine, MutableMapping, Sequence
+from typing import Any, TypeVar
 
 from router.errors import ApiError
 from router.ids import draw_name
@@ -12,6 +12,8 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Header = tuple[bytes, bytes]
+Body = bytes | bytearray
+Result = TypeVar("Result")
 
 JSON = b"application/json"
 TEXT = b"text/plain; charset=utf-8"
@@ -44,11 +46,42 @@ def label_header(scope: Scope) -> Header:
     return (b"x-request-id", scope["baton.label"])
 
 
+async def attended(
+    work: Coroutine[Any, Any, Result], receive: Receive, timeout_s: float, limit_s: float
+) -> Result:
+    """What `work` makes. It is cancelled if the client goes away (ClientGone) or `timeout_s` is over, what is
+    left of `limit_s` (ApiError 504)."""
+    loop = asyncio.get_running_loop()
+    task, gone = loop.create_task(work), loop.create_task(until_gone(receive))
+    try:
+        await asyncio.wait((task, gone), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        if gone.done():
+            raise ClientGone
+        raise overdue(limit_s)
+    finally:
+        task.cancel()
+        gone.cancel()
+
+
+async def until_gone(receive: Receive) -> None:
+    # Anything else that the client sends now is of no interest.
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def overdue(limit_s: float, committed: bool = False) -> ApiError:
+    return ApiError(
+        504, f"The request was not done within {limit_s:g} s.", code="deadline_exceeded", committed=committed
+    )
+
+
 def _too_large(limit_bytes: int) -> ApiError:
     return ApiError(413, f"The request body is over the limit of {limit_bytes} bytes.", code="body_too_large")
 
 
-async def read_body(scope: Scope, receive: Receive, limit_bytes: int, timeout_s: float) -> bytes:
+async def read_body(scope: Scope, receive: Receive, limit_bytes: int, timeout_s: float) -> Body:
     """The request's body. Raises ApiError 413 as soon as it is known to be over the limit, with no more than
     that kept, and 408 for one that is not whole after `timeout_s`; ClientGone."""
     length = header(scope, b"content-length")
@@ -63,20 +96,23 @@ async def read_body(scope: Scope, receive: Receive, limit_bytes: int, timeout_s:
         ) from None
 
 
-async def _read_parts(receive: Receive, limit_bytes: int) -> bytes:
-    parts: list[bytes] = []
-    size_bytes = 0
+async def _read_parts(receive: Receive, limit_bytes: int) -> Body:
+    body: Body = b""
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise ClientGone
         part = message.get("body", b"")
-        size_bytes += len(part)
-        if size_bytes > limit_bytes:
+        if len(body) + len(part) > limit_bytes:
             raise _too_large(limit_bytes)
-        parts.append(part)
+        if not body:
+            body = part
+        else:
+            # Grown as it comes: to join megabytes at the end takes milliseconds.
+            body = bytearray(body) if isinstance(body, bytes) else body
+            body += part
         if not message.get("more_body", False):
-            return parts[0] if len(parts) == 1 else b"".join(parts)
+            return body
 
 
 class Response:
@@ -102,6 +138,17 @@ class Response:
         fields = ((b"content-type", content_type), (b"content-length", b"%d" % len(body)), *headers)
         await self.begin(status, fields)
         await self.part(body, last=True)
+
+    async def pieces(self, status: int, pieces: Sequence[bytes]) -> None:
+        """JSON that is too long to be joined."""
+        size_bytes = sum(map(len, pieces))
+        await self.begin(status, ((b"content-type", JSON), (b"content-length", b"%d" % size_bytes)))
+        for piece in pieces:
+            await self.part(piece, last=piece is pieces[-1])
+
+    async def empty(self, headers: Sequence[Header]) -> None:
+        await self.begin(204, headers)
+        await self.part(b"", last=True)
 
     async def error(self, error: ApiError) -> None:
         await self.whole(error.status, error.body(), headers=error.headers())

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 import uvicorn
 
 from router.app import build_app
+from router.beside import Preparers
 from router.bodies import BodyDecoder
 from router.config import RouterConfig, RouterConfigError
 from router.connection import connection_with
@@ -29,6 +30,7 @@ from router.generate import Service
 from router.generation_config import sampling_defaults
 from router.metrics import Metrics
 from router.migration import RetryBudget
+from router.prepare import BESIDE_BYTES, BESIDE_TEMPLATE_S, Kit
 from router.template import ChatTemplate
 from router.tokenizer import TextTokenizer
 from services.client import ClientConfigError
@@ -74,6 +76,7 @@ def run(config: RouterConfig) -> None:
             proxy_headers=False,  # nobody here asks who the client is
             log_config=None,
             log_level="warning",
+            timeout_keep_alive=config.keep_alive_timeout_s,  # type: ignore[arg-type]  # it takes parts of one
             server_header=False,
             timeout_graceful_shutdown=LAST_WRITES_S,
         )
@@ -86,15 +89,17 @@ def build_service(config: RouterConfig) -> Service:
     """Steps 1 and, without its sockets, 2. Raises RouterConfigError."""
     defaults = sampling_defaults(config.model_dir, config.generation_config)
     tokenizer = TextTokenizer(config.model_dir)
-    template = ChatTemplate(config.model_dir, tokenizer.special_tokens)
+    template = ChatTemplate(config.model_dir, tokenizer.special_tokens, time_limit_s=BESIDE_TEMPLATE_S)
     template.learn()
+    kit = Kit(config.served_model_name, tokenizer, template, BodyDecoder(), max_characters=2 * BESIDE_BYTES)
+    beside = Preparers(config.model_dir, config.served_model_name, tokenizer.converted, config.retry_after_s)
     metrics = Metrics(retries=RetryBudget(config.max_retries, config.retry_share, config.retry_burst))
     try:
         dispatcher = Dispatcher(config, metrics)
     except ClientConfigError as error:
         raise RouterConfigError(str(error)) from error
     logger.info("%s", defaults.describe())
-    return Service(config, tokenizer, template, dispatcher, metrics, BodyDecoder(), defaults=defaults)
+    return Service(config, kit, beside, dispatcher, metrics, defaults=defaults)
 
 
 def _listen(config: RouterConfig) -> socket.socket:
@@ -149,6 +154,7 @@ async def _serve(config: RouterConfig, service: Service, server: _Server, listen
     server.should_exit = True
     await serving
     stopping.cancel()
+    service.beside.close()
     dispatcher.close()
 
 

@@ -23,7 +23,7 @@ from router.template_budget import TemplateTooLarge
 MAX_PROMPT_CHARACTERS = 64 << 20
 MAX_TIME_FORMAT = 256
 TIME_LIMIT_S = 1.0
-"""Nothing else happens in the router while a template runs. Those of known models need microseconds."""
+"""Those of known models need microseconds."""
 
 
 _FIELDS = (
@@ -139,12 +139,13 @@ class ChatTemplate:
         special_tokens: Mapping[str, str] | None = None,
         now: Callable[[], datetime.datetime] = datetime.datetime.now,
         clock: Callable[[], float] = time.monotonic,
+        time_limit_s: float = TIME_LIMIT_S,
     ) -> None:
         settings_path = model_dir / "tokenizer_config.json"
         settings = read_json(settings_path) if settings_path.exists() else {}
         self._names = {**_special_tokens(model_dir, settings), **(special_tokens or {})}
         self._programs: dict[str, Program] = {}
-        sandbox = Sandbox(TIME_LIMIT_S, clock)
+        sandbox = Sandbox(time_limit_s, clock)
         sandbox.globals["strftime_now"] = lambda form: _time_as(str(form), now())
         for name, (path, source) in _sources(model_dir, settings).items():
             try:

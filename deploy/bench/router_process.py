@@ -81,6 +81,10 @@ class Cluster:
     _router: psutil.Process
     _cores: Cores
 
+    @property
+    def router_pid(self) -> int:
+        return self._router.pid
+
     def cpu_s(self) -> float:
         """The router process's CPU time so far, all its threads."""
         times = self._router.cpu_times()

@@ -6,6 +6,7 @@ from deploy.errors import UserError
 from deploy.options import RouterSettings
 from deploy.planning import check_model_dir
 from deploy.values import DNS_SCHEME
+from deploy.web_origins import allowed_origins
 
 
 def run(settings: RouterSettings) -> None:
@@ -31,6 +32,8 @@ def run(settings: RouterSettings) -> None:
             host=settings.host,
             port=settings.port,
             api_keys=api_keys(settings.api_key, settings.api_key_file),
+            keyless_probes=settings.keyless_probes,
+            allowed_origins=allowed_origins(settings.allowed_origins),
             key_dir=settings.key_dir,
             request_timeout_s=settings.request_timeout,
             max_body_bytes=settings.max_body_bytes,
@@ -44,6 +47,7 @@ def run(settings: RouterSettings) -> None:
             max_kv_load=settings.max_kv_load,
             stall_timeout_s=settings.stall_timeout,
             upload_timeout_s=settings.upload_timeout,
+            keep_alive_timeout_s=settings.keep_alive_timeout,
             drain_timeout_s=settings.drain_timeout,
         )
         log_to_stderr()

@@ -22,6 +22,7 @@ from deploy.planning import (
 )
 from deploy.readiness import Welcome, claim_port
 from deploy.scaling import Host, Scaling
+from deploy.web_origins import allowed_origins
 from router.config import RouterConfigError
 from router.generation_config import SamplingDefaults, sampling_defaults
 from services.config import Device
@@ -63,6 +64,7 @@ def run(settings: ServeSettings) -> None:
     device, slots, model = checked_slots(settings)
     defaults = checked_defaults(settings)
     keys = api_keys(settings.api_key, settings.api_key_file)
+    allowed_origins(settings.allowed_origins)  # the router's, but said before anything starts
     port = claim_port(settings.host, settings.port)
     model_name = settings.served_model_name or settings.model_dir.resolve().name
     welcome = Welcome(settings.host, port, model_name, keys[0] if keys else None)

@@ -109,7 +109,8 @@ def test_who_sends_too_slowly_is_cut_off(model_dir: Path, tmp_path: Path) -> Non
     head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 99\r\n\r\n"
     unknown = head.replace(b"/v1/completions", b"/nowhere")
     whole = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
-    with small_cluster(model_dir, tmp_path, upload_timeout_s=patient(0.5)) as cluster:
+    limits = {"upload_timeout_s": patient(0.5), "keep_alive_timeout_s": patient(0.5)}
+    with small_cluster(model_dir, tmp_path, **limits) as cluster:
         cluster.use(Script(hold_prefill=True))
         waiting = open_request(cluster.router, {"prompt": "a"})
         cluster.prefill.wait_for(Prefill)

@@ -73,6 +73,9 @@ def test_command_lines_say_what_was_asked_for() -> None:
         stall_timeout=7.0,
         upload_timeout=8.0,
         generation_config="none",
+        keep_alive_timeout=9.0,
+        keyless_probes=True,
+        allowed_origins=("https://a.b,http://c:1", "http://d"),
         served_model_name="tales",
         drain_timeout=20.0,
     )
@@ -103,8 +106,9 @@ def test_command_lines_say_what_was_asked_for() -> None:
     assert (router.max_choices, router.max_running) == (3, 9)
     assert (router.max_prompts, router.max_total_choices) == (4, 5)
     assert (router.ttft_slo, router.max_kv_load) == (2.5, 1.5)
-    assert (router.stall_timeout, router.upload_timeout) == (7.0, 8.0)
-    assert router.generation_config == "none"
+    assert (router.stall_timeout, router.upload_timeout, router.keep_alive_timeout) == (7.0, 8.0, 9.0)
+    assert router.generation_config == "none" and router.keyless_probes
+    assert router.allowed_origins == settings.allowed_origins
     assert router.api_key_file == Path("/keys")
     assert (router.worker_timeout, router.max_retries) == (2.5, 7)
     assert not {"a", "b"} & set(specs[6].arguments), "keys are not for everybody to see"

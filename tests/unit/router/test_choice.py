@@ -33,7 +33,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
 
 
 def ids(tokenizer: TextTokenizer, text: str) -> list[int]:
-    return [token for character in text for token in tokenizer._encode_long(character, False)]
+    return [token for character in text for token in tokenizer.encode(character, False)]
 
 
 def make(
@@ -46,7 +46,7 @@ def make(
 @pytest.mark.parametrize("stops", [(), ("never",)])
 def test_an_end_token_counts_but_has_no_text(tokenizer: TextTokenizer, stops: tuple[str, ...]) -> None:
     choice, paper = make(tokenizer, stops)
-    end = tokenizer._encode_long(IM_END, False)
+    end = tokenizer.encode(IM_END, False)
     assert choice.push(Tokens(1, 0, ids(tokenizer, "ok")))
     assert not choice.push(Tokens(1, 0, end, None, "stop"))
     assert (paper.text, paper.finishes, choice.token_count) == ("ok", ["stop"], 3)

@@ -14,12 +14,14 @@ import pytest
 
 import router.generate
 from router.app import build_app
+from router.beside import Preparers
 from router.bodies import BodyDecoder
 from router.config import RouterConfig
 from router.dispatch import Dispatcher
 from router.generate import Service
 from router.metrics import Metrics
 from router.migration import RetryBudget
+from router.prepare import Kit
 from router.template import ChatTemplate
 from router.tokenizer import TextTokenizer
 from services.client import ClientState, WorkerClient
@@ -149,12 +151,13 @@ def test_nothing_is_left_to_the_collector(
     write_tokenizer(tmp_path)
     tokenizer = TextTokenizer(tmp_path)
     template = ChatTemplate(tmp_path, tokenizer.special_tokens)
+    kit = Kit("m", tokenizer, template, BodyDecoder())
     config = RouterConfig(
         workers=tuple(ENDPOINTS.values()), model_dir=tmp_path, served_model_name="m", max_retries=1
     )
     metrics = Metrics(retries=RetryBudget(config.max_retries, config.retry_share, config.retry_burst))
     dispatcher = Dispatcher(config, metrics)
-    app = build_app(Service(config, tokenizer, template, dispatcher, metrics, BodyDecoder()))
+    app = build_app(Service(config, kit, Preparers(tmp_path, "m", None), dispatcher, metrics))
 
     async def request() -> Client:
         client = Client(body, leaves)
