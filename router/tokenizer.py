@@ -41,7 +41,7 @@ class TextTokenizer:
         model = values.get("model")
         if unread := check_keys(model_dir, model.get("type", "BPE") if isinstance(model, dict) else "BPE"):
             log.warning("tokenizer_config.json: not read: %s", ", ".join(unread))
-        reason = why_converted(model_dir, values) if values else ""
+        reason = why_converted(model_dir, values) if path.exists() else ""
         if reason is None:
             content = path.read_text(encoding="utf-8")
         else:

@@ -69,7 +69,7 @@ def make_checkpoint(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     directory.mkdir(parents=True, exist_ok=True)
-    tokenizer_ids = write_tokenizer(directory)
+    tokenizer_ids = write_tokenizer(directory, eos)
     end_ids = [tokenizer_ids[IM_END]] if eos else None
     values: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
@@ -117,8 +117,9 @@ def _fill(name: str, parameter: Any) -> None:
         parameter.normal_(0.0, 1.3 * parameter.shape[1] ** -0.5)
 
 
-def write_tokenizer(directory: Path) -> dict[str, int]:
-    """A byte-level BPE of `VOCAB_SIZE` tokens with a chat template; returns the ids of the special ones."""
+def write_tokenizer(directory: Path, eos: bool = True) -> dict[str, int]:
+    """A byte-level BPE of `VOCAB_SIZE` tokens with a chat template; returns the ids of the special ones.
+    `eos=False` leaves it without an end token."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -139,7 +140,7 @@ def write_tokenizer(directory: Path) -> dict[str, int]:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         bos_token=BOS,
-        eos_token=IM_END,
+        eos_token=IM_END if eos else None,
         pad_token=IM_END,
         clean_up_tokenization_spaces=False,
     )

@@ -378,6 +378,7 @@ def test_the_end_token_of_the_tokenizer_is_that_of_transformers(name: str, tmp_p
 
     family, change = TOKENIZERS[name]
     make_checkpoint(family, tmp_path, eos=False)  # type: ignore[arg-type]
+    write_tokenizer(tmp_path)
     config = (tmp_path / "config.json").read_text()
     if change in (write_vocabulary,) or "sentencepiece" in name:
         (tmp_path / "tokenizer.json").unlink()

@@ -118,6 +118,7 @@ def test_layer_types_may_be_named(tmp_path: Path) -> None:
         ({"hidden_size": None}, r"hidden_size is null; it must be an integer"),
         ({"hidden_size": 64.5}, r"hidden_size is 64\.5; it must be an integer"),
         ({"num_hidden_layers": 0}, r"num_hidden_layers is 0; it must be an integer of at least 1"),
+        ({"head_dim": "large"}, r'head_dim is "large"; it must be an integer or null'),
         ({"head_dim": 7}, r"head_dim 7 is not supported"),
         ({"head_dim": 0}, r"head_dim is 0; it must be an integer of at least 1"),
         ({"rms_norm_eps": "1e-6"}, r'rms_norm_eps is "1e-6"; it must be a number'),

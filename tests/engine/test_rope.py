@@ -8,9 +8,9 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from services.engine.model_config import _rope
 from services.engine.ops.rotary import rotate
 from services.engine.rope import inverse_frequencies, rotation
+from services.engine.rope_config import read_rope
 from tests.checkpoints import LINEAR_ROPE, LLAMA3_ROPE, YARN_ROPE
 
 HEAD_DIM = 64
@@ -45,7 +45,7 @@ def test_frequencies_equal_transformers(name: str) -> None:
         hidden_size=4 * HEAD_DIM, num_attention_heads=4, head_dim=HEAD_DIM, rope_parameters=dict(parameters)
     )
     expected, expected_factor = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, "cpu")
-    found, factor = inverse_frequencies(_rope(parameters, Path("config.json")), HEAD_DIM)
+    found, factor = inverse_frequencies(read_rope(parameters, Path("config.json")), HEAD_DIM)
     assert torch.allclose(found, expected, rtol=1e-6, atol=0)
     assert factor == pytest.approx(expected_factor)
 
@@ -53,7 +53,7 @@ def test_frequencies_equal_transformers(name: str) -> None:
 def test_rotation_turns_each_pair_by_its_angle() -> None:
     """Against complex multiplication: dimension i and i + half are one complex number."""
     positions = torch.tensor([0, 1, 17, 4000])
-    plain = _rope({"rope_type": "default", "rope_theta": 10000.0}, Path("config.json"))
+    plain = read_rope({"rope_type": "default", "rope_theta": 10000.0}, Path("config.json"))
     frequencies, _ = inverse_frequencies(plain, HEAD_DIM)
     heads = torch.randn(4, 3, HEAD_DIM, generator=torch.Generator().manual_seed(0))
     cos, sin = rotation(positions, frequencies, 1.0)
