@@ -7,7 +7,8 @@ STAMP := $(VENV)/.installed
 BATON_PORT ?= 8000
 DEMO_MODEL := deploy/demo/model
 BATON_MODEL ?= $(DEMO_MODEL)
-TEST_PROCESSES ?= 2
+# One more than there are cores, since many tests wait; each may need some gigabytes.
+TEST_PROCESSES ?= $(shell n=$$(( $$(nproc) + 1 )); echo $$(( n < 8 ? n : 8 )))
 CHAOS_S ?= 600
 CHAOS_SEED ?=
 
@@ -41,7 +42,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 serve: $(STAMP)
 	@BATON_PORT=$(BATON_PORT) $(BIN)/baton serve $(BATON_MODEL) $(if $(filter $(DEMO_MODEL),$(BATON_MODEL)),--served-model-name baton-demo)
 
-# The longest files come first in the order of their names, so the last ones to run are short.
+# Files come in the order of tests/conftest.py: the longest first, so that the last ones to run are short.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 

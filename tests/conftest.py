@@ -24,6 +24,16 @@ if TYPE_CHECKING:
 
 MARK = "PYTEST_SESSION_OF_BATON"  # no BATON_ variable: children are started without those
 LEFT_BEHIND_WAIT_S = patient(5.0)
+LONGEST = (
+    "tests/sim/test_sim.py",
+    "tests/e2e/test_faults.py",
+    "tests/e2e/test_migration.py",
+    "tests/e2e/test_life.py",
+    "tests/engine/test_draw.py",
+    "tests/e2e/test_alone.py",
+)
+"""Files that several processes begin with, so that the last ones to run are short. Those that wait and those
+that compute by turns: there is a process more than there are cores."""
 
 
 def has_gpu() -> bool:
@@ -39,6 +49,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):
+        rank = {file: place for place, file in enumerate(LONGEST)}
+        items.sort(key=lambda item: rank.get(item.nodeid.partition("::")[0], len(rank)))
     gpu_folder = Path(__file__).parent / "gpu"
     for item in items:
         if gpu_folder in item.path.parents:

@@ -1,8 +1,8 @@
 """How long tests wait before they give up: all their deadlines come from here.
 
 A deadline is meant for a machine that has little else to do, and is multiplied where there is more: by
-`BATON_TEST_PATIENCE`, or else by how many busy processes there are for each core beyond two. So are the time
-limits that tests set for what they test, where they mean "longer than it takes".
+`BATON_TEST_PATIENCE`, or else by what is found when the tests begin. So are the time limits that tests set
+for what they test, where they mean "longer than it takes".
 """
 
 import functools
@@ -24,12 +24,13 @@ def factor() -> float:
     named = os.environ.get(VARIABLE)
     if named is not None:
         return max(1.0, float(named))
-    return factor_of(max(os.getloadavg()[0], running()), len(os.sched_getaffinity(0)))
+    beside = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    return factor_of(max(os.getloadavg()[0], running()), beside, len(os.sched_getaffinity(0)))
 
 
-def factor_of(busy: float, cores: int) -> float:
-    """Two busy processes a core are the tests' own, where as many of them run as there are cores."""
-    return min(MOST, max(1.0, busy / cores - 1.0))
+def factor_of(busy: float, beside: int, cores: int) -> float:
+    """`busy` processes, of which two a core may be these tests' own, and `beside` that run tests."""
+    return min(MOST, max(1.0, busy / cores - 1.0, beside / cores))
 
 
 def running() -> int:

@@ -9,11 +9,11 @@ from tests import patience
 
 
 @pytest.mark.parametrize(
-    ("busy", "cores", "factor"),
-    [(0.1, 2, 1.0), (4, 2, 1.0), (10, 2, 4.0), (10, 8, 1.0), (1000, 2, patience.MOST)],
+    ("busy", "beside", "cores", "factor"),
+    [(0.1, 1, 2, 1.0), (4, 2, 2, 1.0), (4, 3, 2, 1.5), (10, 3, 2, 4.0), (10, 9, 8, 1.125), (99, 2, 2, 10.0)],
 )
-def test_deadlines_stretch_with_the_machine(busy: float, cores: int, factor: float) -> None:
-    assert patience.factor_of(busy, cores) == factor
+def test_deadlines_stretch_with_the_machine(busy: float, beside: int, cores: int, factor: float) -> None:
+    assert patience.factor_of(busy, beside, cores) == factor
 
 
 def test_deadlines_stretch_as_told(monkeypatch: pytest.MonkeyPatch) -> None:
