@@ -306,3 +306,32 @@ def test_an_idle_connection_stays_for_its_time_and_a_slow_head_is_told() -> None
     played(idle_again, idle_s=0.05)
     played(slow, upload_s=0.05)
     played(not_yet, upload_s=0.05)
+
+
+def test_idle_connections_end_with_the_server() -> None:
+    async def idle(client: Client) -> None:
+        await client.send(GET)
+        await client.until(b'["/behind", 0, ""]')
+        client.connection.shutdown()
+        assert await client.until() == b""
+
+    async def busy(client: Client) -> None:
+        await client.send(b"GET /held HTTP/1.1\r\nhost: x\r\n\r\n")
+        await state(lambda: bool(client.echo.seen))
+        client.connection.shutdown()
+        client.echo.release.set()
+        assert b"connection: close" in await client.until()
+
+    played(idle)
+    played(busy)
+
+
+def test_who_never_stops_is_cut_off() -> None:
+    """What follows a refusal is thrown away, but not for ever."""
+
+    async def scenario(client: Client) -> None:
+        sending = asyncio.create_task(client.send(b"\x16", *[b"y" * 65536] * 1000))
+        await asyncio.wait([sending], timeout=20.0)
+        assert isinstance(sending.exception(), OSError)
+
+    played(scenario)
