@@ -96,7 +96,7 @@ def test_a_prompt_of_ids_shows_its_special_tokens(words: TextTokenizer) -> None:
 def test_an_echo_of_half_a_character_is_made_whole(tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
     tokenizer = TextTokenizer(tmp_path)
-    tokens = tokenizer._encode_long("xé", False)
+    tokens = tokenizer.encode("xé", False)
     body = CompletionBody(prompt="", echo=True, max_tokens=2, logprobs=0)
     options = options_of(body, LIMITS, 1)
     for streamed in (False, True):
@@ -125,7 +125,7 @@ def test_an_echo_of_half_a_character_is_made_whole(tmp_path: Path) -> None:
 def test_an_echo_alone_is_what_the_prompt_decodes_to(tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
     tokenizer = TextTokenizer(tmp_path)
-    tokens = tokenizer._encode_long("xé", False)[:2]
+    tokens = tokenizer.encode("xé", False)[:2]
     (choice,) = answer(tokenizer, CompletionBody(prompt="", echo=True, max_tokens=0), None, tokens)
     assert choice["text"] == tokenizer.decode(tokens) == "x\ufffd"
 

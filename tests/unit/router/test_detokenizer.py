@@ -208,7 +208,7 @@ def test_a_byte_level_vocabulary_takes_a_table(byte_level: TextTokenizer) -> Non
 
 
 def test_a_character_of_many_tokens_comes_at_its_last_one(byte_level: TextTokenizer) -> None:
-    tokens = byte_level._encode_long("🙂", False)
+    tokens = byte_level.encode("🙂", False)
     assert len(tokens) == 4
     detokenizer = byte_level.detokenizer()
     assert [detokenizer.push([token]) for token in tokens] == ["", "", "", "🙂"]
@@ -216,7 +216,7 @@ def test_a_character_of_many_tokens_comes_at_its_last_one(byte_level: TextTokeni
 
 def test_an_unfinished_character_becomes_a_replacement_at_the_end(byte_level: TextTokenizer) -> None:
     detokenizer = byte_level.detokenizer()
-    assert detokenizer.push(byte_level._encode_long("a🙂", False)[:-1]) == "a"
+    assert detokenizer.push(byte_level.encode("a🙂", False)[:-1]) == "a"
     assert detokenizer.flush() == "\N{REPLACEMENT CHARACTER}"
     assert detokenizer.flush() == ""
 
@@ -224,13 +224,13 @@ def test_an_unfinished_character_becomes_a_replacement_at_the_end(byte_level: Te
 def test_half_a_character_of_the_prompt_is_taken_back_when_the_other_half_comes(
     byte_level: TextTokenizer,
 ) -> None:
-    tokens = byte_level._encode_long("é", False)
+    tokens = byte_level.encode("é", False)
     taken: list[str] = []
     continuation = byte_level.continuation(tokens[:1])
     completed = continuation.detokenizer(taken.append)
     assert (completed.push(tokens[1:]), taken) == ("é", ["\N{REPLACEMENT CHARACTER}"])
     other = continuation.detokenizer(kept)
-    assert other.push(byte_level._encode_long("x", False)) + other.flush() == "x"
+    assert other.push(byte_level.encode("x", False)) + other.flush() == "x"
 
 
 def test_tokens_beyond_the_tokenizer_have_no_text(
