@@ -27,13 +27,19 @@ LEFT_BEHIND_WAIT_S = patient(5.0)
 LONGEST = (
     "tests/sim/test_sim.py",
     "tests/e2e/test_faults.py",
+    "tests/e2e/test_tokens.py",
     "tests/e2e/test_migration.py",
+    "tests/e2e/test_mixed.py",
+    "tests/e2e/test_precision.py",
+    "tests/e2e/test_ranks.py",
+    "tests/e2e/test_bench_pd.py",
     "tests/e2e/test_life.py",
-    "tests/engine/test_draw.py",
+    "tests/e2e/test_chaos.py",
+    "tests/e2e/test_scale.py",
     "tests/e2e/test_alone.py",
+    "tests/engine/test_draw.py",
 )
-"""Files that several processes begin with, so that the last ones to run are short. Those that wait and those
-that compute by turns: there is a process more than there are cores."""
+"""Files that several processes begin with, so that the last ones to run are short."""
 
 
 def has_gpu() -> bool:
