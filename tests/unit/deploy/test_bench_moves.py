@@ -7,7 +7,7 @@ import pytest
 
 from deploy.bench import moves as bench
 from services.engine.attention_plan import KvLayout
-from services.engine.moves import Marks, Move
+from services.engine.moves import Move
 from services.engine.run_table import SlotRun
 
 
@@ -15,8 +15,8 @@ def test_every_launch_has_as_many_slots_as_its_row_says(monkeypatch: pytest.Monk
     launched: list[int] = []
 
     class Counting(bench.TablesOnly):
-        def pack(self, runs: Sequence[SlotRun], with_checksums: bool, after: Marks | None) -> Move:
-            move = super().pack(runs, with_checksums, after)
+        def pack(self, runs: Sequence[SlotRun], with_checksums: bool) -> Move:
+            move = super().pack(runs, with_checksums)
             assert move.byte_counts == [8192] * len(runs)
             launched.append(len(runs))
             return move
