@@ -27,6 +27,7 @@ from services.engine.batch import Row, RowResult
 from services.engine.checkpoint_files import model_digest
 from services.engine.decode_graphs import DecodeGraphs
 from services.engine.errors import EngineStateError
+from services.engine.host_copy import fill_pinned_pool
 from services.engine.kv_pool import KvPool
 from services.engine.kv_scales import kv_scales
 from services.engine.launched import Launched
@@ -209,6 +210,7 @@ class Engine:
         self._move(EngineState.SERVING)
         self._pool = KvPool(self.layout, pages, self.kv_dtype, self.device, self._kv_scales)
         self._moves = Moves(self._pool, self.config.staging_slots)
+        fill_pinned_pool(self.device)
         return self._pool.byte_count
 
     @torch.inference_mode()

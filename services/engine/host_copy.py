@@ -12,6 +12,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+POOL_BLOCK_BITS = range(9, 21)
+POOL_BLOCKS = 8
+"""Of each size: what a few steps in flight have, on their way to the device and back."""
 ALIGNMENT_BYTES = 16
 """Of every column: kernels are compiled for aligned pointers."""
 
@@ -20,6 +23,15 @@ Column = npt.NDArray[np.generic]
 
 def aligned_bytes(byte_count: int) -> int:
     return -(-byte_count // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+def fill_pinned_pool(device: torch.device) -> None:
+    """Has torch's pool hold blocks of every size that steps ask for, which are powers of two. To get one from
+    the driver makes the host wait for all that the device has queued, in a prefill step some 50 ms."""
+    if device.type == "cuda":
+        sizes_bytes = [1 << bits for bits in POOL_BLOCK_BITS for _ in range(POOL_BLOCKS)]
+        blocks = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for size in sizes_bytes]
+        del blocks  # back to the pool, together
 
 
 def pinned(columns: list[Column]) -> Tensor:

@@ -54,7 +54,7 @@ def test_tokenize_refuses_what_a_chat_refuses(cluster: Cluster, fields: dict[str
         ]
     assert bodies[0] == bodies[1]
     assert bodies[0]["error"]["code"] == "unsupported_parameter"
-    assert not cluster.prefill.received
+    assert not cluster.prefill.of(Prefill)
 
 
 def test_a_salt_is_a_prefix_cache_of_its_own(cluster: Cluster) -> None:
@@ -135,7 +135,7 @@ def test_clients_know_an_overflow_by_its_words(cluster: Cluster, path: str, body
     )
     found = re.match(pattern, error["message"])
     assert found is not None and int(found[1]) >= 1024
-    assert not cluster.prefill.received
+    assert not cluster.prefill.of(Prefill)
 
 
 def test_the_metric_is_the_sum_of_what_was_answered(cluster: Cluster) -> None:

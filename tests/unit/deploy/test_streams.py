@@ -9,6 +9,7 @@ BATON = f"{sys.executable} -m deploy.cli"
 NUMBERS = """
 import os, sys
 from deploy.streams import open_standard_streams
+from tests.patience import patient
 open_standard_streams()
 print("printed"); print("said", file=sys.stderr); sys.stdin.read()
 sys.stdout.flush(); sys.stderr.flush()
@@ -18,7 +19,8 @@ os._exit(0 if opened > 2 and all(os.get_inheritable(number) for number in (0, 1,
 
 
 def shell(command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    limit_s = patient(60)
+    return subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=limit_s, check=False)
 
 
 @pytest.mark.parametrize(

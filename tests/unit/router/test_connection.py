@@ -9,6 +9,7 @@ import pytest
 
 from router.connection import MAX_UNREAD_BYTES
 from router.framing import MAX_HEAD_BYTES, MAX_HEADERS
+from tests.patience import patient
 from tests.unit.router.connections import Client, played, state
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -331,7 +332,7 @@ def test_who_never_stops_is_cut_off() -> None:
 
     async def scenario(client: Client) -> None:
         sending = asyncio.create_task(client.send(b"\x16", *[b"y" * 65536] * 1000))
-        await asyncio.wait([sending], timeout=20.0)
+        await asyncio.wait([sending], timeout=patient(20.0))
         assert isinstance(sending.exception(), OSError)
 
     played(scenario)

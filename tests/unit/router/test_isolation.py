@@ -38,6 +38,7 @@ from services.messages import (
     TransferAddress,
     WorkerHello,
 )
+from tests.patience import patient
 
 PREFILL, DECODE = "ipc:///r/p", "ipc:///r/d"
 
@@ -243,7 +244,7 @@ def test_an_end_that_fails_is_still_an_end(
         assert world.cancelled(bad) == {PREFILL: 1, DECODE: 1}
         assert world.counted(where)
         assert world.at_rest()
-        await asyncio.wait_for(world.dispatcher.wait_idle(), 5)
+        await asyncio.wait_for(world.dispatcher.wait_idle(), patient(5))
 
     play(scenario)
 
@@ -371,7 +372,7 @@ def test_looking_for_workers_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
         borders = Borders()
         discovery = Discovery(File(), [], found, borders)  # type: ignore[arg-type]
         discovery.start()
-        await asyncio.wait_for(again.wait(), 10)
+        await asyncio.wait_for(again.wait(), patient(10))
         discovery.close()
         assert borders.counts["discovery"] == 1
 
