@@ -5,11 +5,12 @@ import sys
 
 import pytest
 
+from tests.patience import patient
+
 BATON = f"{sys.executable} -m deploy.cli"
 NUMBERS = """
 import os, sys
 from deploy.streams import open_standard_streams
-from tests.patience import patient
 open_standard_streams()
 print("printed"); print("said", file=sys.stderr); sys.stdin.read()
 sys.stdout.flush(); sys.stderr.flush()
