@@ -29,6 +29,8 @@ from services.scheduler.sequence import Chunk, Sequence
 
 MAX_FLIGHTS = 2
 """One runs, and the next one starts without a gap. More would only make what arrives wait."""
+HAND_OVER_S = 0.002
+"""After a step's end: so long what it has computed goes before the next launch, while another step runs."""
 LEASE_S = 5.0
 """Well above what a hand-over takes, well below a request's deadline."""
 
@@ -89,7 +91,7 @@ class PrefillRole(Role):
     def step(self) -> bool:
         worked = self._collect_done()
         worked |= self.push.pack() + self.push.deliver() > 0
-        if len(self._flights) < MAX_FLIGHTS:
+        if self._may_launch():
             worked |= self._launch_next()
         self._tell_ready()
         return worked or self.in_flight
@@ -125,6 +127,15 @@ class PrefillRole(Role):
         self._committed.discard(request_id)
 
     # ------------------------------------------------------------ steps
+
+    def _may_launch(self) -> bool:
+        """Not while packs are about to be handed over, which takes less than a launch and would wait for it; but
+        not for so long that the device could run out of steps."""
+        if len(self._flights) >= MAX_FLIGHTS:
+            return False
+        if not self._flights or not self.push.in_flight:
+            return True
+        return self.parts.clock() - self._done_s >= HAND_OVER_S
 
     def _launch_next(self) -> bool:
         plan = self.scheduler.schedule()

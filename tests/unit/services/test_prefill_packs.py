@@ -102,3 +102,31 @@ def test_a_prompt_that_is_cancelled_under_its_packs_leaves_nothing() -> None:
     served.engine.done()
     served.step()
     served.assert_at_rest()
+
+
+def test_what_is_packed_is_handed_over_before_the_next_launch_but_not_at_any_price() -> None:
+    served = prefilling(32, [1, 1000, 1000, 1000])
+    now_s = 10.0
+    served.parts.clock = lambda: now_s
+    served.step()
+    served.role.on_transfer(SlotsLent(lent(0, 1)))
+    served.step()
+    assert served.engine.launches == MAX_FLIGHTS
+    served.engine.passed = 1
+    served.step()
+    assert served.role.push.in_flight and served.engine.launches == MAX_FLIGHTS, "the packs go first"
+    served.engine.done()
+    served.step()
+    assert [said[0] for said in served.client.said][-1] == "filled"
+    assert served.engine.launches == MAX_FLIGHTS + 1
+
+    served = prefilling(32, [1, 1000, 1000, 1000])
+    served.parts.clock = lambda: now_s
+    served.step()
+    served.role.on_transfer(SlotsLent(lent(0, 1)))
+    served.step()
+    served.engine.passed = 1
+    served.step()
+    now_s += 1.0
+    served.step()
+    assert served.role.push.in_flight and served.engine.launches == MAX_FLIGHTS + 1, "the device has to go on"
