@@ -30,7 +30,7 @@ from services.scheduler.sequence import Chunk, Sequence
 MAX_FLIGHTS = 2
 """One runs, and the next one starts without a gap. More would only make what arrives wait."""
 HAND_OVER_S = 0.002
-"""After a step's end: so long what it has computed goes before the next launch, while another step runs."""
+"""So long after a step's end what it has computed goes before the next launch, if another step runs."""
 LEASE_S = 5.0
 """Well above what a hand-over takes, well below a request's deadline."""
 
@@ -89,9 +89,10 @@ class PrefillRole(Role):
                 self.each("transfer_lost", sent, lambda live: self._undelivered(live, why))
 
     def step(self) -> bool:
-        worked = self._collect_done()
-        worked |= self.push.pack() + self.push.deliver() > 0
-        if self._may_launch():
+        collected = self._collect_done()
+        packed, delivered = self.push.pack(), self.push.deliver()
+        worked = collected or packed + delivered > 0
+        if self._may_launch(news=collected or delivered > 0):
             worked |= self._launch_next()
         self._tell_ready()
         return worked or self.in_flight
@@ -128,12 +129,13 @@ class PrefillRole(Role):
 
     # ------------------------------------------------------------ steps
 
-    def _may_launch(self) -> bool:
-        """Not while packs are about to be handed over, which takes less than a launch and would wait for it; but
-        not for so long that the device could run out of steps."""
+    def _may_launch(self, news: bool) -> bool:
+        """A launch takes the host some 20 ms, and whatever is to leave this worker would wait for its end. So
+        what is known now (`news`: first tokens, packed slots) goes first, and so do packs that are on their
+        way, but for so short a time that the device does not run out of steps."""
         if len(self._flights) >= MAX_FLIGHTS:
             return False
-        if not self._flights or not self.push.in_flight:
+        if not self._flights or not (news or self.push.in_flight):
             return True
         return self.parts.clock() - self._done_s >= HAND_OVER_S
 

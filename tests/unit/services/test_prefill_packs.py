@@ -118,6 +118,8 @@ def test_what_is_packed_is_handed_over_before_the_next_launch_but_not_at_any_pri
     served.engine.done()
     served.step()
     assert [said[0] for said in served.client.said][-1] == "filled"
+    assert served.engine.launches == MAX_FLIGHTS, "said, but sent only when this turn ends"
+    served.step()
     assert served.engine.launches == MAX_FLIGHTS + 1
 
     served = prefilling(32, [1, 1000, 1000, 1000])
@@ -130,3 +132,20 @@ def test_what_is_packed_is_handed_over_before_the_next_launch_but_not_at_any_pri
     now_s += 1.0
     served.step()
     assert served.role.push.in_flight and served.engine.launches == MAX_FLIGHTS + 1, "the device has to go on"
+
+
+def test_a_first_token_does_not_wait_for_a_launch_beside_a_running_step() -> None:
+    """Nor does the device wait for anything when no step runs."""
+    served = Prefilling()
+    served.parts.clock = lambda: 10.0
+    served.engine.delays = iter([1, 1000, 1000])
+    for request_id, tokens in ((1, 8), (2, 24)):
+        work = Work(request_id, [3] * tokens, Sampling(max_tokens=9, seed=1, ignore_eos=True))
+        served.role.accept(b"router", Prefill(work, request_id))
+    launches: list[int] = []
+    while not served.tokens:
+        assert served.step()
+        launches.append(served.engine.launches)
+    assert launches == [1, MAX_FLIGHTS, MAX_FLIGHTS], "the turn that has a token to tell launches nothing"
+    served.step()
+    assert served.engine.launches == MAX_FLIGHTS + 1
