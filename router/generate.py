@@ -149,12 +149,12 @@ class GenerateEndpoint:
         call, orders = self._orders(prepared, salt_of(key))
         dispatcher = service.dispatcher
         journeys = await _submit(dispatcher, orders)
-        label: bytes = scope["baton.label"]
-        # A journey whose worker could not be written to may have ended already.
-        departed = [leg.flight for journey in journeys for leg in journey.legs if leg.flight is not None]
-        dispatcher.traces.remember(key, label.decode(), departed, dispatcher.fleet.name_of)
         watch = _Watch(dispatcher, journeys, timeout_s, max(end_s - clock(), 0.0), receive, call)
         try:
+            label: bytes = scope["baton.label"]
+            # A journey whose worker could not be written to may have ended already.
+            departed = [leg.flight for journey in journeys for leg in journey.legs if leg.flight is not None]
+            dispatcher.traces.remember(key, label.decode(), departed, dispatcher.fleet.name_of)
             if call.options.stream:
                 await _stream(call, response)
             else:

@@ -49,7 +49,8 @@ class PlanInput:
 
     @property
     def budget_bytes(self) -> int:
-        return int(self.device_bytes * self.mem_fraction)
+        share, of = self.mem_fraction.as_integer_ratio()  # a float product may round up to a byte too many
+        return self.device_bytes * share // of
 
     @property
     def staging_bytes(self) -> int:

@@ -13,7 +13,7 @@ from tests.sim.report import text_of
 from tests.sim.scenario import run_seed
 from tests.sim.seeds import CHUNK, run_some
 
-SEEDS = 700
+SEEDS = 400
 HOSTILE_SEEDS = 25
 FOUND_WITHIN = 400
 """Seeds; docs/simulation.md says how many each took."""
