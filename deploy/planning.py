@@ -17,7 +17,7 @@ from services.engine.safetensors_files import read_checkpoint_files
 from services.memory.estimate import contexts, plan_input_for
 from services.memory.measure import NotMeasurable, gpu_count, gpu_facts
 from services.memory.plan import MemoryPlan, plan_memory
-from services.messages import Role
+from services.messages import Role, share_of
 from services.precision import PrecisionError, check_flags
 
 CPU_DEVICE_BYTES = 2 << 30
@@ -211,7 +211,7 @@ def check_shared_gpus(configs: list[WorkerConfig], device_memory: int | None) ->
             continue
         size_bytes = device_facts("cuda", index, device_memory).size_bytes
         outside_bytes = sum(_outside_bytes(config) for config in sharers)
-        inside_bytes = sum(int(size_bytes * config.mem_fraction) for config in sharers)
+        inside_bytes = sum(share_of(size_bytes, config.mem_fraction) for config in sharers)
         if inside_bytes + outside_bytes > size_bytes:
             most = int((size_bytes - outside_bytes) / size_bytes / len(sharers) * 100) / 100
             names = ", ".join(config.name for config in sharers)

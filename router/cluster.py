@@ -17,7 +17,7 @@ def ledger_values(ledger: Ledger) -> dict[str, Any]:
     inside = [entry for entry in ledger.entries if entry.inside]
     outside = [entry for entry in ledger.entries if not entry.inside]
     values: dict[str, Any] = msgspec.to_builtins(ledger)
-    values["budget_bytes"] = int(ledger.device_bytes * ledger.mem_fraction)
+    values["budget_bytes"] = ledger.budget_bytes
     values["sums"] = {
         name: {
             "planned_bytes": sum(entry.planned_bytes for entry in entries),

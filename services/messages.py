@@ -305,6 +305,12 @@ class LedgerEntry(Struct, frozen=True, forbid_unknown_fields=True):
     note: str = ""
 
 
+def share_of(size_bytes: int, fraction: float) -> int:
+    """Whole bytes, exactly: a product with a float may round up to one too many."""
+    share, of = fraction.as_integer_ratio()
+    return size_bytes * share // of
+
+
 class Ledger(Struct, frozen=True, forbid_unknown_fields=True):
     """`device_id` tells one GPU from all others; workers whose ledgers have the same one share it. Empty for
     host memory. `device_used_bytes` is what the driver says is taken of it, by whomever."""
@@ -315,6 +321,10 @@ class Ledger(Struct, frozen=True, forbid_unknown_fields=True):
     entries: list[LedgerEntry]
     device_id: str = ""
     device_used_bytes: int | None = None
+
+    @property
+    def budget_bytes(self) -> int:
+        return share_of(self.device_bytes, self.mem_fraction)
 
 
 class Status(Struct, frozen=True, array_like=True, tag="status"):

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from services.memory.sizes import format_flag
+from services.messages import share_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +50,7 @@ class PlanInput:
 
     @property
     def budget_bytes(self) -> int:
-        share, of = self.mem_fraction.as_integer_ratio()  # a float product may round up to a byte too many
-        return self.device_bytes * share // of
+        return share_of(self.device_bytes, self.mem_fraction)
 
     @property
     def staging_bytes(self) -> int:

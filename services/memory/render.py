@@ -12,7 +12,7 @@ _COLOURS = ("blue", "green", "yellow", "magenta", "cyan", "red", "bright_blue", 
 
 def table(ledger: Ledger) -> str:
     """One line per entry, the inside ones first with their sum against the budget, then the rest."""
-    budget_bytes = int(ledger.device_bytes * ledger.mem_fraction)
+    budget_bytes = ledger.budget_bytes
     inside = [entry for entry in ledger.entries if entry.inside]
     outside = [entry for entry in ledger.entries if not entry.inside]
     rows: list[tuple[str, ...]] = [_HEAD]
