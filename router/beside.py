@@ -1,8 +1,8 @@
 """Large bodies, prepared beside the event loop by a few processes (preparer.py).
 
 A process starts when a body needs it, and stays. It prepares one body at a time; more wait in order, as many
-bytes as there is room for. One that dies, or is killed for taking too long, takes the body that it had with
-it, and nobody else's; the next body starts another.
+bytes as there is room for. If one dies, another gets the body that it had, once: preparing leaves no trace. A
+body that takes too long, or that ends two of them, fails by itself.
 """
 
 import array
@@ -39,11 +39,17 @@ from router.preparer import (
 logger = logging.getLogger(__name__)
 
 PROCESSES = 2
+TRIES = 2
+"""Of one body, where a process dies with it."""
 MAX_WAITING_BYTES = 256 << 20
 ABANDONED_S = 5.0
 """How long a process may still work on a body that nobody waits for."""
 PIECE_BYTES = 256 << 10
 """What the loop takes at a time of a long answer: less than a millisecond's work."""
+
+
+class _Ended(Exception):
+    """A process died with a body."""
 
 
 @dataclass(slots=True, eq=False)
@@ -55,7 +61,7 @@ class _Process:
     """Between two bodies, and alive as far as anybody knows."""
 
     async def prepare(self, ask: Ask, raw: Body) -> Prepared | list[bytes]:
-        """Raises ApiError. Never cancelled: what is asked is answered, or the process is at an end."""
+        """Raises ApiError, _Ended. Never cancelled: what is asked is answered, or the process has ended."""
         self.is_sound = False
         try:
             self.writer.write(framed(Work(ask, len(raw))))
@@ -67,7 +73,8 @@ class _Process:
             elif isinstance(answer, Page):
                 made = [piece async for piece in self._pieces(answer.size_bytes)]
         except (OSError, asyncio.IncompleteReadError):
-            raise await self._ended() from None
+            await self._end_of_it()
+            raise _Ended from None
         self.is_sound = True
         if isinstance(answer, Refused):
             raise ApiError(
@@ -79,15 +86,13 @@ class _Process:
             )
         return made
 
-    async def _ended(self) -> ApiError:
+    async def _end_of_it(self) -> None:
+        """Raises ApiError where the body is to blame."""
         self.process.kill()
         code = await asyncio.get_running_loop().run_in_executor(None, self.process.wait)
         logger.error("the process that prepared a body ended: pid %d, code %d", self.process.pid, code)
         if code == -signal.SIGXCPU:
-            return invalid(f"This request's text took more than {CPU_LIMIT_S} s of computing to be prepared.")
-        return ApiError(
-            500, "The process that prepared this request ended.", code="internal_error", committed=True
-        )
+            raise invalid(f"This request's text took more than {CPU_LIMIT_S} s of computing to be prepared.")
 
     async def _take(self, size_bytes: int) -> bytes:
         return await self.reader.readexactly(size_bytes)
@@ -141,15 +146,23 @@ class Preparers:
             )
         self._bytes += len(raw)
         try:
-            await self._seats.acquire()
-            try:
-                process = await self._process()
-            except BaseException:
-                self._seats.release()
-                raise
-            return await self._attend(process, ask, raw)
+            for _ in range(TRIES):
+                with contextlib.suppress(_Ended):
+                    return await self._attend(await self._seated(), ask, raw)
         finally:
             self._bytes -= len(raw)
+        raise ApiError(
+            500, "The processes that prepared this request ended.", code="internal_error", committed=True
+        )
+
+    async def _seated(self) -> _Process:
+        """A process that nobody else uses, until `_back`."""
+        await self._seats.acquire()
+        try:
+            return await self._process()
+        except BaseException:
+            self._seats.release()
+            raise
 
     async def _attend(self, process: _Process, ask: Ask, raw: Body) -> Prepared | list[bytes]:
         loop = asyncio.get_running_loop()

@@ -3,6 +3,8 @@
 import asyncio
 import os
 import signal
+import socket
+import subprocess
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -149,7 +151,7 @@ def test_what_is_large_after_all_is_left_to_the_process(model_dir: Path) -> None
     together(scenario, model_dir)
 
 
-def test_a_process_that_dies_takes_one_body_with_it(model_dir: Path) -> None:
+def test_what_a_process_dies_with_is_prepared_by_another(model_dir: Path) -> None:
     text = raw(prompt="Hello you")
 
     async def scenario(preparers: Preparers) -> None:
@@ -160,14 +162,37 @@ def test_a_process_that_dies_takes_one_body_with_it(model_dir: Path) -> None:
         other = asyncio.create_task(preparers.prepare(Ask("tokenize"), text))
         assert joined(await other) == expected
         os.kill(process.process.pid, signal.SIGKILL)
-        with pytest.raises(ApiError) as caught:
-            await dying
-        assert (caught.value.status, caught.value.code) == (500, "internal_error")
+        assert joined(await dying) == expected
         # One that died while it had nothing to do is no error at all.
         (process,) = preparers._all
         os.kill(process.process.pid, signal.SIGKILL)
         process.process.wait()
         assert joined(await preparers.prepare(Ask("tokenize"), text)) == expected
+
+    together(scenario, model_dir)
+
+
+def test_a_body_that_ends_two_processes_fails_alone(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = Preparers._start
+    killed: list[int] = []
+
+    def doomed(self: Preparers) -> tuple[subprocess.Popen[bytes], socket.socket]:
+        process, ours = start(self)
+        if len(killed) < 2:
+            os.kill(process.pid, signal.SIGKILL)
+            killed.append(process.pid)
+        return process, ours
+
+    monkeypatch.setattr(Preparers, "_start", doomed)
+
+    async def scenario(preparers: Preparers) -> None:
+        with pytest.raises(ApiError) as caught:
+            await preparers.prepare(Ask("tokenize"), raw(prompt="a"))
+        assert (caught.value.status, caught.value.code) == (500, "internal_error")
+        assert len(killed) == 2 and not preparers._bytes
+        assert await preparers.prepare(Ask("tokenize"), raw(prompt="a"))
 
     together(scenario, model_dir)
 
