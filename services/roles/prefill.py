@@ -130,7 +130,7 @@ class PrefillRole(Role):
     # ------------------------------------------------------------ steps
 
     def _may_launch(self, news: bool) -> bool:
-        """A launch takes the host milliseconds, and whatever is to leave this worker would wait for its end. So
+        """A launch takes the host milliseconds, and what is to leave this worker would wait for its end. So
         what is known now (`news`: first tokens, packed slots) goes first, and so do packs that are on their
         way, but for so short a time that the device does not run out of steps."""
         if len(self._flights) >= MAX_FLIGHTS:
