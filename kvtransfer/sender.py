@@ -203,6 +203,12 @@ class Sender:
             self._close(transfer, now_s)
 
     def on_cancel(self, destination: Destination, message: Cancel, now_s: float) -> None:
+        waiting = self._transfers.get(message.transfer_id)
+        if waiting is not None and waiting.state is SendState.WAITING:
+            # Its offer was lost. One that came later would name slots that `Closed` has made free.
+            self._fail(waiting, message.reason, now_s)
+            self._say(destination, Closed(message.transfer_id))
+            return
         transfer = self._find(destination, message.transfer_id, "cancel", closed_if_unknown=True)
         if transfer is None or transfer.state is SendState.CLOSING:
             return

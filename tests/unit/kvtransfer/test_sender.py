@@ -72,6 +72,21 @@ def test_offer_and_open_in_either_order(offer_first: bool) -> None:
     assert machine.outbox.drops == {}
 
 
+def test_a_cancel_whose_offer_was_lost_ends_the_transfer() -> None:
+    """`Closed` frees the granted slots, so an offer that comes afterwards must find nothing to bind to."""
+    machine = TransferMachine(limits(SLOTS))
+    machine.on_command(OpenSend(1, 10.0), 0.0)
+    machine.on_command(SendReady(1), 0.0)
+    say(machine, Cancel(1, "the worker is gone"))
+    assert machine.outbox.to_worker == [Aborted(1, "the worker is gone")]
+    assert machine.outbox.to_destinations == [(HERE, Closed(1))]
+    machine.outbox.to_destinations.clear()
+    say(machine, Offer(1, 0, 12), Grant(1, [SlotUse(0, 5)]))
+    assert [type(message) for _, message in machine.outbox.to_destinations] == [Cancel, Closed]
+    assert machine.outbox.to_worker == [Aborted(1, "the worker is gone")]
+    assert machine.sender.open_transfers == 0
+
+
 def test_no_slot_is_lent_without_a_grant() -> None:
     machine, lent = confirmed(grants=0)
     assert lent == [] and machine.pool.free == SLOTS
