@@ -55,10 +55,10 @@ chaos: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos --seconds $(CHAOS_S) $(if $(CHAOS_SEED),--seed $(CHAOS_SEED))
 
 bench-cpu: $(STAMP)
-	$(BIN)/python -m deploy.bench.scheduler
-	$(BIN)/python -m deploy.bench.router
-	$(BIN)/python -m deploy.bench.stalls
-	$(BIN)/python -m deploy.bench.mover
+	$(BIN)/python -m deploy.bench.engine.scheduler
+	$(BIN)/python -m deploy.bench.router.router
+	$(BIN)/python -m deploy.bench.router.stalls
+	$(BIN)/python -m deploy.bench.transfer.mover
 
 clean:
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import typer
 
+from deploy.bench.load.options import BenchLayoutsSettings, BenchPdSettings, BenchServeSettings
 from deploy.commands import (
     bench_engine,
     bench_layouts,
@@ -28,8 +29,8 @@ from deploy.commands import (
     worker,
 )
 from deploy.errors import UserError
-from deploy.load_options import BenchLayoutsSettings, BenchPdSettings, BenchServeSettings
-from deploy.options import (
+from deploy.launcher.streams import open_standard_streams
+from deploy.settings.options import (
     BenchEngineSettings,
     KeysSettings,
     MemorySettings,
@@ -42,8 +43,7 @@ from deploy.options import (
     VersionSettings,
     WorkerSettings,
 )
-from deploy.settings import register
-from deploy.streams import open_standard_streams
+from deploy.settings.schema import register
 
 USAGE_ERROR = 2
 INTERRUPTED = 130

@@ -16,12 +16,9 @@ from pathlib import Path
 
 import zmq
 
-from kvtransfer.channel import ChannelKeys, Link
-from kvtransfer.client_book import OpenTransfers, TransferEvent
+from kvtransfer.buffer.staging import receive_staging
 from kvtransfer.codecs import WORKER_COMMANDS, WORKER_EVENTS
-from kvtransfer.connection_watch import ConnectionWatch
 from kvtransfer.errors import AttachError, TransferConfigError
-from kvtransfer.layout import tokens_per_slot
 from kvtransfer.messages import (
     MAX_SEGMENTS_PER_MESSAGE,
     VERSION,
@@ -48,7 +45,10 @@ from kvtransfer.messages import (
     TransferAddress,
     TransferSpans,
 )
-from kvtransfer.staging import receive_staging
+from kvtransfer.net.channel import ChannelKeys, Link
+from kvtransfer.net.connection_watch import ConnectionWatch
+from kvtransfer.open_transfers import OpenTransfers, TransferEvent
+from kvtransfer.protocol.layout import tokens_per_slot
 
 log = logging.getLogger(__name__)
 

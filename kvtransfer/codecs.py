@@ -1,9 +1,9 @@
 """The codecs of this package's two boundaries, with the largest frame each accepts."""
 
-from kvtransfer.codec import Codec
 from kvtransfer.errors import ProtocolError
 from kvtransfer.messages import Command, Event
-from kvtransfer.peer_messages import Connection, PeerMessage
+from kvtransfer.net.codec import Codec
+from kvtransfer.protocol.peer_messages import Connection, PeerMessage
 
 
 class PeerCodec(Codec[PeerMessage]):

@@ -18,16 +18,15 @@ import time
 
 import zmq
 
-from kvtransfer.account import Account
-from kvtransfer.channel import ChannelKeys, Server
+from kvtransfer.buffer.cuda import CudaDevice
+from kvtransfer.buffer.staging import (
+    DeviceStaging,
+    HostStaging,
+    StagingDoor,
+)
 from kvtransfer.codecs import PEER_MESSAGES, WORKER_COMMANDS, WORKER_EVENTS
 from kvtransfer.config import TransferConfig
-from kvtransfer.cuda import CudaDevice
-from kvtransfer.destinations import Destinations
 from kvtransfer.errors import MoverBroken, TransferConfigError
-from kvtransfer.handshake import PEER_VERSION
-from kvtransfer.limits import Limits
-from kvtransfer.machine import TransferMachine
 from kvtransfer.messages import (
     VERSION,
     AskSpans,
@@ -42,17 +41,18 @@ from kvtransfer.messages import (
 )
 from kvtransfer.movers.base import two_sided
 from kvtransfer.movers.select import select_mover
-from kvtransfer.outbox import Destination
-from kvtransfer.peer_messages import PeerHello, PeerMessage
-from kvtransfer.sources import PeerLink, Sources
-from kvtransfer.staging import (
-    DeviceStaging,
-    HostStaging,
-    StagingDoor,
-)
+from kvtransfer.net.channel import ChannelKeys, Server
+from kvtransfer.peers.destinations import Destinations
+from kvtransfer.peers.handshake import PEER_VERSION
+from kvtransfer.peers.sources import PeerLink, Sources
+from kvtransfer.peers.writes import Writes
+from kvtransfer.protocol.limits import Limits
+from kvtransfer.protocol.machine import TransferMachine
+from kvtransfer.protocol.outbox import Destination
+from kvtransfer.protocol.peer_messages import PeerHello, PeerMessage
+from kvtransfer.stats import Account
 from kvtransfer.stop_signal import StopSignal
 from kvtransfer.worker_port import WorkerPort
-from kvtransfer.writes import Writes
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,6 @@ not attached is told so, which is how a worker learns that this process was rest
 
 import logging
 
-from kvtransfer.channel import Server
 from kvtransfer.messages import (
     Attached,
     AttachWorker,
@@ -16,6 +15,7 @@ from kvtransfer.messages import (
     Ping,
     Refused,
 )
+from kvtransfer.net.channel import Server
 
 log = logging.getLogger(__name__)
 

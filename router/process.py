@@ -19,21 +19,21 @@ from contextlib import contextmanager
 
 import uvicorn
 
-from router.app import build_app
-from router.beside import Preparers
-from router.bodies import BodyDecoder
+from router.api.app import build_app
+from router.api.generate import Service
+from router.api.http_connection import connection_with
+from router.api.openai_requests import BodyDecoder
+from router.chat.chat_template import ChatTemplate
 from router.config import RouterConfig, RouterConfigError
-from router.connection import connection_with
-from router.dispatch import Dispatcher
 from router.errors import ApiError
-from router.generate import Service
-from router.generation_config import sampling_defaults
-from router.metrics import Metrics
-from router.migration import RetryBudget
-from router.prepare import BESIDE_BYTES, BESIDE_TEMPLATE_S, Kit
-from router.template import ChatTemplate
-from router.tokenizer import TextTokenizer
-from services.client import ClientConfigError
+from router.prepare.generation_config import sampling_defaults
+from router.prepare.process_pool import Preparers
+from router.prepare.request import BESIDE_BYTES, BESIDE_TEMPLATE_S, Kit
+from router.routing.dispatcher import Dispatcher
+from router.routing.metrics import Metrics
+from router.routing.routed_request import RetryBudget
+from router.text.tokenizer import TextTokenizer
+from services.protocol.client import ClientConfigError
 
 logger = logging.getLogger(__name__)
 

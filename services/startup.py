@@ -14,21 +14,21 @@ from functools import partial
 
 import msgspec
 
-from kvtransfer.channel import ChannelKeys
 from kvtransfer.client import TransferClient
+from kvtransfer.net.channel import ChannelKeys
 from kvtransfer.watched import Watched
 from services.config import WorkerConfig
+from services.engine.checkpoint.model_config import ModelConfig, read_model_config
 from services.engine.engine import Engine
-from services.engine.model_config import ModelConfig, read_model_config
-from services.kv_moves import KvMoves, OwnMoves, RankMoves
-from services.leading_engine import LeadingEngine
 from services.memory.estimate import plan_input_for, transfer_context_bytes
 from services.memory.measure import NotMeasurable, gpu_facts, gpu_process_bytes, host_phase, resident_bytes
 from services.memory.plan import Measured, MemoryPlan, plan_memory
-from services.messages import Ledger
-from services.rank_messages import RankMemory
-from services.staging import Staging
-from services.transfer_ranks import TransferRanks
+from services.protocol.messages import Ledger
+from services.tensor_parallel.leader_engine import LeadingEngine
+from services.tensor_parallel.messages import RankMemory
+from services.transfer.copies import KvMoves, OwnMoves, RankMoves
+from services.transfer.links import TransferRanks
+from services.transfer.staging import Staging
 
 log = logging.getLogger(__name__)
 
@@ -69,9 +69,7 @@ def device_size(config: WorkerConfig) -> tuple[str, int]:
     return facts.name, config.device_memory_bytes or facts.total_bytes
 
 
-def prepare(
-    config: WorkerConfig, worker_epoch: int, progress: Callable[[int, int], None]
-) -> Prepared:
+def prepare(config: WorkerConfig, worker_epoch: int, progress: Callable[[int, int], None]) -> Prepared:
     """Raises CheckpointError, DoesNotFit, StagingError or a transfer error, each with a message for users."""
     context_bytes = resident_bytes()
     model = read_model_config(config.model_dir)

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from kvtransfer.messages import TransferSpans
 from kvtransfer.spans import Spans
-from services.messages import TraceReply, TraceRequest
-from services.outbox import Outbox
-from services.transfer_ranks import TransferRanks
+from services.protocol.messages import TraceReply, TraceRequest
+from services.roles.report_queue import Outbox
+from services.transfer.links import TransferRanks
 
 MAX_OPEN = 64
 """Questions that the transfer process has not answered; the oldest are dropped."""

@@ -21,15 +21,11 @@ from types import FrameType
 
 import zmq
 
-from kvtransfer.channel import ChannelKeys, Codec, Server
 from kvtransfer.client import TransferLost, WorkerEvent
 from kvtransfer.messages import TransferSpans
+from kvtransfer.net.channel import ChannelKeys, Codec, Server
 from services.config import WorkerConfig
-from services.kv_pull import KvPull
-from services.kv_pull_parts import PullParts
-from services.kv_push import KvPush
-from services.kv_push_parts import PushParts
-from services.messages import (
+from services.protocol.messages import (
     VERSION,
     Failed,
     Generate,
@@ -49,17 +45,21 @@ from services.messages import (
     Undelivered,
     WorkerHello,
 )
-from services.outbox import Outbox
 from services.rates import Rate
 from services.roles.decode import DecodeRole
+from services.roles.limits import Limits, named_request
 from services.roles.prefill import PrefillRole
+from services.roles.report_queue import Outbox
 from services.roles.role import Parts, Role
 from services.roles.unified import UnifiedRole
-from services.rules import Limits, named_request
 from services.scheduler.pages import PagePool
 from services.startup import Prepared, ledgers_now, prepare
 from services.tracing import Tracing
-from services.transfer_ranks import TransferRanks, total_counts
+from services.transfer.links import TransferRanks, total_counts
+from services.transfer.pull import KvPull
+from services.transfer.pull_parts import PullParts
+from services.transfer.push import KvPush
+from services.transfer.push_parts import PushParts
 
 log = logging.getLogger(__name__)
 

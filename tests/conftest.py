@@ -37,7 +37,7 @@ LONGEST = (
     "tests/e2e/test_chaos.py",
     "tests/e2e/test_scale.py",
     "tests/e2e/test_alone.py",
-    "tests/engine/test_draw.py",
+    "tests/engine/sampling/test_sample_kernels.py",
 )
 """Files that several processes begin with, so that the last ones to run are short."""
 

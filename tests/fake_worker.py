@@ -1,4 +1,4 @@
-"""A worker without a model: a real ZMQ peer that speaks `services/messages.py` and answers from a script.
+"""A worker without a model: a real ZMQ peer that speaks `services/protocol/messages.py` and answers from a script.
 
 For tests of the router. One thread owns the socket; a test changes the `Script`, looks at what came by `of`
 and `wait_for`, and has things done in that thread by `act`. To answer a message and to note it is one act:
@@ -15,8 +15,8 @@ from typing import TypeVar
 
 import zmq
 
-from kvtransfer.channel import Codec, Server
-from services.messages import (
+from kvtransfer.net.channel import Codec, Server
+from services.protocol.messages import (
     VERSION,
     Cancel,
     DecodeStarted,

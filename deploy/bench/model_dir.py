@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from deploy.bench.shapes import SHAPES, write_shape
+from deploy.bench.engine.shapes import SHAPES, write_shape
 from deploy.errors import UserError
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

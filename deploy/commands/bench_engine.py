@@ -8,8 +8,8 @@ from typing import cast
 import typer
 
 from deploy.errors import UserError
-from deploy.options import BENCH_GROUPS, BenchEngineSettings
-from deploy.planning import (
+from deploy.settings.options import BENCH_GROUPS, BenchEngineSettings
+from deploy.settings.planning import (
     CPU_DEVICE_BYTES,
     check_gpu_is_here,
     checked_plan,
@@ -18,8 +18,8 @@ from deploy.planning import (
     resolve_mem_fraction,
 )
 from services.config import Device, KvDtype, Quantization, WorkerConfig
+from services.engine.checkpoint.model_config import read_model_config
 from services.engine.errors import CheckpointError
-from services.engine.model_config import read_model_config
 
 CPU_SHRINK = 64
 MAX_QUEUE = 1 << 16
@@ -38,8 +38,8 @@ def run(settings: BenchEngineSettings) -> None:
 
 
 def _run(settings: BenchEngineSettings, device: Device, directory: Path) -> int:
-    from deploy.bench.shapes import write_shape
-    from deploy.bench.workload import workload
+    from deploy.bench.engine.shapes import write_shape
+    from deploy.bench.engine.workload import workload
 
     model_dir = write_shape(settings.model_config, directory)
     if device == "cuda":
@@ -72,8 +72,8 @@ def _run(settings: BenchEngineSettings, device: Device, directory: Path) -> int:
     checked_plan(config, settings.device_memory)
     facts = device_facts(device, 0, settings.device_memory)
 
-    from deploy.bench.engine import Order
-    from deploy.bench.engine import run as run_bench
+    from deploy.bench.engine.engine import Order
+    from deploy.bench.engine.engine import run as run_bench
 
     order = Order(
         config=config,

@@ -1,13 +1,13 @@
 """`baton bench layouts MODEL_DIR`: how many workers of which role, under one load."""
 
-from deploy.load_options import BenchLayoutsSettings
+from deploy.bench.load.options import BenchLayoutsSettings
 
 
 def run(settings: BenchLayoutsSettings) -> None:
-    from deploy.load.chart import draw
-    from deploy.load.layouts import measured
-    from deploy.load.rates import limits_of
-    from deploy.load.report import best_lines, result, write_json
+    from deploy.bench.load.rates import limits_of
+    from deploy.bench.serving.chart import draw
+    from deploy.bench.serving.layouts import measured
+    from deploy.bench.serving.report import best_lines, result, write_json
 
     systems = measured(settings, settings.layouts)
     limits, model_name = limits_of(settings), settings.model_dir.resolve().name

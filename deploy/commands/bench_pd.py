@@ -1,14 +1,14 @@
 """`baton bench pd MODEL_DIR`: prefill and decode workers against as many unified ones, same load."""
 
-from deploy.load_options import BenchPdSettings, Layout
+from deploy.bench.load.options import BenchPdSettings, Layout
 
 
 def run(settings: BenchPdSettings) -> None:
-    from deploy.load.chart import draw
-    from deploy.load.layouts import measured
-    from deploy.load.rates import limits_of
-    from deploy.load.report import result, write_json
-    from deploy.load.verdict import verdict
+    from deploy.bench.load.rates import limits_of
+    from deploy.bench.serving.chart import draw
+    from deploy.bench.serving.layouts import measured
+    from deploy.bench.serving.report import result, write_json
+    from deploy.bench.serving.verdict import verdict
 
     layouts = (Layout(settings.prefill, settings.decode), Layout(unified=settings.prefill + settings.decode))
     split, unified = measured(settings, layouts)

@@ -2,20 +2,20 @@
 
 import typer
 
+from deploy.bench.load.options import BenchServeSettings
 from deploy.errors import UserError
-from deploy.load_options import BenchServeSettings
 
 
 def run(settings: BenchServeSettings) -> None:
     import uvloop
 
-    from deploy.load import report
-    from deploy.load.chart import check_matplotlib, draw
-    from deploy.load.errors import LoadError
-    from deploy.load.measure import measure
-    from deploy.load.rates import limits_of, rates_of
-    from deploy.load.statistics import System
-    from deploy.load.target import served_model, target_of
+    from deploy.bench.load.errors import LoadError
+    from deploy.bench.load.rates import limits_of, rates_of
+    from deploy.bench.load.target import served_model, target_of
+    from deploy.bench.serving import report
+    from deploy.bench.serving.chart import check_matplotlib, draw
+    from deploy.bench.serving.measure import measure
+    from deploy.bench.serving.statistics import System
 
     report.check_writable(out=settings.out, chart=settings.chart)
     if settings.chart is not None:

@@ -1,12 +1,12 @@
 """`baton keys DIRECTORY`: a CURVE pair for tcp:// endpoints, its public half in the allow-list."""
 
 from deploy.errors import UserError
-from deploy.options import KeysSettings
+from deploy.settings.options import KeysSettings
 
 
 def run(settings: KeysSettings) -> None:
-    from kvtransfer.channel import write_new_keys
     from kvtransfer.errors import TransferConfigError
+    from kvtransfer.net.channel import write_new_keys
 
     try:
         public = write_new_keys(settings.directory, settings.name)

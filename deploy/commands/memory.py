@@ -4,8 +4,8 @@ import shutil
 import sys
 
 from deploy.errors import UserError
-from deploy.ledgers import LedgersUnavailable, fetch_ledgers
-from deploy.options import MemorySettings
+from deploy.observe.ledgers import LedgersUnavailable, fetch_ledgers
+from deploy.settings.options import MemorySettings
 from services.memory.devices import shared_devices
 from services.memory.render import device_table, picture, table
 

@@ -4,10 +4,10 @@ import shutil
 import sys
 from typing import cast
 
-from deploy.options import PlanSettings
-from deploy.planning import checked_plan, worker_config
+from deploy.settings.options import PlanSettings
+from deploy.settings.planning import checked_plan, worker_config
 from services.memory.render import picture, table
-from services.messages import Role
+from services.protocol.messages import Role
 
 
 def run(settings: PlanSettings) -> None:

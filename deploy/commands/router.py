@@ -1,12 +1,12 @@
 """`baton router MODEL_DIR --worker ...`: the HTTP API in front of workers."""
 
-from deploy.api_keys import api_keys
-from deploy.child import child_of_launcher, log_to_stderr
 from deploy.errors import UserError
-from deploy.options import RouterSettings
-from deploy.planning import check_model_dir
-from deploy.values import DNS_SCHEME
-from deploy.web_origins import allowed_origins
+from deploy.launcher.child import child_of_launcher, log_to_stderr
+from deploy.settings.api_keys import api_keys
+from deploy.settings.options import RouterSettings
+from deploy.settings.planning import check_model_dir
+from deploy.settings.values import DNS_SCHEME
+from deploy.settings.web_origins import allowed_origins
 
 
 def run(settings: RouterSettings) -> None:

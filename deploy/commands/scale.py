@@ -1,10 +1,10 @@
 """`baton scale`: more or fewer workers for a running `baton serve`."""
 
-from deploy import run_directory
-from deploy.control import give_order
 from deploy.errors import UserError
-from deploy.options import ScaleSettings
-from deploy.scale_plan import Scale
+from deploy.launcher import run_directory
+from deploy.launcher.control import give_order
+from deploy.launcher.scale_plan import Scale
+from deploy.settings.options import ScaleSettings
 
 
 def run(settings: ScaleSettings) -> None:

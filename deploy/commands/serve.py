@@ -5,28 +5,28 @@ from pathlib import Path
 
 import typer
 
-from deploy import run_directory
-from deploy.api_keys import api_keys
-from deploy.control import taking_orders
 from deploy.errors import UserError
-from deploy.fleet import WorkerSlot, child_specs, worker_configs, worker_endpoints, worker_slots
-from deploy.launcher import Launcher
-from deploy.options import ServeSettings
-from deploy.output import Screen
-from deploy.planning import (
+from deploy.launcher import run_directory
+from deploy.launcher.children import WorkerSlot, child_specs, worker_configs, worker_endpoints, worker_slots
+from deploy.launcher.control import taking_orders
+from deploy.launcher.launcher import Launcher
+from deploy.launcher.output import Screen
+from deploy.launcher.readiness import Welcome, claim_port
+from deploy.launcher.scaling import Host, Scaling
+from deploy.settings.api_keys import api_keys
+from deploy.settings.options import ServeSettings
+from deploy.settings.planning import (
     check_checkpoint,
     check_gpu_is_here,
     check_model_dir,
     check_shared_gpus,
     resolve_device,
 )
-from deploy.readiness import Welcome, claim_port
-from deploy.scaling import Host, Scaling
-from deploy.web_origins import allowed_origins
+from deploy.settings.web_origins import allowed_origins
 from router.config import RouterConfigError
-from router.generation_config import SamplingDefaults, sampling_defaults
+from router.prepare.generation_config import SamplingDefaults, sampling_defaults
 from services.config import Device
-from services.engine.model_config import ModelConfig
+from services.engine.checkpoint.model_config import ModelConfig
 from services.memory.measure import gpu_count
 
 

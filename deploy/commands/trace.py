@@ -5,9 +5,9 @@ import shutil
 import msgspec
 
 from deploy.errors import UserError
-from deploy.options import TraceSettings
-from deploy.trace_view import chrome_trace, text
-from deploy.traces import TraceUnavailable, fetch_trace
+from deploy.observe.trace_view import chrome_trace, text
+from deploy.observe.traces import TraceUnavailable, fetch_trace
+from deploy.settings.options import TraceSettings
 
 
 def run(settings: TraceSettings) -> None:

@@ -2,10 +2,10 @@
 
 from typing import cast
 
-from deploy.child import child_of_launcher, log_to_stderr
 from deploy.errors import UserError
-from deploy.options import TransferSettings
-from deploy.planning import resolve_device, resolve_slot_bytes
+from deploy.launcher.child import child_of_launcher, log_to_stderr
+from deploy.settings.options import TransferSettings
+from deploy.settings.planning import resolve_device, resolve_slot_bytes
 
 SHUTDOWN_GRACE_S = 5.0
 

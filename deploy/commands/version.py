@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from deploy.options import VersionSettings
+from deploy.settings.options import VersionSettings
 
 
 def run(settings: VersionSettings) -> None:

@@ -5,12 +5,12 @@ import sys
 from collections.abc import Callable
 from typing import cast
 
-from deploy.child import child_of_launcher, log_to_stderr
 from deploy.errors import UserError
-from deploy.options import WorkerSettings
-from deploy.planning import check_gpu_is_here, check_model_dir, checked_plan, worker_config
-from services.engine.model_config import read_model_config
-from services.messages import Role
+from deploy.launcher.child import child_of_launcher, log_to_stderr
+from deploy.settings.options import WorkerSettings
+from deploy.settings.planning import check_gpu_is_here, check_model_dir, checked_plan, worker_config
+from services.engine.checkpoint.model_config import read_model_config
+from services.protocol.messages import Role
 
 log = logging.getLogger(__name__)
 
@@ -48,10 +48,10 @@ def run(settings: WorkerSettings) -> None:
                 log.warning("%s", note)
         from kvtransfer.errors import TransferConfigError
         from services.engine.errors import CheckpointError
-        from services.engine.staging_view import StagingError
+        from services.engine.kv.staging_view import StagingError
+        from services.engine.precision import PrecisionError
         from services.memory.plan import DoesNotFit
-        from services.precision import PrecisionError
-        from services.ranks import RankError
+        from services.tensor_parallel.rank_pool import RankError
         from services.worker import run as run_worker
 
         try:

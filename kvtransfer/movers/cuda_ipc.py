@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from kvtransfer.cuda import CudaError, GpuName
+from kvtransfer.buffer.cuda import CudaError, GpuName
 from kvtransfer.errors import MoverBroken, MoverError
 from kvtransfer.movers.base import Handle, PieceOfWrite, Progress, Region
 
@@ -43,7 +43,7 @@ class IpcDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Device(Protocol):
-    """What the mover needs of `kvtransfer.cuda.CudaDevice`."""
+    """What the mover needs of `kvtransfer.buffer.cuda.CudaDevice`."""
 
     index: int
     uuid: str

@@ -3,8 +3,8 @@
 import importlib.util
 from pathlib import Path
 
+from kvtransfer.buffer.cuda import CudaDevice
 from kvtransfer.config import TransferConfig
-from kvtransfer.cuda import CudaDevice
 from kvtransfer.movers.choice import HostFacts
 from kvtransfer.movers.nccl_library import find_nccl
 

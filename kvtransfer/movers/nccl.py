@@ -58,9 +58,7 @@ class NcclMover:
     name = "nccl"
     quick = False
 
-    def __init__(
-        self, agent_name: str, library: Library, device: Streams, aside: Aside = in_thread
-    ) -> None:
+    def __init__(self, agent_name: str, library: Library, device: Streams, aside: Aside = in_thread) -> None:
         self.agent_name = agent_name
         self._library, self._device, self._aside = library, device, aside
         self._region: Region | None = None

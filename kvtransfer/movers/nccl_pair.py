@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
 
-from kvtransfer.cuda import CudaError
+from kvtransfer.buffer.cuda import CudaError
 from kvtransfer.errors import IllegalMove, MoverBroken, MoverError
 from kvtransfer.movers.base import Progress
 
@@ -127,9 +127,7 @@ class Pair:
                 self._issuing = self._waiting.popleft()
                 self._move(PairState.ISSUING)
                 stream, sends = int(self._stream), self._rank == SENDER
-                if self._library.exchange(
-                    self._comm, self._rank, self._issuing.pieces, stream, sends=sends
-                ):
+                if self._library.exchange(self._comm, self._rank, self._issuing.pieces, stream, sends=sends):
                     self._issued()
             if self.state is PairState.READY:
                 self._library.finished(self._comm)  # Raises what has failed since.

@@ -2,8 +2,8 @@
 
 import logging
 
+from kvtransfer.buffer.cuda import CudaDevice
 from kvtransfer.config import TransferConfig
-from kvtransfer.cuda import CudaDevice
 from kvtransfer.errors import MoverUnavailable
 from kvtransfer.movers.base import Mover
 from kvtransfer.movers.choice import choose_mover

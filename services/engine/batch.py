@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from services.messages import Sampling, TokenLogprob
+from services.protocol.messages import Sampling, TokenLogprob
 
 
 @dataclass(slots=True)

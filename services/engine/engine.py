@@ -22,39 +22,39 @@ from torch import Tensor
 
 from kvtransfer.messages import KvGeometry
 from services.config import WorkerConfig
-from services.engine.attention_plan import CPU_LIMITS, CUDA_LIMITS, KvLayout
+from services.engine.attention.plan import CPU_LIMITS, CUDA_LIMITS, KvLayout
 from services.engine.batch import Row, RowResult
-from services.engine.checkpoint_files import model_digest
+from services.engine.checkpoint.files import model_digest
+from services.engine.checkpoint.model_config import ModelConfig
 from services.engine.decode_graphs import DecodeGraphs
 from services.engine.errors import EngineStateError
 from services.engine.host_copy import fill_pinned_pool
-from services.engine.kv_pool import KvPool
-from services.engine.kv_scales import kv_scales
+from services.engine.kv.copies import Move, Moves
+from services.engine.kv.pool import KvPool
+from services.engine.kv.run_table import SlotRun
+from services.engine.kv.segments import SlotBuffer
 from services.engine.launched import Launched
-from services.engine.layers import Decoder
-from services.engine.model_config import ModelConfig
+from services.engine.models.kv_scales import kv_scales
+from services.engine.models.layers import Decoder
+from services.engine.models.parameters import Parameters
 from services.engine.models.registry import make_decoder
-from services.engine.moves import Move, Moves
+from services.engine.models.sharding import rank_shape
+from services.engine.models.weights import fill_dummy, load_safetensors
 from services.engine.ops.fp8 import FP8
+from services.engine.ops.launch_cache import compiling_ahead
 from services.engine.ops.processors import processors
-from services.engine.ops.remembered import compiling_ahead
-from services.engine.parameters import Parameters
 from services.engine.peak_memory import peak_bytes
-from services.engine.rank_group import RankGroup
-from services.engine.run_table import SlotRun
-from services.engine.segments import SlotBuffer
-from services.engine.sharding import rank_shape
-from services.engine.step_marks import StepMarks
-from services.engine.steps import PROMPT_LOGPROB_ROWS, Steps
-from services.engine.weights import fill_dummy, load_safetensors
-from services.engine.worst_case import (
+from services.engine.precision import check_capability
+from services.engine.profile_run import (
     draw_rows,
     mixed_steps,
     small_chunks,
     without_logprobs,
     worst_case_rows,
 )
-from services.precision import check_capability
+from services.engine.rank_group import RankGroup
+from services.engine.step_events import StepMarks
+from services.engine.steps import PROMPT_LOGPROB_ROWS, Steps
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

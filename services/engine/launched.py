@@ -8,9 +8,9 @@ from torch import Tensor
 
 from services.engine.batch import Row, RowResult
 from services.engine.errors import EngineStateError
-from services.engine.marks import Mark
-from services.engine.ops.draw import NO_TOKEN
-from services.engine.sampler import QueuedDraws, QueuedLogprobs
+from services.engine.events import Mark
+from services.engine.sampling.sample_kernels import NO_TOKEN
+from services.engine.sampling.sampler import QueuedDraws, QueuedLogprobs
 
 
 @dataclass(frozen=True, slots=True)

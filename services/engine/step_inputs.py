@@ -6,12 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from services.engine.attention_plan import IntArray, KvLayout, Sequence, SpanLimits, plan_spans
+from services.engine.attention.backend import SpanAttention, StepAttention, kernel_attention, kernel_columns
+from services.engine.attention.plan import IntArray, KvLayout, Sequence, SpanLimits, plan_spans
 from services.engine.batch import Row
+from services.engine.checkpoint.model_config import ModelConfig
 from services.engine.errors import RowError
 from services.engine.host_copy import Column, to_device
-from services.engine.model_config import ModelConfig
-from services.engine.step_attention import SpanAttention, StepAttention, kernel_attention, kernel_columns
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,14 +12,14 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from services.engine.attention_plan import KvLayout, SpanLimits
+from services.engine.attention.plan import KvLayout, SpanLimits
 from services.engine.batch import Draw, Row
 from services.engine.decode_graphs import DecodeGraphs
 from services.engine.host_copy import indices, to_device, to_host
-from services.engine.kv_pool import KvPool
+from services.engine.kv.pool import KvPool
 from services.engine.launched import Launched, QueuedMarks
-from services.engine.layers import Decoder
-from services.engine.sampler import QueuedDraws, QueuedLogprobs, sample, token_logprobs
+from services.engine.models.layers import Decoder
+from services.engine.sampling.sampler import QueuedDraws, QueuedLogprobs, sample, token_logprobs
 from services.engine.step_inputs import build_step, check_row, order_rows
 
 PROMPT_LOGPROB_ROWS = 64

@@ -6,12 +6,12 @@ start and the ledger shows both.
 
 from dataclasses import dataclass
 
-from kvtransfer.layout import rank_slot_bytes
+from kvtransfer.protocol.layout import rank_slot_bytes
 from services.config import Device, Dtype, WorkerConfig
-from services.engine.model_config import ModelConfig, dtype_bytes
-from services.engine.sharding import check_tp, rank_parameter_bytes, rank_shape
+from services.engine.checkpoint.model_config import ModelConfig, dtype_bytes
+from services.engine.models.sharding import check_tp, rank_parameter_bytes, rank_shape
+from services.engine.precision import check_precision
 from services.memory.inputs import PlanInput
-from services.precision import check_precision
 
 _MIB = 1 << 20
 _CPU_ATTENTION_COPIES = 2

@@ -9,12 +9,12 @@
 
 from kvtransfer.client import TransferLost, WorkerEvent
 from kvtransfer.messages import WITHDRAWN, Aborted, Arrived
-from services.kv_pull_parts import PullParts
-from services.messages import Cancel, DecodeStarted, Join, Request, Reserve, TransferAddress
+from services.protocol.messages import Cancel, DecodeStarted, Join, Request, Reserve, TransferAddress
 from services.roles.decoding import DecodingRole
 from services.roles.role import Occupancy, Parts
 from services.scheduler.decode import DecodeScheduler, Reservation
 from services.scheduler.sequence import Sequence
+from services.transfer.pull_parts import PullParts
 
 
 class DecodeRole(DecodingRole[DecodeScheduler]):

@@ -20,12 +20,12 @@ from collections import deque
 from kvtransfer.client import TransferLost, WorkerEvent
 from kvtransfer.messages import WITHDRAWN, Aborted, SendCommitted, SendConfirmed
 from services.engine.batch import RowResult
-from services.kv_push_parts import PushParts
-from services.messages import Cancel, Failed, Holding, Prefill, PushAgain, Request, Undelivered
-from services.requests import Live
+from services.protocol.messages import Cancel, Failed, Holding, Prefill, PushAgain, Request, Undelivered
+from services.roles.live_requests import Live
 from services.roles.role import Flight, Occupancy, Parts, Role, sharing
 from services.scheduler.prefill import PrefillScheduler
 from services.scheduler.sequence import Chunk, Sequence
+from services.transfer.push_parts import PushParts
 
 MAX_FLIGHTS = 2
 """One runs, and the next one starts without a gap. More would only make what arrives wait."""

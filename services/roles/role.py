@@ -14,15 +14,15 @@ from dataclasses import dataclass, field
 from kvtransfer.client import WorkerEvent
 from kvtransfer.messages import WITHDRAWN
 from kvtransfer.spans import Spans
-from services.borders import contain
 from services.engine.batch import Drawn, RowResult
 from services.engine.engine import Engine
 from services.engine.launched import Launched
-from services.messages import Cancel, Failed, FailureCode, PrefillDone, Request, Tokens, Work
-from services.outbox import Outbox
-from services.requests import Live, Requests
-from services.rows import rows_of, wants_prompt_logprobs
-from services.rules import Limits, finish_reason, refuse
+from services.isolation import contain
+from services.protocol.messages import Cancel, Failed, FailureCode, PrefillDone, Request, Tokens, Work
+from services.roles.engine_rows import rows_of, wants_prompt_logprobs
+from services.roles.limits import Limits, finish_reason, refuse
+from services.roles.live_requests import Live, Requests
+from services.roles.report_queue import Outbox
 from services.scheduler.chunks import DEFAULT_TAIL_TOKENS
 from services.scheduler.pages import PagePool
 from services.scheduler.sequence import Chunk, Sequence, State, StepPlan

@@ -2,7 +2,7 @@
 
 from kvtransfer.client import WorkerEvent
 from services.engine.batch import RowResult
-from services.messages import Cancel, FirstToken, Generate, Request
+from services.protocol.messages import Cancel, FirstToken, Generate, Request
 from services.roles.decoding import DecodingRole
 from services.roles.role import Occupancy, Parts
 from services.scheduler.sequence import Chunk, State

@@ -17,7 +17,7 @@ crosses a page border: at 256 sequences the scheduler must not cost what a kerne
 from bisect import insort
 from collections.abc import Iterable
 
-from services.messages import FirstToken
+from services.protocol.messages import FirstToken
 from services.scheduler.chunks import chunk_tokens
 from services.scheduler.errors import IllegalMove
 from services.scheduler.pages import PagePool, chain_digest, chain_root

@@ -9,7 +9,7 @@ engine is the same, the role is policy.
 from collections import deque
 from dataclasses import dataclass, field
 
-from services.messages import FirstToken, Work
+from services.protocol.messages import FirstToken, Work
 from services.scheduler.batch import RunningBatch
 from services.scheduler.pages import PagePool
 from services.scheduler.sequence import Sequence, StepPlan, prompt_sequence

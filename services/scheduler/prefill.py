@@ -5,7 +5,7 @@ confirmed yet runs only while no confirmed one waits, and gives its pages back i
 them; it is then computed again later, without drawing its first tokens a second time.
 """
 
-from services.messages import Work
+from services.protocol.messages import Work
 from services.scheduler.batch import RunningBatch
 from services.scheduler.chunks import DEFAULT_TAIL_TOKENS
 from services.scheduler.pages import PagePool

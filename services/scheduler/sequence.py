@@ -14,7 +14,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from services.messages import FirstToken, Work
+from services.protocol.messages import FirstToken, Work
 from services.scheduler.errors import IllegalMove
 
 PENDING = -1

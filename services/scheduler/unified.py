@@ -2,7 +2,7 @@
 
 from collections import deque
 
-from services.messages import FirstToken, Work
+from services.protocol.messages import FirstToken, Work
 from services.scheduler.batch import RunningBatch
 from services.scheduler.pages import PagePool
 from services.scheduler.sequence import Sequence, State, StepPlan, prompt_sequence

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from services.engine.uniform import uniform
+from services.engine.sampling.counter_rng import uniform
 from tests.chaos.requests import Plan
 
 CLOSE = 1e-5

@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 
-from services.engine.uniform import uniform
+from services.engine.sampling.counter_rng import uniform
 from tests.chaos.borders import CLOSE, Borders, WrongReference
 from tests.chaos.client import Answer, Choice
 from tests.chaos.evidence import COUNTS, record, restless, tail

@@ -14,9 +14,9 @@ from typing import Any
 import httpx
 import pytest
 
-from kvtransfer.channel import Link
-from kvtransfer.codec import Codec
-from services.messages import VERSION, Refusal, Report, Request, RouterHello
+from kvtransfer.net.channel import Link
+from kvtransfer.net.codec import Codec
+from services.protocol.messages import VERSION, Refusal, Report, Request, RouterHello
 from tests.checkpoints import make_checkpoint
 from tests.e2e.cluster import wait_until
 from tests.e2e.test_tokens import prompt_of, reference

@@ -23,7 +23,9 @@ def test_a_unified_worker_of_two_ranks(tmp_path: Path) -> None:
     with Cluster(model_dir, tmp_path, *FLAGS, *SMALL, "--unified", "1", "--tp", "2") as cluster:
         assert [tokens_of(ask(cluster, prompt, NEW_TOKENS)) for prompt in prompts] == wanted
         cluster.assert_at_rest()
-        (rank,) = (one for one in cluster.processes() if "services.rank" in one.cmdline())
+        (rank,) = (
+            one for one in cluster.processes() if "services.tensor_parallel.rank_process" in one.cmdline()
+        )
         worker_pid = cluster.worker("unified")["status"]["pid"]
         rank.kill()
         wait_until("the worker has ended too", lambda: not psutil.pid_exists(worker_pid))

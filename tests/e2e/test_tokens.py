@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from deploy.trace_view import exposed_s, text
-from deploy.traces import fetch_trace
-from services.messages import Span
+from deploy.observe.trace_view import exposed_s, text
+from deploy.observe.traces import fetch_trace
+from services.protocol.messages import Span
 from tests.checkpoints import FAMILIES, LLAMA3_ROPE, VOCAB_SIZE, YARN_ROPE, make_checkpoint
 from tests.e2e.cluster import Cluster
 

@@ -51,7 +51,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
         directory,
         transfer=("--peer-timeout", str(patient(2)), "--transfer-timeout", str(patient(20)), *STAGING),
         worker=("--max-chunk-tokens", "64", "--no-prefix-cache", *STAGING),
-        router=("--worker-timeout", str(patient(2)),),
+        router=(
+            "--worker-timeout",
+            str(patient(2)),
+        ),
     )
     try:
         with hosts:

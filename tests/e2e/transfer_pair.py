@@ -55,9 +55,7 @@ class TransferPair:
         arguments = [str(self.directory), name, str(SLOTS), str(slot_bytes), device, str(gpu), mover]
         arguments.append(str(patient(1.0)))
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        self.processes[name] = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, *arguments], env=environment
-        )
+        self.processes[name] = subprocess.Popen([sys.executable, "-c", PROGRAM, *arguments], env=environment)
 
     def signal(self, name: str, number: int) -> None:
         self.processes[name].send_signal(number)

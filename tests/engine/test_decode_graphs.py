@@ -14,13 +14,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from services.engine.attention.page_table_rows import TableSlots
 from services.engine.batch import Draw, Row
 from services.engine.decode_graphs import DecodeGraphs, ladder
 from services.engine.engine import Engine
 from services.engine.errors import RowError
 from services.engine.host_copy import pinned, unpacked
-from services.engine.table_slots import TableSlots
-from services.messages import Sampling
+from services.protocol.messages import Sampling
 from tests.checkpoints import make_checkpoint
 from tests.engine.harness import GREEDY, Sequence, prompt_of, run_ahead, run_together, start_engine
 from tests.engine.test_nonfinite import check_a_decoded_token, check_overflowing_values

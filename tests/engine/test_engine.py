@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from services.engine.batch import Draw, Row
+from services.engine.checkpoint.model_config import ModelConfig, read_model_config
 from services.engine.engine import Engine
 from services.engine.errors import CheckpointError, EngineStateError, RowError, SegmentError
-from services.engine.model_config import ModelConfig, read_model_config
 from services.engine.peak_memory import peak_bytes
-from services.messages import Sampling
+from services.protocol.messages import Sampling
 from tests.checkpoints import VOCAB_SIZE, make_checkpoint
 from tests.engine.harness import (
     GREEDY,

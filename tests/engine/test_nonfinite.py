@@ -8,8 +8,8 @@ import torch
 
 from services.engine.batch import Draw, Row
 from services.engine.engine import Engine
-from services.engine.ops.draw import NO_TOKEN
-from services.messages import Sampling
+from services.engine.sampling.sample_kernels import NO_TOKEN
+from services.protocol.messages import Sampling
 from tests.checkpoints import make_checkpoint
 from tests.engine.harness import GREEDY, Sequence, prompt_of, run_ahead, run_together, start_engine
 from tests.engine.test_ranks import two_ranks

@@ -8,11 +8,11 @@ import pytest
 from services.engine.batch import Draw, Row
 from services.engine.engine import Engine
 from services.engine.errors import EngineStateError, RowError
-from services.messages import Generate, PrefillDone, Sampling, TokenLogprob, Tokens, Work
-from services.outbox import Outbox
+from services.protocol.messages import Generate, PrefillDone, Sampling, TokenLogprob, Tokens, Work
+from services.roles.limits import Limits
+from services.roles.report_queue import Outbox
 from services.roles.role import Occupancy, Parts
 from services.roles.unified import UnifiedRole
-from services.rules import Limits
 from services.scheduler.pages import PagePool
 from tests.checkpoints import VOCAB_SIZE, make_checkpoint
 from tests.engine.harness import GREEDY, Sequence, prompt_of, run_ahead, run_together, start_engine

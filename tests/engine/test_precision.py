@@ -12,19 +12,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from services.config import WorkerConfig
-from services.engine.checkpoint_files import model_digest
+from services.engine.checkpoint.files import model_digest
+from services.engine.checkpoint.model_config import read_model_config
+from services.engine.checkpoint.safetensors_files import SINGLE_NAME
 from services.engine.engine import Engine
 from services.engine.errors import CheckpointError
-from services.engine.kv_scales import kv_scales
-from services.engine.linear import DenseLinear, Fp8Linear, make_linear
-from services.engine.model_config import read_model_config
+from services.engine.models.kv_scales import kv_scales
+from services.engine.models.linear import DenseLinear, Fp8Linear, make_linear
+from services.engine.models.parameters import FILL_ELEMENTS, Parameters
 from services.engine.models.registry import make_decoder
+from services.engine.models.weights import fill_dummy, load_safetensors
 from services.engine.ops.fp8 import FP8, FP8_MAX, quantise_rows
-from services.engine.parameters import FILL_ELEMENTS, Parameters
-from services.engine.safetensors_files import SINGLE_NAME
-from services.engine.weights import fill_dummy, load_safetensors
-from services.messages import Sampling
-from services.precision import PrecisionError, check_capability, check_precision
+from services.engine.precision import PrecisionError, check_capability, check_precision
+from services.protocol.messages import Sampling
 from tests.checkpoints import FAMILIES, YARN_ROPE, Family, make_checkpoint
 from tests.engine.harness import (
     Sequence,

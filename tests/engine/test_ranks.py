@@ -11,13 +11,13 @@ import torch
 
 from services.config import WorkerConfig
 from services.engine.batch import Draw, Row
+from services.engine.checkpoint.model_config import read_model_config
 from services.engine.engine import Engine
-from services.engine.model_config import read_model_config
+from services.engine.models.sharding import TensorParallelError, allowed_tp, rank_parameter_bytes
 from services.engine.rank_group import RankGroup
-from services.engine.sharding import TensorParallelError, allowed_tp, rank_parameter_bytes
-from services.leading_engine import LeadingEngine
 from services.memory.estimate import plan_input_for
-from services.messages import Sampling
+from services.protocol.messages import Sampling
+from services.tensor_parallel.leader_engine import LeadingEngine
 from tests.checkpoints import make_checkpoint
 from tests.engine.harness import Sequence, prompt_of, run_ahead, run_together, scattered_pages, start_engine
 

@@ -7,11 +7,11 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import msgspec
 
-from kvtransfer.codec import PROTOCOL_VERSION, Codec
 from kvtransfer.codecs import WORKER_COMMANDS, WORKER_EVENTS
 from kvtransfer.messages import Command, Event
-from kvtransfer.peer_messages import PeerMessage
-from services.messages import Report, Request
+from kvtransfer.net.codec import PROTOCOL_VERSION, Codec
+from kvtransfer.protocol.peer_messages import PeerMessage
+from services.protocol.messages import Report, Request
 
 BOUNDARIES: dict[str, tuple[Any, Codec[Any]]] = {
     "router to worker": (Request, Codec(Request)),

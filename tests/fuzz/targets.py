@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from kvtransfer.codec import Codec
 from kvtransfer.errors import ProtocolError
-from router.bodies import BodyDecoder, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from kvtransfer.net.codec import Codec
+from router.api.openai_requests import BodyDecoder, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from router.errors import ApiError
 from tests.fuzz.frames import BOUNDARIES, damaged, message_types, nasty, sample
 

@@ -10,9 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from deploy.bench.shapes import SHAPES
-from services.engine.ops.remembered import compiling_ahead, remembered
-from services.messages import Sampling
+from deploy.bench.engine.shapes import SHAPES
+from services.engine.ops.launch_cache import compiling_ahead, remembered
+from services.protocol.messages import Sampling
 from tests.engine.harness import Sequence, new_engine, prompt_of, run_together
 
 pytestmark = [
@@ -62,9 +62,7 @@ def test_a_rehearsal_compiles_and_launches_nothing(compiled: list[str]) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"kv_dtype": "fp8", "quantization": "fp8"}], ids=["bf16", "fp8"])
-def test_no_request_waits_for_a_kernel(
-    options: dict[str, str], compiled: list[str], tmp_path: Path
-) -> None:
+def test_no_request_waits_for_a_kernel(options: dict[str, str], compiled: list[str], tmp_path: Path) -> None:
     shape = dict(SHAPES["qwen3-8b"]) | {"num_hidden_layers": 2}
     (tmp_path / "config.json").write_text(json.dumps(shape))
     values = {"dtype": "bfloat16", "load_format": "dummy", "page_size_tokens": 64, "max_batch": 64}

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from services.engine.ops.draw import best_tokens, draw_tokens, draw_tokens_kernel
-from tests.engine import test_draw as draws
+from services.engine.sampling.sample_kernels import best_tokens, draw_tokens, draw_tokens_kernel
+from tests.engine.sampling import test_sample_kernels as draws
 
 pytestmark = [
     pytest.mark.gpu,

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from services.engine.ops.checksum import BLOCK_WORDS, checksum
+from services.engine.kv.checksum import BLOCK_WORDS, checksum
 from services.engine.peak_memory import peak_bytes
-from services.messages import Sampling
+from services.protocol.messages import Sampling
 from tests.checkpoints import FAMILIES, Family, make_checkpoint
 from tests.engine.harness import (
     Sequence,

@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from services.engine.attention_plan import KvLayout
-from services.engine.linear import Fp8Linear, fp8_product
+from services.engine.attention.plan import KvLayout
+from services.engine.models.linear import Fp8Linear, fp8_product
 from services.engine.ops.fp8 import FP8, quantise_rows_kernel, quantise_rows_reference
-from services.messages import Sampling
+from services.protocol.messages import Sampling
 from tests.checkpoints import FAMILIES, Family, make_checkpoint
-from tests.engine import test_fp8_kernels as kernels
 from tests.engine.harness import Sequence, packed, prompt_of, run_together, start_engine, unpacked
-from tests.engine.test_kernels import random
+from tests.engine.ops import test_fp8_kernels as kernels
+from tests.engine.ops.test_kernels import random
 
 pytestmark = [
     pytest.mark.gpu,

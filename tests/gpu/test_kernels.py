@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from services.engine.attention_plan import KvLayout
-from services.engine.ops.decode_attention import decode_attention, decode_attention_reference
-from tests.engine import test_kernels as kernels
+from services.engine.attention.decode_attention import decode_attention, decode_attention_reference
+from services.engine.attention.plan import KvLayout
+from tests.engine.ops import test_kernels as kernels
 
 pytestmark = [
     pytest.mark.gpu,

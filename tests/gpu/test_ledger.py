@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 import pytest
 
-from deploy.ledgers import fetch_ledgers
+from deploy.observe.ledgers import fetch_ledgers
 from services.memory.devices import shared_devices
 from services.memory.measure import NotMeasurable, gpu_count, gpu_process_bytes
 from tests.checkpoints import make_checkpoint

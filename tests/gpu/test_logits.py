@@ -10,10 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from services.engine.batch import Row, RowResult
-from services.messages import MAX_TOP_LOGPROBS, Sampling, TokenLogprob
+from services.protocol.messages import MAX_TOP_LOGPROBS, Sampling, TokenLogprob
 from tests.checkpoints import make_checkpoint
 from tests.engine.harness import Sequence, prompt_of, run_together, start_engine
-from tests.engine.test_models import CASES
+from tests.engine.models.test_models import CASES
 
 pytestmark = [
     pytest.mark.gpu,

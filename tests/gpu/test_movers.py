@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kvtransfer.cuda import CudaDevice
+from kvtransfer.buffer.cuda import CudaDevice
 from kvtransfer.movers.nccl_library import find_nccl
 from services.memory.measure import gpu_facts
 from tests.e2e.cluster import wait_until

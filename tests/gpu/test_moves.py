@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from services.engine.engine import Engine
-from services.engine.kv_pool import KvPool
-from services.engine.moves import Move, Moves
-from services.engine.ops import kv_segment
-from services.engine.run_table import SlotRun
-from services.engine.segments import SlotBuffer
-from services.engine.table_ring import FIRST_WORDS, TableRing
-from services.messages import Sampling
+from services.engine.kv import pack_kernels as kv_segment
+from services.engine.kv.copies import Move, Moves
+from services.engine.kv.pinned_ring import FIRST_WORDS, TableRing
+from services.engine.kv.pool import KvPool
+from services.engine.kv.run_table import SlotRun
+from services.engine.kv.segments import SlotBuffer
+from services.protocol.messages import Sampling
 from tests.checkpoints import make_checkpoint
 from tests.engine.harness import Sequence, prompt_of, run_ahead, start_engine
 
@@ -255,9 +255,7 @@ def many_runs(engine: Engine, first_page: int) -> list[SlotRun]:
     return runs
 
 
-def test_many_slots_take_one_launch_and_no_wait(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_many_slots_take_one_launch_and_no_wait(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of several sequences with ranges of heads, there and back, beside a device that is busy."""
     pages = list(range(128))
     data = engine.pool.data
@@ -310,9 +308,7 @@ def test_tables_that_are_still_read_are_not_written_again(engine: Engine) -> Non
     for rounds in range(2):
         held = busy_elsewhere()
         queued = [
-            moves.pack(
-                [SlotRun([at + rounds], 0, 1, 0, heads)], SlotBuffer(memory, SLOT_BYTES), False, held
-            )
+            moves.pack([SlotRun([at + rounds], 0, 1, 0, heads)], SlotBuffer(memory, SLOT_BYTES), False, held)
             for at, memory in enumerate(memories)
         ]
         assert not queued[0].is_done

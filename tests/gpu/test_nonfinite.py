@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from services.engine.batch import Draw, Row
-from services.engine.ops.draw import NO_TOKEN
-from services.messages import Sampling
+from services.engine.sampling.sample_kernels import NO_TOKEN
+from services.protocol.messages import Sampling
 from tests.checkpoints import make_checkpoint
 from tests.engine import test_nonfinite as nonfinite
 from tests.engine.harness import start_engine

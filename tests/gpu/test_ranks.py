@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from services.messages import Sampling
+from services.protocol.messages import Sampling
 from tests.checkpoints import make_checkpoint
 from tests.e2e.test_ranks import check_different_ranks
 from tests.e2e.test_tokens import check_family

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from services.engine.ops.dependent_launch import ordinary_launches
 from services.engine.ops.rms_norm import add_rms_norm_kernel
-from services.engine.ops.small_products import (
+from services.engine.ops.small_gemm import (
     ProductConfig,
     RowProduct,
     TileProduct,
@@ -14,8 +14,8 @@ from services.engine.ops.small_products import (
     small_gate_up,
     small_linear,
 )
-from tests.engine import test_small_products as products
-from tests.engine.test_kernels import random
+from tests.engine.ops import test_small_gemm as products
+from tests.engine.ops.test_kernels import random
 
 pytestmark = [
     pytest.mark.gpu,

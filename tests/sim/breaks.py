@@ -6,17 +6,17 @@ from typing import Any
 from unittest.mock import patch
 
 from kvtransfer.messages import SlotUse, TransferAddress
-from kvtransfer.peer_messages import Closed, Grant
-from kvtransfer.receive import Receive
-from kvtransfer.receiver import Receiver
-from kvtransfer.sender import Sender
-from router.requests import Flight, Send
-from services.kv_pull import Incoming, KvPull
-from services.messages import Cancel
+from kvtransfer.protocol.peer_messages import Closed, Grant
+from kvtransfer.protocol.receive import Receive
+from kvtransfer.protocol.receiver import Receiver
+from kvtransfer.protocol.sender import Sender
+from router.routing.attempt import Flight, Send
+from services.protocol.messages import Cancel
 from services.roles.role import Role
 from services.scheduler.batch import RunningBatch
 from services.scheduler.decode import Reservation
 from services.scheduler.pages import PagePool
+from services.transfer.pull import Incoming, KvPull
 from tests.sim import faults
 
 

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass, field
 
-from router.dispatch import Dispatcher
 from router.errors import ApiError
-from router.orders import Order
-from router.requests import Flight
-from services.messages import PrefillDone, Sampling, Tokens
+from router.routing.attempt import Flight
+from router.routing.dispatcher import Dispatcher
+from router.routing.prompt_request import Order
+from services.protocol.messages import PrefillDone, Sampling, Tokens
 from tests.sim.engine import EOS, continuation
 from tests.sim.kernel import Violation, World
 from tests.sim.processes import RouterHost

@@ -14,9 +14,9 @@ from typing import Any
 
 from kvtransfer.messages import KvGeometry
 from services.engine.batch import Draw, Drawn, Row, RowResult
-from services.engine.moves import Move
-from services.engine.run_table import SlotRun
-from services.engine.segments import SlotBuffer
+from services.engine.kv.copies import Move
+from services.engine.kv.run_table import SlotRun
+from services.engine.kv.segments import SlotBuffer
 from tests.sim.kernel import Violation
 
 VOCABULARY = 997

@@ -7,10 +7,10 @@ was not granted for it, in that very generation.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kvtransfer.machine import TransferMachine
 from kvtransfer.movers.base import Handle, PieceOfWrite, Progress
 from kvtransfer.movers.loopback import LoopbackFabric, LoopbackMover
-from kvtransfer.slots import Direction, SlotState
+from kvtransfer.protocol.machine import TransferMachine
+from kvtransfer.protocol.slots import Direction, SlotState
 from tests.sim.kernel import Process, Violation, World
 
 DEAD_DATA_S = 0.15

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 
-from kvtransfer.machine import TransferMachine
 from kvtransfer.messages import SlotUse
-from kvtransfer.sender import REMEMBERED_ENDS
-from kvtransfer.slots import Direction, SlotState
+from kvtransfer.protocol.machine import TransferMachine
+from kvtransfer.protocol.sender import REMEMBERED_ENDS
+from kvtransfer.protocol.slots import Direction, SlotState
 from services.roles.decode import DecodeRole
 from services.roles.prefill import PrefillRole
 from services.scheduler.sequence import Sequence, State

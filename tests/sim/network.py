@@ -1,4 +1,4 @@
-"""The network: `Server` and `Link` as kvtransfer.channel has them, with frames that travel in virtual time.
+"""The network: `Server` and `Link` as kvtransfer.net.channel has them, with frames that travel in virtual time.
 
 It behaves as ZMQ over one stream each: frames keep their order within a connection and are lost with it; what
 a link has not sent waits for the next connection, which is a new peer to the server. A partition holds frames
@@ -13,9 +13,9 @@ from typing import Any
 
 import zmq
 
-from kvtransfer.channel import FRAMES_PER_RECEIVE, HIGH_WATER_FRAMES, DropReport
-from kvtransfer.channel import _decode as decode_frame
-from kvtransfer.codec import Codec
+from kvtransfer.net.channel import FRAMES_PER_RECEIVE, HIGH_WATER_FRAMES, DropReport
+from kvtransfer.net.channel import _decode as decode_frame
+from kvtransfer.net.codec import Codec
 from tests.sim.kernel import Process, Violation, World
 
 RECONNECT_S = 0.02

@@ -10,14 +10,14 @@ from typing import Any
 from kvtransfer.config import TransferConfig
 from kvtransfer.process import TransferProcess
 from router.config import RouterConfig
-from router.dispatch import Dispatcher
-from router.metrics import Metrics
+from router.routing.dispatcher import Dispatcher
+from router.routing.metrics import Metrics
 from services.config import WorkerConfig
-from services.kv_moves import OwnMoves
 from services.memory.plan import Measured
-from services.messages import Ledger, Role
-from services.staging import Staging
-from services.transfer_ranks import TransferRanks
+from services.protocol.messages import Ledger, Role
+from services.transfer.copies import OwnMoves
+from services.transfer.links import TransferRanks
+from services.transfer.staging import Staging
 from services.worker import Worker
 from tests.sim.engine import CELL_BYTES, GEOMETRY, PAGE_TOKENS, SimEngine
 from tests.sim.invariants import check_borders, check_pages, check_slots, transfer_rest, worker_rest
@@ -269,8 +269,10 @@ class RouterHost(Process):
                 monitor = link.socket.monitor
                 if link.pending() and (read := self.loop.readers.get(link.socket.number)):
                     read()
-                if monitor is not None and link.socket.disconnects and (
-                    read := self.loop.readers.get(monitor.number)
+                if (
+                    monitor is not None
+                    and link.socket.disconnects
+                    and (read := self.loop.readers.get(monitor.number))
                 ):
                     read()
 

@@ -2,7 +2,7 @@
 
 import msgspec
 
-from services.messages import Status, StatusRequest
+from services.protocol.messages import Status, StatusRequest
 from tests.sim.kernel import START_S, LogEntry
 from tests.sim.scenario import Outcome
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 
-from services.messages import Role
+from services.protocol.messages import Role
 from tests.sim.clients import Client, Wish
 from tests.sim.engine import PAGE_TOKENS
 from tests.sim.faults import Faults

@@ -9,12 +9,12 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-import kvtransfer.account
 import kvtransfer.client
+import kvtransfer.peers.sources
 import kvtransfer.process
-import kvtransfer.sources
-import services.client
-import services.wires
+import kvtransfer.stats
+import services.protocol.client
+import services.protocol.connection
 import services.worker
 from kvtransfer.client import TransferClient
 from kvtransfer.config import TransferConfig
@@ -103,20 +103,20 @@ class Seams:
             (kvtransfer.process, "HostStaging", SimStaging),
             (kvtransfer.process, "select_mover", self._mover),
             (kvtransfer.process, "StagingDoor", partial(SimDoor, self.doors)),
-            (kvtransfer.account, "psutil", SimpleNamespace(Process=lambda: process_info)),
+            (kvtransfer.stats, "psutil", SimpleNamespace(Process=lambda: process_info)),
             (kvtransfer.process, "secrets", SimpleNamespace(randbelow=self.world.rng.randrange)),
-            (kvtransfer.sources, "secrets", SimpleNamespace(randbelow=self.world.rng.randrange)),
+            (kvtransfer.peers.sources, "secrets", SimpleNamespace(randbelow=self.world.rng.randrange)),
             (kvtransfer.process, "time", clock),
-            (kvtransfer.account, "os", SimpleNamespace(getpid=lambda: 1)),
-            (kvtransfer.sources, "Link", self._link),
-            (kvtransfer.sources, "LifeProbe", partial(SimProbe, self.network)),
+            (kvtransfer.stats, "os", SimpleNamespace(getpid=lambda: 1)),
+            (kvtransfer.peers.sources, "Link", self._link),
+            (kvtransfer.peers.sources, "LifeProbe", partial(SimProbe, self.network)),
             (kvtransfer.client, "Link", self._link),
             (kvtransfer.client, "receive_staging", self._receive_staging),
             (services.worker, "Server", self._server),
             (services.worker, "time", clock),
             (services.worker, "os", SimpleNamespace(getpid=lambda: 1)),
-            (services.client, "open_wire", services.wires.ZmqWire),
-            (services.wires, "Link", self._link),
+            (services.protocol.client, "open_wire", services.protocol.connection.ZmqWire),
+            (services.protocol.connection, "Link", self._link),
         ]
         with ExitStack() as stack:
             for owner, name, value in replaced:

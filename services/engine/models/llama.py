@@ -1,7 +1,7 @@
 """Llama 2 and 3: full attention, biases only where the configuration asks for them."""
 
-from services.engine.layers import Attention, Decoder, DecoderLayer, GatedMlp
-from services.engine.parameters import Parameters
+from services.engine.models.layers import Attention, Decoder, DecoderLayer, GatedMlp
+from services.engine.models.parameters import Parameters
 
 
 class LlamaDecoder(Decoder):

@@ -1,7 +1,7 @@
 """Mistral: no biases, and (in its first version) one sliding window in every layer."""
 
-from services.engine.layers import Attention, Decoder, DecoderLayer, GatedMlp
-from services.engine.parameters import Parameters
+from services.engine.models.layers import Attention, Decoder, DecoderLayer, GatedMlp
+from services.engine.models.parameters import Parameters
 
 
 class MistralDecoder(Decoder):

@@ -1,7 +1,7 @@
 """Qwen3, dense: query and key heads are normalised before the rotation; windows as in Qwen2."""
 
-from services.engine.layers import Attention, Decoder, DecoderLayer, GatedMlp
-from services.engine.parameters import Parameters
+from services.engine.models.layers import Attention, Decoder, DecoderLayer, GatedMlp
+from services.engine.models.parameters import Parameters
 
 
 class Qwen3Decoder(Decoder):

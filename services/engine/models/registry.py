@@ -1,13 +1,13 @@
 """Which decoder runs which architecture."""
 
+from services.engine.checkpoint.model_config import ModelConfig
 from services.engine.errors import CheckpointError
-from services.engine.layers import Decoder
-from services.engine.model_config import ModelConfig
+from services.engine.models.layers import Decoder
 from services.engine.models.llama import LlamaDecoder
 from services.engine.models.mistral import MistralDecoder
+from services.engine.models.parameters import Parameters
 from services.engine.models.qwen2 import Qwen2Decoder
 from services.engine.models.qwen3 import Qwen3Decoder
-from services.engine.parameters import Parameters
 
 DECODERS: dict[str, type[Decoder]] = {
     "LlamaForCausalLM": LlamaDecoder,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from services.engine.ops.remembered import next_power_of_2, remembered
+from services.engine.ops.launch_cache import next_power_of_2, remembered
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0

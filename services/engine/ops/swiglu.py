@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from services.engine.ops.dependent_launch import await_earlier, launch_options, let_next_start
-from services.engine.ops.remembered import cdiv, remembered
+from services.engine.ops.launch_cache import cdiv, remembered
 from services.engine.ops.tuning import tuned
 
 

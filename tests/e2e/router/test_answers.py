@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from services.messages import Cancel, Join, Prefill, Reserve
+from services.protocol.messages import Cancel, Join, Prefill, Reserve
 from tests.checkpoints import IM_END
 from tests.e2e.router.harness import MESSAGES, Cluster, small_cluster, until
 

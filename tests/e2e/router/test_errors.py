@@ -7,7 +7,7 @@ from typing import Any
 import openai
 import pytest
 
-from services.messages import Cancel, Failed, Prefill
+from services.protocol.messages import Cancel, Failed, Prefill
 from tests.e2e.router.harness import MESSAGES, Cluster, open_request, until
 from tests.fake_worker import Script
 

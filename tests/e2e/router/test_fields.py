@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from services.messages import Prefill
+from services.protocol.messages import Prefill
 from tests.e2e.router.harness import MESSAGES, Cluster
 
 TURNS: list[dict[str, Any]] = [

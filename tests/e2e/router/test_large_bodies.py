@@ -7,7 +7,7 @@ import socket
 
 import psutil
 
-from services.messages import Prefill
+from services.protocol.messages import Prefill
 from tests.e2e.router.harness import DEADLINE_S, Cluster, open_request, until
 
 LARGE = {"prompt": "Hello " * 150, "user": "u" * 500, "unknown": "x" * 20_000, "max_tokens": 3}

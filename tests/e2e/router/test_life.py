@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 
-from services.messages import Cancel, Generate, Join, Prefill
+from services.protocol.messages import Cancel, Generate, Join, Prefill
 from tests.e2e.router.harness import DEADLINE_S, START, open_request, running_router, small_cluster, until
 from tests.fake_worker import FakeWorker, Script
 from tests.patience import patient

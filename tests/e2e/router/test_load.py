@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from deploy.cli import run
-from services.messages import Failed, Prefill
+from services.protocol.messages import Failed, Prefill
 from tests.e2e.router.harness import Cluster
 from tests.fake_worker import Script
 

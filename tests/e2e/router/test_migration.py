@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from services.messages import Cancel, Failed, Join, Prefill, PushAgain, Reserve, Undelivered
+from services.protocol.messages import Cancel, Failed, Join, Prefill, PushAgain, Reserve, Undelivered
 from tests.e2e.router.harness import DEADLINE_S, Router, running_router, until
 from tests.fake_worker import FakeWorker, Script
 
@@ -61,7 +61,7 @@ class Asking:
         self._thread.start()
 
     def _ask(self, router: Router) -> None:
-        with router.http() as http:
+        with router.api.asgi() as http:
             body = {"prompt": "a", "max_tokens": 4, "return_token_ids": True}
             self._answers.append(http.post("/v1/completions", json=body))
 
@@ -144,7 +144,7 @@ def test_held_kv_goes_to_the_worker_that_is_left(served: tuple[Fakes, Router]) -
     asking.check()
     fakes.prefill.wait_for(PushAgain)
     assert len(fakes.prefill.of(Prefill)) == 1 and len(fakes.prefill.of(PushAgain)) == 1
-    with router.http() as http:
+    with router.api.asgi() as http:
         text = http.get("/metrics").text
     assert 'baton_migrations_total{reason="decode_lost"} 1.0' in text
     assert 'baton_migrations_total{reason="transfer"}' in text

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from services.messages import Cancel, Join, Prefill
+from services.protocol.messages import Cancel, Join, Prefill
 from tests.e2e.router.harness import DEADLINE_S, Cluster, Router, open_request, small_cluster, until
 from tests.fake_worker import Script
 from tests.patience import patient

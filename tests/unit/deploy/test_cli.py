@@ -9,14 +9,18 @@ from pathlib import Path
 import pytest
 
 from deploy.cli import run
-from services.engine.model_config import read_model_config
+from services.engine.checkpoint.model_config import read_model_config
 from services.memory.measure import NotMeasurable
 from services.memory.sizes import parse_bytes
 
 WORKER = ["--role", "unified", "--listen", "ipc:///run/w"]
 SMALLEST = {
-    "architectures": ["LlamaForCausalLM"], "hidden_size": 4, "intermediate_size": 2, "vocab_size": 8,
-    "num_hidden_layers": 1, "num_attention_heads": 1,
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 4,
+    "intermediate_size": 2,
+    "vocab_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
 }
 
 
@@ -190,7 +194,7 @@ def test_one_line_and_code_2(
         raise NotMeasurable("no NVIDIA driver")
 
     monkeypatch.setattr("deploy.commands.serve.gpu_count", lambda: 0)
-    monkeypatch.setattr("deploy.planning.gpu_facts", no_gpu)
+    monkeypatch.setattr("deploy.settings.planning.gpu_facts", no_gpu)
     places["MODEL/config.json"] = f"{model_dir}/config.json"
     code = run([places.get(argument, argument) for argument in arguments])
     printed = capsys.readouterr()
@@ -216,7 +220,7 @@ def test_a_port_in_use(model_dir: str, capsys: pytest.CaptureFixture[str]) -> No
 def test_nothing_heavy_for_nothing() -> None:
     code = (
         "import sys; from deploy.cli import run; assert run(['version']) == 0; assert run(['--help']) == 0;"
-        "import deploy.load.measure, deploy.load.report;"
+        "import deploy.bench.serving.measure, deploy.bench.serving.report;"
         "heavy = {'torch', 'transformers', 'fastapi', 'zmq', 'triton', 'uvicorn'} & set(sys.modules);"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )

@@ -9,9 +9,9 @@ import pytest
 import yaml
 from jsonschema import Draft7Validator
 
-from deploy.options import RouterSettings, TransferSettings, WorkerSettings
-from deploy.planning import resolve_slot_bytes
-from kvtransfer.layout import rank_slot_bytes
+from deploy.settings.options import RouterSettings, TransferSettings, WorkerSettings
+from deploy.settings.planning import resolve_slot_bytes
+from kvtransfer.protocol.layout import rank_slot_bytes
 from tests.unit.deploy.commandline import parse
 
 ROOT = Path(__file__).parents[3]

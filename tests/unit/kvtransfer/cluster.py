@@ -5,8 +5,6 @@ import random
 from collections import deque
 from dataclasses import dataclass, field
 
-from kvtransfer.limits import Limits
-from kvtransfer.machine import TransferCommand, TransferMachine
 from kvtransfer.messages import (
     Abort,
     Aborted,
@@ -29,9 +27,11 @@ from kvtransfer.messages import (
 )
 from kvtransfer.movers.base import PieceOfWrite, Progress, Region
 from kvtransfer.movers.loopback import LoopbackFabric, LoopbackMover
-from kvtransfer.peer_messages import PeerMessage
-from kvtransfer.slots import Direction, SlotState
-from kvtransfer.writes import Writes
+from kvtransfer.peers.writes import Writes
+from kvtransfer.protocol.limits import Limits
+from kvtransfer.protocol.machine import TransferCommand, TransferMachine
+from kvtransfer.protocol.peer_messages import PeerMessage
+from kvtransfer.protocol.slots import Direction, SlotState
 
 GEOMETRY = KvGeometry("model", 1, 1, 2, "float16")
 TOKEN_BYTES = GEOMETRY.token_bytes

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from kvtransfer.cuda import CudaError, GpuName
+from kvtransfer.buffer.cuda import CudaError, GpuName
 
 
 @dataclass(slots=True)

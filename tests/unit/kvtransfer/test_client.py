@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from kvtransfer.channel import Server
 from kvtransfer.client import SlotsLent, TransferClient, TransferLost, WorkerEvent
 from kvtransfer.codecs import WORKER_COMMANDS, WORKER_EVENTS
 from kvtransfer.errors import AttachError
@@ -36,6 +35,7 @@ from kvtransfer.messages import (
     Stats,
     TransferAddress,
 )
+from kvtransfer.net.channel import Server
 from tests.patience import patient
 
 GEOMETRY = KvGeometry("m", 1, 1, 2, "float16")

@@ -14,17 +14,15 @@ import pytest
 
 from kvtransfer.config import TransferConfig
 from kvtransfer.errors import MoverUnavailable, TransferConfigError
-from kvtransfer.handshake import PEER_VERSION, mismatch
 from kvtransfer.messages import KvGeometry
 from kvtransfer.movers.nixl import prepare_environment
 from kvtransfer.movers.select import select_mover
-from kvtransfer.peer_messages import PeerHello
-from kvtransfer.probe import LifeProbe
+from kvtransfer.peers.handshake import PEER_VERSION, mismatch
+from kvtransfer.peers.probe import LifeProbe
+from kvtransfer.protocol.peer_messages import PeerHello
 from tests.ports import free_port
 
-CONFIG = TransferConfig(
-    name="t", listen="ipc:///d/w", peer_listen="ipc:///d/p", staging_socket=Path("/d/s")
-)
+CONFIG = TransferConfig(name="t", listen="ipc:///d/w", peer_listen="ipc:///d/p", staging_socket=Path("/d/s"))
 GEOMETRY = KvGeometry("m", 4, 2, 8, "float32")
 HELLO = PeerHello(PEER_VERSION, 1, None, "nixl/cpu", GEOMETRY, 16, 4096, "a", b"", 0, 0)
 
@@ -139,7 +137,7 @@ def test_silence_is_no_death_a_refused_connection_is() -> None:
 
 def test_the_pure_modules_need_neither_sockets_nor_tensors() -> None:
     program = (
-        "import sys, kvtransfer.machine, kvtransfer.handshake, kvtransfer.movers.loopback\n"
+        "import sys, kvtransfer.protocol.machine, kvtransfer.peers.handshake, kvtransfer.movers.loopback\n"
         "bad = {'torch', 'zmq', 'nixl_cu13', 'services', 'router'} & set(sys.modules)\n"
         "sys.exit(str(bad) if bad else 0)"
     )

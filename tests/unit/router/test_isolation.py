@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 
-from router.borders import Borders
 from router.config import RouterConfig
-from router.discovery import LOOK_S, Discovery
-from router.dispatch import Dispatcher
 from router.errors import ApiError
-from router.metrics import Metrics, exposition
-from router.migration import Journey, RetryBudget
-from router.orders import Order
-from router.requests import Flight, IllegalPhase, Phase
-from services.client import ClientState, WorkerClient
-from services.messages import (
+from router.isolation import Borders
+from router.routing.attempt import Flight, IllegalPhase, Phase
+from router.routing.discovery import LOOK_S, Discovery
+from router.routing.dispatcher import Dispatcher
+from router.routing.metrics import Metrics, exposition
+from router.routing.prompt_request import Order
+from router.routing.routed_request import Journey, RetryBudget
+from services.protocol.client import ClientState, WorkerClient
+from services.protocol.messages import (
     VERSION,
     Cancel,
     DecodeStarted,
@@ -352,7 +352,7 @@ def test_a_wire_that_fails_is_no_other_workers_trouble(tmp_path: Path) -> None:
 
 
 def test_looking_for_workers_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("router.discovery.LOOK_S", LOOK_S / 50)
+    monkeypatch.setattr("router.routing.discovery.LOOK_S", LOOK_S / 50)
 
     async def scenario() -> None:
         calls = 0

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kvtransfer.messages import Segment, SlotUse, TransferAddress
-from services.engine.moves import Move
-from services.engine.run_table import SlotRun
+from services.engine.kv.copies import Move
+from services.engine.kv.run_table import SlotRun
 
 
 @dataclass

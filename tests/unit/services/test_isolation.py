@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from kvtransfer.channel import Codec, Link
+from kvtransfer.net.channel import Codec, Link
 from services.config import WorkerConfig
 from services.memory.plan import Measured
-from services.messages import (
+from services.protocol.messages import (
     VERSION,
     Failed,
     Generate,
@@ -23,9 +23,9 @@ from services.messages import (
     Tokens,
     Work,
 )
+from services.roles.limits import named_request
 from services.roles.role import Role
 from services.roles.unified import UnifiedRole
-from services.rules import named_request
 from services.scheduler.errors import PageAccountingError
 from services.worker import Worker
 from tests.sim.engine import PAGE_TOKENS, SimEngine, continuation

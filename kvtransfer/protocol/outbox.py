@@ -1,0 +1,52 @@
+"""What the transfer state machines ask to be done: plain values, carried out by the process around them."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from kvtransfer.messages import Event, TransferAddress
+from kvtransfer.protocol.peer_messages import PeerMessage
+from kvtransfer.spans import Spans
+
+Destination = int
+"""A receiving peer, named by its epoch: drawn at random in each life, so it names one life for ever."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Copy the first `byte_count` bytes of our slot into the peer's slot."""
+
+    local_slot: int
+    remote_slot: int
+    byte_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """To be posted to the mover at once; its end is reported under `write_id`."""
+
+    write_id: int
+    destination: Destination
+    transfer_id: int
+    pieces: tuple[Piece, ...]
+
+    @property
+    def byte_count(self) -> int:
+        return sum(piece.byte_count for piece in self.pieces)
+
+
+@dataclass(slots=True)
+class Outbox:
+    """Filled by the machines, in order; emptied by whoever runs them. `drops` counts by reason, for ever."""
+
+    to_worker: list[Event] = field(default_factory=list)
+    to_sources: list[tuple[TransferAddress, PeerMessage]] = field(default_factory=list)
+    to_destinations: list[tuple[Destination, PeerMessage]] = field(default_factory=list)
+    connects: list[TransferAddress] = field(default_factory=list)
+    writes: list[Write] = field(default_factory=list)
+    drops: Counter[str] = field(default_factory=Counter)
+    spans: Spans = field(default_factory=Spans)
+    """Not emptied: what is remembered of transfers."""
+
+    @property
+    def empty(self) -> bool:
+        return not (self.to_worker or self.to_sources or self.to_destinations or self.connects or self.writes)

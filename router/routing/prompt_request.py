@@ -1,0 +1,16 @@
+"""What an endpoint asks of the dispatcher."""
+
+from msgspec import Struct
+
+from router.routing.attempt import Output
+from services.protocol.messages import Sampling
+
+
+class Order(Struct, frozen=True):
+    """One prompt to run."""
+
+    prompt: list[int]
+    sampling: Sampling
+    choices: int
+    salt: bytes
+    output: Output

@@ -1,0 +1,128 @@
+"""Packs and unpacks beside the steps: on a GPU they run on a stream of their own, in the worker's context.
+
+What orders the two streams is steps by number (step_marks.py), and the host waits for none of them:
+
+    a pack     belongs after the step that computed its tokens; its slot is handed over once it is done
+    an unpack  belongs after the steps that may still use its pages for who had them before; its slot is given
+               back, and its sequence may be computed with, once it is done
+    a step     starts after a move that was given up while it ran, whose pages somebody else may have by now
+
+A move is one launch for any number of runs, of one transfer or of several, with one event behind it. Moves
+are done in the order in which they were queued, so whoever queues one sees to it that its step is done
+already: it would hold up all that come after it. Their stream goes before that of the steps where both have
+something to run: a move is small, and a step can be 100 ms of kernels. On a CPU each is done when the call
+returns.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from services.engine.errors import ChecksumMismatch
+from services.engine.events import Mark
+from services.engine.kv.checksum import QueuedChecksums
+from services.engine.kv.pool import KvPool
+from services.engine.kv.run_table import SlotRun
+from services.engine.kv.segments import Segments, SlotBuffer
+
+
+@dataclass(slots=True, eq=False)
+class Move:
+    """Packs or unpacks that were handed to the device together; `byte_counts[i]` is what run `i` has."""
+
+    byte_counts: list[int]
+    _done: Mark | None = None
+    _queued: QueuedChecksums | None = None
+    _checksums: list[int] | None = None
+
+    @property
+    def is_done(self) -> bool:
+        """Asks the device, and does not wait for it."""
+        return self._done is None or self._done.query()
+
+    def wait(self) -> None:
+        if self._done is not None:
+            self._done.synchronize()
+
+    def checksum(self, run: int) -> int | None:
+        """Of a run's bytes in its slot, if it was asked for. Only of a move that is done."""
+        found = self.checksums()
+        return None if found is None else found[run]
+
+    def checksums(self) -> list[int] | None:
+        """Of all runs; see `checksum`."""
+        if self._checksums is None and self._queued is not None:
+            self._checksums = self._queued.values()
+        return self._checksums
+
+    def judge(self, run: int, expected: int | None) -> None:
+        """Compare what an unpack that is done has read with what the sender packed; None: nothing is known.
+
+        Raises `ChecksumMismatch`.
+        """
+        if expected is None:
+            return
+        found = self.checksum(run)
+        if found != expected:
+            was = "was not computed" if found is None else f"is {found:016x}"
+            raise ChecksumMismatch(
+                f"the checksum of {self.byte_counts[run]} bytes {was}, the sender packed {expected:016x}"
+            )
+
+
+class Moves:
+    """The moves of one pool, whose steps run on what is the current stream here and whenever `mark` and
+    `hold_steps` are called. `slots`: of the staging buffer; a move that is not done has one at least."""
+
+    def __init__(self, pool: KvPool, slots: int) -> None:
+        self._segments = Segments(pool, slots)
+        device = pool.data.device
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+
+    def mark(self) -> Mark | None:
+        """Passes when all steps queued so far are done. None on a CPU: they are."""
+        return None if self._stream is None else _recorded(torch.cuda.current_stream(self._stream.device))
+
+    def pack(
+        self, runs: Sequence[SlotRun], buffer: SlotBuffer, with_checksums: bool, after: Mark | None = None
+    ) -> Move:
+        """See `Segments.pack`. It starts when `after` has passed; None: now."""
+        with self._beside(after):
+            byte_counts, queued = self._segments.pack(runs, buffer, with_checksums)
+        return self._queued(byte_counts, queued)
+
+    def unpack(
+        self, runs: Sequence[SlotRun], buffer: SlotBuffer, with_checksums: bool, after: Mark | None = None
+    ) -> Move:
+        """See `Segments.unpack`, and `pack` for `after`."""
+        with self._beside(after):
+            byte_counts, queued = self._segments.unpack(runs, buffer, with_checksums)
+        return self._queued(byte_counts, queued)
+
+    def hold_steps(self, move: Move) -> None:
+        """Steps queued from now on start after this move."""
+        if self._stream is not None and move._done is not None:
+            move._done.wait(torch.cuda.current_stream(self._stream.device))
+
+    def _beside(self, after: Mark | None) -> AbstractContextManager[object]:
+        """What is queued within runs beside the steps, once `after` has passed."""
+        if self._stream is None:
+            return nullcontext()
+        if after is not None:
+            after.wait(self._stream)
+        return torch.cuda.stream(self._stream)
+
+    def _queued(self, byte_counts: list[int], queued: QueuedChecksums | None) -> Move:
+        done = None if self._stream is None else _recorded(self._stream)
+        self._segments.ring.used(done)
+        return Move(byte_counts, done, queued)
+
+
+def _recorded(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(stream)
+    return event

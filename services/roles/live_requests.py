@@ -1,0 +1,75 @@
+"""The requests a worker answers for: whose they are, until when, and what has been measured of them."""
+
+from dataclasses import dataclass, field
+
+from services.protocol.messages import TokenLogprob, Work
+
+
+@dataclass(slots=True, eq=False)
+class Live:
+    """One request on this worker. Times are this process's clock, in seconds."""
+
+    work: Work
+    router: bytes
+    arrived_s: float
+    deadline_at_s: float
+    transfer_id: int | None = None
+    started_s: float | None = None
+    joined_s: float | None = None
+    lease_until_s: float | None = None
+    """While KV is held for it: when its router is asked whether that is still wanted."""
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+
+
+class Requests:
+    """All live requests by id, with one sweep over their deadlines."""
+
+    def __init__(self) -> None:
+        self._live: dict[int, Live] = {}
+        self._by_transfer: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def __contains__(self, request_id: int) -> bool:
+        return request_id in self._live
+
+    def add(self, work: Work, router: bytes, now_s: float, transfer_id: int | None = None) -> Live:
+        live = Live(work, router, now_s, now_s + work.deadline_s, transfer_id)
+        self._live[work.request_id] = live
+        if transfer_id is not None:
+            self._by_transfer[transfer_id] = work.request_id
+        return live
+
+    def get(self, request_id: int) -> Live | None:
+        return self._live.get(request_id)
+
+    def of_transfer(self, transfer_id: int) -> Live | None:
+        request_id = self._by_transfer.get(transfer_id)
+        return None if request_id is None else self._live.get(request_id)
+
+    def has_transfer(self, transfer_id: int) -> bool:
+        return transfer_id in self._by_transfer
+
+    def rename_transfer(self, live: Live, transfer_id: int | None) -> None:
+        """The request's KV moves under another id from now on; None: under none."""
+        if live.transfer_id is not None:
+            self._by_transfer.pop(live.transfer_id, None)
+        live.transfer_id = transfer_id
+        if transfer_id is not None:
+            self._by_transfer[transfer_id] = live.work.request_id
+
+    def remove(self, request_id: int) -> Live | None:
+        live = self._live.pop(request_id, None)
+        if live is not None and live.transfer_id is not None:
+            self._by_transfer.pop(live.transfer_id, None)
+        return live
+
+    def all(self) -> list[Live]:
+        return list(self._live.values())
+
+    def of_router(self, router: bytes) -> list[Live]:
+        return [live for live in self._live.values() if live.router == router]
+
+    def expired(self, now_s: float) -> list[Live]:
+        return [live for live in self._live.values() if live.deadline_at_s <= now_s]

@@ -1,0 +1,69 @@
+"""A router's connection to a worker: what it refuses to start with, and whom it refuses."""
+
+import asyncio
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import zmq
+
+from services.protocol.client import ClientConfigError, ClientState, WorkerClient, load_keys
+from tests.patience import patient
+
+DEADLINE_S = patient(30.0)
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="baton-") as path:  # Mode 0700, and short.
+        yield Path(path)
+
+
+def new_client(endpoint: str, moved: asyncio.Event | None = None) -> WorkerClient:
+    def on_state(client: WorkerClient, old: ClientState, new: ClientState) -> None:
+        if moved is not None and new is not ClientState.CONNECTING:
+            moved.set()
+
+    return WorkerClient(endpoint, router_epoch=1, on_reports=lambda *_: None, on_state=on_state)
+
+
+async def start(endpoint: str) -> None:
+    client = new_client(endpoint)
+    try:
+        client.start()
+    finally:
+        client.close()
+
+
+def test_tcp_without_keys_and_open_directories_are_refused(directory: Path) -> None:
+    with pytest.raises(ClientConfigError, match="tcp:// needs CURVE keys and an allow-list"):
+        asyncio.run(start("tcp://127.0.0.1:7000"))
+    directory.chmod(0o755)
+    with pytest.raises(ClientConfigError, match="has mode 755, must have 700"):
+        asyncio.run(start(f"ipc://{directory}/w"))
+    with pytest.raises(ClientConfigError, match="must have 700"):
+        load_keys(directory)
+    directory.chmod(0o700)
+    with pytest.raises(ClientConfigError, match=r"must hold exactly one \*\.key_secret file"):
+        load_keys(directory)
+
+
+def test_a_worker_of_another_protocol_is_refused_with_both_versions(directory: Path) -> None:
+    async def meet() -> str:
+        with zmq.Context() as context, context.socket(zmq.ROUTER) as worker:
+            worker.bind(f"ipc://{directory}/w")
+            moved = asyncio.Event()
+            client = new_client(f"ipc://{directory}/w", moved)
+            client.start()
+            try:
+                peer, hello = await asyncio.to_thread(worker.recv_multipart)
+                assert hello[0] == 1
+                worker.send_multipart([peer, b"\x09\x90"])
+                await asyncio.wait_for(moved.wait(), DEADLINE_S)
+                assert client.state is ClientState.REFUSED
+                return client.message
+            finally:
+                client.close()
+
+    assert asyncio.run(meet()) == "the worker speaks protocol version 9, this side speaks 1"
