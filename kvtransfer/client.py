@@ -25,6 +25,7 @@ from kvtransfer.messages import (
     Abort,
     AskSpans,
     Attached,
+    AttachRefused,
     AttachWorker,
     Command,
     Commit,
@@ -36,7 +37,6 @@ from kvtransfer.messages import (
     OpenReceive,
     OpenSend,
     Ping,
-    Refused,
     Segment,
     SendReady,
     SendSlots,
@@ -253,7 +253,7 @@ class TransferClient:
                 if self._is_other_life(event.address.epoch):
                     events = self._lose() or events
                 self._on_attached(event)
-            elif isinstance(event, Refused):
+            elif isinstance(event, AttachRefused):
                 self.refusal = event.reason
                 self._asked_at_s = now_s + REFUSED_RETRY_S - ATTACH_RETRY_S
             elif isinstance(event, NotAttached):

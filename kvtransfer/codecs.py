@@ -3,7 +3,7 @@
 from kvtransfer.errors import ProtocolError
 from kvtransfer.messages import Command, Event
 from kvtransfer.net.codec import Codec
-from kvtransfer.protocol.peer_messages import Connection, PeerMessage
+from kvtransfer.protocol.peer_messages import PeerConnection, PeerMessage
 
 
 class PeerCodec(Codec[PeerMessage]):
@@ -13,9 +13,10 @@ class PeerCodec(Codec[PeerMessage]):
         super().__init__(PeerMessage, 8 << 20, sealed=True)
 
     def decode(self, frame: bytes | memoryview) -> list[PeerMessage]:
-        """As `Codec`. Raises ProtocolError too unless the first message, and no other, is `Connection`."""
+        """As `Codec`. Raises ProtocolError too unless the first message, and no other, is
+        `PeerConnection`."""
         said = super().decode(frame)
-        if [at for at, message in enumerate(said) if isinstance(message, Connection)] != [0]:
+        if [at for at, message in enumerate(said) if isinstance(message, PeerConnection)] != [0]:
             raise ProtocolError("a frame does not begin with its connection")
         return said
 

@@ -29,7 +29,7 @@ class SlotError(BatonTransferError):
     """The staging buffer's bookkeeping was asked for something that cannot be."""
 
 
-class IllegalMove(SlotError):
+class IllegalTransition(SlotError):
     """A state was left in a way that its table of legal moves does not have."""
 
 

@@ -93,7 +93,7 @@ class Segment(Struct, frozen=True, array_like=True):
 Stage = Literal["compute", "pack", "send", "arrive", "unpack", "commit"]
 
 
-class Span(Struct, frozen=True, array_like=True):
+class TraceSpan(Struct, frozen=True, array_like=True):
     """What was done with tokens `[start_token, start_token + token_count)` of a transfer, from `start_s` to
     `end_s` of the monotonic clock of the process that did it; the two are equal for a mere moment."""
 
@@ -104,7 +104,7 @@ class Span(Struct, frozen=True, array_like=True):
     end_s: float
 
 
-SpanList = Annotated[list[Span], Meta(max_length=MAX_SPANS)]
+SpanList = Annotated[list[TraceSpan], Meta(max_length=MAX_SPANS)]
 Segments = Annotated[list[Segment], Meta(max_length=MAX_SEGMENTS_PER_MESSAGE)]
 SlotUses = Annotated[list[SlotUse], Meta(max_length=MAX_SEGMENTS_PER_MESSAGE)]
 
@@ -221,7 +221,7 @@ class Attached(Struct, frozen=True, tag="attached", forbid_unknown_fields=True):
     cuda_device: Annotated[int, Meta(ge=0, lt=1024)] | None = None
 
 
-class Refused(Struct, frozen=True, tag="refused", forbid_unknown_fields=True):
+class AttachRefused(Struct, frozen=True, tag="refused", forbid_unknown_fields=True):
     """The worker cannot be attached (another one is, or a token does not fit a slot)."""
 
     reason: Reason
@@ -319,7 +319,7 @@ class TransferSpans(Struct, frozen=True, tag="spans", forbid_unknown_fields=True
 
 Event = (
     Attached
-    | Refused
+    | AttachRefused
     | NotAttached
     | SendConfirmed
     | SendGranted

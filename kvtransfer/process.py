@@ -31,11 +31,11 @@ from kvtransfer.messages import (
     VERSION,
     AskSpans,
     Attached,
+    AttachRefused,
     AttachWorker,
     Command,
     KvGeometry,
     Ping,
-    Refused,
     TransferAddress,
     TransferSpans,
 )
@@ -46,7 +46,7 @@ from kvtransfer.peers.destinations import Destinations
 from kvtransfer.peers.handshake import PEER_VERSION
 from kvtransfer.peers.sources import PeerLink, Sources
 from kvtransfer.peers.writes import Writes
-from kvtransfer.protocol.limits import Limits
+from kvtransfer.protocol.limits import TransferLimits
 from kvtransfer.protocol.machine import TransferMachine
 from kvtransfer.protocol.outbox import Destination
 from kvtransfer.protocol.peer_messages import PeerHello, PeerMessage
@@ -103,7 +103,7 @@ class TransferProcess:
             drops[reason] += 1
 
         server = Server(
-            config.listen, WORKER_COMMANDS, WORKER_EVENTS, keys=keys, on_drop=on_drop, refusal=Refused
+            config.listen, WORKER_COMMANDS, WORKER_EVENTS, keys=keys, on_drop=on_drop, refusal=AttachRefused
         )
         self._peer_server = Server(
             config.peer_listen, PEER_MESSAGES, PEER_MESSAGES, keys=keys, on_drop=on_drop
@@ -304,10 +304,10 @@ class TransferProcess:
             self._worker_lost(now_s)
             self._carry_out(now_s)
 
-    def _limits(self, worker: AttachWorker | None) -> Limits:
+    def _limits(self, worker: AttachWorker | None) -> TransferLimits:
         config = self.config
         geometry, tp = (worker.geometry, worker.tp) if worker is not None else (None, 1)
-        return Limits.of(
+        return TransferLimits.of(
             geometry, config.slots, config.slot_bytes, config.share, config.transfer_timeout_s, tp
         )
 

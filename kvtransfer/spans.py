@@ -5,7 +5,7 @@ Times are this process's monotonic clock, which on Linux all processes of one ho
 
 from collections import OrderedDict
 
-from kvtransfer.messages import MAX_SPANS, Span, Stage
+from kvtransfer.messages import MAX_SPANS, Stage, TraceSpan
 
 MAX_TRANSFERS = 512
 MAX_KEPT = 1 << 16
@@ -16,7 +16,7 @@ class Spans:
     """The spans of the latest transfers; the oldest are forgotten first."""
 
     def __init__(self) -> None:
-        self._of: OrderedDict[int, list[Span]] = OrderedDict()
+        self._of: OrderedDict[int, list[TraceSpan]] = OrderedDict()
         self._kept = 0
 
     def note(
@@ -25,13 +25,13 @@ class Spans:
         spans = self._of.setdefault(transfer_id, [])
         if len(spans) >= MAX_SPANS:
             return
-        spans.append(Span(stage, start_token, token_count, start_s, end_s))
+        spans.append(TraceSpan(stage, start_token, token_count, start_s, end_s))
         self._kept += 1
         while len(self._of) > MAX_TRANSFERS or self._kept > MAX_KEPT:
             _, forgotten = self._of.popitem(last=False)
             self._kept -= len(forgotten)
 
-    def of(self, transfer_id: int) -> list[Span]:
+    def of(self, transfer_id: int) -> list[TraceSpan]:
         """In the order in which they were noted; empty for a transfer that is not known (any more)."""
         return list(self._of.get(transfer_id, ()))
 

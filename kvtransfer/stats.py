@@ -6,7 +6,7 @@ from functools import partial
 import psutil
 
 from kvtransfer.buffer.cuda import CudaDevice
-from kvtransfer.buffer.staging import Staging, device_bytes_of_this_process
+from kvtransfer.buffer.staging import StagingBuffer, device_bytes_of_this_process
 from kvtransfer.messages import Stats
 from kvtransfer.peers.writes import Writes
 from kvtransfer.protocol.machine import TransferMachine
@@ -21,7 +21,7 @@ class Account:
         epoch: int,
         machine: TransferMachine,
         writes: Writes,
-        staging: Staging,
+        staging: StagingBuffer,
         device: CudaDevice | None,
     ) -> None:
         self._epoch, self._machine, self._writes = epoch, machine, writes

@@ -8,12 +8,12 @@ import logging
 
 from kvtransfer.messages import (
     Attached,
+    AttachRefused,
     AttachWorker,
     Command,
     Event,
     NotAttached,
     Ping,
-    Refused,
 )
 from kvtransfer.net.channel import Server
 
@@ -38,7 +38,7 @@ class WorkerPort:
                 if isinstance(message, AttachWorker):
                     if self._taken_by_another(identity):
                         log.warning("worker epoch %d refused: another is attached", message.worker_epoch)
-                        self._server.send(identity, [Refused("another worker is attached")])
+                        self._server.send(identity, [AttachRefused("another worker is attached")])
                     else:
                         self._identity = identity
                         heard.append(message)
@@ -56,7 +56,7 @@ class WorkerPort:
 
     def refuse(self, reason: str) -> None:
         log.warning("worker refused: %s", reason)
-        self.send([Refused(reason)])
+        self.send([AttachRefused(reason)])
         self.detach()
 
     def send(self, events: list[Event]) -> bool:

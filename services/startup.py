@@ -26,9 +26,9 @@ from services.memory.plan import Measured, MemoryPlan, plan_memory
 from services.protocol.messages import Ledger
 from services.tensor_parallel.leader_engine import LeadingEngine
 from services.tensor_parallel.messages import RankMemory
-from services.transfer.copies import KvMoves, OwnMoves, RankMoves
+from services.transfer.copies import KvCopier, OwnCopier, RankCopier
 from services.transfer.links import TransferRanks
-from services.transfer.staging import Staging
+from services.transfer.staging import StagingSlots
 
 log = logging.getLogger(__name__)
 
@@ -46,14 +46,14 @@ class DeviceUse:
 
 
 @dataclass(slots=True)
-class Prepared:
+class PreparedWorker:
     """What `prepare` built. `measured` is what each rank knows of its own lines, rank 0 first."""
 
     config: WorkerConfig
     model: ModelConfig
     engine: Engine
     transfer: TransferRanks | None
-    moves: list[KvMoves]
+    moves: list[KvCopier]
     """Packs and unpacks of each rank; none without transfer processes."""
     plan: MemoryPlan
     measured: list[Measured]
@@ -69,7 +69,7 @@ def device_size(config: WorkerConfig) -> tuple[str, int]:
     return facts.name, config.device_memory_bytes or facts.total_bytes
 
 
-def prepare(config: WorkerConfig, worker_epoch: int, progress: Callable[[int, int], None]) -> Prepared:
+def prepare(config: WorkerConfig, worker_epoch: int, progress: Callable[[int, int], None]) -> PreparedWorker:
     """Raises CheckpointError, DoesNotFit, StagingError or a transfer error, each with a message for users."""
     context_bytes = resident_bytes()
     model = read_model_config(config.model_dir)
@@ -113,7 +113,7 @@ def prepare(config: WorkerConfig, worker_epoch: int, progress: Callable[[int, in
         worker_context_bytes=context_bytes if on_cpu else None,
     )
     others = engine.rank_memory() if isinstance(engine, LeadingEngine) else []
-    return Prepared(
+    return PreparedWorker(
         config,
         model,
         engine,
@@ -154,20 +154,20 @@ def _attach(config: WorkerConfig, engine: Engine, worker_epoch: int) -> Transfer
     )
 
 
-def _moves(config: WorkerConfig, engine: Engine, transfer: TransferRanks) -> list[KvMoves]:
+def _moves(config: WorkerConfig, engine: Engine, transfer: TransferRanks) -> list[KvCopier]:
     first, *others = transfer.clients
-    staging = Staging(first, config.device_index)
+    staging = StagingSlots(first, config.device_index)
     staging.open()
-    moves: list[KvMoves] = [OwnMoves(engine, staging)]
+    moves: list[KvCopier] = [OwnCopier(engine, staging)]
     if isinstance(engine, LeadingEngine):
         for rank, client in enumerate(others, 1):
-            move = RankMoves(engine, rank, client, config.page_size_tokens)
+            move = RankCopier(engine, rank, client, config.page_size_tokens)
             move.open()
             moves.append(move)
     return moves
 
 
-def measure_now(prepared: Prepared) -> list[Measured]:
+def measure_now(prepared: PreparedWorker) -> list[Measured]:
     """The measured column of each rank as of now: what it knows of its own lines, and what its transfer
     process reports. Only rank 0's context is looked at again; those of the others are from their start."""
     ranks = list(prepared.measured)
@@ -181,7 +181,7 @@ def measure_now(prepared: Prepared) -> list[Measured]:
     return [_with_transfer(rank, client, prepared.plan) for rank, client in zip(ranks, clients, strict=True)]
 
 
-def ledgers_now(prepared: Prepared) -> list[Ledger]:
+def ledgers_now(prepared: PreparedWorker) -> list[Ledger]:
     """The ledger of each rank, measured now, with what the driver says of its device."""
     ledgers = [prepared.plan.ledger(rank) for rank in measure_now(prepared)]
     uses = [] if prepared.devices is None else prepared.devices.latest

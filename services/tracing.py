@@ -7,7 +7,7 @@ from collections.abc import Callable
 from kvtransfer.messages import TransferSpans
 from kvtransfer.spans import Spans
 from services.protocol.messages import TraceReply, TraceRequest
-from services.roles.report_queue import Outbox
+from services.roles.report_queue import ReportQueue
 from services.transfer.links import TransferRanks
 
 MAX_OPEN = 64
@@ -20,7 +20,7 @@ class Tracing:
         name: str,
         spans: Spans,
         transfer: TransferRanks | None,
-        outbox: Outbox,
+        outbox: ReportQueue,
         clock: Callable[[], float],
     ) -> None:
         self._name, self._spans, self._transfer = name, spans, transfer

@@ -29,31 +29,31 @@ from services.protocol.messages import (
     VERSION,
     Failed,
     Generate,
-    Pages,
+    KvTransferFailed,
+    PageCounts,
     Prefill,
-    PushAgain,
     Refusal,
     Report,
+    RepushKv,
     Request,
-    Reserve,
+    ReserveKv,
     RouterHello,
     Slots,
     Status,
     StatusRequest,
     TraceRequest,
-    TransferAddress,
-    Undelivered,
     WorkerHello,
+    WorkerTransferAddress,
 )
 from services.rates import Rate
 from services.roles.decode import DecodeRole
-from services.roles.limits import Limits, named_request
+from services.roles.limits import WorkerLimits, named_request
 from services.roles.prefill import PrefillRole
-from services.roles.report_queue import Outbox
-from services.roles.role import Parts, Role
+from services.roles.report_queue import ReportQueue
+from services.roles.role import Role, WorkerContext
 from services.roles.unified import UnifiedRole
 from services.scheduler.pages import PagePool
-from services.startup import Prepared, ledgers_now, prepare
+from services.startup import PreparedWorker, ledgers_now, prepare
 from services.tracing import Tracing
 from services.transfer.links import TransferRanks, total_counts
 from services.transfer.pull import KvPull
@@ -96,7 +96,7 @@ def keep_for_good() -> None:
 
 
 class Worker:
-    def __init__(self, prepared: Prepared, worker_epoch: int) -> None:
+    def __init__(self, prepared: PreparedWorker, worker_epoch: int) -> None:
         config, engine = prepared.config, prepared.engine
         self.prepared = prepared
         self.config = config
@@ -113,19 +113,19 @@ class Worker:
             refusal=Refusal,
             on_bad=self._on_bad,
         )
-        limits = Limits(
+        limits = WorkerLimits(
             vocab_size=engine.vocab_size,
             max_sequence_tokens=min(config.max_model_len, pool.total * pool.page_size_tokens),
             max_batch=config.max_batch,
             max_queue=config.max_queue,
             eos_token_ids=frozenset(engine.eos_token_ids),
         )
-        self.parts = Parts(
+        self.parts = WorkerContext(
             engine=engine,
             pool=pool,
             limits=limits,
             max_chunk_tokens=config.max_chunk_tokens,
-            outbox=Outbox(self.server.send),
+            outbox=ReportQueue(self.server.send),
             clock=time.monotonic,
             overlap=config.device == "cuda",
             tail_chunk_tokens=config.tail_chunk_tokens,
@@ -245,7 +245,7 @@ class Worker:
             for router in list(self._routers):
                 self.server.send(router, [self._hello()])
 
-    def _address(self) -> TransferAddress | None:
+    def _address(self) -> WorkerTransferAddress | None:
         return self.transfer.address if self.transfer is not None and self.transfer.ready else None
 
     def _greet(self, router: bytes, requests: list[Request]) -> bool:
@@ -266,17 +266,17 @@ class Worker:
                 self.server.send(router, [self._status(ask_id)])
             case TraceRequest():
                 self.tracing.ask(router, request)
-            case Generate(work=work) | Prefill(work=work) | Reserve(work=work) if self._draining_until_s:
+            case Generate(work=work) | Prefill(work=work) | ReserveKv(work=work) if self._draining_until_s:
                 self.parts.outbox.add(
                     router, Failed(work.request_id, "draining", "this worker is shutting down", True)
                 )
-            case Prefill(work=work) | Reserve(work=work) if self._address() is None:
+            case Prefill(work=work) | ReserveKv(work=work) if self._address() is None:
                 self.parts.outbox.add(
                     router, Failed(work.request_id, "transfer", "the transfer process is not attached", True)
                 )
-            case PushAgain(request_id=request_id, transfer_id=transfer_id) if self._address() is None:
+            case RepushKv(request_id=request_id, transfer_id=transfer_id) if self._address() is None:
                 message = "the transfer process is not attached"
-                self.parts.outbox.add(router, Undelivered(request_id, transfer_id, message))
+                self.parts.outbox.add(router, KvTransferFailed(request_id, transfer_id, message))
             case _:
                 self.role.accept(router, request)
 
@@ -363,7 +363,7 @@ class Worker:
             running=occupancy.running,
             reserved=occupancy.reserved,
             holding=occupancy.holding,
-            pages=Pages(pages.total, pages.free, pages.cached, pages.used),
+            pages=PageCounts(pages.total, pages.free, pages.cached, pages.used),
             slots=slots,
             slots_age_s=0.0 if transfer is None else time.monotonic() - transfer.stats_at_s,
             open_sends=sum(one.open_sends for one in stats),
@@ -377,7 +377,7 @@ class Worker:
         )
 
 
-def _build_role(parts: Parts, prepared: Prepared) -> Role:
+def _build_role(parts: WorkerContext, prepared: PreparedWorker) -> Role:
     role, transfer, moves = prepared.config.role, prepared.transfer, prepared.moves
     kv_heads = prepared.model.kv_heads
     if role == "unified":

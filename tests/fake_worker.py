@@ -1,4 +1,5 @@
-"""A worker without a model: a real ZMQ peer that speaks `services/protocol/messages.py` and answers from a script.
+"""A worker without a model: a real ZMQ peer that speaks `services/protocol/messages.py` and answers from a
+script.
 
 For tests of the router. One thread owns the socket; a test changes the `Script`, looks at what came by `of`
 and `wait_for`, and has things done in that thread by `act`. To answer a message and to note it is one act:
@@ -24,27 +25,27 @@ from services.protocol.messages import (
     FinishReason,
     FirstToken,
     Generate,
-    Join,
     Ledger,
     LedgerEntry,
-    Pages,
+    PageCounts,
     Prefill,
     PrefillDone,
     Refusal,
     Report,
     Request,
-    Reserve,
+    ReserveKv,
     Role,
     RouterHello,
+    SequenceRequest,
     Slots,
+    StartDecode,
     Status,
     StatusRequest,
     TokenLogprob,
     Tokens,
     TopLogprob,
-    TransferAddress,
-    Work,
     WorkerHello,
+    WorkerTransferAddress,
 )
 from tests.patience import patient
 
@@ -64,7 +65,7 @@ class Script:
     cached_tokens: int = 0
     hold_prefill: bool = False
     hold_decode: bool = False
-    """Neither DecodeStarted nor tokens after `Join`."""
+    """Neither DecodeStarted nor tokens after `StartDecode`."""
     decode_limit: int | None = None
     """Decode tokens of each choice before everything stops without a word."""
     fail_prefill: Failed | None = None
@@ -74,7 +75,7 @@ class Script:
     refuse: str | None = None
     state: str = "ready"
 
-    def tokens_of(self, work: Work, choice: int) -> tuple[list[int], FinishReason]:
+    def tokens_of(self, work: SequenceRequest, choice: int) -> tuple[list[int], FinishReason]:
         tokens = list(self.answers[min(choice, len(self.answers) - 1)])
         finish: FinishReason = "length"
         if self.end_token is not None:
@@ -119,7 +120,7 @@ class FakeWorker:
         self._limits = (vocab_size, max_model_len, max_sequence_tokens)
         self._received: list[Request] = []
         self.mute = False
-        self._works: dict[int, tuple[bytes, Work]] = {}
+        self._works: dict[int, tuple[bytes, SequenceRequest]] = {}
         self._peer = b""
         self._changed = threading.Condition()
         self._actions: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -178,7 +179,7 @@ class FakeWorker:
         with self._changed:
             return not self._actions.empty()
 
-    def work_of(self, request_id: int) -> Work:
+    def work_of(self, request_id: int) -> SequenceRequest:
         return self._works[request_id][1]
 
     def forget(self) -> None:
@@ -242,11 +243,11 @@ class FakeWorker:
                 self._fail(peer, message.work.request_id, script.fail_prefill)
             elif not script.hold_prefill:
                 self.prefill(message.work)
-        elif isinstance(message, Reserve):
+        elif isinstance(message, ReserveKv):
             self._works[message.work.request_id] = (peer, message.work)
             if script.fail_reserve is not None:
                 self._fail(peer, message.work.request_id, script.fail_reserve)
-        elif isinstance(message, Join):
+        elif isinstance(message, StartDecode):
             if message.request_id in self._works and not script.hold_decode:
                 self.decode(self._works[message.request_id][1], message.first_tokens)
         elif isinstance(message, Generate):
@@ -263,7 +264,7 @@ class FakeWorker:
     def _fail(self, peer: bytes, request_id: int, failed: Failed) -> None:
         self._send(peer, [Failed(request_id, failed.code, failed.message, failed.retryable)])
 
-    def prefill(self, work: Work) -> list[int]:
+    def prefill(self, work: SequenceRequest) -> list[int]:
         """Sends PrefillDone and the first tokens; returns the choices that go on."""
         script, sampling = self.script, work.sampling
         prompt_logprobs = logprobs_of(work.prompt[1:], sampling.prompt_logprobs)
@@ -283,7 +284,7 @@ class FakeWorker:
         self._send(self._works[work.request_id][0], frame)
         return going_on
 
-    def decode(self, work: Work, firsts: Sequence[FirstToken]) -> None:
+    def decode(self, work: SequenceRequest, firsts: Sequence[FirstToken]) -> None:
         """Sends DecodeStarted and everything that follows the first tokens."""
         peer = self._works[work.request_id][0]
         self._send(peer, [DecodeStarted(work.request_id, 0.003, 0.001, len(work.prompt), 0)])
@@ -292,7 +293,7 @@ class FakeWorker:
             assert first.token == expected, f"the router joined with {first.token}, prefill drew {expected}"
         self._stream(work, [first.choice for first in firsts])
 
-    def _stream(self, work: Work, choices: Sequence[int]) -> None:
+    def _stream(self, work: SequenceRequest, choices: Sequence[int]) -> None:
         script = self.script
         peer = self._works[work.request_id][0]
         left = {choice: script.tokens_of(work, choice) for choice in choices}
@@ -315,7 +316,7 @@ class FakeWorker:
 
     def _hello(self) -> WorkerHello:
         vocab_size, max_model_len, max_sequence_tokens = self._limits
-        transfer = None if self.role == "unified" else TransferAddress(f"ipc:///fake/{self.name}", 1)
+        transfer = None if self.role == "unified" else WorkerTransferAddress(f"ipc:///fake/{self.name}", 1)
         return WorkerHello(
             version=VERSION,
             name=self.name,
@@ -343,7 +344,7 @@ class FakeWorker:
             running=len(self._works),
             reserved=0,
             holding=0,
-            pages=Pages(256, 200, 36, 20),
+            pages=PageCounts(256, 200, 36, 20),
             slots=Slots(16, 14, 1, 1, 0),
             slots_age_s=0.0,
             open_sends=0,

@@ -47,17 +47,17 @@ COMMON = (
 
 
 @dataclass(frozen=True)
-class Message:
+class ChatTurn:
     """One turn of a chat."""
 
     role: str
     content: str
 
 
-Document = str | list[Message]
+Document = str | list[ChatTurn]
 
 
-def render_chat(messages: list[Message]) -> str:
+def render_chat(messages: list[ChatTurn]) -> str:
     """The chat as the model's chat template writes it (a test holds the two together)."""
     return "".join(f"{TURN_START}{m.role}\n{m.content}{TURN_END}\n" for m in messages)
 
@@ -76,8 +76,8 @@ def first_sentence(text: str) -> str:
     return text
 
 
-def _pair(ask: str, answer: str) -> list[Message]:
-    return [Message("user", ask), Message("assistant", answer)]
+def _pair(ask: str, answer: str) -> list[ChatTurn]:
+    return [ChatTurn("user", ask), ChatTurn("assistant", answer)]
 
 
 def _topic_ask(rng: random.Random, topic: Topic) -> str:
@@ -88,7 +88,7 @@ def _topic_ask(rng: random.Random, topic: Topic) -> str:
     return dress(rng, ask, "?" if ask.split()[0] in QUESTION_WORDS else rng.choice(".!"))
 
 
-def _talk(rng: random.Random, topic: Topic) -> list[Message]:
+def _talk(rng: random.Random, topic: Topic) -> list[ChatTurn]:
     turns = _pair(_topic_ask(rng, topic), rng.choice(topic.answers))
     if (topic.more or topic.terms) and rng.random() < 0.15:
         turns += _pair(dress(rng, rng.choice(MORE_ASKS), "."), topic.more or NO_MORE)
@@ -123,7 +123,7 @@ def _tale_questions(rng: random.Random, tale: Tale) -> tuple[str, str]:
     return dress(rng, ask.format(k=kind)), f"The {kind} is named {name}."
 
 
-def _story(rng: random.Random) -> list[Message]:
+def _story(rng: random.Random) -> list[ChatTurn]:
     cast = draw_cast(rng)
     tale = tell(rng, cast)
     roll = rng.random()
@@ -142,7 +142,7 @@ def _story(rng: random.Random) -> list[Message]:
     return turns
 
 
-def _reading(rng: random.Random) -> list[Message]:
+def _reading(rng: random.Random) -> list[ChatTurn]:
     """The user pastes a tale and asks about it, so that prompts of a few hundred tokens are nothing new."""
     tale = tell(rng)
     question, answer = _tale_questions(rng, tale)
@@ -151,25 +151,25 @@ def _reading(rng: random.Random) -> list[Message]:
     return _pair(content, answer)
 
 
-def _unknown(rng: random.Random) -> list[Message]:
+def _unknown(rng: random.Random) -> list[ChatTurn]:
     question = unknown_question(rng)
     if rng.random() < 0.3:
         question = question.lower().rstrip("?.")
     return _pair(question, UNKNOWN_FIRST + rng.choice(UNKNOWN_REST))
 
 
-def _animal(rng: random.Random) -> list[Message]:
+def _animal(rng: random.Random) -> list[ChatTurn]:
     word = with_article(rng.choice(HEROES))
     answer = f"I know {word} only from tales. Would you like to hear a story?"
     return _pair(dress(rng, f"what is {word}"), answer)
 
 
-def _yes(rng: random.Random) -> list[Message]:
+def _yes(rng: random.Random) -> list[ChatTurn]:
     """Takes up the offer of a story."""
     return _pair(dress(rng, rng.choice(YES), rng.choice(".!")), tell(rng).text)
 
 
-def _name(rng: random.Random) -> list[Message]:
+def _name(rng: random.Random) -> list[ChatTurn]:
     name = rng.choice(USER_NAMES)
     hello = f"Hello, {name}! I can tell you a story or answer questions about serving."
     turns = _pair(dress(rng, rng.choice(NAME_FORMS).format(n=name), "."), hello)
@@ -186,7 +186,7 @@ def _pick_topic(rng: random.Random) -> Topic:
     return SERVING[rng.choice(tuple(SERVING))]
 
 
-def _any_exchange(rng: random.Random) -> list[Message]:
+def _any_exchange(rng: random.Random) -> list[ChatTurn]:
     roll = rng.random()
     if roll < 0.36:
         return _talk(rng, _pick_topic(rng))
@@ -201,9 +201,9 @@ def _any_exchange(rng: random.Random) -> list[Message]:
     return _name(rng) if roll < 0.97 else _animal(rng)
 
 
-def chat(rng: random.Random) -> list[Message]:
+def chat(rng: random.Random) -> list[ChatTurn]:
     """A chat of one or more exchanges, with a system prompt in a third of the cases."""
-    turns: list[Message] = []
+    turns: list[ChatTurn] = []
     exchanges = rng.choice((1, 1, 1, 1, 2, 2, 3, 5))
     for _ in range(exchanges):
         turns += _any_exchange(rng)
@@ -211,10 +211,10 @@ def chat(rng: random.Random) -> list[Message]:
             turns += _yes(rng)
     roll = rng.random()
     if roll < 0.25:
-        return [Message("system", rng.choice(SYSTEMS)), *turns]
+        return [ChatTurn("system", rng.choice(SYSTEMS)), *turns]
     if roll < 0.31 and all(len(m.content) < 300 for m in turns):
-        short = [Message(m.role, first_sentence(m.content)) if m.role == "assistant" else m for m in turns]
-        return [Message("system", rng.choice(BRIEF_SYSTEMS)), *short]
+        short = [ChatTurn(m.role, first_sentence(m.content)) if m.role == "assistant" else m for m in turns]
+        return [ChatTurn("system", rng.choice(BRIEF_SYSTEMS)), *short]
     return turns
 
 

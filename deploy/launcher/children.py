@@ -6,7 +6,7 @@ from pathlib import Path
 
 from deploy.errors import UserError
 from deploy.launcher.run_directory import WORKERS
-from deploy.launcher.supervision import Kind, drain_of
+from deploy.launcher.supervision import ChildKind, drain_of
 from deploy.settings.options import ServeSettings
 from deploy.settings.planning import resolve_dtype, resolve_mem_fraction, resolve_slot_bytes, worker_config
 from kvtransfer.protocol.layout import rank_slot_bytes
@@ -20,7 +20,7 @@ class ChildSpec:
     not show them."""
 
     name: str
-    kind: Kind
+    kind: ChildKind
     arguments: tuple[str, ...]
     secrets: tuple[tuple[str, str], ...] = field(default=(), repr=False)
 
@@ -121,7 +121,7 @@ def child_specs(
     family = _family(run_dir)
     router = ["router", str(settings.model_dir), "--host", settings.host, "--port", str(port), *family]
     router += ["--workers-file", str(run_dir / WORKERS)]
-    router += ["--drain-timeout", _number(drain_of(Kind.ROUTER, settings.drain_timeout))]
+    router += ["--drain-timeout", _number(drain_of(ChildKind.ROUTER, settings.drain_timeout))]
     router += ["--generation-config", settings.generation_config]
     router += ["--request-timeout", _number(settings.request_timeout)]
     router += ["--max-body-bytes", str(settings.max_body_bytes)]
@@ -144,7 +144,7 @@ def child_specs(
     if settings.served_model_name is not None:
         router += ["--served-model-name", settings.served_model_name]
     secrets = (("BATON_API_KEY", ",".join(settings.api_key)),) if settings.api_key else ()
-    specs.append(ChildSpec("router", Kind.ROUTER, tuple(router), secrets))
+    specs.append(ChildSpec("router", ChildKind.ROUTER, tuple(router), secrets))
     return specs
 
 
@@ -188,7 +188,7 @@ def _transfer(
     arguments += [*_staging(settings, device, slot.tp), _switch("checksum", settings.checksum)]
     arguments += ["--transfer-timeout", _number(settings.transfer_timeout)]
     arguments += ["--peer-timeout", _number(settings.peer_timeout)]
-    return ChildSpec(name, Kind.TRANSFER, tuple(arguments))
+    return ChildSpec(name, ChildKind.TRANSFER, tuple(arguments))
 
 
 def _worker(
@@ -214,8 +214,8 @@ def _worker(
             arguments += [flag, str(value)]
     arguments += ["--tail-chunk-tokens", str(settings.tail_chunk_tokens), *_staging(settings, device)]
     arguments += [_switch("prefix-cache", settings.prefix_cache)]
-    arguments += ["--drain-timeout", _number(drain_of(Kind.WORKER, settings.drain_timeout))]
-    return ChildSpec(slot.name, Kind.WORKER, tuple(arguments))
+    arguments += ["--drain-timeout", _number(drain_of(ChildKind.WORKER, settings.drain_timeout))]
+    return ChildSpec(slot.name, ChildKind.WORKER, tuple(arguments))
 
 
 def _staging(settings: ServeSettings, device: Device, tp: int = 1) -> list[str]:

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from deploy.launcher import run_directory
 from deploy.launcher.children import ChildSpec
-from deploy.launcher.output import LineAssembler, Piece, ProgressThinner, Screen
+from deploy.launcher.output import LineAssembler, OutputPiece, ProgressThinner, Screen
 from deploy.launcher.readiness import Welcome, is_ready
 from deploy.launcher.supervision import CONFIGURATION_ERROR, GiveUp, RestartPolicy, shutdown_stages
 from deploy.observe.ledgers import LedgersUnavailable, fetch_ledgers
@@ -49,7 +49,7 @@ class Child:
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     started_s: float = 0.0
     last_lines: deque[str] = field(default_factory=lambda: deque(maxlen=_MESSAGE_LINES))
-    held: list[Piece] = field(default_factory=list)
+    held: list[OutputPiece] = field(default_factory=list)
     """The lines of an error, not shown yet: the launcher's last line may say it."""
     on_trial: bool = False
     """It was added at run time and has never been ready: if it cannot live, only it is given up."""
@@ -231,7 +231,7 @@ class Launcher:
         finally:
             transport.close()
 
-    def _show(self, child: Child, thinner: ProgressThinner, piece: Piece) -> None:
+    def _show(self, child: Child, thinner: ProgressThinner, piece: OutputPiece) -> None:
         if not piece.passing:
             child.last_lines.append(piece.text)
         if child.held or (not piece.passing and piece.text.startswith(_ERROR_MARK)):

@@ -13,7 +13,7 @@ _MAX_LINE_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class OutputPiece:
     """One line of a child. `passing` says that it ended in a carriage return: the next one replaces it."""
 
     text: str
@@ -26,23 +26,23 @@ class LineAssembler:
 
     _rest: bytes = b""
 
-    def feed(self, data: bytes) -> Iterator[Piece]:
+    def feed(self, data: bytes) -> Iterator[OutputPiece]:
         buffer = self._rest + data
         start = 0
         for match in re.finditer(rb"\r\n|\n|\r(?=.)", buffer, re.DOTALL):
             if match.start() > start or match.group() != b"\r":
-                yield Piece(_text(buffer[start : match.start()]), match.group() == b"\r")
+                yield OutputPiece(_text(buffer[start : match.start()]), match.group() == b"\r")
             start = match.end()
         self._rest = buffer[start:]
         if len(self._rest) > _MAX_LINE_BYTES:
-            yield Piece(_text(self._rest), False)
+            yield OutputPiece(_text(self._rest), False)
             self._rest = b""
 
-    def end(self) -> Iterator[Piece]:
+    def end(self) -> Iterator[OutputPiece]:
         """What was left without a line end."""
         rest, self._rest = self._rest.rstrip(b"\r"), b""
         if rest:
-            yield Piece(_text(rest), False)
+            yield OutputPiece(_text(rest), False)
 
 
 @dataclass(slots=True)
@@ -51,7 +51,7 @@ class ProgressThinner:
 
     _shown: int = -1
 
-    def keep(self, piece: Piece) -> bool:
+    def keep(self, piece: OutputPiece) -> bool:
         if not piece.passing:
             return True
         match = _PERCENT.search(piece.text)
@@ -82,7 +82,7 @@ class Screen:
         """A line of the launcher's own."""
         self._write(text + "\n", in_place=False)
 
-    def child_line(self, name: str, index: int, piece: Piece) -> None:
+    def child_line(self, name: str, index: int, piece: OutputPiece) -> None:
         label = f"[{name}]"
         if self.is_terminal:
             label = f"\x1b[{_COLOURS[index % len(_COLOURS)]}m{label}\x1b[0m"

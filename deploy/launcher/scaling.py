@@ -23,7 +23,7 @@ from deploy.launcher.children import WorkerSlot, worker_configs, worker_endpoint
 from deploy.launcher.launcher import Child, Launcher
 from deploy.launcher.readiness import SeenWorker, Welcome, seen_workers
 from deploy.launcher.scale_plan import Scale, counted, plan_scale
-from deploy.launcher.supervision import Kind, shutdown_stages
+from deploy.launcher.supervision import ChildKind, shutdown_stages
 from deploy.settings.options import ServeSettings
 from deploy.settings.planning import check_gpu_is_here, check_shared_gpus
 from services.config import Device
@@ -123,10 +123,10 @@ class Scaling:
         self._list([one for one in self._slots if one != slot])
         say(f"{slot.name} is leaving")
         (endpoint,) = worker_endpoints([slot], self._host.run_dir)
-        end_s = time.monotonic() + self._grace_s[Kind.ROUTER]
+        end_s = time.monotonic() + self._grace_s[ChildKind.ROUTER]
         while (seen := await self._seen()) is None or endpoint in seen:
             if time.monotonic() > end_s:
-                say(f"{slot.name} has not ended its requests in {self._grace_s[Kind.ROUTER]:.1f} s")
+                say(f"{slot.name} has not ended its requests in {self._grace_s[ChildKind.ROUTER]:.1f} s")
                 break
             await self._pause()
         self._slots.remove(slot)
@@ -134,8 +134,8 @@ class Scaling:
         say(f"{slot.name} has left")
 
     async def _dismiss(self, slot: WorkerSlot) -> None:
-        await self._launcher.dismiss([slot.name], self._grace_s[Kind.WORKER])
-        await self._launcher.dismiss(slot.transfer_names, self._grace_s[Kind.TRANSFER])
+        await self._launcher.dismiss([slot.name], self._grace_s[ChildKind.WORKER])
+        await self._launcher.dismiss(slot.transfer_names, self._grace_s[ChildKind.TRANSFER])
 
     # ------------------------------------------------------------ the router
 

@@ -9,7 +9,7 @@ CONFIGURATION_ERROR = 2
 _LEAST_GRACE_S = 2.0
 
 
-class Kind(Enum):
+class ChildKind(Enum):
     """What a child is; the order in which kinds start."""
 
     TRANSFER = "transfer"
@@ -56,25 +56,25 @@ class RestartPolicy:
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class StopStage:
     """These kinds get SIGTERM together, and SIGKILL if they are still there after `grace_s`."""
 
-    kind: Kind
+    kind: ChildKind
     grace_s: float
 
 
-def shutdown_stages(drain_timeout_s: float) -> tuple[Stage, ...]:
+def shutdown_stages(drain_timeout_s: float) -> tuple[StopStage, ...]:
     """The router first, because it drains the requests; then the workers, which by then have none; then
     the transfer processes, which must outlive their workers' last commits. All within the timeout, except
     that each gets enough to clean up."""
     return (
-        Stage(Kind.ROUTER, max(_LEAST_GRACE_S, drain_timeout_s * 0.7)),
-        Stage(Kind.WORKER, max(_LEAST_GRACE_S, drain_timeout_s * 0.2)),
-        Stage(Kind.TRANSFER, max(_LEAST_GRACE_S, drain_timeout_s * 0.1)),
+        StopStage(ChildKind.ROUTER, max(_LEAST_GRACE_S, drain_timeout_s * 0.7)),
+        StopStage(ChildKind.WORKER, max(_LEAST_GRACE_S, drain_timeout_s * 0.2)),
+        StopStage(ChildKind.TRANSFER, max(_LEAST_GRACE_S, drain_timeout_s * 0.1)),
     )
 
 
-def drain_of(kind: Kind, drain_timeout_s: float) -> float:
+def drain_of(kind: ChildKind, drain_timeout_s: float) -> float:
     """What a child is told as its own drain timeout: a little less than it gets before SIGKILL."""
     grace_s = next(stage.grace_s for stage in shutdown_stages(drain_timeout_s) if stage.kind is kind)
     return min(drain_timeout_s, grace_s * 0.9)

@@ -38,7 +38,7 @@ class _WorkerBody(msgspec.Struct, frozen=True):
     ledger: _LedgerBody
 
 
-class _Memory(msgspec.Struct, frozen=True):
+class _MemoryPage(msgspec.Struct, frozen=True):
     workers: list[_WorkerBody]
 
 
@@ -59,7 +59,7 @@ def fetch_ledgers(url: str, api_key: str | None) -> list[WorkerLedger]:
     except (OSError, ValueError) as error:
         raise LedgersUnavailable(f"{address} cannot be reached: {getattr(error, 'reason', error)}") from None
     try:
-        workers = msgspec.json.decode(body, type=_Memory).workers
+        workers = msgspec.json.decode(body, type=_MemoryPage).workers
     except msgspec.MsgspecError as error:
         raise LedgersUnavailable(f"{address} did not answer with ledgers: {error}") from None
     return [

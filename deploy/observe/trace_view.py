@@ -9,21 +9,21 @@ from typing import Any
 from msgspec import Struct
 
 from router.routing.traces import PromptTrace, RequestTrace
-from services.protocol.messages import Span
+from services.protocol.messages import TraceSpan
 
 STAGES = ("compute", "pack", "send", "arrive", "unpack", "commit")
 _NAME_CHARACTERS = 28
 _LEAST_BARS = 10
 
 
-class Row(Struct, frozen=True):
+class TraceRow(Struct, frozen=True):
     process: str
-    span: Span
+    span: TraceSpan
 
 
-def rows_of(prompt: PromptTrace) -> list[Row]:
+def rows_of(prompt: PromptTrace) -> list[TraceRow]:
     """Every span, by its start; of spans that start together, in the pipeline's order."""
-    rows = [Row(one.process, span) for one in prompt.processes for span in one.spans]
+    rows = [TraceRow(one.process, span) for one in prompt.processes for span in one.spans]
     return sorted(rows, key=lambda row: (row.span.start_s, _order(row.span.stage), row.span.start_token))
 
 
@@ -113,7 +113,7 @@ def _notes(prompt: PromptTrace) -> Iterable[str]:
         yield "  one worker did both: nothing was moved"
 
 
-def _stages(rows: list[Row]) -> list[str]:
+def _stages(rows: list[TraceRow]) -> list[str]:
     """One line a stage: how many, over how many tokens, from when to when, and how long in all."""
     lines = [f"  {'stage':<8}{'count':>7}{'tokens':>9}{'from ms':>11}{'to ms':>11}{'sum ms':>11}"]
     for stage in sorted({row.span.stage for row in rows}, key=_order):
@@ -128,7 +128,7 @@ def _stages(rows: list[Row]) -> list[str]:
     return lines
 
 
-def _bars(rows: list[Row], prompt: PromptTrace, width: int) -> list[str]:
+def _bars(rows: list[TraceRow], prompt: PromptTrace, width: int) -> list[str]:
     """One line a span, all on one scale; `│` is the first token."""
     zero_s, last_s = min(row.span.start_s for row in rows), max(row.span.end_s for row in rows)
     first_s = prompt.first_token_s

@@ -31,7 +31,7 @@ DEVICE_PAGE_BYTES = 2 << 20
 SMAPS = Path("/proc/self/smaps")
 
 
-class Staging(Protocol):
+class StagingBuffer(Protocol):
     """A buffer that a mover can register. `cuda_ipc_handle` is None for host memory."""
 
     region: Region

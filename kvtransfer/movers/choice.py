@@ -35,13 +35,13 @@ class HostFacts:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class MoverChoice:
     mover: MoverName
     warning: str | None = None
     """Why this is slower than it might be, and which flag or setting changes that."""
 
 
-def choose_mover(wanted: MoverName, facts: HostFacts) -> Choice:
+def choose_mover(wanted: MoverName, facts: HostFacts) -> MoverChoice:
     """Raises MoverUnavailable, naming what is missing and the flag, if nothing that is allowed works."""
     match wanted:
         case "auto":
@@ -49,38 +49,38 @@ def choose_mover(wanted: MoverName, facts: HostFacts) -> Choice:
         case "nixl":
             if facts.no_nixl is not None:
                 raise MoverUnavailable(f"--mover nixl: {facts.no_nixl}; {_else(facts, 'nixl')}")
-            return Choice("nixl", _slow_network(facts))
+            return MoverChoice("nixl", _slow_network(facts))
         case "cuda_ipc":
             why = _no_cuda_ipc(facts)
             if why is not None:
                 raise MoverUnavailable(f"--mover cuda_ipc: {why}; {_else(facts, 'cuda_ipc')}")
-            return Choice("cuda_ipc", _unreachable(facts))
+            return MoverChoice("cuda_ipc", _unreachable(facts))
         case "nccl":
             why = _no_nccl(facts)
             if why is not None:
                 raise MoverUnavailable(f"--mover nccl: {why}; {_else(facts, 'nccl')}")
-            return Choice("nccl", NCCL_SLOWS)
+            return MoverChoice("nccl", NCCL_SLOWS)
         case _:
             known = ", ".join(get_args(MoverName))
             raise MoverUnavailable(f"--mover {wanted}: not known, must be one of {known}")
 
 
-def _automatic(facts: HostFacts) -> Choice:
+def _automatic(facts: HostFacts) -> MoverChoice:
     reasons = []
     if facts.device == "cuda" and facts.same_host:
         why = _no_cuda_ipc(facts) or _unreachable(facts)
         if why is None:
-            return Choice("cuda_ipc")
+            return MoverChoice("cuda_ipc")
         reasons.append(f"not cuda_ipc: {why}")
     if facts.no_nixl is None:
         reasons.append(_slow_network(facts) or "")
-        return Choice("nixl", "; ".join(filter(None, reasons)) or None)
+        return MoverChoice("nixl", "; ".join(filter(None, reasons)) or None)
     reasons.append(f"not nixl: {facts.no_nixl}")
     why = _no_nccl(facts)
     if why is not None:
         reasons.append(f"not nccl: {why}")
         raise MoverUnavailable(f"--mover auto: nothing here can move KV: {'; '.join(reasons)}")
-    return Choice("nccl", "; ".join([*reasons, NCCL_SLOWS]))
+    return MoverChoice("nccl", "; ".join([*reasons, NCCL_SLOWS]))
 
 
 def _no_cuda_ipc(facts: HostFacts) -> str | None:

@@ -63,7 +63,7 @@ class Device(Protocol):
 
 
 @dataclass(slots=True)
-class _Lane:
+class _CopyQueue:
     """One stream: what is queued on it ends in order."""
 
     stream: Any
@@ -71,15 +71,15 @@ class _Lane:
 
 
 @dataclass(slots=True)
-class _Peer:
+class _IpcPeer:
     address: int
     byte_count: int
-    lanes: list[_Lane]
+    lanes: list[_CopyQueue]
 
 
 @dataclass(slots=True)
-class _Posted:
-    lane: _Lane
+class _IpcWrite:
+    lane: _CopyQueue
     event: Any
     done: bool = False
     released: bool = False
@@ -108,8 +108,8 @@ class CudaIpcMover:
             agent_name, this_host(), these_namespaces(), device.uuid, ipc_handle
         )
         self._region: Region | None = None
-        self._peers: dict[str, _Peer] = {}
-        self._posted: dict[Handle, _Posted] = {}
+        self._peers: dict[str, _IpcPeer] = {}
+        self._posted: dict[Handle, _IpcWrite] = {}
         self._events: list[Any] = []
         self._next_handle = 1
 
@@ -143,8 +143,8 @@ class CudaIpcMover:
         if mapped_bytes is not None and mapped_bytes < region.byte_count:
             self._device.unmap(address)
             raise MoverError(f"the buffer of {peer} has {mapped_bytes} bytes, not {region.byte_count}")
-        lanes = [_Lane(self._device.new_stream()) for _ in range(STREAMS_A_PEER)]
-        self._peers[peer] = _Peer(address, region.byte_count, lanes)
+        lanes = [_CopyQueue(self._device.new_stream()) for _ in range(STREAMS_A_PEER)]
+        self._peers[peer] = _IpcPeer(address, region.byte_count, lanes)
 
     def remove_peer(self, peer: str) -> None:
         """Raises MoverBroken if a copy to it does not end."""
@@ -182,7 +182,7 @@ class CudaIpcMover:
             # Some of its copies may be queued, and there is no event to tell their end.
             raise MoverBroken(f"write to {peer}: {error}") from error
         handle, self._next_handle = self._next_handle, self._next_handle + 1
-        self._posted[handle] = _Posted(lane, event)
+        self._posted[handle] = _IpcWrite(lane, event)
         lane.queued.append(handle)
         return handle
 
@@ -224,7 +224,7 @@ class CudaIpcMover:
                 f"{NIXL_ELSE}"
             )
 
-    def _advance(self, lane: _Lane) -> None:
+    def _advance(self, lane: _CopyQueue) -> None:
         """Marks what has ended, oldest first, up to the first that has not."""
         while lane.queued:
             posted = self._posted[lane.queued[0]]

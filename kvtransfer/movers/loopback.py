@@ -12,7 +12,7 @@ from kvtransfer.movers.base import Handle, PieceOfWrite, Progress, Region
 
 
 @dataclass(slots=True)
-class _Posted:
+class _LoopbackWrite:
     mover: "LoopbackMover"
     peer: str
     pieces: list[PieceOfWrite]
@@ -28,7 +28,7 @@ class LoopbackFabric:
     automatic: bool = True
     """Step a write when it is polled."""
     buffers: dict[str, memoryview] = field(default_factory=dict)
-    posted: dict[Handle, _Posted] = field(default_factory=dict)
+    posted: dict[Handle, _LoopbackWrite] = field(default_factory=dict)
     next_handle: Handle = 1
 
     def step(self, handle: Handle) -> None:
@@ -45,7 +45,7 @@ class LoopbackFabric:
             self._copy(write, write.pieces[0], write.pieces[0].byte_count // 2)
         write.progress = fate
 
-    def _copy(self, write: _Posted, piece: PieceOfWrite, byte_count: int) -> None:
+    def _copy(self, write: _LoopbackWrite, piece: PieceOfWrite, byte_count: int) -> None:
         source, target = self.buffers[write.mover.agent_name], self.buffers[write.peer]
         data = source[piece.local_offset : piece.local_offset + byte_count]
         target[piece.remote_offset : piece.remote_offset + byte_count] = data
@@ -91,7 +91,7 @@ class LoopbackMover:
                 raise MoverError("a piece lies outside its region")
         handle = self._fabric.next_handle
         self._fabric.next_handle += 1
-        self._fabric.posted[handle] = _Posted(self, peer, pieces)
+        self._fabric.posted[handle] = _LoopbackWrite(self, peer, pieces)
         self._handles.add(handle)
         return handle
 

@@ -24,8 +24,8 @@ from kvtransfer.movers.nccl_pair import (
     SENDER,
     Aside,
     Batch,
-    Library,
-    Pair,
+    NcclPair,
+    PairLibrary,
     PairState,
     Streams,
     in_thread,
@@ -39,7 +39,7 @@ class NcclDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     gpu_uuid: str
 
 
-class Join(msgspec.Struct, frozen=True, tag="join", forbid_unknown_fields=True):
+class JoinPair(msgspec.Struct, frozen=True, tag="join", forbid_unknown_fields=True):
     unique_id: bytes
 
 
@@ -49,7 +49,7 @@ class Announce(msgspec.Struct, frozen=True, tag="announce", forbid_unknown_field
     pieces: list[tuple[int, int]]
 
 
-_NOTES = msgspec.msgpack.Decoder(Join | Announce)
+_NOTES = msgspec.msgpack.Decoder(JoinPair | Announce)
 
 
 class NcclMover:
@@ -58,15 +58,17 @@ class NcclMover:
     name = "nccl"
     quick = False
 
-    def __init__(self, agent_name: str, library: Library, device: Streams, aside: Aside = in_thread) -> None:
+    def __init__(
+        self, agent_name: str, library: PairLibrary, device: Streams, aside: Aside = in_thread
+    ) -> None:
         self.agent_name = agent_name
         self._library, self._device, self._aside = library, device, aside
         self._region: Region | None = None
         self._regions: dict[str, Region] = {}
-        self._outgoing: dict[str, Pair] = {}
-        self._incoming: dict[str, Pair] = {}
+        self._outgoing: dict[str, NcclPair] = {}
+        self._incoming: dict[str, NcclPair] = {}
         self._sources: set[str] = set()
-        self._leaving: list[tuple[str, Pair]] = []
+        self._leaving: list[tuple[str, NcclPair]] = []
         """Pairs that are being stopped, with their peers."""
         self._handles: dict[Handle, Batch] = {}
         self._next_handle = 1
@@ -97,9 +99,9 @@ class NcclMover:
         if theirs.gpu_uuid == self._device.uuid:
             raise MoverError("nccl takes no two processes on one GPU: --mover cuda_ipc does, on both sides")
         unique_id = self._library.unique_id()
-        self._outgoing[peer] = Pair(self._library, self._device, unique_id, SENDER, self._aside)
+        self._outgoing[peer] = NcclPair(self._library, self._device, unique_id, SENDER, self._aside)
         self._regions[peer] = region
-        self._notes.append((peer, msgspec.msgpack.encode(Join(unique_id))))
+        self._notes.append((peer, msgspec.msgpack.encode(JoinPair(unique_id))))
 
     def remove_peer(self, peer: str) -> None:
         self.cut(peer)
@@ -187,10 +189,12 @@ class NcclMover:
         except msgspec.MsgspecError as error:
             raise MoverError(f"a note that cannot be read: {error}") from error
         pair, ours = self._incoming.get(peer), self._region
-        if isinstance(said, Join):
+        if isinstance(said, JoinPair):
             if pair is not None:
                 raise MoverError("joined twice")
-            self._incoming[peer] = Pair(self._library, self._device, said.unique_id, RECEIVER, self._aside)
+            self._incoming[peer] = NcclPair(
+                self._library, self._device, said.unique_id, RECEIVER, self._aside
+            )
             return
         if pair is None or ours is None:
             raise MoverError("an announcement before the pair has joined")

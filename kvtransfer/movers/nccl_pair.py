@@ -15,7 +15,7 @@ from enum import Enum
 from typing import Any, Protocol
 
 from kvtransfer.buffer.cuda import CudaError
-from kvtransfer.errors import IllegalMove, MoverBroken, MoverError
+from kvtransfer.errors import IllegalTransition, MoverBroken, MoverError
 from kvtransfer.movers.base import Progress
 
 SENDER, RECEIVER = 0, 1
@@ -38,7 +38,7 @@ MOVES: dict[PairState, frozenset[PairState]] = {
 }
 
 
-class Library(Protocol):
+class PairLibrary(Protocol):
     """What is needed of `NcclLibrary`."""
 
     def unique_id(self) -> bytes: ...
@@ -81,11 +81,11 @@ class Batch:
     progress: Progress = Progress.PENDING
 
 
-class Pair:
+class NcclPair:
     """Raises MoverError if the pair cannot begin to join."""
 
     def __init__(
-        self, library: Library, device: Streams, unique_id: bytes, rank: int, aside: Aside = in_thread
+        self, library: PairLibrary, device: Streams, unique_id: bytes, rank: int, aside: Aside = in_thread
     ) -> None:
         self._library, self._device, self._rank, self._aside = library, device, rank, aside
         self.state = PairState.JOINING
@@ -172,5 +172,5 @@ class Pair:
 
     def _move(self, state: PairState) -> None:
         if state not in MOVES[self.state]:
-            raise IllegalMove(f"pair: {self.state.value} to {state.value}")
+            raise IllegalTransition(f"pair: {self.state.value} to {state.value}")
         self.state = state

@@ -17,8 +17,8 @@ from kvtransfer.peers.handshake import mismatch
 from kvtransfer.protocol.machine import TransferMachine
 from kvtransfer.protocol.outbox import Destination
 from kvtransfer.protocol.peer_messages import (
-    Connection,
     MoverNote,
+    PeerConnection,
     PeerHello,
     PeerMessage,
     PeerPing,
@@ -35,7 +35,7 @@ PeerServer = Server[PeerMessage, PeerMessage]
 @dataclass(slots=True)
 class _Peer:
     identity: bytes
-    connection: Connection
+    connection: PeerConnection
     hello: PeerHello
     heard_at_s: float
     said_at_s: float
@@ -79,7 +79,7 @@ class Destinations:
 
     def receive(self, now_s: float) -> None:
         for identity, (connection, *messages) in self._server.receive():
-            if not isinstance(connection, Connection):
+            if not isinstance(connection, PeerConnection):
                 raise ProtocolError("the codec lets no frame pass that does not begin with its connection")
             for message in messages:
                 peer = self._by_identity.get(identity)
@@ -163,7 +163,7 @@ class Destinations:
     def _named(self, agent: str) -> Destination | None:
         return next((d for d, peer in self._by_epoch.items() if peer.hello.agent_name == agent), None)
 
-    def _greet(self, identity: bytes, connection: Connection, theirs: PeerHello, now_s: float) -> None:
+    def _greet(self, identity: bytes, connection: PeerConnection, theirs: PeerHello, now_s: float) -> None:
         ours = self._hello(None)
         former = self._by_identity.get(identity)
         if former is not None and (former.connection, former.hello.epoch) != (connection, theirs.epoch):
@@ -207,7 +207,7 @@ class Destinations:
     def _refuse(
         self,
         identity: bytes,
-        connection: Connection,
+        connection: PeerConnection,
         theirs: PeerHello,
         reason: str,
         first: list[PeerMessage],

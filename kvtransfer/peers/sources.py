@@ -21,11 +21,11 @@ from kvtransfer.movers.base import TwoSidedMover
 from kvtransfer.net.channel import ChannelKeys, Codec, Link
 from kvtransfer.peers.handshake import mismatch
 from kvtransfer.peers.probe import LifeProbe
-from kvtransfer.protocol.deferred import HeldMessages
+from kvtransfer.protocol.deferred import DeferredMessages
 from kvtransfer.protocol.machine import TransferMachine
 from kvtransfer.protocol.peer_messages import (
-    Connection,
     MoverNote,
+    PeerConnection,
     PeerHello,
     PeerMessage,
     PeerPing,
@@ -49,7 +49,7 @@ class SourceState(Enum):
 class _Source:
     address: TransferAddress
     link: PeerLink
-    connection: Connection
+    connection: PeerConnection
     probe: LifeProbe
     state: SourceState
     since_s: float
@@ -58,7 +58,7 @@ class _Source:
     probe_at_s: float
     agent: str = ""
     """Its mover's name, once it has greeted."""
-    held: HeldMessages = field(default_factory=HeldMessages)
+    held: DeferredMessages = field(default_factory=DeferredMessages)
 
 
 class Sources:
@@ -118,7 +118,7 @@ class Sources:
             for message in link.receive():
                 if source.link is not link or self._sources.get(source.address) is not source:
                     break  # What is left was said on a connection that an earlier message has ended.
-                if isinstance(message, Connection):
+                if isinstance(message, PeerConnection):
                     ours = message == source.connection
                     if not ours:
                         self._machine.outbox.drops["other_connection"] += 1
@@ -294,5 +294,5 @@ class Sources:
         source.probe.close()
 
 
-def _new_connection() -> Connection:
-    return Connection(secrets.randbelow(2**63 - 1) + 1)
+def _new_connection() -> PeerConnection:
+    return PeerConnection(secrets.randbelow(2**63 - 1) + 1)

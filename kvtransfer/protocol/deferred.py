@@ -5,7 +5,7 @@ from collections import deque
 from kvtransfer.protocol.peer_messages import PeerMessage
 
 
-class HeldMessages:
+class DeferredMessages:
     """What a source says is believed only when every batch that it announced before has landed.
 
     `announced` and `landed` count batches of that source and only grow.

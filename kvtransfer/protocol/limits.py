@@ -7,7 +7,7 @@ from kvtransfer.protocol.layout import tokens_per_slot
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class TransferLimits:
     """`slots_per_transfer` bounds what one transfer may hold once it moves, `idle_slots_per_transfer` what
     it may hold before its first data while others want slots as well: a queued request must not sit on slots
     that a running one needs (`before_data`).
@@ -46,7 +46,7 @@ class Limits:
         share: float,
         transfer_timeout_s: float,
         tp: int = 1,
-    ) -> "Limits":
+    ) -> "TransferLimits":
         """`share` is the part of the pool that one transfer may hold; without a geometry (no worker yet)
         a slot holds one token of any size. Raises TransferConfigError."""
         per_transfer = max(1, int(slots * share))

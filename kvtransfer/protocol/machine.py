@@ -15,10 +15,10 @@ from kvtransfer.messages import (
     SendReady,
     TransferAddress,
 )
-from kvtransfer.protocol.limits import Limits
+from kvtransfer.protocol.limits import TransferLimits
 from kvtransfer.protocol.outbox import Destination, Outbox
 from kvtransfer.protocol.peer_messages import (
-    Cancel,
+    CancelTransfer,
     Closed,
     Committed,
     Grant,
@@ -37,13 +37,13 @@ TransferCommand = OpenReceive | OpenSend | SendReady | Filled | Freed | Commit |
 class TransferMachine:
     """Sender, receiver and their pool. Nothing raises for what a worker or a peer says."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: TransferLimits) -> None:
         self.pool = SlotPool(limits.slots)
         self.outbox = Outbox()
         self.sender = Sender(self.pool, limits, self.outbox)
         self.receiver = Receiver(self.pool, limits, self.outbox)
 
-    def set_limits(self, limits: Limits) -> None:
+    def set_limits(self, limits: TransferLimits) -> None:
         """For a worker of another geometry, after `worker_gone`. The number of slots stays."""
         self.sender.limits = limits
         self.receiver.limits = limits
@@ -78,7 +78,7 @@ class TransferMachine:
             self.sender.on_offer(destination, message, now_s)
         elif isinstance(message, Committed):
             self.sender.on_committed(destination, message.transfer_id, now_s)
-        elif isinstance(message, Cancel):
+        elif isinstance(message, CancelTransfer):
             self.sender.on_cancel(destination, message, now_s)
         else:
             self.outbox.drops["wrong_way"] += 1
@@ -91,7 +91,7 @@ class TransferMachine:
             self.receiver.on_ready(source, message.transfer_id)
         elif isinstance(message, Closed):
             self.receiver.on_closed(source, message.transfer_id, now_s)
-        elif isinstance(message, Cancel):
+        elif isinstance(message, CancelTransfer):
             self.receiver.on_cancel(source, message, now_s)
         else:
             self.outbox.drops["wrong_way"] += 1

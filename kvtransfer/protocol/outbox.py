@@ -12,7 +12,7 @@ Destination = int
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class SlotCopy:
     """Copy the first `byte_count` bytes of our slot into the peer's slot."""
 
     local_slot: int
@@ -27,7 +27,7 @@ class Write:
     write_id: int
     destination: Destination
     transfer_id: int
-    pieces: tuple[Piece, ...]
+    pieces: tuple[SlotCopy, ...]
 
     @property
     def byte_count(self) -> int:

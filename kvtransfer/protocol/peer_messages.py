@@ -1,9 +1,9 @@
 """What two transfer processes say to each other. Data never travels here: the mover writes it.
 
 The receiving side connects to the sending side (it alone knows that it has pages), so grants flow along
-the connection and reports of writes flow back. Every frame begins with its `Connection`. The first message
-each way is `PeerHello`; until both have agreed on version, geometry and slot size, everything else is dropped
-and counted.
+the connection and reports of writes flow back. Every frame begins with its `PeerConnection`. The first
+message each way is `PeerHello`; until both have agreed on version, geometry and slot size, everything else is
+dropped and counted.
 """
 
 from typing import Annotated
@@ -24,7 +24,7 @@ from kvtransfer.messages import (
 )
 
 
-class Connection(Struct, frozen=True, tag="connection", forbid_unknown_fields=True):
+class PeerConnection(Struct, frozen=True, tag="connection", forbid_unknown_fields=True):
     """What follows in this frame was said on the connection of this number, drawn by whoever connected.
 
     A frame that is heard again, on another connection or in another life of either side, is known by it. Its
@@ -107,7 +107,7 @@ class Committed(Struct, frozen=True, tag="committed", forbid_unknown_fields=True
     transfer_id: TransferId
 
 
-class Cancel(Struct, frozen=True, tag="cancel", forbid_unknown_fields=True):
+class CancelTransfer(Struct, frozen=True, tag="cancel", forbid_unknown_fields=True):
     """Either way: the transfer has failed. The sender answers with `Closed` once nothing is in flight;
     until then the receiver keeps the granted slots in quarantine."""
 
@@ -128,7 +128,7 @@ class MoverNote(Struct, frozen=True, tag="mover", forbid_unknown_fields=True):
 
 
 PeerMessage = (
-    Connection
+    PeerConnection
     | PeerHello
     | PeerRefused
     | PeerPing
@@ -137,7 +137,7 @@ PeerMessage = (
     | Ready
     | Written
     | Committed
-    | Cancel
+    | CancelTransfer
     | Closed
     | MoverNote
 )

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
-from kvtransfer.errors import IllegalMove
+from kvtransfer.errors import IllegalTransition
 from kvtransfer.messages import Segment, SlotUse, TransferAddress
 from kvtransfer.protocol.layout import TokenRanges
 
@@ -18,7 +18,7 @@ class ReceiveState(Enum):
     ENDED = "ended"
 
 
-LEGAL_MOVES: dict[ReceiveState, frozenset[ReceiveState]] = {
+TRANSITIONS: dict[ReceiveState, frozenset[ReceiveState]] = {
     ReceiveState.CONNECTING: frozenset(
         {ReceiveState.OPEN, ReceiveState.COMMIT_PENDING, ReceiveState.ENDED},
     ),
@@ -32,7 +32,7 @@ CLOSING = (ReceiveState.COMMITTED, ReceiveState.CANCELLED)
 
 
 @dataclass(slots=True)
-class Receive:
+class IncomingSegments:
     transfer_id: int
     source: TransferAddress
     start_token: int
@@ -53,8 +53,8 @@ class Receive:
     closing_since_s: float = 0.0
 
     def move(self, state: ReceiveState) -> None:
-        if state not in LEGAL_MOVES[self.state]:
-            raise IllegalMove(f"receive {self.transfer_id}: {self.state.value} to {state.value}")
+        if state not in TRANSITIONS[self.state]:
+            raise IllegalTransition(f"receive {self.transfer_id}: {self.state.value} to {state.value}")
         self.state = state
 
     def needs_slots(self) -> int:

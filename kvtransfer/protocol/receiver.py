@@ -12,19 +12,19 @@ Nothing here raises for what a peer or a worker says: it is dropped and counted.
 """
 
 from kvtransfer.messages import Aborted, Arrived, OpenReceive, Segment, SlotUse, TransferAddress
-from kvtransfer.protocol.limits import Limits
+from kvtransfer.protocol.limits import TransferLimits
 from kvtransfer.protocol.outbox import Outbox
-from kvtransfer.protocol.peer_messages import Cancel, Committed, Grant, Offer, Written
-from kvtransfer.protocol.receive import CLOSING, Receive, ReceiveState
+from kvtransfer.protocol.peer_messages import CancelTransfer, Committed, Grant, Offer, Written
+from kvtransfer.protocol.receive import CLOSING, IncomingSegments, ReceiveState
 from kvtransfer.protocol.slots import Direction, SlotPool, SlotState
 
 
 class Receiver:
     """The state of all incoming transfers. Time comes in as `now_s`; what is to be done goes to `outbox`."""
 
-    def __init__(self, pool: SlotPool, limits: Limits, outbox: Outbox) -> None:
+    def __init__(self, pool: SlotPool, limits: TransferLimits, outbox: Outbox) -> None:
         self._pool, self.limits, self._out = pool, limits, outbox
-        self._transfers: dict[int, Receive] = {}
+        self._transfers: dict[int, IncomingSegments] = {}
         self._ready: set[TransferAddress] = set()
 
     @property
@@ -56,7 +56,7 @@ class Receiver:
             out.to_worker.append(Aborted(transfer_id, "too many open transfers"))
             return
         kv_heads = command.kv_heads or limits.kv_heads
-        transfer = Receive(
+        transfer = IncomingSegments(
             transfer_id,
             command.source,
             command.start_token,
@@ -163,7 +163,7 @@ class Receiver:
         if accepted:
             self._out.to_worker.append(Arrived(transfer.transfer_id, accepted))
 
-    def on_cancel(self, source: TransferAddress, message: Cancel, now_s: float) -> None:
+    def on_cancel(self, source: TransferAddress, message: CancelTransfer, now_s: float) -> None:
         transfer = self._find(source, message.transfer_id, "cancel")
         if transfer is not None and transfer.state not in CLOSING:
             self._fail(transfer, message.reason, now_s, tell_source=False)
@@ -223,7 +223,7 @@ class Receiver:
         for transfer_id, uses in given.items():
             self._out.to_sources.append((self._transfers[transfer_id].source, Grant(transfer_id, uses)))
 
-    def _may_hold(self, transfer: Receive, open_transfers: int) -> int:
+    def _may_hold(self, transfer: IncomingSegments, open_transfers: int) -> int:
         limits, free = self.limits, self._pool.free
         if transfer.arrived.tokens:
             return limits.slots_per_transfer
@@ -234,10 +234,10 @@ class Receiver:
 
     # ------------------------------------------------------------ inner moves
 
-    def _of(self, source: TransferAddress) -> list[Receive]:
+    def _of(self, source: TransferAddress) -> list[IncomingSegments]:
         return [t for t in self._transfers.values() if t.source == source]
 
-    def _find(self, source: TransferAddress, transfer_id: int, what: str) -> Receive | None:
+    def _find(self, source: TransferAddress, transfer_id: int, what: str) -> IncomingSegments | None:
         transfer = self._transfers.get(transfer_id)
         if transfer is None:
             self._out.drops[f"{what}_unknown"] += 1
@@ -247,7 +247,7 @@ class Receiver:
             return None
         return transfer
 
-    def _offer(self, transfer: Receive, now_s: float) -> None:
+    def _offer(self, transfer: IncomingSegments, now_s: float) -> None:
         if transfer.state not in (ReceiveState.CONNECTING, ReceiveState.COMMIT_PENDING):
             return
         offer = Offer(
@@ -264,14 +264,14 @@ class Receiver:
         else:
             transfer.move(ReceiveState.OPEN)
 
-    def _commit(self, transfer: Receive, now_s: float) -> None:
+    def _commit(self, transfer: IncomingSegments, now_s: float) -> None:
         transfer.move(ReceiveState.COMMITTED)
         self._start_closing(transfer, now_s)
         self._send_closing(transfer, now_s)
 
     def _fail(
         self,
-        transfer: Receive,
+        transfer: IncomingSegments,
         reason: str,
         now_s: float,
         *,
@@ -290,22 +290,24 @@ class Receiver:
         if tell_source:
             self._send_closing(transfer, now_s)
 
-    def _start_closing(self, transfer: Receive, now_s: float) -> None:
+    def _start_closing(self, transfer: IncomingSegments, now_s: float) -> None:
         transfer.closing_since_s = now_s
         transfer.resend_at_s = now_s + self.limits.resend_s
         for use in transfer.granted.values():
             self._pool.quarantine(use, now_s)
 
-    def _send_closing(self, transfer: Receive, now_s: float) -> None:
+    def _send_closing(self, transfer: IncomingSegments, now_s: float) -> None:
         transfer.resend_at_s = now_s + self.limits.resend_s
         if transfer.source not in self._ready:
             return
         if transfer.state is ReceiveState.COMMITTED:
             self._out.to_sources.append((transfer.source, Committed(transfer.transfer_id)))
         else:
-            self._out.to_sources.append((transfer.source, Cancel(transfer.transfer_id, transfer.reason)))
+            self._out.to_sources.append(
+                (transfer.source, CancelTransfer(transfer.transfer_id, transfer.reason))
+            )
 
-    def _end(self, transfer: Receive, now_s: float) -> None:
+    def _end(self, transfer: IncomingSegments, now_s: float) -> None:
         transfer.move(ReceiveState.ENDED)
         for use in transfer.granted.values():
             self._pool.release(use, now_s)

@@ -4,10 +4,10 @@ from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum
 
-from kvtransfer.errors import IllegalMove
+from kvtransfer.errors import IllegalTransition
 from kvtransfer.messages import Segment, SlotUse
 from kvtransfer.protocol.layout import TokenRanges
-from kvtransfer.protocol.limits import Limits
+from kvtransfer.protocol.limits import TransferLimits
 from kvtransfer.protocol.outbox import Destination
 from kvtransfer.protocol.peer_messages import Offer
 
@@ -24,7 +24,7 @@ class SendState(Enum):
     ENDED = "ended"
 
 
-LEGAL_MOVES: dict[SendState, frozenset[SendState]] = {
+TRANSITIONS: dict[SendState, frozenset[SendState]] = {
     SendState.WAITING: frozenset({SendState.CONFIRMED, SendState.ENDED}),
     SendState.OFFERED: frozenset({SendState.CONFIRMED, SendState.EARLY_COMMITTED, SendState.ENDED}),
     SendState.EARLY_COMMITTED: frozenset({SendState.ENDED}),
@@ -36,7 +36,7 @@ HELD_OFFERS = (SendState.OFFERED, SendState.EARLY_COMMITTED)
 
 
 @dataclass(slots=True)
-class Send:
+class OutgoingTransfer:
     transfer_id: int
     state: SendState
     deadline_s: float
@@ -58,11 +58,11 @@ class Send:
     writes: set[int] = field(default_factory=set)
 
     def move(self, state: SendState) -> None:
-        if state not in LEGAL_MOVES[self.state]:
-            raise IllegalMove(f"send {self.transfer_id}: {self.state.value} to {state.value}")
+        if state not in TRANSITIONS[self.state]:
+            raise IllegalTransition(f"send {self.transfer_id}: {self.state.value} to {state.value}")
         self.state = state
 
-    def offered(self, offer: Offer, limits: Limits) -> None:
+    def offered(self, offer: Offer, limits: TransferLimits) -> None:
         """What the destination wants; it may not want more heads than there are."""
         self.start_token, self.end_token, self.tp = offer.start_token, offer.end_token, offer.tp
         self.kv_heads = offer.kv_heads or limits.kv_heads
@@ -92,7 +92,7 @@ class Send:
 
 
 @dataclass(frozen=True, slots=True)
-class InFlight:
+class InFlightWrite:
     transfer_id: int
     local: tuple[SlotUse, ...]
     remote: tuple[Segment, ...]

@@ -29,10 +29,10 @@ from kvtransfer.messages import (
     SendSlots,
     SlotUse,
 )
-from kvtransfer.protocol.limits import Limits
-from kvtransfer.protocol.outbox import Destination, Outbox, Piece, Write
-from kvtransfer.protocol.peer_messages import Cancel, Closed, Grant, Offer, Ready, Written
-from kvtransfer.protocol.send import HELD_OFFERS, InFlight, Send, SendState, placed
+from kvtransfer.protocol.limits import TransferLimits
+from kvtransfer.protocol.outbox import Destination, Outbox, SlotCopy, Write
+from kvtransfer.protocol.peer_messages import CancelTransfer, Closed, Grant, Offer, Ready, Written
+from kvtransfer.protocol.send import HELD_OFFERS, InFlightWrite, OutgoingTransfer, SendState, placed
 from kvtransfer.protocol.slots import Direction, SlotPool
 
 REMEMBERED_ENDS = 8192
@@ -44,10 +44,10 @@ and to end than the link takes to move them."""
 class Sender:
     """The state of all outgoing transfers. Time comes in as `now_s`; what is to be done goes to `outbox`."""
 
-    def __init__(self, pool: SlotPool, limits: Limits, outbox: Outbox) -> None:
+    def __init__(self, pool: SlotPool, limits: TransferLimits, outbox: Outbox) -> None:
         self._pool, self.limits, self._out = pool, limits, outbox
-        self._transfers: dict[int, Send] = {}
-        self._writes: dict[int, InFlight] = {}
+        self._transfers: dict[int, OutgoingTransfer] = {}
+        self._writes: dict[int, InFlightWrite] = {}
         self._next_write_id = 1
         self._lent: dict[int, SlotUse] = {}
         """With the worker, by slot: neither filled nor given back."""
@@ -74,7 +74,7 @@ class Sender:
             elif transfer_id in self._ended:
                 self._out.to_worker.append(Aborted(transfer_id, "the destination has given it up"))
             else:
-                self._transfers[transfer_id] = Send(transfer_id, SendState.WAITING, deadline_s)
+                self._transfers[transfer_id] = OutgoingTransfer(transfer_id, SendState.WAITING, deadline_s)
         elif transfer.state in HELD_OFFERS:
             transfer.deadline_s = deadline_s
             self._confirm(transfer)
@@ -95,7 +95,7 @@ class Sender:
     def filled(self, command: Filled, now_s: float) -> None:
         """Posts what the worker has packed; a segment that does not fit the transfer fails it."""
         transfer = self._transfers.get(command.transfer_id)
-        pieces: list[Piece] = []
+        pieces: list[SlotCopy] = []
         local: list[SlotUse] = []
         remote: list[Segment] = []
         fault: str | None = None
@@ -112,7 +112,7 @@ class Sender:
             elif fault is None and (fault := transfer.fault(segment)) is None:
                 grant = transfer.grants.popleft()
                 transfer.packed.add(segment.start_token, segment.start_token + segment.token_count)
-                pieces.append(Piece(segment.slot, grant.slot, segment.byte_count))
+                pieces.append(SlotCopy(segment.slot, grant.slot, segment.byte_count))
                 remote.append(placed(segment, grant))
         if transfer is None or fault is not None or len(pieces) < len(local):
             self._abandon(local, now_s)
@@ -156,10 +156,12 @@ class Sender:
         if transfer is None:
             refusal = self._refusal(message)
             if refusal is not None:
-                self._say(destination, Cancel(message.transfer_id, refusal))
+                self._say(destination, CancelTransfer(message.transfer_id, refusal))
                 self._say(destination, Closed(message.transfer_id))
                 return
-            transfer = Send(message.transfer_id, SendState.OFFERED, now_s + self.limits.offer_hold_s)
+            transfer = OutgoingTransfer(
+                message.transfer_id, SendState.OFFERED, now_s + self.limits.offer_hold_s
+            )
             self._transfers[message.transfer_id] = transfer
         elif transfer.state is not SendState.WAITING or self._is_bad(message):
             self._out.drops["offer_twice"] += 1
@@ -202,7 +204,7 @@ class Sender:
             self._out.to_worker.append(SendCommitted(transfer_id))
             self._close(transfer, now_s)
 
-    def on_cancel(self, destination: Destination, message: Cancel, now_s: float) -> None:
+    def on_cancel(self, destination: Destination, message: CancelTransfer, now_s: float) -> None:
         waiting = self._transfers.get(message.transfer_id)
         if waiting is not None and waiting.state is SendState.WAITING:
             # Its offer was lost. One that came later would name slots that `Closed` has made free.
@@ -269,7 +271,7 @@ class Sender:
 
     def _find(
         self, destination: Destination, transfer_id: int, what: str, *, closed_if_unknown: bool = False
-    ) -> Send | None:
+    ) -> OutgoingTransfer | None:
         transfer = self._transfers.get(transfer_id)
         if transfer is None:
             if closed_if_unknown:
@@ -297,7 +299,7 @@ class Sender:
     def _is_bad(self, offer: Offer) -> bool:
         return offer.end_token < offer.start_token or offer.kv_heads > self.limits.kv_heads
 
-    def _confirm(self, transfer: Send) -> None:
+    def _confirm(self, transfer: OutgoingTransfer) -> None:
         confirmed = SendConfirmed(
             transfer.transfer_id,
             transfer.start_token,
@@ -317,13 +319,13 @@ class Sender:
             if transfer.ready:
                 self._say_ready(transfer)
 
-    def _say_ready(self, transfer: Send) -> None:
+    def _say_ready(self, transfer: OutgoingTransfer) -> None:
         if transfer.end_token > transfer.start_token:  # else it may have ended there
             self._say(transfer.destination, Ready(transfer.transfer_id))
 
     def _fail(
         self,
-        transfer: Send,
+        transfer: OutgoingTransfer,
         reason: str,
         now_s: float,
         *,
@@ -333,10 +335,10 @@ class Sender:
         if tell_worker and transfer.state in (SendState.WAITING, SendState.CONFIRMED):
             self._out.to_worker.append(Aborted(transfer.transfer_id, reason))
         if tell_destination and transfer.state in (SendState.OFFERED, SendState.CONFIRMED):
-            self._say(transfer.destination, Cancel(transfer.transfer_id, reason))
+            self._say(transfer.destination, CancelTransfer(transfer.transfer_id, reason))
         self._close(transfer, now_s)
 
-    def _close(self, transfer: Send, now_s: float) -> None:
+    def _close(self, transfer: OutgoingTransfer, now_s: float) -> None:
         """Ends the transfer as far as the worker goes; the destination hears `Closed` when it is true."""
         transfer.grants.clear()
         if not transfer.writes:
@@ -347,14 +349,14 @@ class Sender:
             for use in self._writes[write_id].local:
                 self._pool.quarantine(use, now_s)
 
-    def _end(self, transfer: Send, *, say_closed: bool = True) -> None:
+    def _end(self, transfer: OutgoingTransfer, *, say_closed: bool = True) -> None:
         if say_closed and transfer.state in (SendState.OFFERED, SendState.CONFIRMED, SendState.CLOSING):
             self._say(transfer.destination, Closed(transfer.transfer_id))
         transfer.move(SendState.ENDED)
         del self._transfers[transfer.transfer_id]
         self._remember(transfer.transfer_id)
 
-    def _landed(self, write_id: int, now_s: float) -> tuple[InFlight, Send]:
+    def _landed(self, write_id: int, now_s: float) -> tuple[InFlightWrite, OutgoingTransfer]:
         flight = self._writes.pop(write_id)
         transfer = self._transfers[flight.transfer_id]
         transfer.writes.discard(write_id)
@@ -364,15 +366,15 @@ class Sender:
 
     def _post(
         self,
-        transfer: Send,
-        pieces: list[Piece],
+        transfer: OutgoingTransfer,
+        pieces: list[SlotCopy],
         local: list[SlotUse],
         remote: list[Segment],
         now_s: float,
     ) -> None:
         write_id, self._next_write_id = self._next_write_id, self._next_write_id + 1
         transfer.writes.add(write_id)
-        self._writes[write_id] = InFlight(transfer.transfer_id, tuple(local), tuple(remote), now_s)
+        self._writes[write_id] = InFlightWrite(transfer.transfer_id, tuple(local), tuple(remote), now_s)
         self._out.writes.append(Write(write_id, transfer.destination, transfer.transfer_id, tuple(pieces)))
 
     def _abandon(self, local: list[SlotUse], now_s: float) -> None:
@@ -385,5 +387,5 @@ class Sender:
         if len(self._ended) > REMEMBERED_ENDS:
             self._ended.popitem(last=False)
 
-    def _say(self, destination: Destination, message: Cancel | Closed | Ready | Written) -> None:
+    def _say(self, destination: Destination, message: CancelTransfer | Closed | Ready | Written) -> None:
         self._out.to_destinations.append((destination, message))

@@ -15,7 +15,7 @@ from collections import deque
 from dataclasses import dataclass
 from enum import Enum
 
-from kvtransfer.errors import IllegalMove, SlotError
+from kvtransfer.errors import IllegalTransition, SlotError
 from kvtransfer.messages import SlotCounts, SlotUse
 
 
@@ -60,7 +60,7 @@ class SlotHolder:
 
 
 class SlotPool:
-    """Bookkeeping only: knows no memory and no messages. Raises SlotError / IllegalMove on misuse."""
+    """Bookkeeping only: knows no memory and no messages. Raises SlotError / IllegalTransition on misuse."""
 
     def __init__(self, slots: int) -> None:
         if slots < 1:
@@ -153,7 +153,7 @@ class SlotPool:
     def _move(self, slot: int, state: SlotState, now_s: float) -> None:
         entry = self._slots[slot]
         if state not in LEGAL_MOVES[entry.state]:
-            raise IllegalMove(f"slot {slot} cannot go from {entry.state.value} to {state.value}")
+            raise IllegalTransition(f"slot {slot} cannot go from {entry.state.value} to {state.value}")
         self._counts[entry.state] -= 1
         self._counts[state] += 1
         entry.state = state

@@ -195,7 +195,7 @@ def _plain(request: Request, problem: ApiError, headers: dict[str, str]) -> Plai
     return Plain(problem.body(), problem.status, headers, media_type="application/json")
 
 
-class Pages:
+class WebPages:
     """The answers of the small endpoints."""
 
     def __init__(self, service: Service) -> None:
@@ -264,7 +264,7 @@ class Pages:
 
 def build_app(service: Service) -> Gate:
     """The whole application, ready to be served."""
-    pages = Pages(service)
+    pages = WebPages(service)
     config = service.config
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_exception_handler(HTTPException, _on_http_exception)

@@ -9,7 +9,7 @@ import asyncio
 
 from router.api.openai_format import Usage, prompt_logprobs
 from router.api.parameters import Options
-from router.api.responses import Preface, Sheet
+from router.api.responses import Echo, ResponseBuilder
 from router.errors import ApiError
 from router.routing.metrics import Metrics
 from router.text.choice import Choice
@@ -26,8 +26,10 @@ class Call:
     The outputs hold the call, and it holds none of them: a request leaves nothing to the garbage collector.
     """
 
-    def __init__(self, options: Options, sheet: Sheet, tokenizer: TextTokenizer, metrics: Metrics) -> None:
-        self.options, self.sheet = options, sheet
+    def __init__(
+        self, options: Options, builder: ResponseBuilder, tokenizer: TextTokenizer, metrics: Metrics
+    ) -> None:
+        self.options, self.builder = options, builder
         self.tokenizer, self.metrics = tokenizer, metrics
         self.usage = Usage()
         self.error: ApiError | None = None
@@ -55,7 +57,7 @@ class Call:
 
     def choice_ended(self) -> None:
         if self._open_choices == 1:
-            self.sheet.close(self.usage)  # first: an answer that cannot be closed has not ended well
+            self.builder.close(self.usage)  # first: an answer that cannot be closed has not ended well
         self._open_choices -= 1
         if self._open_choices == 0:
             self.wake()
@@ -79,7 +81,7 @@ class Call:
 
     async def wait(self) -> None:
         """Until there are frames to send, or the call has ended."""
-        while not self.sheet.frames and not self.ended:
+        while not self.builder.frames and not self.ended:
             self._waiter = asyncio.get_running_loop().create_future()
             try:
                 await self._waiter
@@ -87,7 +89,7 @@ class Call:
                 self._waiter = None
 
     def take_frames(self) -> bytes:
-        frames = self.sheet.frames
+        frames = self.builder.frames
         if len(frames) == 1:
             return frames.pop()
         joined = b"".join(frames)
@@ -96,17 +98,17 @@ class Call:
 
 
 class PromptOutput:
-    """What one prompt's flight reports to (`router.routing.attempt.Output`)."""
+    """What one prompt's attempt reports to (`router.routing.attempt.Output`)."""
 
     __slots__ = (
         "_annotates",
+        "_builder",
         "_call",
         "_choices",
+        "_echoed",
         "_first_index",
         "_muted",
-        "_prefaces",
         "_prompt",
-        "_sheet",
         "_special",
     )
 
@@ -114,7 +116,7 @@ class PromptOutput:
         self, call: Call, prompt: list[int], text: str | None, of_ids: bool, first_index: int
     ) -> None:
         options = call.options
-        self._call, self._sheet = call, call.sheet
+        self._call, self._builder = call, call.builder
         self._prompt, self._first_index = prompt, first_index
         self._special = of_ids
         """Special tokens are part of an echo that was given as token ids."""
@@ -122,20 +124,20 @@ class PromptOutput:
         echo = (call.tokenizer.decode(prompt) if text is None else text) if options.echo else ""
         ids = prompt if options.token_ids else None
         rendered = text if options.prompt_text else None
-        self._prefaces = [Preface(echo, token_ids=ids, prompt_text=rendered) for _ in range(options.choices)]
+        self._echoed = [Echo(echo, token_ids=ids, prompt_text=rendered) for _ in range(options.choices)]
         self._annotates = options.stream and (
             options.token_ids or options.prompt_text or options.continuous_usage
         )
         continuation = call.tokenizer.continuation(prompt)
         self._choices = [
             Choice(
-                continuation.detokenizer(preface.take_back),
+                continuation.detokenizer(echoed.take_back),
                 options.stops,
                 options.include_stop,
                 options.logprobs is not None,
-                call.sheet.writer(first_index + index, preface),
+                call.builder.writer(first_index + index, echoed),
             )
-            for index, preface in enumerate(self._prefaces)
+            for index, echoed in enumerate(self._echoed)
         ]
 
     def on_prefilled(self, report: PrefillDone) -> None:
@@ -145,8 +147,8 @@ class PromptOutput:
             logprobs = prompt_logprobs(
                 self._prompt, report.prompt_logprobs, self._call.tokenizer, options.logprobs, self._special
             )
-            for preface in self._prefaces:
-                preface.logprobs = logprobs
+            for echoed in self._echoed:
+                echoed.logprobs = logprobs
 
     def on_tokens(self, report: Tokens, now_s: float) -> bool:
         choice = self._choices[report.choice]
@@ -154,7 +156,7 @@ class PromptOutput:
         if last_s is not None:
             self._call.metrics.inter_token.observe(now_s - last_s)
         choice.last_token_s = now_s
-        before, frames = choice.token_count, len(self._sheet.frames)
+        before, frames = choice.token_count, len(self._builder.frames)
         going_on = False
         if self._muted:
             choice.mute()
@@ -164,13 +166,13 @@ class PromptOutput:
         self._call.count(taken)
         index = self._first_index + report.choice
         if self._call.options.token_ids:
-            self._sheet.note_tokens(index, report.tokens[:taken])
+            self._builder.note_tokens(index, report.tokens[:taken])
         if self._annotates:
-            self._sheet.annotate(frames, index, self._call.usage)
+            self._builder.annotate(frames, index, self._call.usage)
         if not going_on:
             self._call.choice_ended()
-        elif self._sheet.frames:
-            if len(self._sheet.frames) > MAX_UNSENT_FRAMES:
+        elif self._builder.frames:
+            if len(self._builder.frames) > MAX_UNSENT_FRAMES:
                 self._call.fail(ApiError(408, "The client reads too slowly.", code="client_too_slow"))
                 return False
             self._call.wake()

@@ -1,11 +1,11 @@
-"""The two endpoints that generate: from a body to flights, and from their frames to the response.
+"""The two endpoints that generate: from a body to attempts, and from their frames to the response.
 
 1. The body is read (bounded); the time limit begins. Then it is decoded and checked, and the prompt rendered
    and tokenized (prepare.py): a small one here, others in a process beside the event loop.
-2. One flight for each prompt is sent off; a watch ends them if the client goes away or time is up.
+2. One attempt for each prompt is sent off; a watch ends them if the client goes away or time is up.
 3. The response begins with the first result, so that a failure before it still has its own status.
 4. Frames are written as they come, all that are ready in one write.
-5. However it ends, flights that still run are cancelled.
+5. However it ends, attempts that still run are cancelled.
 """
 
 import asyncio
@@ -32,21 +32,29 @@ from router.api.call import Call
 from router.api.openai_format import frame
 from router.api.parameters import (
     PLAIN_SAMPLING,
-    Limits,
     Options,
+    RequestLimits,
     sampling_for,
 )
-from router.api.responses import Heading, Sheet, StreamSheet, WholeSheet
+from router.api.responses import ResponseBuilder, ResponseHeader, StreamSheet, WholeSheet
 from router.config import RouterConfig
 from router.errors import ApiError, crashed
 from router.ids import draw_name, draw_number
 from router.prepare.generation_config import SamplingDefaults
 from router.prepare.process_pool import Preparers
-from router.prepare.request import BESIDE_BYTES, Ask, Kind, Kit, Prepared, TooMuchHere, prepare
+from router.prepare.request import (
+    BESIDE_BYTES,
+    Kind,
+    Kit,
+    PreparedRequest,
+    PrepareInput,
+    TooMuchHere,
+    prepare,
+)
 from router.routing.dispatcher import Dispatcher
 from router.routing.metrics import Metrics
-from router.routing.prompt_request import Order
-from router.routing.routed_request import Journey
+from router.routing.prompt_request import PromptRequest
+from router.routing.routed_request import RoutedRequest
 
 WATCH_AFTER_S = 0.02
 TOKENS_A_TURN = 1 << 15
@@ -88,22 +96,22 @@ class Service:
     draw_seed: Callable[[], int] = draw_number
     defaults: SamplingDefaults = PLAIN_SAMPLING
 
-    def limits(self) -> Limits:
+    def limits(self) -> RequestLimits:
         """Raises ApiError 503 while no worker has said what it can take."""
         limits = self.dispatcher.limits()
         if limits is None:
             raise self.dispatcher.unavailable("No workers are connected.", "no_workers")
         return limits
 
-    async def prepare(self, kind: Kind, raw: Body, receive: Receive) -> Prepared | list[bytes]:
+    async def prepare(self, kind: Kind, raw: Body, receive: Receive) -> PreparedRequest | list[bytes]:
         """A whole answer comes in pieces. Raises ApiError, ClientGone."""
         config = self.config
         limits, seed = self.dispatcher.limits(), self.draw_seed()
-        ask = Ask(kind, limits, seed, config.retry_after_s, self.defaults)
+        ask = PrepareInput(kind, limits, seed, config.retry_after_s, self.defaults)
         if len(raw) <= BESIDE_BYTES:
             try:
                 made = prepare(self.kit, ask, raw)
-                return made if isinstance(made, Prepared) else [made]
+                return made if isinstance(made, PreparedRequest) else [made]
             except TooMuchHere as signal:
                 signal.with_traceback(None)
         timeout_s = config.request_timeout_s
@@ -144,54 +152,59 @@ class GenerateEndpoint:
         clock, timeout_s = asyncio.get_running_loop().time, service.config.request_timeout_s
         end_s = clock() + timeout_s
         prepared = await service.prepare("chat" if self._chat else "completions", raw, receive)
-        if not isinstance(prepared, Prepared):
+        if not isinstance(prepared, PreparedRequest):
             raise TypeError("an answer in place of prompts")
-        call, orders = self._orders(prepared, salt_of(key))
+        call, prompt_requests = self._orders(prepared, salt_of(key))
         dispatcher = service.dispatcher
-        journeys = await _submit(dispatcher, orders)
-        watch = _Watch(dispatcher, journeys, timeout_s, max(end_s - clock(), 0.0), receive, call)
+        routed_requests = await _submit(dispatcher, prompt_requests)
+        watch = _Watch(dispatcher, routed_requests, timeout_s, max(end_s - clock(), 0.0), receive, call)
         try:
             label: bytes = scope["baton.label"]
-            # A journey whose worker could not be written to may have ended already.
-            departed = [leg.flight for journey in journeys for leg in journey.legs if leg.flight is not None]
-            dispatcher.traces.remember(key, label.decode(), departed, dispatcher.fleet.name_of)
+            # A request whose worker could not be written to may have ended already.
+            departed = [
+                branch.attempt
+                for routed in routed_requests
+                for branch in routed.branches
+                if branch.attempt is not None
+            ]
+            dispatcher.traces.remember(key, label.decode(), departed, dispatcher.worker_pool.name_of)
             if call.options.stream:
                 await _stream(call, response)
             else:
                 await _whole(call, response)
         finally:
             watch.cancel()
-            dispatcher.end(journeys)
+            dispatcher.end(routed_requests)
         return "completed" if call.error is None else outcome_of(call.error)
 
-    def _orders(self, prepared: Prepared, salt: bytes) -> tuple[Call, list[Order]]:
+    def _orders(self, prepared: PreparedRequest, salt: bytes) -> tuple[Call, list[PromptRequest]]:
         service, options = self._service, prepared.options
         limits = service.limits()
-        call = Call(options, self._sheet(options), service.kit.tokenizer, service.metrics)
+        call = Call(options, self._builder(options), service.kit.tokenizer, service.metrics)
         salt = cache_salt_of(salt, options.cache_salt)
-        orders: list[Order] = []
+        prompt_requests: list[PromptRequest] = []
         for prompt in prepared.prompts:
             sampling = sampling_for(
                 options, len(prompt.tokens), limits, "messages" if self._chat else "prompt"
             )
             output = call.add_prompt(prompt.tokens, prompt.text, prompt.of_ids)
-            orders.append(Order(prompt.tokens, sampling, options.choices, salt, output))
-        return call, orders
+            prompt_requests.append(PromptRequest(prompt.tokens, sampling, options.choices, salt, output))
+        return call, prompt_requests
 
-    def _sheet(self, options: Options) -> Sheet:
+    def _builder(self, options: Options) -> ResponseBuilder:
         name = label_of(options.label.encode()) if options.label else draw_name()
         answer_id = ("chatcmpl-" if self._chat else "cmpl-") + name
-        heading = Heading(answer_id, int(time.time()), self._service.config.served_model_name)
+        response_header = ResponseHeader(answer_id, int(time.time()), self._service.config.served_model_name)
         if options.stream:
             return StreamSheet(
-                heading,
+                response_header,
                 self._service.kit.tokenizer,
                 self._chat,
                 options.logprobs,
                 options.include_usage,
                 options.continuous_usage,
             )
-        return WholeSheet(heading, self._service.kit.tokenizer, self._chat, options.logprobs)
+        return WholeSheet(response_header, self._service.kit.tokenizer, self._chat, options.logprobs)
 
 
 class _Watch:
@@ -203,14 +216,14 @@ class _Watch:
     def __init__(
         self,
         dispatcher: Dispatcher,
-        journeys: list[Journey],
+        routed_requests: list[RoutedRequest],
         limit_s: float,
         left_s: float,
         receive: Receive,
         call: Call,
     ) -> None:
         """`left_s` of the request's `limit_s` are left."""
-        self._dispatcher, self._journeys, self._limit_s = dispatcher, journeys, limit_s
+        self._dispatcher, self._routed_requests, self._limit_s = dispatcher, routed_requests, limit_s
         self._receive, self._call = receive, call
         self._loop = asyncio.get_running_loop()
         self._task: asyncio.Task[None] | None = None
@@ -232,27 +245,27 @@ class _Watch:
         self._call.leave()
 
     def _expire(self) -> None:
-        begun = any(journey.times.first_token_s is not None for journey in self._journeys)
-        self._dispatcher.end(self._journeys, overdue(self._limit_s, committed=begun))
+        begun = any(routed.times.first_token_s is not None for routed in self._routed_requests)
+        self._dispatcher.end(self._routed_requests, overdue(self._limit_s, committed=begun))
 
 
-async def _submit(dispatcher: Dispatcher, orders: list[Order]) -> list[Journey]:
+async def _submit(dispatcher: Dispatcher, prompt_requests: list[PromptRequest]) -> list[RoutedRequest]:
     """Sends them off, so many at a time that nobody waits long. Raises ApiError with none under way."""
-    dispatcher.check_open(len(orders))
-    journeys: list[Journey] = []
+    dispatcher.check_open(len(prompt_requests))
+    routed_requests: list[RoutedRequest] = []
     first, tokens = 0, 0
     try:
-        for index, order in enumerate(orders, 1):
-            tokens += len(order.prompt)
-            if index == len(orders) or tokens >= TOKENS_A_TURN:
-                journeys += dispatcher.submit(orders[first:index])
+        for index, prompt_request in enumerate(prompt_requests, 1):
+            tokens += len(prompt_request.prompt)
+            if index == len(prompt_requests) or tokens >= TOKENS_A_TURN:
+                routed_requests += dispatcher.submit(prompt_requests[first:index])
                 first, tokens = index, 0
-                if index < len(orders):
+                if index < len(prompt_requests):
                     await asyncio.sleep(0)
     except BaseException:
-        dispatcher.end(journeys)
+        dispatcher.end(routed_requests)
         raise
-    return journeys
+    return routed_requests
 
 
 async def _whole(call: Call, response: Response) -> None:
@@ -261,12 +274,12 @@ async def _whole(call: Call, response: Response) -> None:
         raise ClientGone
     if call.error is not None:
         raise call.error
-    await response.whole(200, call.sheet.body(call.usage))
+    await response.whole(200, call.builder.body(call.usage))
 
 
 async def _stream(call: Call, response: Response) -> None:
     await call.wait()
-    if call.error is not None and not call.sheet.frames:
+    if call.error is not None and not call.builder.frames:
         raise call.error
     if call.left:
         raise ClientGone

@@ -17,7 +17,7 @@ PLAIN_SAMPLING = SamplingDefaults()
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class RequestLimits:
     """What the workers can take (the smallest of all that are ready), and the router's own caps.
 
     `max_sequence_tokens` is what a pool could ever hold for one sequence.
@@ -71,7 +71,7 @@ def check_model(asked: str | None, served: str) -> None:
 
 def options_of(
     body: CompletionBody | ChatBody,
-    limits: Limits,
+    limits: RequestLimits,
     random_seed: int,
     defaults: SamplingDefaults = PLAIN_SAMPLING,
 ) -> Options:
@@ -182,7 +182,7 @@ def _stop_token_ids(given: list[int] | None, vocab_size: int) -> list[int]:
     return given or []
 
 
-def prompts_of(body: CompletionBody, limits: Limits) -> list[str] | list[list[int]]:
+def prompts_of(body: CompletionBody, limits: RequestLimits) -> list[str] | list[list[int]]:
     """The prompts of a completions request in one of its four forms, as a list of texts or of token ids."""
     given = body.prompt
     if isinstance(given, str):
@@ -202,7 +202,7 @@ def prompts_of(body: CompletionBody, limits: Limits) -> list[str] | list[list[in
     return [tokens for tokens in given if isinstance(tokens, list)]
 
 
-def check_total_choices(prompts: int, choices: int, limits: Limits) -> None:
+def check_total_choices(prompts: int, choices: int, limits: RequestLimits) -> None:
     if prompts * choices > limits.max_total_choices:
         raise invalid(
             f"{prompts} prompts times 'n' {choices} is over the limit of {limits.max_total_choices} choices.",
@@ -221,7 +221,7 @@ def check_tokens(tokens: list[int], vocab_size: int, param: str, tokenizer_size:
         raise invalid(f"'{param}' holds a token id outside the vocabulary of {vocab_size}.", param)
 
 
-def sampling_for(options: Options, prompt_tokens: int, limits: Limits, param: str) -> Sampling:
+def sampling_for(options: Options, prompt_tokens: int, limits: RequestLimits, param: str) -> Sampling:
     """The request's sampling with `max_tokens` clipped to what this prompt leaves of the context."""
     room = limits.context_tokens - prompt_tokens
     if room < 1:

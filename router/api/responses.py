@@ -1,4 +1,5 @@
-"""The two APIs' answers, streamed and whole: a `Sheet` hands out one `Writer` for each choice. Pure."""
+"""The two APIs' answers, streamed and whole: a `ResponseBuilder` hands out one `Writer` for each choice.
+Pure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from router.text.tokenizer import TextTokenizer
 from services.protocol.messages import FinishReason
 
 
-class Heading(Struct, frozen=True):
+class ResponseHeader(Struct, frozen=True):
     """What every object of one answer begins with."""
 
     answer_id: str
@@ -32,7 +33,7 @@ class Heading(Struct, frozen=True):
 
 
 @dataclass(slots=True)
-class Preface:
+class Echo:
     """What an answer says of a prompt: its text and log probabilities, echoed before a choice of its own, its
     token ids, and for a chat what its template made."""
 
@@ -51,12 +52,12 @@ class Preface:
         self.text = self.text.removesuffix(text)
 
 
-class Sheet(Protocol):
+class ResponseBuilder(Protocol):
     """One answer in the making. `frames` is what a stream has ready to send; whole answers leave it empty."""
 
     frames: list[bytes]
 
-    def writer(self, index: int, preface: Preface) -> Writer: ...
+    def writer(self, index: int, echoed: Echo) -> Writer: ...
 
     def note_tokens(self, index: int, tokens: Sequence[int]) -> None:
         """What a choice was made of; called only for answers that give token ids too."""
@@ -80,8 +81,8 @@ def _tail(logprobs: dict[str, Any] | None, finish: FinishReason | None) -> bytes
     return b',"logprobs":' + encode_json(logprobs) + b',"finish_reason":' + encode_json(finish) + _END
 
 
-def _open_frame(heading: Heading, kind: str, null_usage: bool) -> bytes:
-    fields = heading.fields(kind)
+def _open_frame(response_header: ResponseHeader, kind: str, null_usage: bool) -> bytes:
+    fields = response_header.fields(kind)
     if null_usage:
         fields["usage"] = None
     return b"data: " + encode_json(fields)[:-1] + b',"choices":[{"index":'
@@ -119,19 +120,19 @@ class _CompletionFrames:
     start: bytes
     tokenizer: TextTokenizer
     alternatives: int | None
-    preface: Preface
+    echoed: Echo
     opened: bool = False
 
     def write(self, text: str, entries: Sequence[LogprobEntry], finish: FinishReason | None) -> None:
         logprobs: dict[str, Any] | None = None
         if self.alternatives is not None and entries:
-            logprobs = completion_logprobs(entries, self.tokenizer, len(self.preface.text), self.alternatives)
+            logprobs = completion_logprobs(entries, self.tokenizer, len(self.echoed.text), self.alternatives)
         if not self.opened:
             self.opened = True
-            text = self.preface.text + text
-            if self.preface.logprobs is not None:
+            text = self.echoed.text + text
+            if self.echoed.logprobs is not None:
                 logprobs = (
-                    joined_logprobs(self.preface.logprobs, logprobs) if logprobs else self.preface.logprobs
+                    joined_logprobs(self.echoed.logprobs, logprobs) if logprobs else self.echoed.logprobs
                 )
         tail = _PLAIN_TAIL if finish is None and logprobs is None else _tail(logprobs, finish)
         self.frames.append(self.start + encode_json(text) + tail)
@@ -148,7 +149,7 @@ class StreamSheet:
 
     def __init__(
         self,
-        heading: Heading,
+        response_header: ResponseHeader,
         tokenizer: TextTokenizer,
         chat: bool,
         logprobs: int | None,
@@ -156,21 +157,21 @@ class StreamSheet:
         continuous_usage: bool = False,
     ) -> None:
         self.frames: list[bytes] = []
-        self._heading, self._tokenizer, self._logprobs = heading, tokenizer, logprobs
+        self._heading, self._tokenizer, self._logprobs = response_header, tokenizer, logprobs
         self._chat, self._with_usage = chat, with_usage
         self._kind = "chat.completion.chunk" if chat else "text_completion"
         self._continuous_usage = continuous_usage
-        self._open = _open_frame(heading, self._kind, with_usage and not continuous_usage)
-        self._prefaces: dict[int, Preface] = {}
+        self._open = _open_frame(response_header, self._kind, with_usage and not continuous_usage)
+        self._echoed: dict[int, Echo] = {}
         self._token_ids: dict[int, list[int]] = {}
 
-    def writer(self, index: int, preface: Preface) -> Writer:
-        self._prefaces[index] = preface
+    def writer(self, index: int, echoed: Echo) -> Writer:
+        self._echoed[index] = echoed
         if self._chat:
             start = self._open + b'%d,"delta":' % index
             return _ChatFrames(self.frames, start, self._tokenizer, self._logprobs is not None)
         return _CompletionFrames(
-            self.frames, self._open + b'%d,"text":' % index, self._tokenizer, self._logprobs, preface
+            self.frames, self._open + b'%d,"text":' % index, self._tokenizer, self._logprobs, echoed
         )
 
     def note_tokens(self, index: int, tokens: Sequence[int]) -> None:
@@ -180,9 +181,9 @@ class StreamSheet:
         for at in range(since, len(self.frames)):
             in_choice: dict[str, Any] = {}
             beside: dict[str, Any] = {"usage": usage.body()} if self._continuous_usage else {}
-            preface = self._prefaces.pop(index, None)
-            if preface is not None:
-                (beside if self._chat else in_choice).update(preface.shown())
+            echoed = self._echoed.pop(index, None)
+            if echoed is not None:
+                (beside if self._chat else in_choice).update(echoed.shown())
             if at == len(self.frames) - 1 and index in self._token_ids:
                 # Tokens whose text was held back come with the next that is not.
                 in_choice["token_ids"] = self._token_ids.pop(index)
@@ -204,7 +205,7 @@ class _Collected:
     """One choice of a whole answer."""
 
     index: int
-    preface: Preface
+    echoed: Echo
     parts: list[str] = field(default_factory=list)
     entries: list[LogprobEntry] = field(default_factory=list)
     finish: FinishReason | None = None
@@ -216,15 +217,17 @@ class _Collected:
 
 
 class WholeSheet:
-    def __init__(self, heading: Heading, tokenizer: TextTokenizer, chat: bool, logprobs: int | None) -> None:
+    def __init__(
+        self, response_header: ResponseHeader, tokenizer: TextTokenizer, chat: bool, logprobs: int | None
+    ) -> None:
         self.frames: list[bytes] = []
-        self._heading, self._tokenizer = heading, tokenizer
+        self._heading, self._tokenizer = response_header, tokenizer
         self._chat, self._logprobs = chat, logprobs
         self._choices: list[_Collected] = []
         self._token_ids: dict[int, list[int]] = {}
 
-    def writer(self, index: int, preface: Preface) -> Writer:
-        collected = _Collected(index, preface)
+    def writer(self, index: int, echoed: Echo) -> Writer:
+        collected = _Collected(index, echoed)
         self._choices.append(collected)
         return collected
 
@@ -246,8 +249,8 @@ class WholeSheet:
             if choice.index in self._token_ids:
                 made["token_ids"] = self._token_ids[choice.index]
             if not self._chat:
-                made.update(choice.preface.shown())
-        beside = collected[0].preface.shown() if self._chat else {}
+                made.update(choice.echoed.shown())
+        beside = collected[0].echoed.shown() if self._chat else {}
         answer = {**self._heading.fields(kind), "choices": choices, "usage": usage.body(), **beside}
         return encode_json(answer)
 
@@ -264,16 +267,16 @@ class WholeSheet:
         }
 
     def _completion_choice(self, choice: _Collected) -> dict[str, Any]:
-        preface = choice.preface
+        echoed = choice.echoed
         logprobs = None
         if self._logprobs is not None:
             logprobs = joined_logprobs(
-                preface.logprobs,
-                completion_logprobs(choice.entries, self._tokenizer, len(preface.text), self._logprobs),
+                echoed.logprobs,
+                completion_logprobs(choice.entries, self._tokenizer, len(echoed.text), self._logprobs),
             )
         return {
             "index": choice.index,
-            "text": preface.text + "".join(choice.parts),
+            "text": echoed.text + "".join(choice.parts),
             "logprobs": logprobs,
             "finish_reason": choice.finish,
         }

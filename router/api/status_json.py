@@ -31,19 +31,19 @@ def ledger_values(ledger: Ledger) -> dict[str, Any]:
 
 
 def _worker_values(client: WorkerClient, dispatcher: Dispatcher, now_s: float) -> dict[str, Any]:
-    seat = dispatcher.seat(client.endpoint)
+    worker_load = dispatcher.worker_load(client.endpoint)
     values: dict[str, Any] = {
         "endpoint": client.endpoint,
-        "leaving": client.endpoint in dispatcher.fleet.leaving,
+        "leaving": client.endpoint in dispatcher.worker_pool.leaving,
         "connection": client.state.value,
         "message": client.message,
         "hello": None,
         "status": None,
         "status_age_s": None,
         "router_view": {
-            "queued_tokens": seat.queued_tokens,
-            "live_tokens": seat.live_tokens,
-            "live_requests": seat.live_requests,
+            "queued_tokens": worker_load.queued_tokens,
+            "live_tokens": worker_load.live_tokens,
+            "live_requests": worker_load.live_requests,
         },
         "dropped_frames": dict(client.dropped),
     }

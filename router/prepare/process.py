@@ -27,7 +27,7 @@ from router.api.parameters import Options
 from router.chat.chat_template import ChatTemplate
 from router.errors import ApiError, crashed
 from router.prepare.parent import die_with
-from router.prepare.request import Ask, Kit, Prepared, prepare
+from router.prepare.request import Kit, PreparedRequest, PrepareInput, prepare
 from router.text.conversion import Converted
 from router.text.tokenizer import TextTokenizer
 
@@ -47,12 +47,12 @@ class Setup(Struct, frozen=True):
     converted: Converted | None
 
 
-class Work(Struct, frozen=True):
-    ask: Ask
+class PrepareJob(Struct, frozen=True):
+    ask: PrepareInput
     body_bytes: int
 
 
-class Refused(Struct, frozen=True, tag=True):
+class PreparationRefused(Struct, frozen=True, tag=True):
     """An ApiError."""
 
     status: int
@@ -75,7 +75,7 @@ class Generation(Struct, frozen=True, tag=True):
     of_ids: list[bool]
 
 
-Answer = Refused | Page | Generation
+Answer = PreparationRefused | Page | Generation
 encode = msgspec.msgpack.Encoder().encode
 decode_answer = msgspec.msgpack.Decoder(Answer).decode
 
@@ -85,8 +85,8 @@ def framed(message: Struct) -> bytes:
     return LENGTH.pack(len(body)) + body
 
 
-def refusal(error: ApiError) -> Refused:
-    return Refused(error.status, error.message, error.param, error.code, error.retry_after_s)
+def refusal(error: ApiError) -> PreparationRefused:
+    return PreparationRefused(error.status, error.message, error.param, error.code, error.retry_after_s)
 
 
 def run(model_dir: Path, parent_pid: int, descriptor: int) -> None:
@@ -111,7 +111,7 @@ def run(model_dir: Path, parent_pid: int, descriptor: int) -> None:
         template = ChatTemplate(model_dir, tokenizer.special_tokens, clock=time.process_time)
         template.learn()
         kit = Kit(setup.model, tokenizer, template, BodyDecoder())
-        works = msgspec.msgpack.Decoder(Work)
+        works = msgspec.msgpack.Decoder(PrepareJob)
         while True:
             work = works.decode(message())
             raw = take(work.body_bytes)
@@ -127,7 +127,7 @@ def _limit_cpu() -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (until_s, most_s))
 
 
-def answer(kit: Kit, ask: Ask, raw: bytes) -> list[bytes]:
+def answer(kit: Kit, ask: PrepareInput, raw: bytes) -> list[bytes]:
     """What goes onto the socket."""
     try:
         made = prepare(kit, ask, raw)
@@ -136,7 +136,7 @@ def answer(kit: Kit, ask: Ask, raw: bytes) -> list[bytes]:
     except Exception:
         logger.exception("a body could not be prepared")
         return [framed(refusal(crashed()))]
-    if isinstance(made, Prepared):
+    if isinstance(made, PreparedRequest):
         head = Generation(
             made.options,
             [prompt.text for prompt in made.prompts],

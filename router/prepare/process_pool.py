@@ -27,13 +27,13 @@ from router.prepare.process import (
     TOKEN_BYTES,
     Generation,
     Page,
-    Refused,
+    PreparationRefused,
+    PrepareJob,
     Setup,
-    Work,
     decode_answer,
     framed,
 )
-from router.prepare.request import Ask, Prepared, Prompt
+from router.prepare.request import PreparedRequest, PrepareInput, Prompt
 from router.text.conversion import Converted
 
 logger = logging.getLogger(__name__)
@@ -60,23 +60,23 @@ class _Process:
     is_sound: bool = True
     """Between two bodies, and alive as far as anybody knows."""
 
-    async def prepare(self, ask: Ask, raw: Body) -> Prepared | list[bytes]:
+    async def prepare(self, ask: PrepareInput, raw: Body) -> PreparedRequest | list[bytes]:
         """Raises ApiError, _Ended. Never cancelled: what is asked is answered, or the process has ended."""
         self.is_sound = False
         try:
-            self.writer.write(framed(Work(ask, len(raw))))
+            self.writer.write(framed(PrepareJob(ask, len(raw))))
             self.writer.write(raw)
             answer = decode_answer(await self._take(LENGTH.unpack(await self._take(LENGTH.size))[0]))
-            made: Prepared | list[bytes] = []
+            made: PreparedRequest | list[bytes] = []
             if isinstance(answer, Generation):
-                made = Prepared(answer.options, await self._prompts(answer))
+                made = PreparedRequest(answer.options, await self._prompts(answer))
             elif isinstance(answer, Page):
                 made = [piece async for piece in self._pieces(answer.size_bytes)]
         except (OSError, asyncio.IncompleteReadError):
             await self._end_of_it()
             raise _Ended from None
         self.is_sound = True
-        if isinstance(answer, Refused):
+        if isinstance(answer, PreparationRefused):
             raise ApiError(
                 answer.status,
                 answer.message,
@@ -129,12 +129,12 @@ class Preparers:
     model: str
     converted: Converted | None
     retry_after_s: int = 1
-    _seats: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(PROCESSES))
+    _worker_loads: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(PROCESSES))
     _idle: list[_Process] = field(default_factory=list)
     _all: set[_Process] = field(default_factory=set)
     _bytes: int = 0
 
-    async def prepare(self, ask: Ask, raw: Body) -> Prepared | list[bytes]:
+    async def prepare(self, ask: PrepareInput, raw: Body) -> PreparedRequest | list[bytes]:
         """As `prepare.prepare`; a whole answer comes in pieces. May be cancelled.
         Raises ApiError, with 429 where too much waits."""
         if self._bytes and self._bytes + len(raw) > MAX_WAITING_BYTES:
@@ -157,14 +157,14 @@ class Preparers:
 
     async def _seated(self) -> _Process:
         """A process that nobody else uses, until `_back`."""
-        await self._seats.acquire()
+        await self._worker_loads.acquire()
         try:
             return await self._process()
         except BaseException:
-            self._seats.release()
+            self._worker_loads.release()
             raise
 
-    async def _attend(self, process: _Process, ask: Ask, raw: Body) -> Prepared | list[bytes]:
+    async def _attend(self, process: _Process, ask: PrepareInput, raw: Body) -> PreparedRequest | list[bytes]:
         loop = asyncio.get_running_loop()
         work = loop.create_task(process.prepare(ask, raw))
         work.add_done_callback(partial(self._back, process))
@@ -176,19 +176,19 @@ class Preparers:
             raise
 
     @staticmethod
-    def _give_up(process: _Process, work: "asyncio.Task[Prepared | list[bytes]]") -> None:
+    def _give_up(process: _Process, work: "asyncio.Task[PreparedRequest | list[bytes]]") -> None:
         if not work.done():
             logger.warning("nobody waits for what pid %d prepares: it is killed", process.process.pid)
             process.end()
 
-    def _back(self, process: _Process, work: "asyncio.Task[Prepared | list[bytes]]") -> None:
+    def _back(self, process: _Process, work: "asyncio.Task[PreparedRequest | list[bytes]]") -> None:
         if not work.cancelled():
             work.exception()  # nobody may be left to ask for it
         if process.is_sound:
             self._idle.append(process)
         else:
             self._bury(process)
-        self._seats.release()
+        self._worker_loads.release()
 
     def _bury(self, process: _Process) -> None:
         process.end()

@@ -22,8 +22,8 @@ from router.api.openai_requests import (
 )
 from router.api.parameters import (
     PLAIN_SAMPLING,
-    Limits,
     Options,
+    RequestLimits,
     check_model,
     check_tokens,
     check_total_choices,
@@ -52,11 +52,11 @@ class TooMuchHere(Exception):
     """What looked small is not: it is to be prepared beside the event loop."""
 
 
-class Ask(Struct, frozen=True):
+class PrepareInput(Struct, frozen=True):
     """What the loop knows and a body does not say. Without `limits` no worker is connected."""
 
     kind: Kind
-    limits: Limits | None = None
+    limits: RequestLimits | None = None
     seed: int = 0
     retry_after_s: int = 1
     defaults: SamplingDefaults = PLAIN_SAMPLING
@@ -71,7 +71,7 @@ class Prompt(Struct, frozen=True):
     of_ids: bool = False
 
 
-class Prepared(Struct, frozen=True):
+class PreparedRequest(Struct, frozen=True):
     options: Options
     prompts: list[Prompt]
 
@@ -92,7 +92,7 @@ class Kit:
         return self.tokenizer.encode(text, add_special_tokens)
 
 
-def prepare(kit: Kit, ask: Ask, raw: Body) -> Prepared | bytes:
+def prepare(kit: Kit, ask: PrepareInput, raw: Body) -> PreparedRequest | bytes:
     """`bytes`: the JSON of the answer. Raises ApiError, and TooMuchHere."""
     _check_encoding(raw)
     try:
@@ -131,7 +131,7 @@ def check_parts(messages: list[Message]) -> None:
                 )
 
 
-def _generation(kit: Kit, ask: Ask, raw: Body) -> Prepared:
+def _generation(kit: Kit, ask: PrepareInput, raw: Body) -> PreparedRequest:
     body: ChatBody | CompletionBody
     if ask.kind == "chat":
         body = kit.bodies.decode(ChatBody, raw)
@@ -159,7 +159,7 @@ def _generation(kit: Kit, ask: Ask, raw: Body) -> Prepared:
         size = None if prompt.of_ids else kit.tokenizer.size
         check_tokens(prompt.tokens, limits.vocab_size, param, size)
         sampling_for(options, len(prompt.tokens), limits, param)
-    return Prepared(options, prompts)
+    return PreparedRequest(options, prompts)
 
 
 def _prompt(kit: Kit, given: str | list[int], echo: bool, special: bool) -> Prompt:
@@ -169,7 +169,7 @@ def _prompt(kit: Kit, given: str | list[int], echo: bool, special: bool) -> Prom
     return Prompt(given, kit.tokenizer.decode(given) if echo else None, of_ids=True)
 
 
-def _tokenize(kit: Kit, ask: Ask, raw: Body) -> bytes:
+def _tokenize(kit: Kit, ask: PrepareInput, raw: Body) -> bytes:
     body = kit.bodies.decode(TokenizeBody, raw)
     check_model(body.model, kit.model)
     if (body.prompt is None) == (body.messages is None):

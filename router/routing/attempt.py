@@ -1,7 +1,7 @@
-"""One flight: some work on its way through one prefill worker and the decode workers it is pushed to. Pure.
+"""One attempt: some work on its way through one prefill worker and the decode workers it is pushed to. Pure.
 
-What arrives goes in, what must be sent comes out as `Send`s; what follows from a failure, and text and HTTP,
-are the `Output`'s business (migration.py).
+What arrives goes in, what must be sent comes out as `WorkerMessage`s; what follows from a failure, and text
+and HTTP, are the `AttemptListener`'s business (migration.py).
 
     QUEUED ──> PREFILLING ──> JOINING ──> DECODING ──> FINISHED
                   │ ↑ └──(unified worker)───↑↑
@@ -10,7 +10,7 @@ are the `Output`'s business (migration.py).
     (any living phase) ──> FAILED, CANCELLED
     PREFILLING, UNPAIRED ──> FINISHED where every choice ends with its first token
 
-Whichever way a flight ends, every worker that may still hold something of it is told `Cancel`.
+Whichever way an attempt ends, every worker that may still hold something of it is told `Cancel`.
 """
 
 import enum
@@ -29,21 +29,21 @@ from services.protocol.messages import (
     Failed,
     FirstToken,
     Generate,
-    Join,
+    KvTransferFailed,
     Prefill,
     PrefillDone,
-    PushAgain,
+    RepushKv,
     Request,
-    Reserve,
+    ReserveKv,
+    SequenceRequest,
+    StartDecode,
     Tokens,
-    TransferAddress,
-    Undelivered,
-    Work,
+    WorkerTransferAddress,
 )
 
 
-class Phase(enum.Enum):
-    __hash__ = object.__hash__  # Enum's own is Python code, and a flight looks its phase up again and again
+class AttemptPhase(enum.Enum):
+    __hash__ = object.__hash__  # Enum's own is Python code, and an attempt looks its phase up again and again
 
     QUEUED = "queued"
     PREFILLING = "prefilling"
@@ -56,30 +56,31 @@ class Phase(enum.Enum):
     CANCELLED = "cancelled"
 
 
-_ENDED = frozenset({Phase.FAILED, Phase.CANCELLED})
-MOVES: dict[Phase, frozenset[Phase]] = {
-    Phase.QUEUED: _ENDED | {Phase.PREFILLING},
-    Phase.PREFILLING: _ENDED | {Phase.JOINING, Phase.DECODING, Phase.FINISHED, Phase.UNPAIRED},
-    Phase.UNPAIRED: _ENDED | {Phase.PREFILLING, Phase.HELD, Phase.FINISHED},
-    Phase.JOINING: _ENDED | {Phase.DECODING, Phase.HELD},
-    Phase.HELD: _ENDED | {Phase.JOINING},
-    Phase.DECODING: _ENDED | {Phase.FINISHED},
-    Phase.FINISHED: frozenset(),
-    Phase.FAILED: frozenset(),
-    Phase.CANCELLED: frozenset(),
+_ENDED = frozenset({AttemptPhase.FAILED, AttemptPhase.CANCELLED})
+TRANSITIONS: dict[AttemptPhase, frozenset[AttemptPhase]] = {
+    AttemptPhase.QUEUED: _ENDED | {AttemptPhase.PREFILLING},
+    AttemptPhase.PREFILLING: _ENDED
+    | {AttemptPhase.JOINING, AttemptPhase.DECODING, AttemptPhase.FINISHED, AttemptPhase.UNPAIRED},
+    AttemptPhase.UNPAIRED: _ENDED | {AttemptPhase.PREFILLING, AttemptPhase.HELD, AttemptPhase.FINISHED},
+    AttemptPhase.JOINING: _ENDED | {AttemptPhase.DECODING, AttemptPhase.HELD},
+    AttemptPhase.HELD: _ENDED | {AttemptPhase.JOINING},
+    AttemptPhase.DECODING: _ENDED | {AttemptPhase.FINISHED},
+    AttemptPhase.FINISHED: frozenset(),
+    AttemptPhase.FAILED: frozenset(),
+    AttemptPhase.CANCELLED: frozenset(),
 }
 
 
-WITHOUT_DECODE = frozenset({Phase.UNPAIRED, Phase.HELD})
-_BEFORE_FIRST_TOKENS = frozenset({Phase.PREFILLING, Phase.UNPAIRED})
+WITHOUT_DECODE = frozenset({AttemptPhase.UNPAIRED, AttemptPhase.HELD})
+_BEFORE_FIRST_TOKENS = frozenset({AttemptPhase.PREFILLING, AttemptPhase.UNPAIRED})
 
 
-class IllegalPhase(RuntimeError):
-    """A flight was moved between two phases that `MOVES` does not join."""
+class IllegalAttemptTransition(RuntimeError):
+    """An attempt was moved between two phases that `TRANSITIONS` does not join."""
 
 
-class Output(Protocol):
-    """Where a flight's results go, and who decides what follows from its failure."""
+class AttemptListener(Protocol):
+    """Where an attempt's results go, and who decides what follows from its failure."""
 
     def on_prefilled(self, report: PrefillDone) -> None: ...
 
@@ -89,7 +90,7 @@ class Output(Protocol):
     def on_failed(self, error: ApiError) -> None: ...
 
 
-class Send(Struct, frozen=True):
+class WorkerMessage(Struct, frozen=True):
     worker: str
     message: Request
 
@@ -108,28 +109,28 @@ class Times:
     decode_started_s: float | None = None
 
 
-_NOTHING: tuple[Send, ...] = ()
+_NOTHING: tuple[WorkerMessage, ...] = ()
 
 
 @dataclass(slots=True)
-class Flight:
+class Attempt:
     """`prefill` is None on a unified worker; `transfer_id` and `source` belong to the pair otherwise.
 
-    Methods return what to send, in order. Reports from a worker that has no part in the flight (any more),
+    Methods return what to send, in order. Reports from a worker that has no part in the attempt (any more),
     under a former decode worker's id, for choices that have ended or never were, change nothing and count as
-    `ignored`. In a phase of `WITHOUT_DECODE` the flight waits for `pair`; `error` is what it comes to if
+    `ignored`. In a phase of `WITHOUT_DECODE` the attempt waits for `pair`; `error` is what it comes to if
     nobody calls that.
     """
 
-    work: Work
+    work: SequenceRequest
     decode: str
-    output: Output
+    output: AttemptListener
     times: Times
     retry_after_s: int
     prefill: str | None = None
     transfer_id: int = 0
-    source: TransferAddress | None = None
-    phase: Phase = Phase.QUEUED
+    source: WorkerTransferAddress | None = None
+    phase: AttemptPhase = AttemptPhase.QUEUED
     error: ApiError | None = None
     failed_on: str | None = None
     """The worker that failed it, if one did."""
@@ -138,7 +139,7 @@ class Flight:
     ended: bool = False
     ignored: int = 0
     open_choices: list[int] = field(default_factory=list)
-    """Of a flight that has ended before them: the choices that have not, in order."""
+    """Of an attempt that has ended before them: the choices that have not, in order."""
     generated_tokens: int = 0
     cached_tokens: int = 0
     _alive: set[int] = field(default_factory=set)
@@ -148,40 +149,42 @@ class Flight:
 
     @property
     def workers(self) -> tuple[str, ...]:
-        """Workers that may hold something of this flight now."""
-        if self.ended or self.phase is Phase.QUEUED:
+        """Workers that may hold something of this attempt now."""
+        if self.ended or self.phase is AttemptPhase.QUEUED:
             return ()
         if self.phase in WITHOUT_DECODE and self.prefill is not None:
             return (self.prefill,)
-        if self.prefill is None or self.phase is Phase.DECODING:
+        if self.prefill is None or self.phase is AttemptPhase.DECODING:
             return (self.decode,)
         return (self.prefill, self.decode)
 
-    def start(self) -> Sequence[Send]:
+    def start(self) -> Sequence[WorkerMessage]:
         self._alive = set(self.work.choice_numbers)
         self._waited_for = set(self._alive)
         self.decode_id = self.work.request_id
-        self._move(Phase.PREFILLING)
+        self._move(AttemptPhase.PREFILLING)
         if self.prefill is None or self.source is None:
-            return (Send(self.decode, Generate(self.work)),)
+            return (WorkerMessage(self.decode, Generate(self.work)),)
         # Both leave at once, but one of them first: the one that the first token waits for.
         return (
-            Send(self.prefill, Prefill(self.work, self.transfer_id)),
-            Send(self.decode, Reserve(self.work, self.transfer_id, self.source)),
+            WorkerMessage(self.prefill, Prefill(self.work, self.transfer_id)),
+            WorkerMessage(self.decode, ReserveKv(self.work, self.transfer_id, self.source)),
         )
 
-    def pair(self, decode: str, decode_id: int, transfer_id: int, source: TransferAddress) -> Sequence[Send]:
+    def pair(
+        self, decode: str, decode_id: int, transfer_id: int, source: WorkerTransferAddress
+    ) -> Sequence[WorkerMessage]:
         """Another decode worker takes the KV that the prefill worker has, or will have."""
         if self.prefill is None:
-            raise IllegalPhase("a unified worker has no pair")
-        held = self.phase is Phase.HELD
-        self._move(Phase.JOINING if held else Phase.PREFILLING)
+            raise IllegalAttemptTransition("a unified worker has no pair")
+        held = self.phase is AttemptPhase.HELD
+        self._move(AttemptPhase.JOINING if held else AttemptPhase.PREFILLING)
         self.decode, self.decode_id, self.transfer_id, self.source = decode, decode_id, transfer_id, source
         self.error = None
         work = replace(self.work, request_id=decode_id)
         sends = [
-            Send(self.prefill, PushAgain(self.work.request_id, transfer_id)),
-            Send(decode, Reserve(work, transfer_id, source)),
+            WorkerMessage(self.prefill, RepushKv(self.work.request_id, transfer_id)),
+            WorkerMessage(decode, ReserveKv(work, transfer_id, source)),
         ]
         return [*sends, self._join()] if held else sends
 
@@ -194,12 +197,12 @@ class Flight:
         self.cached_tokens = report.cached_tokens
         self.output.on_prefilled(report)
 
-    def on_tokens(self, worker: str, report: Tokens, now_s: float) -> Sequence[Send]:
+    def on_tokens(self, worker: str, report: Tokens, now_s: float) -> Sequence[WorkerMessage]:
         choice = report.choice
         if choice not in self._alive:
             self.ignored += 1
             return _NOTHING
-        if self.phase is Phase.DECODING:
+        if self.phase is AttemptPhase.DECODING:
             if worker != self.decode or report.request_id != self.decode_id:
                 self.ignored += 1
                 return _NOTHING
@@ -214,7 +217,7 @@ class Flight:
         self.ignored += 1
         return _NOTHING
 
-    def _on_first_tokens(self, report: Tokens, now_s: float) -> Sequence[Send]:
+    def _on_first_tokens(self, report: Tokens, now_s: float) -> Sequence[WorkerMessage]:
         choice = report.choice
         if self.prefill is not None and (choice not in self._waited_for or len(report.tokens) != 1):
             return self.fail(ApiError(500, "The prefill worker broke the protocol.", committed=True), now_s)
@@ -225,7 +228,7 @@ class Flight:
         going_on = self.output.on_tokens(report, now_s)
         if self.prefill is None:
             self.times.decode_started_s = self.times.decode_started_s or now_s
-            self._move(Phase.DECODING)
+            self._move(AttemptPhase.DECODING)
             return _NOTHING if going_on else self._end_choice(report, now_s)
         if going_on:
             self._firsts[choice] = report.tokens[-1]
@@ -235,43 +238,47 @@ class Flight:
             self._prefill_holds |= report.finish is None
         if self._waited_for:
             return _NOTHING
-        unpaired = self.phase is Phase.UNPAIRED
+        unpaired = self.phase is AttemptPhase.UNPAIRED
         if self._firsts:
-            self._move(Phase.HELD if unpaired else Phase.JOINING)
+            self._move(AttemptPhase.HELD if unpaired else AttemptPhase.JOINING)
             return _NOTHING if unpaired else (self._join(),)
         holders = self.workers if self._prefill_holds else self.workers[1:]
-        self._end(Phase.FINISHED, now_s)
+        self._end(AttemptPhase.FINISHED, now_s)
         return self._cancels(holders)
 
-    def _join(self) -> Send:
+    def _join(self) -> WorkerMessage:
         firsts = [FirstToken(index, token) for index, token in sorted(self._firsts.items())]
-        return Send(self.decode, Join(self.decode_id, firsts))
+        return WorkerMessage(self.decode, StartDecode(self.decode_id, firsts))
 
-    def _end_choice(self, report: Tokens, now_s: float) -> Sequence[Send]:
+    def _end_choice(self, report: Tokens, now_s: float) -> Sequence[WorkerMessage]:
         self._alive.discard(report.choice)
         if not self._alive:
-            self._end(Phase.FINISHED, now_s)
+            self._end(AttemptPhase.FINISHED, now_s)
             if report.finish is None:
                 return self._cancels((self.decode,))
         elif report.finish is None:
-            return (Send(self.decode, Cancel(self.decode_id, report.choice)),)
+            return (WorkerMessage(self.decode, Cancel(self.decode_id, report.choice)),)
         return _NOTHING
 
     def on_decode_started(self, worker: str, report: DecodeStarted, now_s: float) -> None:
-        if self.phase is not Phase.JOINING or worker != self.decode or report.request_id != self.decode_id:
+        if (
+            self.phase is not AttemptPhase.JOINING
+            or worker != self.decode
+            or report.request_id != self.decode_id
+        ):
             self.ignored += 1
             return
         if self.times.decode_started_s is None:
             self.times.transfer_s, self.times.tail_s = report.transfer_s, report.tail_s
             self.times.decode_started_s = now_s
-        self._move(Phase.DECODING)
+        self._move(AttemptPhase.DECODING)
 
-    def on_undelivered(self, worker: str, report: Undelivered) -> Sequence[Send]:
+    def on_undelivered(self, worker: str, report: KvTransferFailed) -> Sequence[WorkerMessage]:
         """The prefill worker goes on without its decode worker, who is told to forget the request. If that
         one decodes already, the KV was taken and only the word of it was lost: nobody needs it held."""
-        if self.phase is Phase.DECODING and worker == self.prefill:
+        if self.phase is AttemptPhase.DECODING and worker == self.prefill:
             return self.on_holding(worker)
-        paired = self.phase is Phase.PREFILLING or self.phase is Phase.JOINING
+        paired = self.phase is AttemptPhase.PREFILLING or self.phase is AttemptPhase.JOINING
         if not paired or worker != self.prefill or report.transfer_id != self.transfer_id:
             self.ignored += 1
             return _NOTHING
@@ -279,13 +286,13 @@ class Flight:
         self._unpair(error_of(failed, self.retry_after_s, self._committed))
         return self._cancels((self.decode,))
 
-    def on_holding(self, worker: str) -> Sequence[Send]:
+    def on_holding(self, worker: str) -> Sequence[WorkerMessage]:
         """A worker that still has the KV is told to let it go where nobody will ask for it again."""
         if worker in self.workers:
             return _NOTHING
-        return (Send(worker, Cancel(self.work.request_id)),)
+        return (WorkerMessage(worker, Cancel(self.work.request_id)),)
 
-    def on_failed(self, worker: str, report: Failed, now_s: float) -> Sequence[Send]:
+    def on_failed(self, worker: str, report: Failed, now_s: float) -> Sequence[WorkerMessage]:
         id_there = self.decode_id if worker == self.decode else self.work.request_id
         if worker not in self.workers or report.request_id != id_there:
             self.ignored += 1
@@ -293,67 +300,68 @@ class Flight:
         error = error_of(report, self.retry_after_s, self._committed)
         return self._on_gone(worker, error, now_s)
 
-    def on_worker_lost(self, worker: str, now_s: float) -> Sequence[Send]:
+    def on_worker_lost(self, worker: str, now_s: float) -> Sequence[WorkerMessage]:
         if worker not in self.workers:
             return _NOTHING
         role = "prefill" if worker == self.prefill else "decode"
         error = lost_error(role, self.retry_after_s, self._committed)
         return self._on_gone(worker, error, now_s)
 
-    def _on_gone(self, worker: str, error: ApiError, now_s: float) -> Sequence[Send]:
-        """`worker` no longer knows the flight. A prefill worker's part outlives that of its decode worker."""
-        handed_over = self.phase is Phase.DECODING
+    def _on_gone(self, worker: str, error: ApiError, now_s: float) -> Sequence[WorkerMessage]:
+        """`worker` no longer knows the attempt. A prefill worker's part outlives that of its decode
+        worker."""
+        handed_over = self.phase is AttemptPhase.DECODING
         if error.retry_reason is None or self.prefill is None or worker == self.prefill or handed_over:
             return self.fail(error, now_s, gone=worker)
         self._unpair(error)
         return _NOTHING
 
     def _unpair(self, error: ApiError) -> None:
-        self._move(Phase.HELD if self.phase is Phase.JOINING else Phase.UNPAIRED)
+        self._move(AttemptPhase.HELD if self.phase is AttemptPhase.JOINING else AttemptPhase.UNPAIRED)
         self.error = error
 
     @property
     def _committed(self) -> bool:
         return self.times.first_token_s is not None
 
-    def fail(self, error: ApiError, now_s: float, gone: str | None = None) -> Sequence[Send]:
-        """Ends with an error. `gone` is the worker that no longer knows the flight."""
+    def fail(self, error: ApiError, now_s: float, gone: str | None = None) -> Sequence[WorkerMessage]:
+        """Ends with an error. `gone` is the worker that no longer knows the attempt."""
         if self.ended:
             return _NOTHING
         holders = [worker for worker in self.workers if worker != gone]
-        if self.phase is Phase.DECODING and gone == self.decode and self.prefill is not None:
+        if self.phase is AttemptPhase.DECODING and gone == self.decode and self.prefill is not None:
             # The word that the KV was taken may have died with who took it.
             holders.append(self.prefill)
         self.error, self.failed_on = error, gone
-        self._end(Phase.FAILED, now_s)
+        self._end(AttemptPhase.FAILED, now_s)
         self.output.on_failed(error)
         return self._cancels(holders)
 
-    def cancel(self, now_s: float) -> Sequence[Send]:
+    def cancel(self, now_s: float) -> Sequence[WorkerMessage]:
         """Nobody wants the result any more."""
         if self.ended:
             return _NOTHING
         holders = self.workers
-        self._end(Phase.CANCELLED, now_s)
+        self._end(AttemptPhase.CANCELLED, now_s)
         return self._cancels(holders)
 
-    def recall(self) -> Sequence[Send]:
-        """To every worker that had a part in a flight whose state is not to be trusted."""
+    def recall(self) -> Sequence[WorkerMessage]:
+        """To every worker that had a part in a attempt whose state is not to be trusted."""
         self.ended = True
         return self._cancels([self.decode] if self.prefill is None else [self.prefill, self.decode])
 
-    def _cancels(self, holders: Sequence[str]) -> Sequence[Send]:
+    def _cancels(self, holders: Sequence[str]) -> Sequence[WorkerMessage]:
         ids = {self.decode: self.decode_id}
-        return [Send(one, Cancel(ids.get(one, self.work.request_id))) for one in holders]
+        return [WorkerMessage(one, Cancel(ids.get(one, self.work.request_id))) for one in holders]
 
-    def _end(self, phase: Phase, now_s: float) -> None:
+    def _end(self, phase: AttemptPhase, now_s: float) -> None:
         self._move(phase)
         self.ended = True
         self.open_choices = sorted(self._alive)
         self._alive.clear()
         self.times.ended_s = now_s
 
-    def _move(self, phase: Phase) -> None:
-        if phase not in MOVES[self.phase]:
-            raise IllegalPhase(f"{self.phase.value} -> {phase.value}")
+    def _move(self, phase: AttemptPhase) -> None:
+        if phase not in TRANSITIONS[self.phase]:
+            raise IllegalAttemptTransition(f"{self.phase.value} -> {phase.value}")
         self.phase = phase

@@ -2,16 +2,16 @@
 
 from collections.abc import Iterable, Sequence
 
-from router.api.parameters import Limits
+from router.api.parameters import RequestLimits
 from router.config import RouterConfig
-from router.routing.load import Seats
+from router.routing.load import LoadTracker
 from router.routing.policy import Candidate
 from router.routing.prefix_index import PrefixIndex
 from services.protocol.client import ClientState, WorkerClient
 
 
 def candidates(
-    clients: Iterable[WorkerClient], seats: Seats, prefixes: PrefixIndex, blocks: Sequence[int]
+    clients: Iterable[WorkerClient], worker_loads: LoadTracker, prefixes: PrefixIndex, blocks: Sequence[int]
 ) -> list[Candidate]:
     """Workers that are connected and ready, by their last report and the router's own account; for a prompt
     of these `blocks`."""
@@ -22,7 +22,7 @@ def candidates(
             continue
         if status.state != "ready":
             continue
-        seat = seats.of[endpoint]
+        worker_load = worker_loads.of[endpoint]
         found.append(
             Candidate(
                 name=endpoint,
@@ -34,22 +34,22 @@ def candidates(
                 reported_queued=status.queued,
                 reported_running=status.running,
                 reported_used_pages=status.pages.used,
-                queued_tokens=seat.queued_tokens,
-                live_tokens=seat.live_tokens,
-                uncached_tokens=seat.uncached_tokens,
+                queued_tokens=worker_load.queued_tokens,
+                live_tokens=worker_load.live_tokens,
+                uncached_tokens=worker_load.uncached_tokens,
                 cached_tokens=prefixes.cached_tokens(endpoint, blocks),
-                turn=seat.turn,
+                last_assigned=worker_load.last_assigned,
             )
         )
     return found
 
 
-def common_limits(clients: Iterable[WorkerClient], config: RouterConfig) -> Limits | None:
+def common_limits(clients: Iterable[WorkerClient], config: RouterConfig) -> RequestLimits | None:
     """What every connected worker can take; None while there is none."""
     hellos = [client.hello for client in clients if client.hello is not None]
     if not hellos:
         return None
-    return Limits(
+    return RequestLimits(
         vocab_size=min(hello.vocab_size for hello in hellos),
         max_model_len=min(hello.max_model_len for hello in hellos),
         max_sequence_tokens=min(hello.max_sequence_tokens for hello in hellos),

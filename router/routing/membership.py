@@ -11,26 +11,26 @@ import enum
 from collections.abc import Collection, Iterable
 
 
-class Standing(enum.Enum):
+class MemberState(enum.Enum):
     MEMBER = "member"
     MISSED = "missed"  # not in the latest list; it gets work until the next one says so, too
     LEAVING = "leaving"  # it gets no new work; what it has goes on to its end
 
 
-_LISTED = dict.fromkeys(Standing, Standing.MEMBER)
-_NOT_LISTED: dict[Standing, Standing] = {
-    Standing.MEMBER: Standing.MISSED,
-    Standing.MISSED: Standing.LEAVING,
-    Standing.LEAVING: Standing.LEAVING,
+_LISTED = dict.fromkeys(MemberState, MemberState.MEMBER)
+_NOT_LISTED: dict[MemberState, MemberState] = {
+    MemberState.MEMBER: MemberState.MISSED,
+    MemberState.MISSED: MemberState.LEAVING,
+    MemberState.LEAVING: MemberState.LEAVING,
 }
 
 
-class Roster:
+class Membership:
     def __init__(self, endpoints: Iterable[str] = ()) -> None:
-        self._standings = dict.fromkeys(endpoints, Standing.MEMBER)
+        self._standings = dict.fromkeys(endpoints, MemberState.MEMBER)
         self.leaving: frozenset[str] = frozenset()
 
-    def standing(self, endpoint: str) -> Standing | None:
+    def standing(self, endpoint: str) -> MemberState | None:
         """None: it is unknown, or forgotten."""
         return self._standings.get(endpoint)
 
@@ -40,7 +40,7 @@ class Roster:
             moves = _LISTED if endpoint in listed else _NOT_LISTED
             self._standings[endpoint] = moves[standing]
         new = [endpoint for endpoint in dict.fromkeys(listed) if endpoint not in self._standings]
-        self._standings |= dict.fromkeys(new, Standing.MEMBER)
+        self._standings |= dict.fromkeys(new, MemberState.MEMBER)
         self._count()
         return new
 
@@ -56,5 +56,5 @@ class Roster:
         self._count()
 
     def _count(self) -> None:
-        leaving = (one for one, standing in self._standings.items() if standing is Standing.LEAVING)
+        leaving = (one for one, standing in self._standings.items() if standing is MemberState.LEAVING)
         self.leaving = frozenset(leaving)

@@ -14,8 +14,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from router.isolation import Borders
-from router.routing.attempt import Phase
-from router.routing.routed_request import Journey, RetryBudget
+from router.routing.attempt import AttemptPhase
+from router.routing.routed_request import RetryBudget, RoutedRequest
 from services.protocol.messages import Status
 
 _SHORT_S = (
@@ -116,12 +116,12 @@ class Metrics:
         """One HTTP request to an endpoint that generates has ended."""
         self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
 
-    def observe_journey(self, journey: Journey) -> None:
+    def observe_request(self, routed: RoutedRequest) -> None:
         """One prompt has ended; only finished ones enter the time histograms. Generated tokens are counted as
         choices take them."""
-        self.prompt_tokens += len(journey.work.prompt)
-        self.ignored_reports += journey.ignored
-        times = journey.times
+        self.prompt_tokens += len(routed.work.prompt)
+        self.ignored_reports += routed.ignored
+        times = routed.times
         if times.first_token_s is not None:
             self.ttft.observe(times.first_token_s - times.submitted_s)
             self.queue.observe(times.queue_s)
@@ -129,7 +129,7 @@ class Metrics:
         if times.transfer_s is not None:
             self.transfer.observe(times.transfer_s)
             self.exposed.observe(times.tail_s or 0.0)
-        if journey.phase is not Phase.FINISHED or times.ended_s is None:
+        if routed.phase is not AttemptPhase.FINISHED or times.ended_s is None:
             return
         total_s = times.ended_s - times.submitted_s
         # Decoding begins where streaming can go on: after the wait for the rest of the transfer.

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Iterable
 
 from router.isolation import Borders
-from router.routing.attempt import Send
+from router.routing.attempt import WorkerMessage
 from services.protocol.messages import Request
 
 
-class Outbox:
+class WorkerOutbox:
     """`send(worker, messages)` is False for a worker that cannot be written to; then `on_unsent(worker,
     request_id)` is told of each message, and may queue others."""
 
@@ -20,7 +20,7 @@ class Outbox:
         self._send, self._on_unsent, self._borders = send, on_unsent, borders
         self._waiting: dict[str, list[Request]] = {}
 
-    def queue(self, sends: Iterable[Send]) -> None:
+    def queue(self, sends: Iterable[WorkerMessage]) -> None:
         for send in sends:
             self._waiting.setdefault(send.worker, []).append(send.message)
 

@@ -13,19 +13,19 @@ from collections.abc import Sequence
 
 from msgspec import Struct
 
-from services.protocol.messages import Role, TransferAddress
+from services.protocol.messages import Role, WorkerTransferAddress
 
 
 class Candidate(Struct, frozen=True):
     """One worker that can take work now. `queued_tokens`, `uncached_tokens` and `live_tokens` are this
     router's own account: prompt tokens sent and not yet prefilled, and those of them that must be computed;
     tokens of the sequences it holds. `cached_tokens` of the prompt to be placed are expected to be there.
-    `turn` is the number of the last prompt it was given."""
+    `last_assigned` is the number of the last prompt it was given."""
 
     name: str
     role: Role
     model_digest: str
-    transfer: TransferAddress | None
+    transfer: WorkerTransferAddress | None
     page_size_tokens: int
     pages: int
     reported_queued: int
@@ -35,7 +35,7 @@ class Candidate(Struct, frozen=True):
     live_tokens: int
     uncached_tokens: int = 0
     cached_tokens: int = 0
-    turn: int = 0
+    last_assigned: int = 0
 
     def can_hold(self, prompt_tokens: int) -> bool:
         """Whether an empty pool would have room for it."""
@@ -47,7 +47,7 @@ class Pairing(Struct, frozen=True):
 
     prefill: str | None
     decode: str
-    source: TransferAddress | None
+    source: WorkerTransferAddress | None
 
 
 class Placement(Struct, frozen=True):
@@ -74,14 +74,14 @@ def _by_queue(worker: Candidate, incoming_tokens: int) -> tuple[bool, int, int, 
     share = used_share(worker, incoming_tokens)
     # Less the prompt's length, which is the same for all.
     cost_tokens = worker.uncached_tokens - worker.cached_tokens
-    return (share > 1, cost_tokens, worker.reported_queued, share, worker.turn, worker.name)
+    return (share > 1, cost_tokens, worker.reported_queued, share, worker.last_assigned, worker.name)
 
 
 def _by_pages(worker: Candidate, incoming_tokens: int) -> tuple[bool, float, int, int, str]:
     whole = share = used_share(worker, incoming_tokens)
     if worker.cached_tokens:
         share = used_share(worker, incoming_tokens - worker.cached_tokens)
-    return (whole > 1, share, worker.reported_running, worker.turn, worker.name)
+    return (whole > 1, share, worker.reported_running, worker.last_assigned, worker.name)
 
 
 def spare(workers: Sequence[Candidate], avoid: frozenset[str], strict: bool = False) -> Sequence[Candidate]:

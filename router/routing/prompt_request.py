@@ -2,15 +2,15 @@
 
 from msgspec import Struct
 
-from router.routing.attempt import Output
+from router.routing.attempt import AttemptListener
 from services.protocol.messages import Sampling
 
 
-class Order(Struct, frozen=True):
+class PromptRequest(Struct, frozen=True):
     """One prompt to run."""
 
     prompt: list[int]
     sampling: Sampling
     choices: int
     salt: bytes
-    output: Output
+    output: AttemptListener

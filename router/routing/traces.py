@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from msgspec import Struct
 
 from router.errors import ApiError
-from router.routing.attempt import Flight, Times
-from services.protocol.messages import Request, Span, TraceReply, TraceRequest
+from router.routing.attempt import Attempt, Times
+from services.protocol.messages import Request, TraceReply, TraceRequest, TraceSpan
 
 MAX_LABELS = 1024
 MAX_PROMPTS = 16
@@ -30,7 +30,7 @@ class ProcessTrace(Struct, frozen=True):
     process: str
     offset_s: float
     error_s: float
-    spans: list[Span]
+    spans: list[TraceSpan]
 
 
 class PromptTrace(Struct, frozen=True):
@@ -82,23 +82,23 @@ class Traces:
         self._asked = 0
 
     def remember(
-        self, owner: str | None, label: str, flights: Sequence[Flight], names: Callable[[str], str]
+        self, owner: str | None, label: str, attempts: Sequence[Attempt], names: Callable[[str], str]
     ) -> None:
         """The prompts of a request that has just been sent off; `owner` is its API key, `names` a worker's
         own name by its endpoint."""
         known = self._known.setdefault((owner, label), [])
         self._known.move_to_end((owner, label))
-        for flight in flights:
-            parts = [] if flight.prefill is None else [flight.prefill, flight.decode]
+        for attempt in attempts:
+            parts = [] if attempt.prefill is None else [attempt.prefill, attempt.decode]
             known.append(
                 _Known(
-                    flight.work.request_id,
-                    flight.transfer_id,
-                    len(flight.work.prompt),
+                    attempt.work.request_id,
+                    attempt.transfer_id,
+                    len(attempt.work.prompt),
                     {endpoint: names(endpoint) for endpoint in parts},
-                    None if flight.prefill is None else names(flight.prefill),
-                    names(flight.decode),
-                    flight.times,
+                    None if attempt.prefill is None else names(attempt.prefill),
+                    names(attempt.decode),
+                    attempt.times,
                 )
             )
         del known[:-MAX_PROMPTS]
@@ -168,7 +168,7 @@ def process_trace(sent_s: float, received_s: float, reply: TraceReply, zero_s: f
         offset_s = error_s = 0.0
     shift_s = offset_s - zero_s
     spans = [
-        Span(one.stage, one.start_token, one.token_count, one.start_s + shift_s, one.end_s + shift_s)
+        TraceSpan(one.stage, one.start_token, one.token_count, one.start_s + shift_s, one.end_s + shift_s)
         for one in reply.spans
     ]
     return ProcessTrace(reply.process, offset_s, error_s, spans)

@@ -1,4 +1,4 @@
-"""The router's workers, which come and go while requests run: a client and a seat for each.
+"""The router's workers, which come and go while requests run: a client and a load record for each.
 
 1. Those that the command line names are there from the start and stay.
 2. `look` takes what a list names now (discovery.py): a new worker gets a client, which connects, and work as
@@ -10,15 +10,15 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 
 from router.config import RouterConfig
-from router.routing.attempt import Flight
+from router.routing.attempt import Attempt
 from router.routing.candidates import candidates
-from router.routing.load import Seats
-from router.routing.membership import Roster
+from router.routing.load import LoadTracker
+from router.routing.membership import Membership
 from router.routing.policy import Candidate, Pairing, place, place_decode, spare
 from router.routing.prefix_index import PrefixIndex, prefix_blocks
-from router.routing.routed_request import Leg
+from router.routing.routed_request import Branch
 from services.protocol.client import ClientConfigError, ClientState, WorkerClient, load_keys
-from services.protocol.messages import Report, Request, Work
+from services.protocol.messages import Report, Request, SequenceRequest
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ OnReports = Callable[[WorkerClient, list[Report]], None]
 OnState = Callable[[WorkerClient, ClientState, ClientState], None]
 
 
-class Fleet:
+class WorkerPool:
     """`on_reports` and `on_state` are the clients' (services/protocol/client.py)."""
 
     def __init__(
@@ -37,9 +37,9 @@ class Fleet:
         self._on_reports, self._on_state = on_reports, on_state
         self._keys = load_keys(config.key_dir)
         self._prefixes = PrefixIndex()
-        self._roster = Roster(config.workers)
+        self._membership = Membership(config.workers)
         self._complained: set[str] = set()
-        self.seats = Seats(config.workers)
+        self.worker_loads = LoadTracker(config.workers)
         self.clients = {endpoint: self._client(endpoint) for endpoint in config.workers}
 
     def _client(self, endpoint: str) -> WorkerClient:
@@ -73,12 +73,12 @@ class Fleet:
         """Takes what lists name now, beside the workers of the command line."""
         endpoints = dict.fromkeys([*self._config.workers, *listed])
         self._complained &= endpoints.keys()
-        before = self._roster.leaving
-        for endpoint in self._roster.look(endpoints.keys()):
+        before = self._membership.leaving
+        for endpoint in self._membership.look(endpoints.keys()):
             self._join(endpoint)
-        for endpoint in self._roster.leaving - before:
+        for endpoint in self._membership.leaving - before:
             logger.info("worker %s: leaving", endpoint)
-        for endpoint in before - self._roster.leaving:
+        for endpoint in before - self._membership.leaving:
             logger.info("worker %s: stays", endpoint)
 
     def _join(self, endpoint: str) -> None:
@@ -86,26 +86,26 @@ class Fleet:
         try:
             client.start()
         except ClientConfigError as error:
-            self._roster.forget(endpoint)  # as long as it is listed it is tried again
+            self._membership.forget(endpoint)  # as long as it is listed it is tried again
             if endpoint not in self._complained:
                 self._complained.add(endpoint)
                 logger.warning("a listed worker is left out: %s", error)
             return
         logger.info("worker %s: joins", endpoint)
         self.clients[endpoint] = client
-        self.seats.add(endpoint)
+        self.worker_loads.add(endpoint)
 
     @property
     def leaving(self) -> frozenset[str]:
-        return self._roster.leaving
+        return self._membership.leaving
 
     def release(self, busy: Iterable[str]) -> None:
         """Parts with the leaving workers that are not `busy`."""
-        seated = {endpoint for endpoint in self.leaving if not self.seats.of[endpoint].empty}
-        for endpoint in self._roster.release(seated.union(busy)):
+        seated = {endpoint for endpoint in self.leaving if not self.worker_loads.of[endpoint].empty}
+        for endpoint in self._membership.release(seated.union(busy)):
             client = self.clients.pop(endpoint)
             client.close()
-            self.seats.remove(endpoint)
+            self.worker_loads.remove(endpoint)
             logger.info("worker %s: has left", endpoint)
 
     def name_of(self, endpoint: str) -> str:
@@ -120,7 +120,7 @@ class Fleet:
 
     # -- who gets work
 
-    def blocks(self, work: Work) -> Sequence[int]:
+    def blocks(self, work: SequenceRequest) -> Sequence[int]:
         """What `candidates` and `take` know the prompt's prefixes by; nothing where there is no choice."""
         roles = [client.status.role for client in self.clients.values() if client.status is not None]
         # Log probabilities of a prompt are computed, whatever is cached.
@@ -129,36 +129,36 @@ class Fleet:
         return prefix_blocks(work.prompt, work.salt)
 
     def candidates(self, blocks: Sequence[int] = ()) -> list[Candidate]:
-        leaving = self._roster.leaving
+        leaving = self._membership.leaving
         clients: Iterable[WorkerClient] = self.clients.values()
         if leaving:
             clients = [client for client in clients if client.endpoint not in leaving]
-        return candidates(clients, self.seats, self._prefixes, blocks)
+        return candidates(clients, self.worker_loads, self._prefixes, blocks)
 
-    def pairing(self, leg: Leg, blocks: Sequence[int]) -> Pairing | None:
-        """Workers for a leg that waits for them, if there are any now."""
-        candidates = spare(self.candidates(blocks), leg.avoid, leg.strict)
-        flight = leg.flight
-        tokens = len(leg.journey.work.prompt)
-        if flight is None or flight.prefill is None:
+    def pairing(self, branch: Branch, blocks: Sequence[int]) -> Pairing | None:
+        """Workers for a branch that waits for them, if there are any now."""
+        candidates = spare(self.candidates(blocks), branch.avoid, branch.strict)
+        attempt = branch.attempt
+        tokens = len(branch.routed.work.prompt)
+        if attempt is None or attempt.prefill is None:
             placement = place(candidates, tokens)
             return None if placement is None else placement.pairing
-        hello = self.clients[flight.prefill].hello
+        hello = self.clients[attempt.prefill].hello
         if hello is None or hello.transfer is None:
             return None
         decode = place_decode(candidates, hello.model_digest, tokens)
-        return None if decode is None else Pairing(flight.prefill, decode.name, hello.transfer)
+        return None if decode is None else Pairing(attempt.prefill, decode.name, hello.transfer)
 
-    def take(self, flight: Flight, blocks: Sequence[int], paired_anew: bool) -> None:
-        """The flight departs, or departs again with another decode worker."""
+    def take(self, attempt: Attempt, blocks: Sequence[int], paired_anew: bool) -> None:
+        """The attempt departs, or departs again with another decode worker."""
         if paired_anew:
-            self.seats.take_decode(flight)
+            self.worker_loads.take_decode(attempt)
         else:
-            first = flight.prefill or flight.decode
-            self.seats.take(flight, self._prefixes.cached_tokens(first, blocks))
+            first = attempt.prefill or attempt.decode
+            self.worker_loads.take(attempt, self._prefixes.cached_tokens(first, blocks))
             self._note(first, blocks)
-        if flight.prefill is not None:
-            self._note(flight.decode, blocks)
+        if attempt.prefill is not None:
+            self._note(attempt.decode, blocks)
 
     def _note(self, endpoint: str, blocks: Sequence[int]) -> None:
         hello = self.clients[endpoint].hello

@@ -144,7 +144,7 @@ class _Unsure(Exception):
     """This way of cutting the text may not be the library's."""
 
 
-class _Memory(dict[str, bytes]):
+class _WordMemory(dict[str, bytes]):
     """Packed tokens of texts met before; those of another are asked for, and kept if it is short.
 
     Packed, since thousands of lists lie scattered with their numbers, and are all the garbage collector's.
@@ -163,7 +163,7 @@ class _Memory(dict[str, bytes]):
         return tokens
 
 
-class WordEncoder:
+class AsciiBpeEncoder:
     """The ids that `tokenizer.encode` gives, for ASCII text. `make` is the way to get one.
 
     `table` maps each ASCII character to its byte's stand-in in the vocabulary; `at_spaces` is what
@@ -189,13 +189,13 @@ class WordEncoder:
         self._before = _pack(whole[: starts[0]])
         self._after = _pack(whole[starts[0] + len(plain) :])
         self._at_spaces = at_spaces
-        self._known = _Memory(self._ask)
-        self._after_space = _Memory(self._ask_after_space)
+        self._known = _WordMemory(self._ask)
+        self._after_space = _WordMemory(self._ask_after_space)
 
     @classmethod
     def make(
         cls, tokenizer: Tokenizer, values: dict[str, Any], stand_ins: dict[int, str]
-    ) -> "WordEncoder | None":
+    ) -> "AsciiBpeEncoder | None":
         """`values` is the content of `tokenizer.json`. None for a tokenizer that this does not understand, or
         on which it once disagrees with the library."""
         source = _pattern_of(values)

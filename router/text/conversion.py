@@ -1,7 +1,7 @@
 """A tokenizer that transformers makes of a checkpoint's files, in a process of its own.
 
-Loading it here would leave much in the router that it needs once. So `router/text/convert_tokenizer.py` runs once
-at start, and what it made comes back through a pipe: no file is written that could be left behind.
+Loading it here would leave much in the router that it needs once. So `router/text/convert_tokenizer.py` runs
+once at start, and what it made comes back through a pipe: no file is written that could be left behind.
 """
 
 import os
@@ -30,12 +30,12 @@ class Converted(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=Tru
     """By role: `bos_token`, `eos_token`, ...; some are known to the tokenizer's class only."""
 
 
-class Refused(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+class ConversionRefused(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
     message: str
     """Names the file and what is wrong with it."""
 
 
-_decode_answer = msgspec.json.Decoder(Converted | Refused).decode
+_decode_answer = msgspec.json.Decoder(Converted | ConversionRefused).decode
 
 
 def convert(model_dir: Path, time_limit_s: float = TIME_LIMIT_S) -> Converted:
@@ -74,13 +74,13 @@ def convert(model_dir: Path, time_limit_s: float = TIME_LIMIT_S) -> Converted:
             f"{model_dir}: making a tokenizer of its files took more than {time_limit_s:g} s"
         ) from error
     try:
-        answer: Converted | Refused = _decode_answer(done.stdout)
+        answer: Converted | ConversionRefused = _decode_answer(done.stdout)
     except msgspec.DecodeError as error:
         words = " ".join(done.stderr.decode(errors="replace").splitlines()[-_LAST_LINES:])
         raise RouterConfigError(
             f"{model_dir}: the process that makes a tokenizer of its files ended with code "
             f"{done.returncode}: {words}"
         ) from error
-    if isinstance(answer, Refused):
+    if isinstance(answer, ConversionRefused):
         raise RouterConfigError(answer.message)
     return answer

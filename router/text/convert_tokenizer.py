@@ -4,7 +4,7 @@
 2. Check the files for what transformers would not name, or would load as something else.
 3. Load the tokenizer by transformers; never fetch anything, never run code of the checkpoint.
 4. Check that it gives the tokens which the files say.
-5. Write one answer to stdout: `Converted` or `Refused` (router/text/conversion.py).
+5. Write one answer to stdout: `Converted` or `ConversionRefused` (router/text/conversion.py).
 """
 
 import os
@@ -23,8 +23,8 @@ from router.text.conversion import (
     SENTENCEPIECE_FILE,
     TOKENIZER_FILE,
     VOCABULARY_FILE,
+    ConversionRefused,
     Converted,
-    Refused,
 )
 
 PROBES = ("Hello world, how are you?", "In 2024 it's naïve: 日本, 🙂 and\nx_1 = [y];")
@@ -38,11 +38,11 @@ def run(model_dir: Path, parent_pid: int) -> None:
     # The answer has stdout to itself; what a library prints goes to stderr.
     answers = os.dup(1)
     os.dup2(2, 1)
-    answer: Converted | Refused
+    answer: Converted | ConversionRefused
     try:
         answer = convert_here(model_dir)
     except RouterConfigError as error:
-        answer = Refused(str(error))
+        answer = ConversionRefused(str(error))
     with os.fdopen(answers, "wb") as pipe:
         pipe.write(msgspec.json.encode(answer))
 

@@ -10,12 +10,12 @@ from router.text.decoders import (
     Bytes,
     Collapse,
     Decode,
+    DecoderStage,
     Each,
     FirstDiffers,
     Hoard,
     LastDiffers,
-    Remembered,
-    Stage,
+    Memo,
     Substitute,
     Trim,
     Utf8,
@@ -36,9 +36,9 @@ class DecoderChain:
         kinds = [part["type"] for part in parts]
         self.byte_level = kinds == ["ByteLevel"]
         self.has_bytes = "ByteFallback" in kinds
-        self.stages: list[Stage] = []
+        self.stages: list[DecoderStage] = []
         if decoder is None:
-            self.stages.append(FirstDiffers(str, Remembered(lambda item: f" {item}")))
+            self.stages.append(FirstDiffers(str, Memo(lambda item: f" {item}")))
         fused = False
         for part in parts:
             if part["type"] == "Fuse":
@@ -92,7 +92,7 @@ def _library(decoder: dict[str, Any]) -> Decode:
     return decode
 
 
-def _on_items(part: dict[str, Any]) -> Stage:
+def _on_items(part: dict[str, Any]) -> DecoderStage:
     match part["type"]:
         case "ByteFallback":
             return Bytes()
@@ -102,20 +102,20 @@ def _on_items(part: dict[str, Any]) -> Stage:
             return Each(lambda item: "".join(Trim(content, start, stop).push([item])))
         case "ByteLevel":
             table = byte_level_table()
-            return Utf8(Remembered(lambda item: byte_level_bytes(item, table)))
+            return Utf8(Memo(lambda item: byte_level_bytes(item, table)))
     if part["type"] not in ("Replace", "BPEDecoder", "CTC", "Metaspace", "WordPiece"):
         raise ValueError(f"its decoder {part['type']!r} is not known")
     decode = _library(part)
     if part["type"] == "Replace":
         return Each(lambda item: decode([item]))
     if part["type"] == "BPEDecoder":
-        return LastDiffers(lambda item: decode([item]), Remembered(lambda item: decode([item, ""])))
+        return LastDiffers(lambda item: decode([item]), Memo(lambda item: decode([item, ""])))
     if part["type"] == "CTC":
-        return Collapse(Remembered(lambda item: decode([item])))
-    return FirstDiffers(lambda item: decode([item]), Remembered(lambda item: decode(["", item])))
+        return Collapse(Memo(lambda item: decode([item])))
+    return FirstDiffers(lambda item: decode([item]), Memo(lambda item: decode(["", item])))
 
 
-def _on_one_item(part: dict[str, Any]) -> Stage:
+def _on_one_item(part: dict[str, Any]) -> DecoderStage:
     """What comes after Fuse or ByteLevel."""
     if part["type"] == "Strip":
         return Trim(part["content"], part["start"], part["stop"])

@@ -19,14 +19,14 @@ Made = TypeVar("Made")
 Decode = Callable[[Sequence[str]], str]
 
 
-class Stage(Protocol):
+class DecoderStage(Protocol):
     def push(self, items: list[str]) -> list[str]:
         """What these items make certain."""
 
     def end(self) -> list[str]:
         """What is held back, now that nothing follows."""
 
-    def fork(self) -> "Stage": ...
+    def fork(self) -> "DecoderStage": ...
 
     def skip(self) -> None:
         """More items have come than were pushed, and nothing is held of them."""
@@ -39,7 +39,7 @@ class Stage(Protocol):
         """Items, bytes or characters that are held back."""
 
 
-class Remembered(dict[str, Made]):
+class Memo(dict[str, Made]):
     """What a function makes of each item."""
 
     def __init__(self, function: Callable[[str], Made]) -> None:
@@ -69,7 +69,7 @@ class Each(_Stateless):
     """Replace and Strip, where each item is changed by itself."""
 
     def __init__(self, function: Callable[[str], str]) -> None:
-        self._made = Remembered(function)
+        self._made = Memo(function)
 
     def push(self, items: list[str]) -> list[str]:
         made = self._made

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from tokenizers import Tokenizer
 
-from router.text.decoders import REPLACEMENT, Stage, byte_of
+from router.text.decoders import REPLACEMENT, DecoderStage, byte_of
 
 LOOK_AHEAD = 1024
 """What is held back is looked at before its time (for stop strings) up to this many bytes or characters."""
@@ -79,7 +79,7 @@ class Pieces(dict[int, "str | None"]):
     are skipped, or that the tokenizer does not have."""
 
     def __init__(
-        self, tokenizer: Tokenizer, size: int, skipped: frozenset[str], stages: Sequence[Stage]
+        self, tokenizer: Tokenizer, size: int, skipped: frozenset[str], stages: Sequence[DecoderStage]
     ) -> None:
         super().__init__()
         self._tokenizer, self._size, self._skipped = tokenizer, size, skipped
@@ -104,7 +104,7 @@ class ChainDetokenizer:
 
     __slots__ = ("_local", "_pieces", "_stages")
 
-    def __init__(self, pieces: Pieces, stages: Sequence[Stage], local: bool) -> None:
+    def __init__(self, pieces: Pieces, stages: Sequence[DecoderStage], local: bool) -> None:
         self._pieces, self._local = pieces, local
         self._stages = [stage.fork() for stage in stages]
 

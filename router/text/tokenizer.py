@@ -13,7 +13,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from router.config import RouterConfigError
-from router.text.ascii_bpe import WordEncoder
+from router.text.ascii_bpe import AsciiBpeEncoder
 from router.text.checkpoint import read_json
 from router.text.conversion import Converted, convert
 from router.text.decoder_chain import DecoderChain, byte_level_bytes, byte_level_table
@@ -83,7 +83,7 @@ class TextTokenizer:
                 for name, piece in zip(all_names, self._all_bytes, strict=True)
             ]
         stand_ins = {byte: text for text, byte in table.items()}
-        self._words = WordEncoder.make(self._tokenizer, values, stand_ins)
+        self._words = AsciiBpeEncoder.make(self._tokenizer, values, stand_ins)
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Token ids."""

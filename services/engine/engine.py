@@ -10,7 +10,7 @@ Life cycle, in this order, each step once:
 
 Everything runs on the caller's thread, which waits for the device only where it collects a step. On a GPU
 steps are queued on one stream and moves between pages and slots on another (moves.py): a step is done when
-its `Launched` says so, a pack or an unpack when its `Move` does, which comes before a slot is handed over.
+its `Launched` says so, a pack or an unpack when its `Copy` does, which comes before a slot is handed over.
 """
 
 import os
@@ -29,7 +29,7 @@ from services.engine.checkpoint.model_config import ModelConfig
 from services.engine.decode_graphs import DecodeGraphs
 from services.engine.errors import EngineStateError
 from services.engine.host_copy import fill_pinned_pool
-from services.engine.kv.copies import Move, Moves
+from services.engine.kv.copies import Copy, CopyStream
 from services.engine.kv.pool import KvPool
 from services.engine.kv.run_table import SlotRun
 from services.engine.kv.segments import SlotBuffer
@@ -53,7 +53,7 @@ from services.engine.profile_run import (
     worst_case_rows,
 )
 from services.engine.rank_group import RankGroup
-from services.engine.step_events import StepMarks
+from services.engine.step_events import StepEvents
 from services.engine.steps import PROMPT_LOGPROB_ROWS, Steps
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -92,8 +92,8 @@ class Engine:
         self._steps: Steps | None = None
         self._kv_scales: Tensor | None = None
         self._pool: KvPool | None = None
-        self._moves: Moves | None = None
-        self._step_marks = StepMarks()
+        self._moves: CopyStream | None = None
+        self._step_marks = StepEvents()
         self._graphs: DecodeGraphs | None = None
         self._geometry: KvGeometry | None = None
         if self.device.type == "cuda":
@@ -175,7 +175,10 @@ class Engine:
         widest = windows.index(None) if None in windows else 0
         layers = min(self.model.layers, max(2, widest + 1))
 
-        moves, slot = Moves(scratch, 1), torch.empty(self.page_bytes, dtype=torch.uint8, device=self.device)
+        moves, slot = (
+            CopyStream(scratch, 1),
+            torch.empty(self.page_bytes, dtype=torch.uint8, device=self.device),
+        )
         buffer, run = SlotBuffer(slot, self.page_bytes), SlotRun([0], 0, 1, 0, range(self.layout.kv_heads))
 
         def launch_all(worst: list[Row]) -> None:
@@ -209,7 +212,7 @@ class Engine:
         """Allocate the KV pool, zeroed; returns its bytes."""
         self._move(EngineState.SERVING)
         self._pool = KvPool(self.layout, pages, self.kv_dtype, self.device, self._kv_scales)
-        self._moves = Moves(self._pool, self.config.staging_slots)
+        self._moves = CopyStream(self._pool, self.config.staging_slots)
         fill_pinned_pool(self.device)
         return self._pool.byte_count
 
@@ -290,7 +293,7 @@ class Engine:
         buffer: SlotBuffer,
         with_checksums: bool,
         after_step: int,
-    ) -> Move:
+    ) -> Copy:
         """Queue the gathering of runs of sequences' tokens into slots by one launch, after the steps up to
         `after_step`. No two runs may share a slot. Raises `SegmentError`."""
         return self.moves.pack(runs, buffer, with_checksums, self._step_marks.of(after_step))
@@ -302,11 +305,11 @@ class Engine:
         buffer: SlotBuffer,
         with_checksums: bool,
         after_step: int,
-    ) -> Move:
+    ) -> Copy:
         """Queue the scattering of slots into sequences' pages likewise. Raises `SegmentError`."""
         return self.moves.unpack(runs, buffer, with_checksums, self._step_marks.of(after_step))
 
-    def hold_steps(self, move: Move) -> None:
+    def hold_steps(self, move: Copy) -> None:
         """Steps and copies queued from now on wait for a move, on the device: its pages are given away."""
         self.moves.hold_steps(move)
 
@@ -345,7 +348,7 @@ class Engine:
         return self._pool
 
     @property
-    def moves(self) -> Moves:
+    def moves(self) -> CopyStream:
         if self._moves is None:
             raise EngineStateError("allocate the pool first")
         return self._moves

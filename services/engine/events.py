@@ -5,7 +5,7 @@ from typing import Protocol
 import torch
 
 
-class Mark(Protocol):
+class Event(Protocol):
     """Passes when all is done that was queued before it."""
 
     def query(self) -> bool:

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from services.engine.batch import Row, RowResult
 from services.engine.errors import EngineStateError
-from services.engine.events import Mark
+from services.engine.events import Event
 from services.engine.sampling.sample_kernels import NO_TOKEN
 from services.engine.sampling.sampler import QueuedDraws, QueuedLogprobs
 
 
 @dataclass(frozen=True, slots=True)
-class QueuedMarks:
+class QueuedNonfinite:
     """Which tokens of a step have numbers that are not finite: int32, on its way to the host, for `rows` as
     they lie on the device; row i of them is number `order[i]` of the step."""
 
@@ -45,8 +45,8 @@ class Launched:
     owners: list[int] = field(default_factory=list)
     draws: QueuedDraws | None = None
     prompts: list[tuple[int, QueuedLogprobs]] = field(default_factory=list)
-    marks: QueuedMarks | None = None
-    done: Mark | None = None
+    marks: QueuedNonfinite | None = None
+    done: Event | None = None
     _is_collected: bool = False
 
     @property

@@ -6,18 +6,18 @@ whoever packs or unpacks beside them waits for the step that its pages need, and
 
 from collections import deque
 
-from services.engine.events import Mark
+from services.engine.events import Event
 
 
-class StepMarks:
+class StepEvents:
     """`queued` is the number of the newest step; the first is number 1."""
 
     def __init__(self) -> None:
         self.queued = 0
         self._passed = 0
-        self._running: deque[tuple[int, Mark]] = deque()
+        self._running: deque[tuple[int, Event]] = deque()
 
-    def add(self, mark: Mark | None) -> None:
+    def add(self, mark: Event | None) -> None:
         """One more is queued; `mark` passes when it is done. None: it is done, as all before it."""
         self.queued += 1
         if mark is None:
@@ -33,7 +33,7 @@ class StepMarks:
             self._passed = self._running.popleft()[0]
         return self._passed
 
-    def of(self, step: int) -> Mark | None:
+    def of(self, step: int) -> Event | None:
         """What passes when `step` is done; None if it is done. Raises `ValueError` for one not queued yet."""
         if step > self.queued:
             raise ValueError(f"step {step} is not queued yet: the newest is {self.queued}")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from services.engine.attention.backend import SpanAttention, StepAttention, kernel_attention, kernel_columns
-from services.engine.attention.plan import IntArray, KvLayout, Sequence, SpanLimits, plan_spans
+from services.engine.attention.plan import AttentionSequence, IntArray, KvLayout, SpanLimits, plan_spans
 from services.engine.batch import Row
 from services.engine.checkpoint.model_config import ModelConfig
 from services.engine.errors import RowError
@@ -73,7 +73,7 @@ def build_step(
     the draws of the launch before; `drawn_at[i]` is where row i finds its token there, -1 if it brings its
     own. Raises `RowError` before anything is written: an index out of range would end a GPU's process."""
     device = drawn.device
-    sequences: list[Sequence] = []
+    sequences: list[AttentionSequence] = []
     first = 0
     for row in rows:
         table = np.array(row.pages, dtype=np.int64)
@@ -84,7 +84,7 @@ def build_step(
             raise RowError(f"{len(table)} pages do not cover positions up to {row.start + count - 1}")
         if table.min() < 0 or table.max() >= pages:
             raise RowError(f"page out of range: the pool has {pages}")
-        sequences.append(Sequence(first, count, row.start, table))
+        sequences.append(AttentionSequence(first, count, row.start, table))
         first += count
 
     tokens = np.fromiter((token for row in rows for token in row.tokens), dtype=np.int64, count=first)
@@ -125,7 +125,7 @@ def build_step(
     )
 
 
-def _write_index(sequences: list[Sequence], positions: IntArray, layout: KvLayout) -> IntArray:
+def _write_index(sequences: list[AttentionSequence], positions: IntArray, layout: KvLayout) -> IntArray:
     """Layer 0's row for each token's each KV head, keys then values, as `[tokens * 2 * kv_heads]`."""
     size = layout.page_size_tokens
     pages = np.concatenate([s.pages[positions[s.first : s.first + s.count] // size] for s in sequences])

@@ -17,7 +17,7 @@ from services.engine.batch import Draw, Row
 from services.engine.decode_graphs import DecodeGraphs
 from services.engine.host_copy import indices, to_device, to_host
 from services.engine.kv.pool import KvPool
-from services.engine.launched import Launched, QueuedMarks
+from services.engine.launched import Launched, QueuedNonfinite
 from services.engine.models.layers import Decoder
 from services.engine.sampling.sampler import QueuedDraws, QueuedLogprobs, sample, token_logprobs
 from services.engine.step_inputs import build_step, check_row, order_rows
@@ -77,7 +77,7 @@ class Steps:
         draws = None
         if last_tokens:
             draws = self._sample(self.decoder.logits(hidden), drawing)
-        marks = QueuedMarks(to_host(step.nonfinite), ordered, order)
+        marks = QueuedNonfinite(to_host(step.nonfinite), ordered, order)
         return self._finish(rows, order, drawing, draws, prompts, marks)
 
     def _launch_graph(self, rows: list[Row], graphs: DecodeGraphs) -> Launched:
@@ -85,7 +85,7 @@ class Steps:
         ordered = [rows[at] for at in order]
         logits, nonfinite = graphs.run(ordered, self._sources(ordered))
         drawing, _ = _drawing(ordered, order)
-        marks = QueuedMarks(to_host(nonfinite), ordered, order)
+        marks = QueuedNonfinite(to_host(nonfinite), ordered, order)
         return self._finish(rows, order, drawing, self._sample(logits, drawing), [], marks)
 
     def _sample(self, logits: Tensor, drawing: _Drawing) -> QueuedDraws | None:
@@ -104,7 +104,7 @@ class Steps:
         drawing: _Drawing,
         draws: QueuedDraws | None,
         prompts: list[tuple[int, QueuedLogprobs]],
-        marks: QueuedMarks,
+        marks: QueuedNonfinite,
     ) -> Launched:
         """Keep the draws for the next step, and mark where the device is done with this one. A step that
         goes on from logits without a token computes something, which nobody will want."""

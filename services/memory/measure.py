@@ -40,7 +40,7 @@ def reset_peak() -> bool:
 
 
 @dataclass(slots=True)
-class Phase:
+class MeasurePhase:
     """What one phase of a process did to its memory; filled in when the phase ends.
 
     `held_bytes` is what it left behind, `peak_bytes` the most it held above its start. Both may come out
@@ -52,9 +52,9 @@ class Phase:
 
 
 @contextmanager
-def host_phase() -> Iterator[Phase]:
+def host_phase() -> Iterator[MeasurePhase]:
     """Measure the block's resident memory. Raises NotMeasurable at its start if the kernel does not tell."""
-    phase = Phase()
+    phase = MeasurePhase()
     before_bytes = resident_bytes()
     fresh_peak = reset_peak()
     yield phase

@@ -58,7 +58,7 @@ class ClientConfigError(ValueError):
     """A worker's endpoint or the keys for it cannot work; the message says why."""
 
 
-class IllegalClientMove(RuntimeError):
+class IllegalClientTransition(RuntimeError):
     """A connection was moved between two states that `MOVES` does not join."""
 
 
@@ -262,7 +262,7 @@ class WorkerClient:
 
     def _move(self, state: ClientState, message: str) -> None:
         if state not in MOVES[self.state]:
-            raise IllegalClientMove(f"{self.endpoint}: {self.state.value} -> {state.value}")
+            raise IllegalClientTransition(f"{self.endpoint}: {self.state.value} -> {state.value}")
         old, self.state, self.message = self.state, state, message
         if old is not state and {old, state} != {ClientState.CONNECTING, ClientState.LOST}:
             logger.info("worker %s: %s (%s)", self.endpoint, state.value, message)

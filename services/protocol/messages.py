@@ -13,8 +13,8 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from kvtransfer.messages import Span as Span
 from kvtransfer.messages import SpanList
+from kvtransfer.messages import TraceSpan as TraceSpan
 from kvtransfer.messages import TransferAddress as RankAddress
 
 VERSION = version("baton")
@@ -35,7 +35,7 @@ FailureCode = Literal[
 Probability = Annotated[float, Meta(ge=0, le=1)]
 
 
-class TransferAddress(RankAddress, frozen=True, forbid_unknown_fields=True):
+class WorkerTransferAddress(RankAddress, frozen=True, forbid_unknown_fields=True):
     """Where a worker's transfer processes are reached: that of rank 0, then those of its other ranks."""
 
     others: Annotated[tuple[RankAddress, ...], Meta(max_length=1023)] = ()
@@ -68,7 +68,7 @@ class Sampling(Struct, frozen=True, forbid_unknown_fields=True):
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=128)] = []
 
 
-class Work(Struct, frozen=True, forbid_unknown_fields=True):
+class SequenceRequest(Struct, frozen=True, forbid_unknown_fields=True):
     """One prompt and its `choices` continuations, whole and alike for every worker that touches it.
 
     The continuations are numbered from `first_choice` on, in reports as in the key of their draws. The last
@@ -104,26 +104,26 @@ class RouterHello(Struct, frozen=True, tag="hello", forbid_unknown_fields=True):
 class Generate(Struct, frozen=True, tag="generate", forbid_unknown_fields=True):
     """Unified worker: run the prompt and decode it."""
 
-    work: Work
+    work: SequenceRequest
 
 
 class Prefill(Struct, frozen=True, tag="prefill", forbid_unknown_fields=True):
     """Prefill worker: run the prompt, sample each choice's first token, push the KV under `transfer_id`
-    to the decode worker that is told of it by `Reserve`."""
+    to the decode worker that is told of it by `ReserveKv`."""
 
-    work: Work
+    work: SequenceRequest
     transfer_id: RequestId
 
 
-class Reserve(Struct, frozen=True, tag="reserve", forbid_unknown_fields=True):
+class ReserveKv(Struct, frozen=True, tag="reserve", forbid_unknown_fields=True):
     """Decode worker: hold pages for this prompt and have `source` push its KV."""
 
-    work: Work
+    work: SequenceRequest
     transfer_id: RequestId
-    source: TransferAddress
+    source: WorkerTransferAddress
 
 
-class PushAgain(Struct, frozen=True, tag="push_again", forbid_unknown_fields=True):
+class RepushKv(Struct, frozen=True, tag="push_again", forbid_unknown_fields=True):
     """Prefill worker: the KV of this request goes to another decode worker, under a new `transfer_id`; the
     former transfer is given up. Answered with `Failed` if nothing of the request is here any more."""
 
@@ -136,7 +136,7 @@ class FirstToken(Struct, frozen=True, array_like=True):
     token: TokenId
 
 
-class Join(Struct, frozen=True, tag="join", forbid_unknown_fields=True):
+class StartDecode(Struct, frozen=True, tag="join", forbid_unknown_fields=True):
     """Decode worker: these choices of a reserved request go on after the token the prefill worker drew.
     Choices not named have already ended."""
 
@@ -167,7 +167,15 @@ class TraceRequest(Struct, frozen=True, tag="trace_request", forbid_unknown_fiel
 
 
 Request = (
-    RouterHello | Generate | Prefill | PushAgain | Reserve | Join | Cancel | StatusRequest | TraceRequest
+    RouterHello
+    | Generate
+    | Prefill
+    | RepushKv
+    | ReserveKv
+    | StartDecode
+    | Cancel
+    | StatusRequest
+    | TraceRequest
 )
 
 
@@ -190,7 +198,7 @@ class WorkerHello(Struct, frozen=True, array_like=True, tag="worker_hello"):
     max_sequence_tokens: int
     page_size_tokens: int
     pages: int
-    transfer: TransferAddress | None
+    transfer: WorkerTransferAddress | None
 
 
 class Refusal(Struct, frozen=True, array_like=True, tag="refusal"):
@@ -249,16 +257,16 @@ class DecodeStarted(Struct, frozen=True, array_like=True, tag="d"):
     cached_tokens: int
 
 
-class Undelivered(Struct, frozen=True, array_like=True, tag="u"):
+class KvTransferFailed(Struct, frozen=True, array_like=True, tag="u"):
     """A prefill worker could not hand over a request's KV. It goes on with the prompt and holds what is
-    computed, until `PushAgain`, `Cancel` or the request's deadline."""
+    computed, until `RepushKv`, `Cancel` or the request's deadline."""
 
     request_id: int
     transfer_id: int
     message: str
 
 
-class Holding(Struct, frozen=True, array_like=True, tag="h"):
+class KvLeaseExpiring(Struct, frozen=True, array_like=True, tag="h"):
     """A prefill worker still holds a request's KV, long after its first tokens. The lease is renewed by
     silence; a router that has no use for the KV any more answers `Cancel`."""
 
@@ -277,7 +285,7 @@ class Failed(Struct, frozen=True, array_like=True, tag="f"):
     retryable: bool
 
 
-class Pages(Struct, frozen=True, array_like=True):
+class PageCounts(Struct, frozen=True, array_like=True):
     """`free + cached + used == total`; cached pages hold reusable prefixes and no request."""
 
     total: int
@@ -348,7 +356,7 @@ class Status(Struct, frozen=True, array_like=True, tag="status"):
     running: int
     reserved: int
     holding: int
-    pages: Pages
+    pages: PageCounts
     slots: Slots | None
     slots_age_s: float
     open_sends: int
@@ -379,8 +387,8 @@ Report = (
     | Tokens
     | PrefillDone
     | DecodeStarted
-    | Undelivered
-    | Holding
+    | KvTransferFailed
+    | KvLeaseExpiring
     | Failed
     | Status
     | TraceReply

@@ -1,36 +1,43 @@
 """The decode role: reserve pages, take KV in, decode.
 
-1. `Reserve` comes in: the request waits until there are pages for its prompt.
+1. `ReserveKv` comes in: the request waits until there are pages for its prompt.
 2. Pages are taken (less what the prefix cache has) and the KV is asked of the source.
 3. Arrived segments are unpacked beside the steps; when the last is done the transfer is committed.
-4. `Join` names the choices that go on and their first tokens; with both, they enter the batch.
+4. `StartDecode` names the choices that go on and their first tokens; with both, they enter the batch.
 5. Each step draws one token a choice, until it ends here, or the router ends it.
 """
 
 from kvtransfer.client import TransferLost, WorkerEvent
 from kvtransfer.messages import WITHDRAWN, Aborted, Arrived
-from services.protocol.messages import Cancel, DecodeStarted, Join, Request, Reserve, TransferAddress
+from services.protocol.messages import (
+    Cancel,
+    DecodeStarted,
+    Request,
+    ReserveKv,
+    StartDecode,
+    WorkerTransferAddress,
+)
 from services.roles.decoding import DecodingRole
-from services.roles.role import Occupancy, Parts
+from services.roles.role import Occupancy, WorkerContext
 from services.scheduler.decode import DecodeScheduler, Reservation
 from services.scheduler.sequence import Sequence
 from services.transfer.pull_parts import PullParts
 
 
 class DecodeRole(DecodingRole[DecodeScheduler]):
-    def __init__(self, parts: Parts, pull: PullParts) -> None:
+    def __init__(self, parts: WorkerContext, pull: PullParts) -> None:
         super().__init__(parts, DecodeScheduler)
         self.pull = pull
-        self._sources: dict[int, TransferAddress] = {}
+        self._sources: dict[int, WorkerTransferAddress] = {}
         self._transfer_s: dict[int, float] = {}
 
     def accept(self, router: bytes, request: Request) -> None:
         match request:
-            case Reserve(work=work, transfer_id=transfer_id, source=source):
+            case ReserveKv(work=work, transfer_id=transfer_id, source=source):
                 if self.take(router, work, transfer_id, len(self.scheduler.waiting)) is not None:
                     self.scheduler.add(work)
                     self._sources[work.request_id] = source
-            case Join(request_id=request_id, first_tokens=first_tokens):
+            case StartDecode(request_id=request_id, first_tokens=first_tokens):
                 live = self.parts.requests.get(request_id)
                 if live is None or any(one.choice not in live.work.choice_numbers for one in first_tokens):
                     self.parts.counters["dropped_join"] += 1

@@ -14,7 +14,7 @@ from typing import Generic, TypeVar
 
 from kvtransfer.messages import WITHDRAWN
 from services.engine.batch import Drawn, RowResult
-from services.roles.role import Flight, Parts, Role, sharing
+from services.roles.role import InFlightStep, Role, WorkerContext, sharing
 from services.scheduler.decode import DecodeScheduler
 from services.scheduler.sequence import Chunk, Sequence, State
 from services.scheduler.unified import UnifiedScheduler
@@ -23,14 +23,14 @@ Scheduler = TypeVar("Scheduler", DecodeScheduler, UnifiedScheduler)
 
 
 class DecodingRole(Role, Generic[Scheduler]):
-    def __init__(self, parts: Parts, scheduler: type[Scheduler]) -> None:
+    def __init__(self, parts: WorkerContext, scheduler: type[Scheduler]) -> None:
         super().__init__(parts)
         limits = parts.limits
         self.scheduler: Scheduler = scheduler(
             parts.pool, limits.max_batch, parts.max_chunk_tokens, limits.max_sequence_tokens
         )
-        self._before: Flight | None = None
-        self._flight: Flight | None = None
+        self._before: InFlightStep | None = None
+        self._flight: InFlightStep | None = None
 
     @property
     def in_flight(self) -> bool:
@@ -94,7 +94,7 @@ class DecodingRole(Role, Generic[Scheduler]):
         self._take_results(flight)
         return True
 
-    def _take_results(self, flight: Flight) -> None:
+    def _take_results(self, flight: InFlightStep) -> None:
         result = self.collect(flight, after=self._flight)
         if result is None:
             return

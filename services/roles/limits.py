@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from services.protocol.messages import MAX_CHOICES, Failed, FinishReason, Work
+from services.protocol.messages import MAX_CHOICES, Failed, FinishReason, SequenceRequest
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class WorkerLimits:
     """What a worker can do for one request; the router knows it from `WorkerHello`."""
 
     vocab_size: int
@@ -16,7 +16,7 @@ class Limits:
     eos_token_ids: frozenset[int]
 
 
-def refuse(work: Work, limits: Limits, queued: int) -> Failed | None:
+def refuse(work: SequenceRequest, limits: WorkerLimits, queued: int) -> Failed | None:
     """Why this work cannot be taken, or None. Nothing has been kept for it yet."""
 
     def failed(code: str, message: str, retryable: bool = False) -> Failed:
@@ -47,7 +47,9 @@ def refuse(work: Work, limits: Limits, queued: int) -> Failed | None:
     return None
 
 
-def finish_reason(work: Work, token: int, output_tokens: int, limits: Limits) -> FinishReason | None:
+def finish_reason(
+    work: SequenceRequest, token: int, output_tokens: int, limits: WorkerLimits
+) -> FinishReason | None:
     """Whether `token`, a choice's `output_tokens`-th from its very beginning, ends the choice."""
     sampling = work.sampling
     if token in sampling.stop_token_ids:

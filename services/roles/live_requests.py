@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass, field
 
-from services.protocol.messages import TokenLogprob, Work
+from services.protocol.messages import SequenceRequest, TokenLogprob
 
 
 @dataclass(slots=True, eq=False)
-class Live:
+class RunningRequest:
     """One request on this worker. Times are this process's clock, in seconds."""
 
-    work: Work
+    work: SequenceRequest
     router: bytes
     arrived_s: float
     deadline_at_s: float
@@ -25,7 +25,7 @@ class Requests:
     """All live requests by id, with one sweep over their deadlines."""
 
     def __init__(self) -> None:
-        self._live: dict[int, Live] = {}
+        self._live: dict[int, RunningRequest] = {}
         self._by_transfer: dict[int, int] = {}
 
     def __len__(self) -> int:
@@ -34,24 +34,26 @@ class Requests:
     def __contains__(self, request_id: int) -> bool:
         return request_id in self._live
 
-    def add(self, work: Work, router: bytes, now_s: float, transfer_id: int | None = None) -> Live:
-        live = Live(work, router, now_s, now_s + work.deadline_s, transfer_id)
+    def add(
+        self, work: SequenceRequest, router: bytes, now_s: float, transfer_id: int | None = None
+    ) -> RunningRequest:
+        live = RunningRequest(work, router, now_s, now_s + work.deadline_s, transfer_id)
         self._live[work.request_id] = live
         if transfer_id is not None:
             self._by_transfer[transfer_id] = work.request_id
         return live
 
-    def get(self, request_id: int) -> Live | None:
+    def get(self, request_id: int) -> RunningRequest | None:
         return self._live.get(request_id)
 
-    def of_transfer(self, transfer_id: int) -> Live | None:
+    def of_transfer(self, transfer_id: int) -> RunningRequest | None:
         request_id = self._by_transfer.get(transfer_id)
         return None if request_id is None else self._live.get(request_id)
 
     def has_transfer(self, transfer_id: int) -> bool:
         return transfer_id in self._by_transfer
 
-    def rename_transfer(self, live: Live, transfer_id: int | None) -> None:
+    def rename_transfer(self, live: RunningRequest, transfer_id: int | None) -> None:
         """The request's KV moves under another id from now on; None: under none."""
         if live.transfer_id is not None:
             self._by_transfer.pop(live.transfer_id, None)
@@ -59,17 +61,17 @@ class Requests:
         if transfer_id is not None:
             self._by_transfer[transfer_id] = live.work.request_id
 
-    def remove(self, request_id: int) -> Live | None:
+    def remove(self, request_id: int) -> RunningRequest | None:
         live = self._live.pop(request_id, None)
         if live is not None and live.transfer_id is not None:
             self._by_transfer.pop(live.transfer_id, None)
         return live
 
-    def all(self) -> list[Live]:
+    def all(self) -> list[RunningRequest]:
         return list(self._live.values())
 
-    def of_router(self, router: bytes) -> list[Live]:
+    def of_router(self, router: bytes) -> list[RunningRequest]:
         return [live for live in self._live.values() if live.router == router]
 
-    def expired(self, now_s: float) -> list[Live]:
+    def expired(self, now_s: float) -> list[RunningRequest]:
         return [live for live in self._live.values() if live.deadline_at_s <= now_s]

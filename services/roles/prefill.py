@@ -8,7 +8,7 @@
 5. The KV is held until the decode side has committed it. A request whose choices all ended with their
    first token is released immediately.
 6. KV that cannot be delivered (the decode worker or a transfer process is gone) is held as well, until the
-   router names another transfer by `PushAgain`, or cancels: nothing is computed a second time.
+   router names another transfer by `RepushKv`, or cancels: nothing is computed a second time.
 7. What is held for longer than `LEASE_S` is reported. The word that the KV has arrived dies with a transfer
    process, and then only the router knows that the request went on without us.
 
@@ -20,9 +20,17 @@ from collections import deque
 from kvtransfer.client import TransferLost, WorkerEvent
 from kvtransfer.messages import WITHDRAWN, Aborted, SendCommitted, SendConfirmed
 from services.engine.batch import RowResult
-from services.protocol.messages import Cancel, Failed, Holding, Prefill, PushAgain, Request, Undelivered
-from services.roles.live_requests import Live
-from services.roles.role import Flight, Occupancy, Parts, Role, sharing
+from services.protocol.messages import (
+    Cancel,
+    Failed,
+    KvLeaseExpiring,
+    KvTransferFailed,
+    Prefill,
+    RepushKv,
+    Request,
+)
+from services.roles.live_requests import RunningRequest
+from services.roles.role import InFlightStep, Occupancy, Role, WorkerContext, sharing
 from services.scheduler.prefill import PrefillScheduler
 from services.scheduler.sequence import Chunk, Sequence
 from services.transfer.push_parts import PushParts
@@ -36,13 +44,13 @@ LEASE_S = 5.0
 
 
 class PrefillRole(Role):
-    def __init__(self, parts: Parts, push: PushParts) -> None:
+    def __init__(self, parts: WorkerContext, push: PushParts) -> None:
         super().__init__(parts)
         self.scheduler = PrefillScheduler(
             parts.pool, parts.limits.max_batch, parts.max_chunk_tokens, parts.tail_chunk_tokens
         )
         self.push = push
-        self._flights: deque[Flight] = deque()
+        self._flights: deque[InFlightStep] = deque()
         self._done_s = 0.0
         """When the last step was seen to be done; the next one runs from then on, if it was queued."""
         self._committed: set[int] = set()
@@ -59,7 +67,7 @@ class PrefillRole(Role):
                 if live is not None:
                     sequence = self.scheduler.add(work)
                     self.push.open(sequence, transfer_id, work.deadline_s)
-            case PushAgain(request_id=request_id, transfer_id=transfer_id):
+            case RepushKv(request_id=request_id, transfer_id=transfer_id):
                 self._push_again(router, request_id, transfer_id)
             case Cancel():
                 self.cancel(request)
@@ -118,7 +126,7 @@ class PrefillRole(Role):
         for live in self.parts.requests.all():
             if live.lease_until_s is not None and live.lease_until_s <= now_s:
                 live.lease_until_s = now_s + LEASE_S
-                self.parts.outbox.add(live.router, Holding(live.work.request_id))
+                self.parts.outbox.add(live.router, KvLeaseExpiring(live.work.request_id))
 
     def release(self, request_id: int, reason: str) -> None:
         live = self.parts.requests.get(request_id)
@@ -201,7 +209,7 @@ class PrefillRole(Role):
         if ended == len(chunk.draws) or live.work.request_id in self._committed:
             self.end(live.work.request_id, WITHDRAWN)
 
-    def _undelivered(self, live: Live, reason: str) -> None:
+    def _undelivered(self, live: RunningRequest, reason: str) -> None:
         """The transfer has ended without a commit; the request has not."""
         request_id, transfer_id = live.work.request_id, live.transfer_id
         if transfer_id is None:
@@ -209,7 +217,7 @@ class PrefillRole(Role):
         self.parts.counters["transfers_undelivered"] += 1
         self.parts.requests.rename_transfer(live, None)
         self.scheduler.unconfirm(request_id)
-        report = Undelivered(request_id, transfer_id, f"KV was not delivered: {reason}")
+        report = KvTransferFailed(request_id, transfer_id, f"KV was not delivered: {reason}")
         self.parts.outbox.add(live.router, report)
 
     def _push_again(self, router: bytes, request_id: int, transfer_id: int) -> None:

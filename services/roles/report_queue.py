@@ -6,7 +6,7 @@ from collections.abc import Callable
 from services.protocol.messages import Report
 
 
-class Outbox:
+class ReportQueue:
     """`send(peer, reports) -> bool` is the channel's; False says that the router is gone."""
 
     def __init__(self, send: Callable[[bytes, list[Report]], bool]) -> None:

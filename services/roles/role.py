@@ -18,11 +18,19 @@ from services.engine.batch import Drawn, RowResult
 from services.engine.engine import Engine
 from services.engine.launched import Launched
 from services.isolation import contain
-from services.protocol.messages import Cancel, Failed, FailureCode, PrefillDone, Request, Tokens, Work
+from services.protocol.messages import (
+    Cancel,
+    Failed,
+    FailureCode,
+    PrefillDone,
+    Request,
+    SequenceRequest,
+    Tokens,
+)
 from services.roles.engine_rows import rows_of, wants_prompt_logprobs
-from services.roles.limits import Limits, finish_reason, refuse
-from services.roles.live_requests import Live, Requests
-from services.roles.report_queue import Outbox
+from services.roles.limits import WorkerLimits, finish_reason, refuse
+from services.roles.live_requests import Requests, RunningRequest
+from services.roles.report_queue import ReportQueue
 from services.scheduler.chunks import DEFAULT_TAIL_TOKENS
 from services.scheduler.pages import PagePool
 from services.scheduler.sequence import Chunk, Sequence, State, StepPlan
@@ -33,14 +41,14 @@ ENGINE_FAILURES = (RuntimeError, ValueError, IndexError)
 
 
 @dataclass(slots=True, eq=False)
-class Parts:
+class WorkerContext:
     """What the worker built at start and lends to its role."""
 
     engine: Engine
     pool: PagePool
-    limits: Limits
+    limits: WorkerLimits
     max_chunk_tokens: int
-    outbox: Outbox
+    outbox: ReportQueue
     clock: Callable[[], float]
     overlap: bool
     """Whether the engine's steps run on while the host plans the next one."""
@@ -61,7 +69,7 @@ class Occupancy:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Flight:
+class InFlightStep:
     """A step on its way."""
 
     plan: StepPlan
@@ -78,7 +86,7 @@ class StepResult:
 
 
 class Role(ABC):
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: WorkerContext) -> None:
         self.parts = parts
 
     # ------------------------------------------------------------ driven by the loop
@@ -118,7 +126,7 @@ class Role(ABC):
     def sweep(self) -> None:
         """End every request whose deadline has passed."""
 
-        def expire(live: Live) -> None:
+        def expire(live: RunningRequest) -> None:
             message = f"not finished within {live.work.deadline_s:g} s"
             self.fail(live.work.request_id, "deadline", message, False)
 
@@ -133,7 +141,9 @@ class Role(ABC):
 
     # ------------------------------------------------------------ entering and leaving
 
-    def take(self, router: bytes, work: Work, transfer_id: int | None, queued: int) -> Live | None:
+    def take(
+        self, router: bytes, work: SequenceRequest, transfer_id: int | None, queued: int
+    ) -> RunningRequest | None:
         """Keep a new request, or refuse it with one `Failed`; None if it was not kept."""
         requests = self.parts.requests
         if work.request_id in requests or (transfer_id is not None and requests.has_transfer(transfer_id)):
@@ -175,7 +185,7 @@ class Role(ABC):
         if request_id is not None:
             self.fail(request_id, "internal", "the worker failed on this request", False)
 
-    def each(self, where: str, requests: list[Live], act: Callable[[Live], None]) -> None:
+    def each(self, where: str, requests: list[RunningRequest], act: Callable[[RunningRequest], None]) -> None:
         """Something that is done for many requests, of which each fails by itself."""
         for live in requests:
             try:
@@ -185,7 +195,7 @@ class Role(ABC):
 
     # ------------------------------------------------------------ a step
 
-    def launch(self, plan: StepPlan) -> Flight | None:
+    def launch(self, plan: StepPlan) -> InFlightStep | None:
         """Hand a plan to the engine; an engine error fails the plan's requests, not the worker.
 
         On a GPU an error may have spoilt the context, so there it ends the process.
@@ -202,14 +212,14 @@ class Role(ABC):
         self.parts.pool.step = self.parts.engine.queued_step
         self.parts.counters["steps"] += 1
         self.parts.counters["prompt_tokens"] += sum(chunk.count for chunk in plan.chunks)
-        return Flight(plan, launched, self.parts.clock())
+        return InFlightStep(plan, launched, self.parts.clock())
 
     def copy_pages(self, pairs: list[tuple[int, int]]) -> None:
         """Copies that fork choices; a step to all who know steps by number."""
         self.parts.engine.copy_pages(pairs)
         self.parts.pool.step = self.parts.engine.queued_step
 
-    def collect(self, flight: Flight, after: Flight | None = None) -> StepResult | None:
+    def collect(self, flight: InFlightStep, after: InFlightStep | None = None) -> StepResult | None:
         """Wait for a launched plan. An error fails its requests likewise, and those of the step launched
         `after` it, which went on from what it should have computed. Since pages are findable prefixes from
         the launch on that computes them, no prefix is trusted any more.
@@ -263,7 +273,7 @@ class Role(ABC):
             del live.prompt_logprobs[chunk.start :]  # a prompt that was preempted starts again
             live.prompt_logprobs.extend(result.prompt_logprobs)
 
-    def report_prefill(self, live: Live, sequence: Sequence) -> None:
+    def report_prefill(self, live: RunningRequest, sequence: Sequence) -> None:
         now_s = self.parts.clock()
         started_s = live.started_s if live.started_s is not None else now_s
         self.parts.outbox.add(
@@ -277,7 +287,7 @@ class Role(ABC):
             ),
         )
 
-    def report_token(self, live: Live, choice: int, output_tokens: int, drawn: Drawn) -> bool:
+    def report_token(self, live: RunningRequest, choice: int, output_tokens: int, drawn: Drawn) -> bool:
         """Report a choice's newly drawn token, its `output_tokens`-th; True if the choice ends with it."""
         finish = finish_reason(live.work, drawn.token, output_tokens, self.parts.limits)
         logprobs = None if drawn.logprob is None else [drawn.logprob]

@@ -4,13 +4,13 @@ from kvtransfer.client import WorkerEvent
 from services.engine.batch import RowResult
 from services.protocol.messages import Cancel, FirstToken, Generate, Request
 from services.roles.decoding import DecodingRole
-from services.roles.role import Occupancy, Parts
+from services.roles.role import Occupancy, WorkerContext
 from services.scheduler.sequence import Chunk, State
 from services.scheduler.unified import UnifiedScheduler
 
 
 class UnifiedRole(DecodingRole[UnifiedScheduler]):
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: WorkerContext) -> None:
         super().__init__(parts, UnifiedScheduler)
 
     def accept(self, router: bytes, request: Request) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 
 from services.protocol.messages import FirstToken
 from services.scheduler.chunks import chunk_tokens
-from services.scheduler.errors import IllegalMove
+from services.scheduler.errors import IllegalSequenceTransition
 from services.scheduler.pages import PagePool, chain_digest, chain_root
 from services.scheduler.sequence import PENDING, Sequence, State, StepPlan, choice_sequence
 
@@ -244,7 +244,7 @@ class RunningBatch:
             if sequence in part:
                 part.remove(sequence)
                 return
-        raise IllegalMove(f"request {sequence.work.request_id} runs, but not in this batch")
+        raise IllegalSequenceTransition(f"request {sequence.work.request_id} runs, but not in this batch")
 
     def _wait_again(self, sequence: Sequence) -> None:
         if sequence.state is not State.WAITING:

@@ -9,7 +9,7 @@ engine is the same, the role is policy.
 from collections import deque
 from dataclasses import dataclass, field
 
-from services.protocol.messages import FirstToken, Work
+from services.protocol.messages import FirstToken, SequenceRequest
 from services.scheduler.batch import RunningBatch
 from services.scheduler.pages import PagePool
 from services.scheduler.sequence import Sequence, StepPlan, prompt_sequence
@@ -58,7 +58,7 @@ class DecodeScheduler:
 
     # ------------------------------------------------------------ the three gates
 
-    def add(self, work: Work) -> Sequence:
+    def add(self, work: SequenceRequest) -> Sequence:
         prompt = prompt_sequence(work)
         self.batch.number(prompt)
         reservation = Reservation(prompt)

@@ -13,5 +13,5 @@ class OutOfPages(SchedulerError):
     """`allocate` was called without asking `can_allocate` first."""
 
 
-class IllegalMove(SchedulerError):
+class IllegalSequenceTransition(SchedulerError):
     """A sequence was moved between states in a way the table of moves does not list."""

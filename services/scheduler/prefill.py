@@ -5,7 +5,7 @@ confirmed yet runs only while no confirmed one waits, and gives its pages back i
 them; it is then computed again later, without drawing its first tokens a second time.
 """
 
-from services.protocol.messages import Work
+from services.protocol.messages import SequenceRequest
 from services.scheduler.batch import RunningBatch
 from services.scheduler.chunks import DEFAULT_TAIL_TOKENS
 from services.scheduler.pages import PagePool
@@ -26,7 +26,7 @@ class PrefillScheduler:
     def __len__(self) -> int:
         return len(self._sequences)
 
-    def add(self, work: Work) -> Sequence:
+    def add(self, work: SequenceRequest) -> Sequence:
         sequence = prompt_sequence(work)
         self.batch.number(sequence)
         self._sequences[work.request_id] = sequence

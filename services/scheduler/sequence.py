@@ -14,8 +14,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from services.protocol.messages import FirstToken, Work
-from services.scheduler.errors import IllegalMove
+from services.protocol.messages import FirstToken, SequenceRequest
+from services.scheduler.errors import IllegalSequenceTransition
 
 PENDING = -1
 """In the place of a token that is drawn, but not yet known to the host."""
@@ -48,7 +48,7 @@ class Sequence:
     sequences by age: the youngest is preempted first.
     """
 
-    work: Work
+    work: SequenceRequest
     tokens: list[int]
     choices: list[int]
     state: State = State.WAITING
@@ -108,7 +108,7 @@ class Sequence:
         tokens = self.tokens
         at = len(tokens) - 1
         if tokens[at] != PENDING:
-            raise IllegalMove(f"request {self.work.request_id} waits for no token")
+            raise IllegalSequenceTransition(f"request {self.work.request_id} waits for no token")
         while tokens[at - 1] == PENDING:
             at -= 1
         tokens[at] = token
@@ -130,16 +130,16 @@ class Sequence:
 
     def move(self, to: State) -> None:
         if to not in MOVES[self.state]:
-            raise IllegalMove(f"request {self.work.request_id}: {self.state} -> {to}")
+            raise IllegalSequenceTransition(f"request {self.work.request_id}: {self.state} -> {to}")
         self.state = to
 
 
-def prompt_sequence(work: Work) -> Sequence:
+def prompt_sequence(work: SequenceRequest) -> Sequence:
     """The sequence that runs a request's prompt and draws every choice's first token."""
     return Sequence(work=work, tokens=list(work.prompt), choices=list(work.choice_numbers))
 
 
-def choice_sequence(work: Work, first: FirstToken) -> Sequence:
+def choice_sequence(work: SequenceRequest, first: FirstToken) -> Sequence:
     """One choice that goes on after its first token, without pages yet."""
     return Sequence(work=work, tokens=[*work.prompt, first.token], choices=[first.choice])
 

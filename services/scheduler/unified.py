@@ -2,7 +2,7 @@
 
 from collections import deque
 
-from services.protocol.messages import FirstToken, Work
+from services.protocol.messages import FirstToken, SequenceRequest
 from services.scheduler.batch import RunningBatch
 from services.scheduler.pages import PagePool
 from services.scheduler.sequence import Sequence, State, StepPlan, prompt_sequence
@@ -19,7 +19,7 @@ class UnifiedScheduler:
     def __len__(self) -> int:
         return len(self._sequences)
 
-    def add(self, work: Work) -> Sequence:
+    def add(self, work: SequenceRequest) -> Sequence:
         sequence = prompt_sequence(work)
         self.batch.number(sequence)
         self._sequences[work.request_id] = [sequence]

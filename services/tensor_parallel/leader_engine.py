@@ -12,7 +12,7 @@ from services.config import WorkerConfig
 from services.engine.batch import Row
 from services.engine.checkpoint.model_config import ModelConfig
 from services.engine.engine import Engine
-from services.engine.events import Mark
+from services.engine.events import Event
 from services.engine.launched import Launched
 from services.engine.rank_group import DistributedGroup
 from services.tensor_parallel.messages import (
@@ -20,7 +20,7 @@ from services.tensor_parallel.messages import (
     CaptureGraphs,
     CopyPages,
     Done,
-    Load,
+    LoadWeights,
     MeasureActivations,
     Order,
     RankMemory,
@@ -58,7 +58,7 @@ class LeadingEngine(Engine):
     # ------------------------------------------------------------ start
 
     def load(self, progress: Callable[[int, int], None]) -> int:
-        return self._together(Load(), lambda: super(LeadingEngine, self).load(progress))
+        return self._together(LoadWeights(), lambda: super(LeadingEngine, self).load(progress))
 
     def measure_activations(self) -> int:
         return self._together(MeasureActivations(), super().measure_activations)
@@ -137,7 +137,7 @@ def _meeting_place(listen: str) -> Path:
 class _Watched:
     """A step's event whose wait the watcher sees, and which does not stay away for ever."""
 
-    def __init__(self, event: Mark, ranks: Ranks) -> None:
+    def __init__(self, event: Event, ranks: Ranks) -> None:
         self._event, self._ranks = event, ranks
         self._launched_s = time.monotonic()
 

@@ -18,7 +18,7 @@ class StartRank(Struct, frozen=True, tag="start", forbid_unknown_fields=True):
     store: str
 
 
-class Load(Struct, frozen=True, tag="load", forbid_unknown_fields=True):
+class LoadWeights(Struct, frozen=True, tag="load", forbid_unknown_fields=True):
     """Answered with the weights' bytes."""
 
 
@@ -75,7 +75,7 @@ class MapStaging(Struct, frozen=True, tag="map", forbid_unknown_fields=True):
     cuda_ipc_handle: bytes | None
 
 
-class MoveRun(Struct, frozen=True, array_like=True):
+class CopyRun(Struct, frozen=True, array_like=True):
     """Tokens and their slot. `pages` cover the tokens exactly; `first_offset` is the first one's place in
     them. The heads are counted within the rank."""
 
@@ -89,11 +89,11 @@ class MoveRun(Struct, frozen=True, array_like=True):
 
 class MoveKv(Struct, frozen=True, tag="move", forbid_unknown_fields=True):
     """Pack runs into their slots, or unpack them, after the steps up to number `after_step`; answered with
-    `Moved` once it is done, in the order of orders."""
+    `Copied` once it is done, in the order of orders."""
 
     is_pack: bool
     after_step: Annotated[int, Meta(ge=0)]
-    runs: list[MoveRun]
+    runs: list[CopyRun]
     with_checksums: bool
 
 
@@ -111,7 +111,7 @@ class StopRank(Struct, frozen=True, tag="stop", forbid_unknown_fields=True):
 
 Order = (
     StartRank
-    | Load
+    | LoadWeights
     | MeasureActivations
     | AllocatePool
     | CaptureGraphs
@@ -131,7 +131,7 @@ class Done(Struct, frozen=True, tag="done", forbid_unknown_fields=True):
     byte_count: int
 
 
-class Moved(Struct, frozen=True, tag="moved", forbid_unknown_fields=True):
+class Copied(Struct, frozen=True, tag="moved", forbid_unknown_fields=True):
     """A move is done; with the checksum of each run's bytes if they were asked for."""
 
     checksums: list[int] | None
@@ -153,4 +153,4 @@ class RankFailed(Struct, frozen=True, tag="failed", forbid_unknown_fields=True):
     message: str
 
 
-Answer = Done | Moved | RankMemory | RankFailed
+Answer = Done | Copied | RankMemory | RankFailed

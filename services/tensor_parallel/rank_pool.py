@@ -23,7 +23,7 @@ from pathlib import Path
 
 from services.config import WorkerConfig
 from services.tensor_parallel.link import RankLink, RankLost
-from services.tensor_parallel.messages import Answer, Moved, MoveKv, Order, RankFailed, StartRank, StopRank
+from services.tensor_parallel.messages import Answer, Copied, MoveKv, Order, RankFailed, StartRank, StopRank
 from services.tensor_parallel.rank_config import encode_config
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class RankError(Exception):
     """A rank failed, and with it the worker."""
 
 
-class MoveAnswer:
+class CopyAnswer:
     """A move of another rank, asked like an event of a device, and like checksums that are on their way."""
 
     def __init__(self, ranks: "Ranks", rank: int) -> None:
@@ -77,7 +77,7 @@ class Ranks:
         self._name = config.name
         self._processes: list[subprocess.Popen[bytes]] = []
         self._links: list[RankLink[Answer, Order]] = []
-        self._moves: list[deque[MoveAnswer]] = [deque() for _ in range(1, config.tp)]
+        self._moves: list[deque[CopyAnswer]] = [deque() for _ in range(1, config.tp)]
         self._wait: tuple[float, str] | None = None
         self._left = threading.Event()
         self._stopping = self._closed = False
@@ -138,10 +138,10 @@ class Ranks:
             raise RankError(f"rank {rank} of {self._name} failed: {answer.message}")
         return answer
 
-    def move(self, rank: int, order: MoveKv) -> "MoveAnswer":
+    def move(self, rank: int, order: MoveKv) -> "CopyAnswer":
         """Order a move of rank `rank`, at least 1. Raises `RankError`."""
         self.tell_one(rank, order)
-        answer = MoveAnswer(self, rank)
+        answer = CopyAnswer(self, rank)
         self._moves[rank - 1].append(answer)
         return answer
 
@@ -150,7 +150,7 @@ class Ranks:
         link, waiting = self._links[rank - 1], self._moves[rank - 1]
         try:
             while waiting and (answer := link.poll(timeout_s)) is not None:
-                if not isinstance(answer, Moved):
+                if not isinstance(answer, Copied):
                     raise self._fault(rank, f"it answers a move with {answer!r}")
                 waiting.popleft().done(answer.checksums)
                 timeout_s = 0.0

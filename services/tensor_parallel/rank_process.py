@@ -20,7 +20,7 @@ from pathlib import Path
 from services.config import WorkerConfig
 from services.engine.checkpoint.model_config import read_model_config
 from services.engine.engine import Engine
-from services.engine.kv.copies import Move
+from services.engine.kv.copies import Copy
 from services.engine.kv.run_table import SlotRun
 from services.engine.rank_group import DistributedGroup
 from services.memory.measure import NotMeasurable, gpu_process_bytes, host_phase, resident_bytes
@@ -29,13 +29,13 @@ from services.tensor_parallel.messages import (
     AllocatePool,
     Answer,
     CaptureGraphs,
+    Copied,
     CopyPages,
     Done,
     HoldSteps,
-    Load,
+    LoadWeights,
     MapStaging,
     MeasureActivations,
-    Moved,
     MoveKv,
     Order,
     RankFailed,
@@ -88,8 +88,8 @@ class Rank:
         self._sizes: dict[str, int] = {}
         self._held: dict[str, int] = {}
         self._staging = RankStaging(config.device_index)
-        self._moves: deque[Move] = deque()
-        self._last_move: Move | None = None
+        self._moves: deque[Copy] = deque()
+        self._last_move: Copy | None = None
 
     def serve(self) -> None:
         while not isinstance(order := self._next_order(), StopRank):
@@ -102,7 +102,7 @@ class Rank:
         """Moves are reported as they are done, while orders come."""
         while self._moves:
             while self._moves and self._moves[0].is_done:
-                self._link.send(Moved(self._moves.popleft().checksums()))
+                self._link.send(Copied(self._moves.popleft().checksums()))
             if (order := self._link.poll(MOVE_POLL_S if self._moves else 0.0)) is not None:
                 return order
         return self._link.receive(None)
@@ -123,7 +123,7 @@ class Rank:
             case MapStaging():
                 engine.synchronize()
                 self._staging.map(order)
-            case Load():
+            case LoadWeights():
                 with host_phase() as phase:
                     self._done("weights", engine.load(lambda done_bytes, total_bytes: None))
                 self._held["weights"] = phase.held_bytes
@@ -164,7 +164,7 @@ class Rank:
             context_bytes=context_bytes,
         )
 
-    def _move(self, order: MoveKv) -> Move:
+    def _move(self, order: MoveKv) -> Copy:
         move = self._engine.pack if order.is_pack else self._engine.unpack
         runs = [
             SlotRun(

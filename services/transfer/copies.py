@@ -5,56 +5,56 @@ from typing import Protocol
 
 from kvtransfer.client import TransferClient
 from services.engine.engine import Engine
-from services.engine.kv.copies import Move
+from services.engine.kv.copies import Copy
 from services.engine.kv.run_table import SlotRun
 from services.tensor_parallel.leader_engine import LeadingEngine
-from services.tensor_parallel.messages import HoldSteps, MapStaging, MoveKv, MoveRun
-from services.transfer.staging import Staging
+from services.tensor_parallel.messages import CopyRun, HoldSteps, MapStaging, MoveKv
+from services.transfer.staging import StagingSlots
 
 
-class KvMoves(Protocol):
+class KvCopier(Protocol):
     """Slots are numbers in the rank's staging buffer, heads are counted within the rank.
 
     One call is one launch: whoever has several runs hands them over together. What a move needs must have
     passed already: it starts after the newest step that is done, and waits for no other.
     """
 
-    def pack(self, runs: Sequence[SlotRun], with_checksums: bool) -> Move: ...
+    def pack(self, runs: Sequence[SlotRun], with_checksums: bool) -> Copy: ...
 
-    def unpack(self, runs: Sequence[SlotRun], with_checksums: bool) -> Move: ...
+    def unpack(self, runs: Sequence[SlotRun], with_checksums: bool) -> Copy: ...
 
     def passed_step(self) -> int:
         """The number of the newest step that is done; see `Engine.passed_step`."""
 
-    def hold_steps(self, move: Move) -> None: ...
+    def hold_steps(self, move: Copy) -> None: ...
 
     def let_go(self) -> None:
         """The staging buffer's owner is gone: mapped, its memory would stay taken."""
 
 
-class OwnMoves:
+class OwnCopier:
     """Of rank 0, in this process."""
 
-    def __init__(self, engine: Engine, staging: Staging) -> None:
+    def __init__(self, engine: Engine, staging: StagingSlots) -> None:
         self._engine, self._staging = engine, staging
 
-    def pack(self, runs: Sequence[SlotRun], with_checksums: bool) -> Move:
+    def pack(self, runs: Sequence[SlotRun], with_checksums: bool) -> Copy:
         return self._engine.pack(runs, self._staging.slots(), with_checksums, self.passed_step())
 
-    def unpack(self, runs: Sequence[SlotRun], with_checksums: bool) -> Move:
+    def unpack(self, runs: Sequence[SlotRun], with_checksums: bool) -> Copy:
         return self._engine.unpack(runs, self._staging.slots(), with_checksums, self.passed_step())
 
     def passed_step(self) -> int:
         return self._engine.passed_step()
 
-    def hold_steps(self, move: Move) -> None:
+    def hold_steps(self, move: Copy) -> None:
         self._engine.hold_steps(move)
 
     def let_go(self) -> None:
         self._staging.close()
 
 
-class RankMoves:
+class RankCopier:
     """Of another rank. It queues the same steps under the same numbers; what has passed in the leading rank
     is about to pass there, and its device waits for that."""
 
@@ -67,38 +67,38 @@ class RankMoves:
         self._mapped_epoch = 0
 
     def open(self) -> None:
-        """Has the buffer mapped now; see `Staging.open`. What goes wrong is the rank's answer to what it is
-        told next."""
+        """Has the buffer mapped now; see `StagingSlots.open`. What goes wrong is the rank's answer to what it
+        is told next."""
         self._map_staging()
 
-    def pack(self, runs: Sequence[SlotRun], with_checksums: bool) -> Move:
+    def pack(self, runs: Sequence[SlotRun], with_checksums: bool) -> Copy:
         return self._move(True, runs, with_checksums)
 
-    def unpack(self, runs: Sequence[SlotRun], with_checksums: bool) -> Move:
+    def unpack(self, runs: Sequence[SlotRun], with_checksums: bool) -> Copy:
         return self._move(False, runs, with_checksums)
 
     def passed_step(self) -> int:
         return self._engine.passed_step()
 
-    def hold_steps(self, move: Move) -> None:
+    def hold_steps(self, move: Copy) -> None:
         self._ranks.tell_one(self._rank, HoldSteps())
 
     def let_go(self) -> None:
         self._ranks.tell_one(self._rank, MapStaging(0, 0, None, None))
         self._mapped_epoch = 0
 
-    def _move(self, is_pack: bool, runs: Sequence[SlotRun], with_checksums: bool) -> Move:
+    def _move(self, is_pack: bool, runs: Sequence[SlotRun], with_checksums: bool) -> Copy:
         self._map_staging()
         size = self._page_size_tokens
         sent, byte_counts = [], []
         for pages, start, count, slot, heads in runs:
             covering = pages[start // size : (start + count - 1) // size + 1]
-            sent.append(MoveRun(covering, start % size, count, slot, heads.start, heads.stop))
+            sent.append(CopyRun(covering, start % size, count, slot, heads.start, heads.stop))
             byte_counts.append(count * len(heads) * self._head_bytes)
         order = MoveKv(is_pack, self.passed_step(), sent, with_checksums)
         answer = self._ranks.move(self._rank, order)
         # An answer asked as an event is, and as checksums that are on their way.
-        return Move(byte_counts, answer, answer if with_checksums else None)  # type: ignore[arg-type]
+        return Copy(byte_counts, answer, answer if with_checksums else None)  # type: ignore[arg-type]
 
     def _map_staging(self) -> None:
         """The rank maps the buffer of its transfer process, anew in each life of that."""

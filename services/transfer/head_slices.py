@@ -18,7 +18,7 @@ from kvtransfer.protocol.layout import head_range, shared_heads
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class HeadSlice:
     """The heads are counted within each rank."""
 
     part_id: int
@@ -28,9 +28,9 @@ class Part:
     destination_heads: range
 
 
-def parts_of(transfer_id: int, kv_heads: int, source_tp: int, destination_tp: int) -> list[Part]:
+def parts_of(transfer_id: int, kv_heads: int, source_tp: int, destination_tp: int) -> list[HeadSlice]:
     """All parts of a transfer of a model with `kv_heads`, which both numbers of ranks divide."""
-    parts: list[Part] = []
+    parts: list[HeadSlice] = []
     for source_rank in range(source_tp):
         source = head_range(kv_heads, source_rank, source_tp)
         for destination_rank in range(destination_tp):
@@ -39,7 +39,9 @@ def parts_of(transfer_id: int, kv_heads: int, source_tp: int, destination_tp: in
             if heads:
                 part_id = part_id_of(transfer_id, source_rank, destination_rank)
                 within_source, within_destination = _within(heads, source), _within(heads, destination)
-                parts.append(Part(part_id, source_rank, destination_rank, within_source, within_destination))
+                parts.append(
+                    HeadSlice(part_id, source_rank, destination_rank, within_source, within_destination)
+                )
     return parts
 
 

@@ -6,7 +6,7 @@ import zmq
 
 from kvtransfer.client import TransferClient, WorkerEvent
 from kvtransfer.messages import SlotCounts, Stats
-from services.protocol.messages import TransferAddress
+from services.protocol.messages import WorkerTransferAddress
 
 
 class TransferRanks:
@@ -21,10 +21,10 @@ class TransferRanks:
         return all(client.ready for client in self.clients)
 
     @property
-    def address(self) -> TransferAddress:
+    def address(self) -> WorkerTransferAddress:
         """Only while `ready`."""
         first, *others = (client.address for client in self.clients)
-        return TransferAddress(first.endpoint, first.epoch, tuple(others))
+        return WorkerTransferAddress(first.endpoint, first.epoch, tuple(others))
 
     @property
     def sockets(self) -> "list[zmq.Socket[bytes]]":

@@ -19,14 +19,14 @@ from kvtransfer.client import TransferClient
 from kvtransfer.messages import Arrived, Segment, SlotUse, TransferAddress
 from kvtransfer.spans import Spans
 from services.engine.errors import ChecksumMismatch
-from services.engine.kv.copies import Move
+from services.engine.kv.copies import Copy
 from services.engine.kv.run_table import SlotRun
 from services.scheduler.sequence import Sequence
-from services.transfer.copies import KvMoves
+from services.transfer.copies import KvCopier
 
 
 @dataclass(slots=True, eq=False)
-class Incoming:
+class IncomingTransfer:
     transfer_id: int
     sequence: Sequence
     missing_tokens: int
@@ -35,7 +35,7 @@ class Incoming:
     transfer_s: float = 0.0
 
 
-Piece = tuple[Incoming, Segment]
+Piece = tuple[IncomingTransfer, Segment]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Unpacking:
     """Slots that are being unpacked by one move; `move`'s run number i is piece number i."""
 
     pieces: list[Piece]
-    move: Move
+    move: Copy
     queued_s: float
 
 
@@ -52,7 +52,7 @@ class Settled:
     """Transfers that are whole now, and those that turned out broken, with the reason; the latter are
     still open, for the caller to end."""
 
-    whole: list[Incoming] = field(default_factory=list)
+    whole: list[IncomingTransfer] = field(default_factory=list)
     broken: list[tuple[int, str]] = field(default_factory=list)
 
 
@@ -60,13 +60,13 @@ class KvPull:
     """Of one rank. A transfer here is a part of one, where a worker has several ranks."""
 
     def __init__(
-        self, moves: KvMoves, client: TransferClient, clock: Callable[[], float], spans: Spans
+        self, moves: KvCopier, client: TransferClient, clock: Callable[[], float], spans: Spans
     ) -> None:
         self._moves = moves
         self._client = client
         self._clock = clock
         self._spans = spans
-        self._incoming: dict[int, Incoming] = {}
+        self._incoming: dict[int, IncomingTransfer] = {}
         self._arrived: list[Piece] = []
         """Not queued yet."""
         self._unpacking: deque[Unpacking] = deque()
@@ -87,12 +87,12 @@ class KvPull:
 
     def open(
         self, sequence: Sequence, transfer_id: int, source: TransferAddress, deadline_s: float, heads: range
-    ) -> Incoming:
+    ) -> IncomingTransfer:
         """Ask for these of the rank's heads of what the prefix cache does not have; an empty
         range only confirms the reservation."""
         end_token = sequence.prompt_tokens
         missing_tokens = end_token - sequence.cached_tokens
-        incoming = Incoming(transfer_id, sequence, missing_tokens, heads)
+        incoming = IncomingTransfer(transfer_id, sequence, missing_tokens, heads)
         self._incoming[transfer_id] = incoming
         self._client.open_receive(
             transfer_id, source, sequence.cached_tokens, end_token, deadline_s, len(heads)
@@ -197,13 +197,13 @@ class KvPull:
         move = self._moves.unpack(runs, with_checksums)
         self._unpacking.append(Unpacking(pieces, move, self._clock()))
 
-    def _give_up(self, ended: list[Incoming]) -> None:
+    def _give_up(self, ended: list[IncomingTransfer]) -> None:
         """Their pages may be given away now, and written by a step that must not overtake the unpacks."""
         running = [one.move for one in self._unpacking if any(piece[0] in ended for piece in one.pieces)]
         if running:
             self._moves.hold_steps(running[-1])
 
-    def _finish(self, incoming: Incoming) -> None:
+    def _finish(self, incoming: IncomingTransfer) -> None:
         del self._incoming[incoming.transfer_id]
         self._client.commit(incoming.transfer_id)
         sequence, now_s = incoming.sequence, self._clock()

@@ -7,18 +7,18 @@ it is whole; the request goes on when all are. If one fails, the others are ende
 from dataclasses import dataclass
 
 from kvtransfer.messages import Aborted, Arrived
-from services.protocol.messages import TransferAddress
+from services.protocol.messages import WorkerTransferAddress
 from services.scheduler.sequence import Sequence
-from services.transfer.head_slices import Part, parts_of
-from services.transfer.pull import Incoming, KvPull, Settled
+from services.transfer.head_slices import HeadSlice, parts_of
+from services.transfer.pull import IncomingTransfer, KvPull, Settled
 from services.transfer.push_parts import LOST_ELSEWHERE
 
 
 @dataclass(slots=True, eq=False)
 class _Joined:
-    whole: Incoming
+    whole: IncomingTransfer
     """What the role is told of the transfer; its `missing_tokens` are those of the parts together."""
-    parts: dict[int, Part]
+    parts: dict[int, HeadSlice]
     """Those that are not whole yet, by id."""
 
 
@@ -44,8 +44,8 @@ class PullParts:
         return any(lane.in_flight for lane in self._lanes)
 
     def open(
-        self, sequence: Sequence, transfer_id: int, source: TransferAddress, deadline_s: float
-    ) -> Incoming:
+        self, sequence: Sequence, transfer_id: int, source: WorkerTransferAddress, deadline_s: float
+    ) -> IncomingTransfer:
         """Ask for what the prefix cache does not have; an empty range only confirms the reservation. Raises
         ValueError if the source has a number of ranks that does not divide the heads."""
         sources = source.ranks
@@ -58,7 +58,7 @@ class PullParts:
                 sequence, part.part_id, sources[part.source_rank], deadline_s, part.destination_heads
             )
             missing_tokens += incoming.missing_tokens
-        whole = Incoming(transfer_id, sequence, missing_tokens)
+        whole = IncomingTransfer(transfer_id, sequence, missing_tokens)
         if missing_tokens:
             joined = _Joined(whole, {part.part_id: part for part in parts})
             self._joined[transfer_id] = joined

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from kvtransfer.client import TransferClient
 from kvtransfer.messages import Segment, SendConfirmed, SendGranted, SlotUse
 from kvtransfer.spans import Spans
-from services.engine.kv.copies import Move
+from services.engine.kv.copies import Copy
 from services.engine.kv.run_table import SlotRun
 from services.scheduler.sequence import Chunk, Sequence
-from services.transfer.copies import KvMoves
+from services.transfer.copies import KvCopier
 
 Piece = tuple["Outgoing", SlotUse, int, int]
 """A transfer, a slot lent to us, and the first and the number of the tokens that go there."""
@@ -30,7 +30,7 @@ class Packing:
     """Slots that are being packed by one move; `move`'s run number i is piece number i."""
 
     pieces: list[Piece]
-    move: Move
+    move: Copy
     queued_s: float
 
 
@@ -49,7 +49,7 @@ class Outgoing:
     segment_tokens: int = 0
     grants: int = 0
     ready: bool = False
-    last_move: Move | None = None
+    last_move: Copy | None = None
 
     def wanted_slots(self) -> int:
         """How many slots it could use at once, all its tokens being computed; as the transfer process counts
@@ -63,7 +63,7 @@ class KvPush:
     """Of one rank. A transfer here is a part of one, where a worker has several ranks."""
 
     def __init__(
-        self, moves: KvMoves, client: TransferClient, clock: Callable[[], float], spans: Spans
+        self, moves: KvCopier, client: TransferClient, clock: Callable[[], float], spans: Spans
     ) -> None:
         self._moves = moves
         self._client = client

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from kvtransfer.client import SlotsLent, TransferLost, WorkerEvent
 from kvtransfer.messages import Aborted, SendCommitted, SendConfirmed, SendGranted
 from services.scheduler.sequence import Chunk, Sequence
-from services.transfer.head_slices import Part, parts_of
+from services.transfer.head_slices import HeadSlice, parts_of
 from services.transfer.push import KvPush
 
 LOST_ELSEWHERE = "the transfer process of another rank is gone"
@@ -22,7 +22,7 @@ class _Joined:
     transfer_id: int
     sequence: Sequence
     deadline_s: float
-    parts: dict[int, Part] = field(default_factory=dict)
+    parts: dict[int, HeadSlice] = field(default_factory=dict)
     """Those that are open, by id."""
     unconfirmed: set[int] = field(default_factory=set)
     confirmed: tuple[int, int] | None = None
@@ -49,7 +49,7 @@ class PushParts:
         joined = _Joined(transfer_id, sequence, deadline_s)
         self._joined[transfer_id] = joined
         # Its heads are known once the other side's ranks are; the lane needs them to pack, not to open.
-        self._open_part(joined, Part(transfer_id, 0, 0, range(0), range(0)))
+        self._open_part(joined, HeadSlice(transfer_id, 0, 0, range(0), range(0)))
 
     def join(self, event: WorkerEvent) -> WorkerEvent | None:
         """What an event about a part says about its transfer; None: nothing yet, or nothing any more."""
@@ -145,11 +145,11 @@ class PushParts:
             else:
                 self._open_part(joined, part)
 
-    def _open_part(self, joined: _Joined, part: Part) -> None:
+    def _open_part(self, joined: _Joined, part: HeadSlice) -> None:
         joined.parts[part.part_id] = part
         joined.unconfirmed.add(part.part_id)
         self._of_part[part.part_id] = joined
         self._lane(part).open(joined.sequence, part.part_id, joined.deadline_s)
 
-    def _lane(self, part: Part) -> KvPush:
+    def _lane(self, part: HeadSlice) -> KvPush:
         return self._lanes[part.source_rank]

@@ -11,7 +11,7 @@ from services.engine.kv.staging_view import CudaStaging, StagingError
 from services.tensor_parallel.messages import MapStaging
 
 
-class Staging:
+class StagingSlots:
     """Follows the transfer process through restarts: a new epoch means a new buffer."""
 
     def __init__(self, client: TransferClient, device_index: int) -> None:

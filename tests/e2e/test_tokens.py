@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from deploy.observe.trace_view import exposed_s, text
 from deploy.observe.traces import fetch_trace
-from services.protocol.messages import Span
+from services.protocol.messages import TraceSpan
 from tests.checkpoints import FAMILIES, LLAMA3_ROPE, VOCAB_SIZE, YARN_ROPE, make_checkpoint
 from tests.e2e.cluster import Cluster
 
@@ -116,7 +116,7 @@ def check_trace(cluster: Cluster, prompt: list[int]) -> None:
     trace = fetch_trace(cluster.url, "look/here", None)
     (seen,) = trace.prompts
     assert seen.missing == [] and seen.prompt_tokens == len(prompt)
-    stages: dict[str, list[Span]] = {}
+    stages: dict[str, list[TraceSpan]] = {}
     for process in seen.processes:
         assert process.offset_s == process.error_s == 0, "one host, one clock"
         for span in process.spans:

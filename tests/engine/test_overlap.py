@@ -8,10 +8,10 @@ import pytest
 from services.engine.batch import Draw, Row
 from services.engine.engine import Engine
 from services.engine.errors import EngineStateError, RowError
-from services.protocol.messages import Generate, PrefillDone, Sampling, TokenLogprob, Tokens, Work
-from services.roles.limits import Limits
-from services.roles.report_queue import Outbox
-from services.roles.role import Occupancy, Parts
+from services.protocol.messages import Generate, PrefillDone, Sampling, SequenceRequest, TokenLogprob, Tokens
+from services.roles.limits import WorkerLimits
+from services.roles.report_queue import ReportQueue
+from services.roles.role import Occupancy, WorkerContext
 from services.roles.unified import UnifiedRole
 from services.scheduler.pages import PagePool
 from tests.checkpoints import VOCAB_SIZE, make_checkpoint
@@ -28,16 +28,26 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
 
 
 WORKS = [
-    Work(1, prompt_of(9), Sampling(max_tokens=12, seed=3, temperature=0.0)),
-    Work(2, prompt_of(30, 1), Sampling(max_tokens=9, seed=4, temperature=0.8, logprobs=3), choices=3),
-    Work(3, prompt_of(5, 2), Sampling(max_tokens=14, seed=5, temperature=1.0, top_p=0.9, top_k=40)),
-    Work(4, prompt_of(17, 3), Sampling(max_tokens=10, seed=6, temperature=0.7, repetition_penalty=1.3)),
-    Work(5, prompt_of(11, 4), Sampling(max_tokens=8, seed=7, temperature=0.0, prompt_logprobs=1)),
-    Work(6, prompt_of(26, 5), Sampling(max_tokens=20, seed=8, temperature=1.0, frequency_penalty=0.4)),
+    SequenceRequest(1, prompt_of(9), Sampling(max_tokens=12, seed=3, temperature=0.0)),
+    SequenceRequest(
+        2, prompt_of(30, 1), Sampling(max_tokens=9, seed=4, temperature=0.8, logprobs=3), choices=3
+    ),
+    SequenceRequest(
+        3, prompt_of(5, 2), Sampling(max_tokens=14, seed=5, temperature=1.0, top_p=0.9, top_k=40)
+    ),
+    SequenceRequest(
+        4, prompt_of(17, 3), Sampling(max_tokens=10, seed=6, temperature=0.7, repetition_penalty=1.3)
+    ),
+    SequenceRequest(5, prompt_of(11, 4), Sampling(max_tokens=8, seed=7, temperature=0.0, prompt_logprobs=1)),
+    SequenceRequest(
+        6, prompt_of(26, 5), Sampling(max_tokens=20, seed=8, temperature=1.0, frequency_penalty=0.4)
+    ),
 ]
 
 
-def served(engine: Engine, works: list[Work], overlap: bool, eos: frozenset[int], pages: int = PAGES) -> Any:
+def served(
+    engine: Engine, works: list[SequenceRequest], overlap: bool, eos: frozenset[int], pages: int = PAGES
+) -> Any:
     """Every choice's tokens, log probabilities and end, and the requests' prompt log probabilities."""
     out: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
     logprobs: defaultdict[tuple[int, int], list[TokenLogprob]] = defaultdict(list)
@@ -57,12 +67,12 @@ def served(engine: Engine, works: list[Work], overlap: bool, eos: frozenset[int]
         return True
 
     pool = PagePool(pages, 4)
-    parts = Parts(
+    parts = WorkerContext(
         engine=engine,
         pool=pool,
-        limits=Limits(VOCAB_SIZE, pages * 4, 8, 100, eos),
+        limits=WorkerLimits(VOCAB_SIZE, pages * 4, 8, 100, eos),
         max_chunk_tokens=16,
-        outbox=Outbox(send),
+        outbox=ReportQueue(send),
         clock=lambda: 0.0,
         overlap=overlap,
     )

@@ -10,7 +10,7 @@ import torch
 
 from services.engine.engine import Engine
 from services.engine.kv import pack_kernels as kv_segment
-from services.engine.kv.copies import Move, Moves
+from services.engine.kv.copies import Copy, CopyStream
 from services.engine.kv.pinned_ring import FIRST_WORDS, TableRing
 from services.engine.kv.pool import KvPool
 from services.engine.kv.run_table import SlotRun
@@ -62,7 +62,7 @@ def move_one(
     slot: torch.Tensor,
     checked: bool = False,
     after: torch.cuda.Event | None = None,
-) -> Move:
+) -> Copy:
     """One run, from the sequence's first token on, into or out of a buffer of one slot."""
     run = SlotRun(pages, 0, tokens, 0, range(engine.layout.kv_heads))
     verb = engine.moves.unpack if unpacks else engine.moves.pack
@@ -228,7 +228,7 @@ def test_a_step_does_not_overtake_a_move_that_was_given_up(engine: Engine, held:
     page, source = 30, 31
     engine.pool.data[source] = 1.0
     torch.cuda.synchronize()
-    move: Move = unpack(engine, [page], 4, slot, after=busy_elsewhere())
+    move: Copy = unpack(engine, [page], 4, slot, after=busy_elsewhere())
     if held:
         engine.hold_steps(move)
     engine.copy_pages([(source, page)])
@@ -301,7 +301,7 @@ def test_tables_that_are_still_read_are_not_written_again(engine: Engine) -> Non
     find the former ones' memory."""
     pool = KvPool(engine.layout, 64, engine.kv_dtype, engine.device)
     pool.data[:] = torch.arange(64, device="cuda").view(64, 1, 1, 1, 1, 1).to(pool.data.dtype)
-    moves, heads = Moves(pool, 8), range(engine.layout.kv_heads)
+    moves, heads = CopyStream(pool, 8), range(engine.layout.kv_heads)
     memories = [new_slot() for _ in range(40)]
     torch.cuda.synchronize()
     rings = []

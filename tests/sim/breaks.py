@@ -7,16 +7,16 @@ from unittest.mock import patch
 
 from kvtransfer.messages import SlotUse, TransferAddress
 from kvtransfer.protocol.peer_messages import Closed, Grant
-from kvtransfer.protocol.receive import Receive
+from kvtransfer.protocol.receive import IncomingSegments
 from kvtransfer.protocol.receiver import Receiver
 from kvtransfer.protocol.sender import Sender
-from router.routing.attempt import Flight, Send
+from router.routing.attempt import Attempt, WorkerMessage
 from services.protocol.messages import Cancel
 from services.roles.role import Role
 from services.scheduler.batch import RunningBatch
 from services.scheduler.decode import Reservation
 from services.scheduler.pages import PagePool
-from services.transfer.pull import Incoming, KvPull
+from services.transfer.pull import IncomingTransfer, KvPull
 from tests.sim import faults
 
 
@@ -43,7 +43,7 @@ def slots_are_free_early() -> Any:
     """What was granted is free when its transfer fails, whatever its sender still does."""
     start_closing = Receiver._start_closing
 
-    def broken(self: Receiver, transfer: Receive, now_s: float) -> None:
+    def broken(self: Receiver, transfer: IncomingSegments, now_s: float) -> None:
         start_closing(self, transfer, now_s)
         for use in transfer.granted.values():
             self._pool.release(use, now_s)
@@ -98,20 +98,20 @@ def lent_slots_are_forgotten() -> Any:
 
 def cancels_are_forgotten() -> Any:
     """A request whose choices all end with their first token is not cancelled on the decode side."""
-    first_tokens = Flight._on_first_tokens
+    first_tokens = Attempt._on_first_tokens
 
-    def broken(self: Flight, report: Any, now_s: float) -> Sequence[Send]:
+    def broken(self: Attempt, report: Any, now_s: float) -> Sequence[WorkerMessage]:
         sends = first_tokens(self, report, now_s)
         return [send for send in sends if not isinstance(send.message, Cancel)]
 
-    return replaced(Flight, "_on_first_tokens", broken)
+    return replaced(Attempt, "_on_first_tokens", broken)
 
 
 def commits_come_early() -> Any:
     """The last segment is not waited for."""
     finish = KvPull.unpack
 
-    def broken(self: KvPull, event: Any) -> Incoming | None:
+    def broken(self: KvPull, event: Any) -> IncomingTransfer | None:
         incoming = self._incoming.get(event.transfer_id)
         if incoming is not None and incoming.first_arrival_s is None:
             incoming.missing_tokens = max(1, incoming.missing_tokens - 4)

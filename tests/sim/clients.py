@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field
 
 from router.errors import ApiError
-from router.routing.attempt import Flight
+from router.routing.attempt import Attempt
 from router.routing.dispatcher import Dispatcher
-from router.routing.prompt_request import Order
+from router.routing.prompt_request import PromptRequest
 from services.protocol.messages import PrefillDone, Sampling, Tokens
 from tests.sim.engine import EOS, continuation
 from tests.sim.kernel import Violation, World
@@ -40,7 +40,7 @@ class Client:
             continuation(wish.prompt, choice, wish.seed, wish.max_tokens) for choice in range(wish.choices)
         ]
         self._going = set(range(wish.choices))
-        self._flights: list[Flight] = []
+        self._attempts: list[Attempt] = []
 
     def ask(self) -> None:
         """Sends the request, or sees at once that the router is not there."""
@@ -55,27 +55,27 @@ class Client:
     def _submit(self, dispatcher: Dispatcher) -> None:
         wish = self.wish
         sampling = Sampling(max_tokens=wish.max_tokens, seed=wish.seed)
-        order = Order(wish.prompt, sampling, wish.choices, wish.salt, self)
+        prompt_request = PromptRequest(wish.prompt, sampling, wish.choices, wish.salt, self)
         try:
-            self._flights = dispatcher.submit([order])
+            self._attempts = dispatcher.submit([prompt_request])
         except ApiError as error:
             self.error = error
             self._end("refused")
             return
-        self.world.note(self.name, "asks", self._flights[0].work.request_id)
+        self.world.note(self.name, "asks", self._attempts[0].work.request_id)
         self.router.loop.call_later(self.router.config.request_timeout_s, self._expire, dispatcher)
         if wish.patience_s is not None:
             self.router.loop.call_later(wish.patience_s, self._leave, dispatcher)
 
     def _expire(self, dispatcher: Dispatcher) -> None:
         if self.end is None:
-            dispatcher.end(self._flights, ApiError(504, "out of time", code="deadline_exceeded"))
+            dispatcher.end(self._attempts, ApiError(504, "out of time", code="deadline_exceeded"))
             self._require(self.end is not None, "is left without an end at its deadline")
 
     def _leave(self, dispatcher: Dispatcher) -> None:
         if self.end is None:
             self._end("left")
-            dispatcher.end(self._flights)
+            dispatcher.end(self._attempts)
 
     # ------------------------------------------------------------ Output
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from kvtransfer.messages import KvGeometry
 from services.engine.batch import Draw, Drawn, Row, RowResult
-from services.engine.kv.copies import Move
+from services.engine.kv.copies import Copy
 from services.engine.kv.run_table import SlotRun
 from services.engine.kv.segments import SlotBuffer
 from tests.sim.kernel import Violation
@@ -95,7 +95,7 @@ class SimEngine:
         """Every step is done when its call returns."""
         return self.queued_step
 
-    def hold_steps(self, move: Move) -> None:
+    def hold_steps(self, move: Copy) -> None:
         """Every move is done when its call returns."""
 
     def close(self) -> None:
@@ -103,7 +103,7 @@ class SimEngine:
 
     def pack(
         self, runs: Sequence[SlotRun], buffer: SlotBuffer, with_checksums: bool, after_step: int
-    ) -> Move:
+    ) -> Copy:
         contents = []
         for run in runs:
             cells = self._read(run.pages, run.start_token + run.token_count)[run.start_token :]
@@ -114,7 +114,7 @@ class SimEngine:
 
     def unpack(
         self, runs: Sequence[SlotRun], buffer: SlotBuffer, with_checksums: bool, after_step: int
-    ) -> Move:
+    ) -> Copy:
         """With checksums, what arrives in pieces is for whoever judges the move."""
         contents = []
         for run in runs:
@@ -172,7 +172,7 @@ def _slot(buffer: SlotBuffer, slot: int) -> memoryview:
     return buffer.memory[slot * buffer.slot_bytes : (slot + 1) * buffer.slot_bytes]
 
 
-def _moved(contents: list[bytes], with_checksums: bool) -> Move:
+def _moved(contents: list[bytes], with_checksums: bool) -> Copy:
     found = [zlib.crc32(data) for data in contents]
     checksums: Any = SimpleNamespace(values=lambda: found) if with_checksums else None
-    return Move([len(data) for data in contents], None, checksums)
+    return Copy([len(data) for data in contents], None, checksums)

@@ -1,4 +1,5 @@
-"""The network: `Server` and `Link` as kvtransfer.net.channel has them, with frames that travel in virtual time.
+"""The network: `Server` and `Link` as kvtransfer.net.channel has them, with frames that travel in virtual
+time.
 
 It behaves as ZMQ over one stream each: frames keep their order within a connection and are lost with it; what
 a link has not sent waits for the next connection, which is a new peer to the server. A partition holds frames

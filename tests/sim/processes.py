@@ -15,9 +15,9 @@ from router.routing.metrics import Metrics
 from services.config import WorkerConfig
 from services.memory.plan import Measured
 from services.protocol.messages import Ledger, Role
-from services.transfer.copies import OwnMoves
+from services.transfer.copies import OwnCopier
 from services.transfer.links import TransferRanks
-from services.transfer.staging import Staging
+from services.transfer.staging import StagingSlots
 from services.worker import Worker
 from tests.sim.engine import CELL_BYTES, GEOMETRY, PAGE_TOKENS, SimEngine
 from tests.sim.invariants import check_borders, check_pages, check_slots, transfer_rest, worker_rest
@@ -185,7 +185,7 @@ class WorkerHost(Process):
             engine=self.engine,
             model=SimpleNamespace(kv_heads=GEOMETRY.kv_heads),
             transfer=None if client is None else TransferRanks([client]),
-            moves=[] if client is None else [OwnMoves(engine, Staging(client, 0))],
+            moves=[] if client is None else [OwnCopier(engine, StagingSlots(client, 0))],
             plan=plan,
             measured=[Measured()],
             devices=None,
@@ -298,18 +298,24 @@ class RouterHost(Process):
         if dispatcher is not None:
             counts = dispatcher._borders.counts
             check_borders(self.name, {f"internal_errors_{at}": count for at, count in counts.items()})
-            for flight in dispatcher._flights.values():
-                if flight.ended:
-                    raise AssertionError(f"flight {flight.work.request_id} has ended and is still there")
+            for attempt in dispatcher._attempts.values():
+                if attempt.ended:
+                    raise AssertionError(f"attempt {attempt.work.request_id} has ended and is still there")
 
     def rest(self) -> str | None:
         dispatcher = self.dispatcher
         if dispatcher is None:
             return None
-        seats = [seat for seat in dispatcher._seats.of.values() if seat.live_requests or seat.live_tokens]
-        queued = [seat for seat in dispatcher._seats.of.values() if seat.queued_tokens]
-        if dispatcher.live or seats or queued or dispatcher._seats._queued:
-            return f"{dispatcher.live} flights, seats {seats + queued}"
+        worker_loads = [
+            worker_load
+            for worker_load in dispatcher._worker_loads.of.values()
+            if worker_load.live_requests or worker_load.live_tokens
+        ]
+        queued = [
+            worker_load for worker_load in dispatcher._worker_loads.of.values() if worker_load.queued_tokens
+        ]
+        if dispatcher.live or worker_loads or queued or dispatcher._worker_loads._queued:
+            return f"{dispatcher.live} attempts, loads {worker_loads + queued}"
         return None
 
     def ready(self) -> bool:

@@ -1,4 +1,5 @@
-"""How far each precision option moves a model's logits: `python -m deploy.bench.engine.accuracy --device cpu`.
+"""How far each precision option moves a model's logits: `python -m deploy.bench.engine.accuracy --device
+cpu`.
 
 Fixed inputs go through the demo model and two small random ones with heads of 128, once in float32 and once
 with each option, all from the same bfloat16 weights. Prefill is one forward over each prompt; decode is fed
@@ -45,7 +46,7 @@ SEQUENCE_PAGES = -(-(PROMPT_TOKENS + DECODE_TOKENS) // PAGE_SIZE_TOKENS)
 
 
 @dataclass(frozen=True, slots=True)
-class Moved:
+class LogitShift:
     """Against float32: absolute differences of logits, KL(float32 || option) in nats a position, and the
     share of positions whose most likely token is the same."""
 
@@ -64,15 +65,15 @@ class Logits:
     decode: Tensor
 
 
-def moved(reference: Tensor, option: Tensor) -> Moved:
+def moved(reference: Tensor, option: Tensor) -> LogitShift:
     error = (reference - option).abs()
     expected, found = reference.log_softmax(-1), option.log_softmax(-1)
     kl = (expected.exp() * (expected - found)).sum(-1)
     same = (reference.argmax(-1) == option.argmax(-1)).float().mean()
-    return Moved(error.max().item(), error.mean().item(), kl.mean().item(), kl.max().item(), same.item())
+    return LogitShift(error.max().item(), error.mean().item(), kl.mean().item(), kl.max().item(), same.item())
 
 
-class Model:
+class AccuracyModel:
     """An engine with its pages handed out, and its logits taken before they are sampled from."""
 
     def __init__(self, model_dir: Path, device: str, options: dict[str, Any]) -> None:
@@ -196,7 +197,7 @@ def measure(title: str, model_dir: Path, inputs: list[list[int]], device: str) -
     results: dict[str, Any] = {}
     reference: Logits | None = None
     for name, options in OPTIONS.items():
-        model = Model(model_dir, device, options)
+        model = AccuracyModel(model_dir, device, options)
         logits, company = model.logits(inputs[:SEQUENCES]), model.in_company(inputs)
         reference = reference or logits
         results[name] = {"company": company}

@@ -21,13 +21,13 @@ from msgspec import json
 
 from deploy.bench.engine import ceilings, ready
 from deploy.bench.engine.limits import FORMULA, ModelCost, model_cost
-from deploy.bench.engine.loop import Loop
+from deploy.bench.engine.loop import EngineLoop
 from deploy.bench.engine.memory import DeviceMarks, memory_report
 from deploy.bench.engine.report import (
-    Machine,
-    Model,
-    Result,
-    Row,
+    EngineMachine,
+    ModelFigures,
+    ReportRow,
+    RowResultFigures,
     head_line,
     memory_lines,
     rate_row,
@@ -36,13 +36,13 @@ from deploy.bench.engine.report import (
 )
 from deploy.bench.engine.timeline import table
 from deploy.bench.engine.trace import Traced, trace_decode, trace_prefill
-from deploy.bench.engine.workload import Decode, Offline, Prefill, Workload
+from deploy.bench.engine.workload import Decode, Offline, PrefillRow, Workload
 from deploy.bench.errors import LeftOut
 from deploy.bench.machine import cpu_name, versions
 from services.config import WorkerConfig
 from services.memory.measure import gpu_facts
 from services.memory.render import table as ledger_table
-from services.startup import Prepared, measure_now, prepare
+from services.startup import PreparedWorker, measure_now, prepare
 from services.worker import keep_for_good
 
 TRACE_TABLE_ROWS = 12
@@ -51,7 +51,7 @@ PREPARE_ROW = "load, measure, pool, graphs"
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class BenchOrder:
     """What the command line asked for. `only` names the groups that run."""
 
     config: WorkerConfig
@@ -69,7 +69,7 @@ class Order:
     trace: Path | None
 
 
-def run(order: Order) -> int:
+def run(order: BenchOrder) -> int:
     """The exit code: 1 when anything failed, whatever else was measured."""
     bench = _Bench(order)
     bench.measure()
@@ -77,10 +77,12 @@ def run(order: Order) -> int:
 
 
 class _Bench:
-    def __init__(self, order: Order) -> None:
+    def __init__(self, order: BenchOrder) -> None:
         self.order = order
-        machine = Machine(order.device_name, order.device_bytes, cpu_name(), len(os.sched_getaffinity(0)))
-        self.result = Result(machine, versions(), order.settings)
+        machine = EngineMachine(
+            order.device_name, order.device_bytes, cpu_name(), len(os.sched_getaffinity(0))
+        )
+        self.result = RowResultFigures(machine, versions(), order.settings)
         self.marks: DeviceMarks | None = None
         if order.config.device == "cuda":
             self.marks = DeviceMarks(gpu_facts(order.config.device_index).used_bytes)
@@ -117,10 +119,10 @@ class _Bench:
             + (f", in fp8 {found.fp8_flop_per_s / 1e12:.4g}" if found.fp8_flop_per_s else "")
         )
 
-    def _ready(self, name: str) -> Row:
+    def _ready(self, name: str) -> ReportRow:
         measured_s = ready.seconds_to_ready(self.order.worker_flags, self.order.directory)
         note = "from the start of `baton worker --load-format dummy` to its answer to a router"
-        return Row(name, "s", measured_s, note=note)
+        return ReportRow(name, "s", measured_s, note=note)
 
     # ------------------------------------------------------------ the worker in this process
 
@@ -130,7 +132,7 @@ class _Bench:
         prepare_s = time.perf_counter() - started_s
         inputs, model = prepared.plan.inputs, prepared.model
         kv_token_bytes = inputs.page_bytes / inputs.page_size_tokens
-        self.result.model = Model(
+        self.result.model = ModelFigures(
             self.order.model_name,
             model.architecture,
             model.layers,
@@ -141,8 +143,8 @@ class _Bench:
         config = self.order.config
         fp8_layers = config.quantization == "fp8"
         cost = model_cost(model, config.dtype, inputs.weights_bytes, kv_token_bytes, fp8_layers)
-        self._add(Row(PREPARE_ROW, "s", prepare_s, note="the same in this process, after its imports"))
-        loop = Loop(prepared)
+        self._add(ReportRow(PREPARE_ROW, "s", prepare_s, note="the same in this process, after its imports"))
+        loop = EngineLoop(prepared)
         keep_for_good()
         try:
             if self.marks is not None:
@@ -156,7 +158,7 @@ class _Bench:
         finally:
             loop.close()
 
-    def _rows(self, loop: Loop, cost: ModelCost) -> None:
+    def _rows(self, loop: EngineLoop, cost: ModelCost) -> None:
         only, load = self.order.only, self.order.workload
         if "decode" in only:
             for decode in load.decodes:
@@ -167,7 +169,7 @@ class _Bench:
         if "offline" in only:
             self._try_row(load.offline.name, partial(self._offline, loop, cost, load.offline))
 
-    def _decode(self, loop: Loop, cost: ModelCost, row: Decode) -> Row:
+    def _decode(self, loop: EngineLoop, cost: ModelCost, row: Decode) -> ReportRow:
         load = self.order.workload
         times = loop.decode_times(row, load.warm_steps, load.steps)
         phases = cost.decode(row.batch, times.mean_context)
@@ -180,9 +182,9 @@ class _Bench:
         }
         return time_row(row.name, times.mean_s, phases, self.result.ceilings, details)
 
-    def _prefill(self, loop: Loop, cost: ModelCost, row: Prefill) -> Row:
+    def _prefill(self, loop: EngineLoop, cost: ModelCost, row: PrefillRow) -> ReportRow:
         several = row.requests > 1
-        loop.prefill_s(Prefill(1, row.tokens) if several else row)
+        loop.prefill_s(PrefillRow(1, row.tokens) if several else row)
         repeats = 1 if several else self.order.workload.repeats
         times_s = sorted(loop.prefill_s(row) for _ in range(repeats))
         measured_s, phases = times_s[len(times_s) // 2], cost.prefill(row)
@@ -191,13 +193,13 @@ class _Bench:
             return rate_row(row.name, tokens, measured_s, phases, self.result.ceilings)
         return time_row(row.name, measured_s, phases, self.result.ceilings, {"runs": float(repeats)})
 
-    def _offline(self, loop: Loop, cost: ModelCost, row: Offline) -> Row:
+    def _offline(self, loop: EngineLoop, cost: ModelCost, row: Offline) -> ReportRow:
         measured_s = loop.offline_s(row)
         phases = cost.offline(row, self.order.config.max_batch)
         tokens = row.requests * row.output_tokens
         return rate_row(row.name, tokens, measured_s, phases, self.result.ceilings)
 
-    def _traces(self, loop: Loop, prefix: Path) -> None:
+    def _traces(self, loop: EngineLoop, prefix: Path) -> None:
         load = self.order.workload
         stem = prefix.name.removesuffix(".gz").removesuffix(".json")
         decode_file = prefix.with_name(f"{stem}-decode.json.gz")
@@ -221,21 +223,21 @@ class _Bench:
             f"{busy_ms / traced.steps:.3f} ms each; {traced.file}\n{table(found, TRACE_TABLE_ROWS)}"
         )
 
-    def _memory(self, prepared: Prepared) -> None:
+    def _memory(self, prepared: PreparedWorker) -> None:
         self.result.memory = memory_report(prepared, self.marks)
         self._say("\n" + ledger_table(prepared.plan.ledger(measure_now(prepared)[0])))
         self._say("\n" + memory_lines(self.result.memory))
 
     # ------------------------------------------------------------ one thing at a time
 
-    def _try_row(self, name: str, make: Callable[[], Row]) -> None:
+    def _try_row(self, name: str, make: Callable[[], ReportRow]) -> None:
         gc.collect()
         try:
             row = make()
         except LeftOut as error:
-            row = Row(name, "ms", note=f"left out: {error}")
+            row = ReportRow(name, "ms", note=f"left out: {error}")
         except Exception as error:  # whatever a row meets, the others still count
-            row = Row(name, "ms", error=_one_line(error))
+            row = ReportRow(name, "ms", error=_one_line(error))
             self.result.failures.append(f"{name}: {row.error}")
         self._add(row)
 
@@ -246,7 +248,7 @@ class _Bench:
             self.result.failures.append(f"{name}: {_one_line(error)}")
             self._say(f"{name}: failed: {_one_line(error)}")
 
-    def _add(self, row: Row) -> None:
+    def _add(self, row: ReportRow) -> None:
         self.result.rows.append(row)
         self._say(row_line(row))
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from msgspec import Struct
 
-from deploy.bench.engine.workload import Offline, Prefill
+from deploy.bench.engine.workload import Offline, PrefillRow
 from services.config import Dtype
 from services.engine.checkpoint.model_config import ModelConfig, dtype_bytes
 
@@ -44,7 +44,7 @@ class Ceilings(Struct, frozen=True):
     """Of products of fp8 numbers, on a GPU that has them."""
 
 
-class Phase(Struct, frozen=True):
+class RooflinePhase(Struct, frozen=True):
     """What does the work `name` reads the bytes of `reads`. `fp8_flop` are not among `flop`."""
 
     name: str
@@ -54,7 +54,7 @@ class Phase(Struct, frozen=True):
     fp8_flop: float = 0.0
 
 
-def limit_s(phases: Iterable[Phase], ceilings: Ceilings) -> float:
+def limit_s(phases: Iterable[RooflinePhase], ceilings: Ceilings) -> float:
     """The larger of all bytes and all operations."""
     each = list(phases)
     read_s = sum(phase.read_bytes for phase in each) / ceilings.read_bytes_per_s
@@ -63,12 +63,12 @@ def limit_s(phases: Iterable[Phase], ceilings: Ceilings) -> float:
     return max(read_s, compute_s + sum(phase.fp8_flop for phase in each) / fp8_flop_per_s)
 
 
-def one_stream_s(phases: Iterable[Phase], ceilings: Ceilings) -> float:
+def one_stream_s(phases: Iterable[RooflinePhase], ceilings: Ceilings) -> float:
     """The sum of each phase's own limit."""
     return sum(limit_s([phase], ceilings) for phase in phases)
 
 
-def formula(phases: Sequence[Phase], ceilings: Ceilings) -> str:
+def formula(phases: Sequence[RooflinePhase], ceilings: Ceilings) -> str:
     """The limit with its figures, in milliseconds."""
     read = " + ".join(f"{phase.reads} {_with_unit(phase.read_bytes, 'B')}" for phase in phases)
     done = " + ".join(f"{phase.name} {_with_unit(phase.flop, 'FLOP')}" for phase in phases)
@@ -99,21 +99,21 @@ class ModelCost:
     fp8_layers: bool = False
     """Whether the layers' products are of fp8 numbers; the output matrix's never are."""
 
-    def decode(self, batch: int, context: float) -> list[Phase]:
+    def decode(self, batch: int, context: float) -> list[RooflinePhase]:
         """One step of `batch` sequences that each attend to `context` positions."""
         return [
             self._products(self.weights_bytes, batch, batch),
             self._decode_attention("attention", batch, [context]),
         ]
 
-    def prefill(self, row: Prefill) -> list[Phase]:
+    def prefill(self, row: PrefillRow) -> list[RooflinePhase]:
         """Weights once, however many steps the prompts take: no schedule could do with less."""
         return [
             self._products(self.weights_bytes, row.requests * row.tokens, row.requests),
             self._prompt_attention("attention", row.requests, row.tokens),
         ]
 
-    def offline(self, row: Offline, max_batch: int) -> list[Phase]:
+    def offline(self, row: Offline, max_batch: int) -> list[RooflinePhase]:
         """Weights as often as full batches need steps for all tokens but the first ones."""
         draws, decoded = row.requests * row.output_tokens, row.requests * (row.output_tokens - 1)
         steps = max(1, -(-decoded // max_batch))
@@ -125,26 +125,26 @@ class ModelCost:
             self._decode_attention("decode attention", row.requests, contexts),
         ]
 
-    def _products(self, read_bytes: float, tokens: int, draws: int) -> Phase:
+    def _products(self, read_bytes: float, tokens: int, draws: int) -> RooflinePhase:
         layers, output = 2.0 * tokens * self.layer_weights, 2.0 * draws * self.output_weights
         if self.fp8_layers:
-            return Phase("products", "weights", read_bytes, output, layers)
-        return Phase("products", "weights", read_bytes, layers + output)
+            return RooflinePhase("products", "weights", read_bytes, output, layers)
+        return RooflinePhase("products", "weights", read_bytes, layers + output)
 
-    def _decode_attention(self, name: str, sequences: int, contexts: Sequence[float]) -> Phase:
+    def _decode_attention(self, name: str, sequences: int, contexts: Sequence[float]) -> RooflinePhase:
         pairs = 0.0
         for window in self.windows:
             pairs += sum(context if window is None else min(context, window) for context in contexts)
         pairs *= sequences
-        return Phase(name, "KV", pairs * self.kv_layer_token_bytes, pairs * self.pair_flop)
+        return RooflinePhase(name, "KV", pairs * self.kv_layer_token_bytes, pairs * self.pair_flop)
 
-    def _prompt_attention(self, name: str, sequences: int, tokens: int) -> Phase:
+    def _prompt_attention(self, name: str, sequences: int, tokens: int) -> RooflinePhase:
         pairs = 0
         for window in self.windows:
             seen = tokens if window is None else min(tokens, window)
             pairs += seen * (seen + 1) // 2 + (tokens - seen) * seen
         read_bytes = sequences * tokens * len(self.windows) * self.kv_layer_token_bytes
-        return Phase(name, "KV", read_bytes, float(sequences * pairs * self.pair_flop))
+        return RooflinePhase(name, "KV", read_bytes, float(sequences * pairs * self.pair_flop))
 
 
 def model_cost(

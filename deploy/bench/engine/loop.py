@@ -7,11 +7,11 @@ import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
-from deploy.bench.engine.workload import Decode, Offline, Prefill, prompt_lengths
+from deploy.bench.engine.workload import Decode, Offline, PrefillRow, prompt_lengths
 from deploy.bench.errors import BenchError, LeftOut
-from services.protocol.messages import Cancel, Failed, Generate, Report, Sampling, Tokens, Work
-from services.roles.report_queue import Outbox
-from services.startup import Prepared
+from services.protocol.messages import Cancel, Failed, Generate, Report, Sampling, SequenceRequest, Tokens
+from services.roles.report_queue import ReportQueue
+from services.startup import PreparedWorker
 from services.worker import Worker
 
 ROUTER = b"bench"
@@ -30,13 +30,13 @@ class DecodeTimes:
         return sum(self.steps_s) / len(self.steps_s)
 
 
-class Loop:
+class EngineLoop:
     """Every method leaves the worker idle, also when it raises BenchError."""
 
-    def __init__(self, prepared: Prepared) -> None:
+    def __init__(self, prepared: PreparedWorker) -> None:
         self.worker = Worker(prepared, worker_epoch=1)
         self.parts, self.role = self.worker.parts, self.worker.role
-        self.parts.outbox = Outbox(self._deliver)
+        self.parts.outbox = ReportQueue(self._deliver)
         self.output_tokens: dict[int, int] = {}
         self.total_tokens = 0
         self._failure: str | None = None
@@ -48,7 +48,7 @@ class Loop:
 
     # ------------------------------------------------------------ measurements
 
-    def prefill_s(self, row: Prefill, around: AbstractContextManager[object] | None = None) -> float:
+    def prefill_s(self, row: PrefillRow, around: AbstractContextManager[object] | None = None) -> float:
         """From giving the prompts until the last one's first token is here; `around` is entered just then."""
         return self._all_tokens_s(row.requests, row.tokens, 1, around)
 
@@ -108,7 +108,7 @@ class Loop:
         while self.total_tokens < tokens:
             self.turn()
 
-    def give(self, works: list[Work]) -> None:
+    def give(self, works: list[SequenceRequest]) -> None:
         for work in works:
             self.role.accept(ROUTER, Generate(work))
 
@@ -162,10 +162,10 @@ class Loop:
             held_tokens = pool.total * pool.page_size_tokens
             raise LeftOut(f"the KV pool holds {held_tokens} tokens, not {sequences} sequences of {tokens}")
 
-    def _work(self, prompt_tokens: int, max_tokens: int) -> Work:
+    def _work(self, prompt_tokens: int, max_tokens: int) -> SequenceRequest:
         """A prompt that shares no prefix with another, greedily continued and not ended by an end token."""
         vocab_size = self.parts.limits.vocab_size
         prompt = [self._random.randrange(vocab_size) for _ in range(prompt_tokens)]
         request_id, self._next_id = self._next_id, self._next_id + 1
         sampling = Sampling(max_tokens=max_tokens, seed=0, temperature=0.0, ignore_eos=True)
-        return Work(request_id, prompt, sampling, deadline_s=DEADLINE_S)
+        return SequenceRequest(request_id, prompt, sampling, deadline_s=DEADLINE_S)

@@ -6,7 +6,7 @@ from deploy.bench.engine.report import MemoryLine
 from services.memory.estimate import plan_input_for
 from services.memory.measure import gpu_facts
 from services.memory.plan import MemoryPlan
-from services.startup import Prepared, measure_now
+from services.startup import PreparedWorker, measure_now
 
 BEYOND_REST, HELD = "allocator: most beyond its rest", "allocator: most it held, of its cap"
 
@@ -23,14 +23,14 @@ class DeviceMarks:
     held_bytes: int = 0
     context_bytes: int = 0
 
-    def start(self, prepared: Prepared) -> None:
+    def start(self, prepared: PreparedWorker) -> None:
         import torch
 
         device = prepared.engine.device
         torch.cuda.reset_peak_memory_stats(device)
         self.rest_bytes = torch.cuda.memory_allocated(device)
 
-    def stop(self, prepared: Prepared) -> None:
+    def stop(self, prepared: PreparedWorker) -> None:
         import torch
 
         device = prepared.engine.device
@@ -40,7 +40,7 @@ class DeviceMarks:
         self.context_bytes = max(0, used_bytes - self.others_bytes - prepared.engine.allocator_bytes())
 
 
-def memory_report(prepared: Prepared, marks: DeviceMarks | None) -> list[MemoryLine]:
+def memory_report(prepared: PreparedWorker, marks: DeviceMarks | None) -> list[MemoryLine]:
     """Each line as it is planned before a worker starts, and as it was measured; on a GPU also the
     allocator: the most that steps took beyond what rests there, against the measured activations, and the
     most it held, against its cap."""

@@ -4,20 +4,20 @@ from typing import Literal
 
 from msgspec import Struct, field
 
-from deploy.bench.engine.limits import Ceilings, Phase, formula, limit_s, one_stream_s
+from deploy.bench.engine.limits import Ceilings, RooflinePhase, formula, limit_s, one_stream_s
 from deploy.bench.engine.trace import Traced
 
 Unit = Literal["ms", "tok/s", "s"]
 
 
-class Machine(Struct, frozen=True):
+class EngineMachine(Struct, frozen=True):
     device: str
     device_bytes: int
     cpu: str
     cpus: int
 
 
-class Model(Struct, frozen=True):
+class ModelFigures(Struct, frozen=True):
     name: str
     architecture: str
     layers: int
@@ -26,7 +26,7 @@ class Model(Struct, frozen=True):
     dtype: str
 
 
-class Row(Struct, frozen=True):
+class ReportRow(Struct, frozen=True):
     """`measured`, `limit` and `one_stream` (see limits.py) in `unit`; `share` is how much of the limit's
     speed was reached, 1 being all.
 
@@ -41,7 +41,7 @@ class Row(Struct, frozen=True):
     one_stream: float | None = None
     share: float | None = None
     formula: str = ""
-    phases: list[Phase] = []
+    phases: list[RooflinePhase] = []
     details: dict[str, float] = {}
     note: str = ""
     error: str | None = None
@@ -56,13 +56,13 @@ class MemoryLine(Struct, frozen=True):
     difference_percent: float
 
 
-class Result(Struct):
-    machine: Machine
+class RowResultFigures(Struct):
+    machine: EngineMachine
     versions: dict[str, str]
     settings: dict[str, str | int | float]
     ceilings: Ceilings | None = None
-    model: Model | None = None
-    rows: list[Row] = field(default_factory=list)
+    model: ModelFigures | None = None
+    rows: list[ReportRow] = field(default_factory=list)
     traces: list[Traced] = field(default_factory=list)
     memory: list[MemoryLine] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
@@ -71,15 +71,15 @@ class Result(Struct):
 def time_row(
     name: str,
     measured_s: float,
-    phases: list[Phase],
+    phases: list[RooflinePhase],
     ceilings: Ceilings | None,
     details: dict[str, float],
-) -> Row:
+) -> ReportRow:
     """A row in milliseconds. Without ceilings, as where measuring them failed, it has no limit."""
     if ceilings is None:
-        return Row(name, "ms", measured_s * 1e3, details=details)
+        return ReportRow(name, "ms", measured_s * 1e3, details=details)
     least_s = limit_s(phases, ceilings)
-    return Row(
+    return ReportRow(
         name,
         "ms",
         measured_s * 1e3,
@@ -93,14 +93,14 @@ def time_row(
 
 
 def rate_row(
-    name: str, tokens: int, measured_s: float, phases: list[Phase], ceilings: Ceilings | None
-) -> Row:
+    name: str, tokens: int, measured_s: float, phases: list[RooflinePhase], ceilings: Ceilings | None
+) -> ReportRow:
     """A row in tokens a second. Without ceilings it has no limit."""
     details = {"seconds": measured_s, "tokens": float(tokens)}
     if ceilings is None:
-        return Row(name, "tok/s", tokens / measured_s, details=details)
+        return ReportRow(name, "tok/s", tokens / measured_s, details=details)
     least_s = limit_s(phases, ceilings)
-    return Row(
+    return ReportRow(
         name,
         "tok/s",
         tokens / measured_s,
@@ -117,7 +117,7 @@ def head_line() -> str:
     return f"{'work':<36} {'measured':>15} {'limit':>15} {'of limit':>8} {'one stream':>15}"
 
 
-def row_line(row: Row) -> str:
+def row_line(row: ReportRow) -> str:
     """One line of the table, with the limit's formula below."""
     if row.error is not None:
         return f"{row.name:<36} {'failed':>15}  {row.error}"

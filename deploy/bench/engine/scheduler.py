@@ -10,7 +10,7 @@ import time
 from rich.console import Console
 from rich.table import Table
 
-from services.protocol.messages import FirstToken, Sampling, Work
+from services.protocol.messages import FirstToken, Sampling, SequenceRequest
 from services.scheduler.pages import PagePool
 from services.scheduler.unified import UnifiedScheduler
 
@@ -26,7 +26,7 @@ def step_times_us(batch: int) -> list[float]:
     scheduler = UnifiedScheduler(pool, batch, batch * PROMPT_TOKENS)
     for request_id in range(1, batch + 1):
         prompt = [(request_id * 7919 + at) % 50_000 for at in range(PROMPT_TOKENS - request_id % 16)]
-        scheduler.add(Work(request_id, prompt, Sampling(max_tokens=10_000, seed=0)))
+        scheduler.add(SequenceRequest(request_id, prompt, Sampling(max_tokens=10_000, seed=0)))
     plan = scheduler.schedule()
     scheduler.launched(plan)
     for chunk in plan.chunks:

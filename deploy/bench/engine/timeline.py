@@ -15,7 +15,7 @@ NAME_CHARACTERS = 100
 GAPS = 3
 
 
-class Event(Struct, frozen=True):
+class TraceEvent(Struct, frozen=True):
     """Microseconds since the trace's own zero."""
 
     category: str
@@ -28,7 +28,7 @@ class Event(Struct, frozen=True):
         return self.start_us + self.length_us
 
 
-class Kind(Struct, frozen=True):
+class ActivityKind(Struct, frozen=True):
     """All events of one name: `share` of all of the busy time, which may exceed 1 where events nest."""
 
     name: str
@@ -51,7 +51,7 @@ class Summary(Struct, frozen=True):
     span_us: float
     busy_us: float
     events: int
-    kinds: list[Kind]
+    kinds: list[ActivityKind]
     gaps: list[Gap]
 
     @property
@@ -59,10 +59,10 @@ class Summary(Struct, frozen=True):
         return self.busy_us / self.span_us if self.span_us > 0 else 0.0
 
 
-def complete_events(trace: dict[str, Any]) -> list[Event]:
+def complete_events(trace: dict[str, Any]) -> list[TraceEvent]:
     """The events of a Chrome trace that have a start and a length."""
     return [
-        Event(str(one.get("cat", "")), str(one.get("name", "")), float(one["ts"]), float(one["dur"]))
+        TraceEvent(str(one.get("cat", "")), str(one.get("name", "")), float(one["ts"]), float(one["dur"]))
         for one in trace.get("traceEvents", [])
         if one.get("ph") == "X" and "ts" in one and "dur" in one
     ]
@@ -78,10 +78,10 @@ def union_us(intervals: Iterable[tuple[float, float]]) -> float:
     return covered
 
 
-def longest_gaps(events: Sequence[Event], count: int) -> list[Gap]:
+def longest_gaps(events: Sequence[TraceEvent], count: int) -> list[Gap]:
     """The longest times in which no event runs, between the first and the last of them."""
     found: list[Gap] = []
-    last: Event | None = None
+    last: TraceEvent | None = None
     for event in sorted(events, key=lambda one: one.start_us):
         if last is not None and event.start_us > last.end_us:
             found.append(Gap(event.start_us - last.end_us, last.name, event.name))
@@ -90,7 +90,9 @@ def longest_gaps(events: Sequence[Event], count: int) -> list[Gap]:
     return sorted(found, key=lambda gap: -gap.length_us)[:count]
 
 
-def summary(events: Sequence[Event], start_us: float, end_us: float, categories: Sequence[str]) -> Summary:
+def summary(
+    events: Sequence[TraceEvent], start_us: float, end_us: float, categories: Sequence[str]
+) -> Summary:
     """What events of these categories did between two times; what lies across a border counts with its part
     inside."""
     inside = [
@@ -103,16 +105,16 @@ def summary(events: Sequence[Event], start_us: float, end_us: float, categories:
     for event in inside:
         lengths_us.setdefault(event.name, []).append(event.length_us)
     kinds = [
-        Kind(name, len(each_us), sum(each_us), sum(each_us) / busy_us if busy_us > 0 else 0.0)
+        ActivityKind(name, len(each_us), sum(each_us), sum(each_us) / busy_us if busy_us > 0 else 0.0)
         for name, each_us in sorted(lengths_us.items(), key=lambda one: -sum(one[1]))
     ]
     return Summary(end_us - start_us, busy_us, len(inside), kinds, longest_gaps(inside, GAPS))
 
 
-def clipped(event: Event, start_us: float, end_us: float) -> Event:
+def clipped(event: TraceEvent, start_us: float, end_us: float) -> TraceEvent:
     """The part of an event between two times, its name cut to what a table can show."""
     first, last = max(event.start_us, start_us), min(event.end_us, end_us)
-    return Event(event.category, event.name[:NAME_CHARACTERS], first, last - first)
+    return TraceEvent(event.category, event.name[:NAME_CHARACTERS], first, last - first)
 
 
 def table(found: Summary, rows: int) -> str:

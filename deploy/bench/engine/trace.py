@@ -13,17 +13,17 @@ from typing import Any
 
 from msgspec import Struct
 
-from deploy.bench.engine.loop import Loop
+from deploy.bench.engine.loop import EngineLoop
 from deploy.bench.engine.timeline import (
     DEVICE_CATEGORIES,
     HOST_CATEGORIES,
     NAME_CHARACTERS,
-    Event,
     Summary,
+    TraceEvent,
     complete_events,
     summary,
 )
-from deploy.bench.engine.workload import Decode, Prefill
+from deploy.bench.engine.workload import Decode, PrefillRow
 from deploy.bench.errors import BenchError
 
 WINDOW = "measured"
@@ -44,7 +44,7 @@ class Traced(Struct, frozen=True):
     summary: Summary
 
 
-def trace_decode(loop: Loop, row: Decode, steps: int, file: Path) -> Traced:
+def trace_decode(loop: EngineLoop, row: Decode, steps: int, file: Path) -> Traced:
     """`steps` steps in the middle of more of them, so that both ends are in the steady state."""
     try:
         loop.start_decoding(row, 3 * STEPS_AROUND, steps)
@@ -61,7 +61,7 @@ def trace_decode(loop: Loop, row: Decode, steps: int, file: Path) -> Traced:
         loop.clear()
 
 
-def trace_prefill(loop: Loop, row: Prefill, file: Path) -> Traced:
+def trace_prefill(loop: EngineLoop, row: PrefillRow, file: Path) -> Traced:
     def run(mark: Mark) -> None:
         loop.prefill_s(row, mark())
 
@@ -69,7 +69,7 @@ def trace_prefill(loop: Loop, row: Prefill, file: Path) -> Traced:
     return _traced(loop, row.name, 1, run, file)
 
 
-def _traced(loop: Loop, name: str, steps: int, run: Callable[[Mark], None], file: Path) -> Traced:
+def _traced(loop: EngineLoop, name: str, steps: int, run: Callable[[Mark], None], file: Path) -> Traced:
     import torch
     from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -92,7 +92,7 @@ def _traced(loop: Loop, name: str, steps: int, run: Callable[[Mark], None], file
     return Traced(name, str(file), steps, on_gpu, found.busy_share, found)
 
 
-def window_of(events: list[Event]) -> Event:
+def window_of(events: list[TraceEvent]) -> TraceEvent:
     """The marked stretch. On a GPU its mark is there twice: the host's is the one that counts."""
     for event in events:
         if event.name == WINDOW and event.category == "user_annotation":
@@ -100,7 +100,7 @@ def window_of(events: list[Event]) -> Event:
     raise BenchError("the profiler's trace has no mark of the measured stretch")
 
 
-def write_small(trace: dict[str, Any], window: Event, file: Path) -> None:
+def write_small(trace: dict[str, Any], window: TraceEvent, file: Path) -> None:
     """The trace of the marked stretch, compressed, for a trace viewer. Host events are left out where the
     file would exceed `MAX_FILE_BYTES`, and then the latest ones."""
     kept = [one for one in trace["traceEvents"] if one.get("ph") == "M"]
@@ -115,7 +115,7 @@ def write_small(trace: dict[str, Any], window: Event, file: Path) -> None:
     file.write_bytes(data)
 
 
-def _is_kept(one: dict[str, Any], window: Event) -> bool:
+def _is_kept(one: dict[str, Any], window: TraceEvent) -> bool:
     if one.get("ph") != "X" or one.get("cat") not in KEPT_CATEGORIES:
         return False
     start_us = float(one["ts"])

@@ -22,7 +22,7 @@ class Decode:
 
 
 @dataclass(frozen=True, slots=True)
-class Prefill:
+class PrefillRow:
     """`requests` prompts of `tokens` tokens, given at once, one token drawn of each."""
 
     requests: int
@@ -47,9 +47,9 @@ class Offline:
 
 
 DECODES = (Decode(1, 1024), Decode(1, 16384), Decode(64, 1024), Decode(256, 1024))
-PREFILLS = (Prefill(1, 1024), Prefill(1, 8192), Prefill(1, 16384), Prefill(32, 4096))
+PREFILLS = (PrefillRow(1, 1024), PrefillRow(1, 8192), PrefillRow(1, 16384), PrefillRow(32, 4096))
 OFFLINE = Offline(800, 1024, 256)
-TRACED_DECODE, TRACED_PREFILL = Decode(64, 1024), Prefill(1, 8192)
+TRACED_DECODE, TRACED_PREFILL = Decode(64, 1024), PrefillRow(1, 8192)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +58,10 @@ class Workload:
     `repeats` and the first does not count."""
 
     decodes: tuple[Decode, ...]
-    prefills: tuple[Prefill, ...]
+    prefills: tuple[PrefillRow, ...]
     offline: Offline
     traced_decode: Decode
-    traced_prefill: Prefill
+    traced_prefill: PrefillRow
     warm_steps: int
     steps: int
     repeats: int
@@ -85,8 +85,8 @@ def workload(shrink: int, quick: bool) -> Workload:
     def less_decode(row: Decode) -> Decode:
         return Decode(less(row.batch), max(2, row.context // shrink))
 
-    def less_prefill(row: Prefill) -> Prefill:
-        return Prefill(less(row.requests), less(row.tokens))
+    def less_prefill(row: PrefillRow) -> PrefillRow:
+        return PrefillRow(less(row.requests), less(row.tokens))
 
     decodes = tuple(dict.fromkeys(map(less_decode, DECODES)))
     offline_requests = QUICK_OFFLINE_REQUESTS if quick else OFFLINE.requests

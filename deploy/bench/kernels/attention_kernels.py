@@ -1,4 +1,5 @@
-"""How fast the kernels are at the shape of Qwen3-8B in bfloat16: `python -m deploy.bench.kernels.attention_kernels --out FILE`.
+"""How fast the kernels are at the shape of Qwen3-8B in bfloat16: `python -m
+deploy.bench.kernels.attention_kernels --out FILE`.
 
 Each measurement replays a CUDA graph in which the kernel runs once for every layer, on that layer's part
 of the pool, so that no launch finds its keys and values in the cache. The norm, SwiGLU and qkv kernels work

@@ -23,7 +23,7 @@ PAGE_SIZES = (16, 64, 128)
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class KernelResult:
     """`amount` bytes or floating-point operations were moved or done in one call of `time_s`."""
 
     kernel: str
@@ -48,7 +48,7 @@ class Bench:
     """Collects results, and the fastest launches; starts no measurement after `budget_s`."""
 
     def __init__(self, budget_s: float) -> None:
-        self.results: list[Result] = []
+        self.results: list[KernelResult] = []
         self.skipped: list[str] = []
         self._best: dict[tuple[str, Shape], tuple[float, msgspec.Struct]] = {}
         self.deadline_s = time.monotonic() + budget_s
@@ -98,7 +98,7 @@ class Bench:
             self.skipped.append(f"{name}: {type(error).__name__}: {str(error).splitlines()[0][:120]}")
             return None
         rate = amount / time_s
-        self.results.append(Result(kernel, shape, settings, time_s, amount, unit, rate / peak))
+        self.results.append(KernelResult(kernel, shape, settings, time_s, amount, unit, rate / peak))
         text = f"{rate / 1e12:7.1f} TFLOP/s" if unit == "FLOP" else f"{rate / 1e9:7.0f} GB/s"
         print(f"{name:<86} {time_s * 1e6:9.1f} us {text} {100 * rate / peak:5.1f} %", flush=True)
         return time_s

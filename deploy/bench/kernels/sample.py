@@ -1,4 +1,5 @@
-"""Drawing tokens at Qwen3's vocabulary in bfloat16, checked and timed: `python -m deploy.bench.kernels.sample`.
+"""Drawing tokens at Qwen3's vocabulary in bfloat16, checked and timed: `python -m
+deploy.bench.kernels.sample`.
 
 Times are medians of CUDA graphs, of the kernels and beside them of their reference: a float64 sampler in
 torch, with a sort if anything is filtered. Two kinds of logits: `peaked`, where 2000 tokens stand out of the
@@ -45,7 +46,7 @@ TUNINGS = ((16, 32, 4096), (8, 32, 4096), (8, 32, 2048), (16, 64, 4096), (16, 16
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class SampleResult:
     logits: str
     batch: int
     mode: str
@@ -97,7 +98,7 @@ def check(logits: Tensor, given: dict[str, Tensor], tokens: Tensor, lowest: Tens
     return int((~right).sum()), int(differs.sum())
 
 
-def measure(tune: bool) -> Iterator[Result]:
+def measure(tune: bool) -> Iterator[SampleResult]:
     for kind in ("peaked", "flat"):
         for batch in BATCHES:
             logits = logits_of(kind, batch)
@@ -105,7 +106,9 @@ def measure(tune: bool) -> Iterator[Result]:
             greedy = partial(best_tokens_kernel, logits, rows)
             wrong = int((greedy() != logits.argmax(dim=-1)).sum())
             argmax_us = 1e6 * graph_time_s([partial(torch.argmax, logits, dim=-1)] * 4)
-            yield Result(kind, batch, "greedy", "", 1e6 * graph_time_s([greedy] * 4), argmax_us, wrong, 0)
+            yield SampleResult(
+                kind, batch, "greedy", "", 1e6 * graph_time_s([greedy] * 4), argmax_us, wrong, 0
+            )
             for mode, settings in FILTERS.items():
                 given = parameters_of(batch, **settings)
                 filtered = bool(settings)
@@ -126,7 +129,7 @@ def measure(tune: bool) -> Iterator[Result]:
                     wrong, differs = check(logits, given, draw(), lowest)
                     tuning = f"warps {warps} tile {tile_runs} candidates {candidates}" if filtered else ""
                     time_us = 1e6 * graph_time_s([draw] * 4)
-                    yield Result(kind, batch, mode, tuning, time_us, reference_us, wrong, differs)
+                    yield SampleResult(kind, batch, mode, tuning, time_us, reference_us, wrong, differs)
 
 
 def run(out: Path | None, tune: bool) -> int:
@@ -135,7 +138,7 @@ def run(out: Path | None, tune: bool) -> int:
         print("the benchmark of draws needs an NVIDIA GPU", file=sys.stderr)
         return 1
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
-    results: list[Result] = []
+    results: list[SampleResult] = []
     with torch.inference_mode():
         for result in measure(tune):
             results.append(result)

@@ -1,9 +1,11 @@
-"""Products of a decode step at the shapes of Qwen3-8B in bfloat16: `python -m deploy.bench.kernels.small_gemm`.
+"""Products of a decode step at the shapes of Qwen3-8B in bfloat16: `python -m
+deploy.bench.kernels.small_gemm`.
 
 For each batch size and matrix it tries launch configurations against the library's product: in a CUDA graph
 that multiplies by the matrices of 36 layers one after the other, so that no weight comes from the cache; and
-checks each against a float32 product. Then whole decode steps (deploy/bench/kernels/decode_chain.py) are timed with
-the library's products and with the best found. `--save` puts these into the table that small_products reads.
+checks each against a float32 product. Then whole decode steps (deploy/bench/kernels/decode_chain.py) are
+timed with the library's products and with the best found. `--save` puts these into the table that
+small_products reads.
 """
 
 import argparse
@@ -73,7 +75,7 @@ ATOL, RTOL = 4e-3, 2**-8
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class GemmResult:
     tokens: int
     matrix: str
     config: ProductConfig
@@ -137,7 +139,7 @@ class Search:
     def __init__(self, weights: Weights, budget_s: float) -> None:
         self.weights = weights
         self.deadline_s = time.monotonic() + budget_s
-        self.results: list[Result] = []
+        self.results: list[GemmResult] = []
         self.skipped: list[str] = []
 
     def compile(self, tokens: int) -> None:
@@ -212,12 +214,12 @@ class Search:
         if config != LIBRARY and not excess < ATOL:
             self.skipped.append(f"{name}: WRONG by {excess:.3g}")
             return
-        self.results.append(Result(tokens, matrix.name, config, dependent, time_s, excess))
+        self.results.append(GemmResult(tokens, matrix.name, config, dependent, time_s, excess))
 
-    def best(self, tokens: int, matrix: Matrix) -> Result:
+    def best(self, tokens: int, matrix: Matrix) -> GemmResult:
         return min(self._of(tokens, matrix), key=lambda one: one.time_s)
 
-    def _of(self, tokens: int, matrix: Matrix) -> list[Result]:
+    def _of(self, tokens: int, matrix: Matrix) -> list[GemmResult]:
         return [one for one in self.results if (one.tokens, one.matrix) == (tokens, matrix.name)]
 
     def measured(self) -> list[int]:

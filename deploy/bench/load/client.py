@@ -21,7 +21,7 @@ _MOST_ERROR_BYTES = 1 << 16
 OnEnd = Callable[[], None]
 
 
-class Client:
+class LoadClient:
     """Made and used inside a running event loop. `on_end` is called once for each request that was sent."""
 
     def __init__(self, target: Target, timeout_s: float, on_end: OnEnd) -> None:

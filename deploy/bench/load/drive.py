@@ -12,9 +12,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from deploy.bench.load.client import Client
+from deploy.bench.load.client import LoadClient
 from deploy.bench.load.outcome import Outcome
-from deploy.bench.load.plan import Load
+from deploy.bench.load.plan import PlannedLoad
 from deploy.bench.load.target import Target
 
 _LEAD_S = 0.05
@@ -29,7 +29,7 @@ class Driven:
     cpu_share: float
 
 
-async def drive(target: Target, load: Load, timeout_s: float) -> Driven:
+async def drive(target: Target, load: PlannedLoad, timeout_s: float) -> Driven:
     """Everything that was planned, sent and ended. Cancelling it closes every connection."""
     left = len(load.planned)
     all_ended = asyncio.Event()
@@ -40,7 +40,7 @@ async def drive(target: Target, load: Load, timeout_s: float) -> Driven:
         if not left:
             all_ended.set()
 
-    client = Client(target, timeout_s, on_end)
+    client = LoadClient(target, timeout_s, on_end)
     with _many_files(), _no_collection():
         start_s, cpu_s = time.perf_counter() + _LEAD_S, time.process_time()
         outcomes = [Outcome(planned, start_s + planned.at_s) for planned in load.planned]

@@ -14,14 +14,14 @@ from deploy.bench.load.arrivals import Seconds, stretched
 from deploy.bench.load.errors import LoadError
 from deploy.bench.load.lengths import Lengths
 from deploy.bench.load.prompts import Prompts, TokenIds
-from deploy.bench.load.traces import BLOCK_TOKENS, TraceRequest
+from deploy.bench.load.traces import BLOCK_TOKENS, TracedRequest
 
 MOST_PROMPT_TOKENS = 100_000_000
 """Of one rate: bodies are kept in memory, about five bytes a token."""
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class RequestTemplate:
     """How one request asks: what does not differ between the requests of a run."""
 
     model: str
@@ -40,7 +40,7 @@ class Planned:
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class PlannedLoad:
     """`rate` is the measured requests' own, over the `span_s` in which they arrive; `left_out` are those too
     long for the model."""
 
@@ -66,7 +66,7 @@ def drawn_sizes(inputs: Lengths, outputs: Lengths, count: int, seed: int) -> lis
     return [Sizes(int(prompt), int(answer)) for prompt, answer in drawn]
 
 
-def trace_sizes(requests: Sequence[TraceRequest], shrink: int) -> list[Sizes]:
+def trace_sizes(requests: Sequence[TracedRequest], shrink: int) -> list[Sizes]:
     """Lengths divided by `shrink`, at least 1."""
     return [
         Sizes(max(1, one.input_tokens // shrink), max(1, one.output_tokens // shrink), one.block_ids)
@@ -74,7 +74,7 @@ def trace_sizes(requests: Sequence[TraceRequest], shrink: int) -> list[Sizes]:
     ]
 
 
-def trace_times(requests: Sequence[TraceRequest], rate: float | None) -> Seconds:
+def trace_times(requests: Sequence[TracedRequest], rate: float | None) -> Seconds:
     """As recorded, or stretched to `rate`. Raises LoadError where that cannot be."""
     recorded_s = np.array([one.at_s for one in requests], dtype=np.float64)
     if rate is None:
@@ -89,12 +89,12 @@ def make_load(
     times_s: Seconds,
     sizes: Sequence[Sizes],
     prompts: Prompts,
-    ask: Ask,
+    ask: RequestTemplate,
     *,
     warm_up: int,
     max_model_len: int | None,
     shrink: int = 1,
-) -> Load:
+) -> PlannedLoad:
     """One request for each time and size. Raises LoadError if none is left, or if it is too much to hold."""
     if sum(size.input_tokens for size in sizes) > MOST_PROMPT_TOKENS:
         raise LoadError(f"more than {MOST_PROMPT_TOKENS} prompt tokens for one rate; ask for fewer requests")
@@ -125,10 +125,10 @@ def make_load(
     expected = len(times_s) - warm_up
     # The last gap ends with an arrival that is not there: the mean of the others stands for it.
     span_s *= expected / (expected - 1) if expected > 1 else 0.0
-    return Load(planned, counted / span_s if span_s else 0.0, span_s, left_out)
+    return PlannedLoad(planned, counted / span_s if span_s else 0.0, span_s, left_out)
 
 
-def body(prompt: TokenIds, size: Sizes, ask: Ask, number: int) -> bytes:
+def body(prompt: TokenIds, size: Sizes, ask: RequestTemplate, number: int) -> bytes:
     """Exactly `output_tokens` are wanted, whatever the model draws, and whatever a server's defaults are."""
     return msgspec.json.encode(
         {

@@ -6,10 +6,18 @@ from dataclasses import dataclass
 from deploy.bench.load.arrivals import Kind, arrival_times
 from deploy.bench.load.errors import LoadError
 from deploy.bench.load.options import LoadSettings
-from deploy.bench.load.plan import Ask, Load, Sizes, drawn_sizes, make_load, trace_sizes, trace_times
+from deploy.bench.load.plan import (
+    PlannedLoad,
+    RequestTemplate,
+    Sizes,
+    drawn_sizes,
+    make_load,
+    trace_sizes,
+    trace_times,
+)
 from deploy.bench.load.prompts import Prompts
-from deploy.bench.load.traces import TraceError, TraceRequest, read_trace
-from deploy.bench.serving.statistics import Limits
+from deploy.bench.load.traces import TracedRequest, TraceError, read_trace
+from deploy.bench.serving.statistics import SloLimits
 from deploy.errors import UserError
 
 DEFAULT_RATE = 1.0
@@ -20,10 +28,10 @@ class Rates:
     """`rates` holds None where a trace goes at its own speed."""
 
     settings: LoadSettings
-    trace: tuple[TraceRequest, ...]
+    trace: tuple[TracedRequest, ...]
     rates: tuple[float | None, ...]
 
-    def load(self, index: int, ask: Ask, max_model_len: int | None) -> Load:
+    def load(self, index: int, ask: RequestTemplate, max_model_len: int | None) -> PlannedLoad:
         """The load of rate `index`. Raises UserError if there is none to send."""
         settings, rate = self.settings, self.rates[index]
         low, high = settings.token_ids
@@ -98,5 +106,5 @@ def rates_of(settings: LoadSettings) -> Rates:
     return Rates(settings, trace, settings.rates or (None,))
 
 
-def limits_of(settings: LoadSettings) -> Limits:
-    return Limits(settings.slo_ttft_ms, settings.slo_tpot_ms, settings.slo_itl_ms)
+def limits_of(settings: LoadSettings) -> SloLimits:
+    return SloLimits(settings.slo_ttft_ms, settings.slo_tpot_ms, settings.slo_itl_ms)

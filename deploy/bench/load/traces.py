@@ -29,7 +29,7 @@ class TraceError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class TraceRequest:
+class TracedRequest:
     """`block_ids` is empty where the trace does not say what repeats: then nothing does."""
 
     at_s: float
@@ -45,7 +45,7 @@ class _MooncakeLine(msgspec.Struct, frozen=True):
     hash_ids: list[int]
 
 
-def read_trace(path: Path, most: int) -> list[TraceRequest]:
+def read_trace(path: Path, most: int) -> list[TracedRequest]:
     """The first `most` requests, in the order of the file. Raises TraceError."""
     try:
         with path.open("rb") as raw:
@@ -68,7 +68,7 @@ def _lines(stream: Iterator[bytes], path: Path) -> Iterator[tuple[int, str]]:
             yield number, line
 
 
-def _requests(path: Path, lines: Iterator[tuple[int, str]], most: int) -> Iterator[TraceRequest]:
+def _requests(path: Path, lines: Iterator[tuple[int, str]], most: int) -> Iterator[TracedRequest]:
     number, first = next(lines, (1, ""))
     azure = first == AZURE_HEAD
     if not azure and not first.startswith("{"):
@@ -95,7 +95,7 @@ def _requests(path: Path, lines: Iterator[tuple[int, str]], most: int) -> Iterat
         raise TraceError(f"{path} holds no request")
 
 
-def _azure(line: str) -> TraceRequest:
+def _azure(line: str) -> TracedRequest:
     fields = line.split(",")
     if len(fields) != 3:
         raise ValueError(f"{len(fields)} fields, not 3")
@@ -108,10 +108,10 @@ def _azure(line: str) -> TraceRequest:
     except ValueError:
         raise ValueError(f"{fields[0]!r} is not a time") from None
     at_s = moment.timestamp() + float(f"0.{parts or 0}")
-    return TraceRequest(at_s, _tokens(fields[1], "ContextTokens"), _tokens(fields[2], "GeneratedTokens"))
+    return TracedRequest(at_s, _tokens(fields[1], "ContextTokens"), _tokens(fields[2], "GeneratedTokens"))
 
 
-def _mooncake(line: str) -> TraceRequest:
+def _mooncake(line: str) -> TracedRequest:
     try:
         given = msgspec.json.decode(line, type=_MooncakeLine)
     except msgspec.MsgspecError as error:
@@ -123,7 +123,7 @@ def _mooncake(line: str) -> TraceRequest:
         raise ValueError(f"{len(given.hash_ids)} hash_ids for {blocks} blocks of {BLOCK_TOKENS} tokens")
     if min(given.hash_ids) < 0:
         raise ValueError("a negative hash id")
-    return TraceRequest(given.timestamp / 1e3, input_tokens, output_tokens, tuple(given.hash_ids))
+    return TracedRequest(given.timestamp / 1e3, input_tokens, output_tokens, tuple(given.hash_ids))
 
 
 def _tokens(given: str | int, name: str) -> int:

@@ -10,27 +10,27 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from deploy.bench.router.http_client import RECEIVE_BYTES, BenchError, Loop, Stamps
+from deploy.bench.router.http_client import RECEIVE_BYTES, HttpBenchError, HttpLoop, Stamps
 from kvtransfer.net.codec import Codec
 from services.protocol.messages import (
     VERSION,
     Cancel,
     DecodeStarted,
     Generate,
-    Join,
     Ledger,
-    Pages,
+    PageCounts,
     Prefill,
     PrefillDone,
     Report,
     Request,
     Role,
     RouterHello,
+    StartDecode,
     Status,
     StatusRequest,
     Tokens,
-    TransferAddress,
     WorkerHello,
+    WorkerTransferAddress,
 )
 
 TOKEN = 65
@@ -62,7 +62,7 @@ class Peer:
         while (frame := self._next()) is not None:
             flags, body = frame
             if flags & _MORE:
-                raise BenchError("a message of several parts")
+                raise HttpBenchError("a message of several parts")
             if not flags & _COMMAND:
                 self._on_frame(self, body)
 
@@ -91,13 +91,13 @@ class Peer:
         self.socket.setblocking(False)
 
 
-class Worker:
+class FakeWorker:
     """One worker of a role, listening at `path`. `stamps` maps the seeds of requests under way.
 
     A unified worker answers `Generate` with the first token only; the rest comes by `step`.
     """
 
-    def __init__(self, loop: Loop, path: Path, role: Role, stamps: dict[int, Stamps]) -> None:
+    def __init__(self, loop: HttpLoop, path: Path, role: Role, stamps: dict[int, Stamps]) -> None:
         self.role, self._loop, self._stamps = role, loop, stamps
         self._requests: Codec[Request] = Codec(Request)
         self._reports: Codec[Report] = Codec(Report)
@@ -120,7 +120,7 @@ class Worker:
 
     def _accept(self) -> None:
         if self._peer is not None:
-            raise BenchError("the router connected a second time")
+            raise HttpBenchError("the router connected a second time")
         connection, _ = self._listener.accept()
         self._peer = Peer(connection, self._on_frame)
         self._loop.add(connection, self._peer.on_readable)
@@ -156,7 +156,7 @@ class Worker:
                     stamps = self._stamps[work.sampling.seed]
                     stamps.prefill_ns, stamps.answered_ns = received_ns, time.monotonic_ns()
                     peer.send(first)
-                case Join(request_id):
+                case StartDecode(request_id):
                     started = DecodeStarted(request_id, 0.0, 0.0, 1, 0)
                     last = Tokens(request_id, 0, [TOKEN], None, "length")
                     peer.send(self._reports.encode([started, last]))
@@ -184,7 +184,9 @@ class Worker:
             max_sequence_tokens=MAX_LEN,
             page_size_tokens=16,
             pages=1 << 16,
-            transfer=None if self.role == "unified" else TransferAddress(f"ipc:///bench/{self.role}", 1),
+            transfer=None
+            if self.role == "unified"
+            else WorkerTransferAddress(f"ipc:///bench/{self.role}", 1),
         )
 
     def _encoded_status(self) -> bytes:
@@ -200,7 +202,7 @@ class Worker:
             running=0,
             reserved=0,
             holding=0,
-            pages=Pages(1 << 16, 1 << 16, 0, 0),
+            pages=PageCounts(1 << 16, 1 << 16, 0, 0),
             slots=None,
             slots_age_s=0.0,
             open_sends=0,

@@ -19,11 +19,11 @@ ENDS = (b"\r\n0\r\n\r\n", b'"}')
 """Of a stream's chunks, and of the small JSON object that `GET /version` answers."""
 
 
-class BenchError(RuntimeError):
+class HttpBenchError(RuntimeError):
     """The router or the machine did something that leaves no figure to report."""
 
 
-class Loop:
+class HttpLoop:
     """Calls handlers of readable sockets and one timed function."""
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class Loop:
 
         It sleeps `rest_s` between two looks: not at all where times are taken, a little where only the sum
         counts, since looking for every single frame costs more than reading it.
-        Raises BenchError after `limit_s`."""
+        Raises HttpBenchError after `limit_s`."""
         start_s = next_s = time.monotonic()
         handlers, poll = self._handlers, self._poll
         while not done():
@@ -64,7 +64,7 @@ class Loop:
             if rest_s:
                 time.sleep(rest_s)
             if now_s - start_s > limit_s:
-                raise BenchError(f"not done after {limit_s:.0f} s")
+                raise HttpBenchError(f"not done after {limit_s:.0f} s")
 
 
 @dataclass(slots=True)
@@ -81,10 +81,10 @@ class Stamps:
     first_ns: int = 0
 
 
-class Connection:
+class HttpConnection:
     """One keep-alive connection with at most one request on it."""
 
-    def __init__(self, loop: Loop, port: int) -> None:
+    def __init__(self, loop: HttpLoop, port: int) -> None:
         self._loop = loop
         self.socket = socket.create_connection(("127.0.0.1", port))
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -92,15 +92,15 @@ class Connection:
         self.busy = self.closed = False
         self.stamps = Stamps()
         self._tail = b""
-        self._on_end: Callable[[Connection], None] = lambda connection: None
+        self._on_end: Callable[[HttpConnection], None] = lambda connection: None
         loop.add(self.socket, self._on_readable)
 
-    def ask(self, raw: bytes, stamps: Stamps, on_end: "Callable[[Connection], None]") -> None:
+    def ask(self, raw: bytes, stamps: Stamps, on_end: "Callable[[HttpConnection], None]") -> None:
         """`on_end` is called when the answer has ended."""
         self.busy, self.stamps, self._on_end, self._tail = True, stamps, on_end, b""
         stamps.written_ns = time.monotonic_ns()
         if self.socket.send(raw) != len(raw):
-            raise BenchError("a request did not fit the socket's buffer")
+            raise HttpBenchError("a request did not fit the socket's buffer")
 
     def close(self) -> None:
         self.closed = True
@@ -110,7 +110,7 @@ class Connection:
     def _on_readable(self) -> None:
         data = self.socket.recv(RECEIVE_BYTES)
         if not data and self.busy:
-            raise BenchError("the router closed a connection with a request on it")
+            raise HttpBenchError("the router closed a connection with a request on it")
         if not data:
             self.close()  # idle for too long
             return
@@ -123,7 +123,7 @@ class Connection:
         if self.busy and window.endswith(ENDS):
             self.busy = False
             if not self.stamps.first_ns:
-                raise BenchError(f"an answer without a token: {window[-200:]!r}")
+                raise HttpBenchError(f"an answer without a token: {window[-200:]!r}")
             self._on_end(self)
 
 
@@ -137,7 +137,7 @@ def completion(prompt: str, max_tokens: int, seed: int) -> bytes:
     return b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body)
 
 
-class Prompts:
+class PromptBodies:
     """Prompts of one length, no two alike: words of the docs in random order."""
 
     def __init__(self, characters: int, seed: int) -> None:

@@ -18,8 +18,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from deploy.bench.router.fake_worker import Worker
-from deploy.bench.router.http_client import BenchError
+from deploy.bench.router.fake_worker import FakeWorker
+from deploy.bench.router.http_client import HttpBenchError
 from deploy.bench.router.router_process import Cores, cluster
 
 STEP_S = 0.01
@@ -30,7 +30,7 @@ LOADS = ((50.0, 2), (200.0, 2), (50.0, 64), (100.0, 128))
 
 
 def measure(cores: Cores, rate: float, output_tokens: int, seconds: float, out: Path) -> dict[str, Any]:
-    """The figures of one rate as `baton bench serve` writes them. Raises BenchError if it fails."""
+    """The figures of one rate as `baton bench serve` writes them. Raises HttpBenchError if it fails."""
     with cluster("unified", cores) as one:
         command = [sys.executable, "-m", "deploy", "bench", "serve", "--url", f"http://127.0.0.1:{one.port}"]
         command += ["--rates", f"{rate:g}", "--seconds", f"{seconds:g}", "--input-tokens", "512"]
@@ -42,12 +42,12 @@ def measure(cores: Cores, rate: float, output_tokens: int, seconds: float, out: 
             process.kill()
             process.wait()
     if process.returncode:
-        raise BenchError(f"baton bench serve ended with code {process.returncode}")
+        raise HttpBenchError(f"baton bench serve ended with code {process.returncode}")
     figures: dict[str, Any] = json.loads(out.read_text())["systems"][0]["rates"][0]
     return figures
 
 
-def _steps(worker: Worker) -> Callable[[float], float]:
+def _steps(worker: FakeWorker) -> Callable[[float], float]:
     def at(now_s: float) -> float:
         worker.step()
         return now_s + STEP_S

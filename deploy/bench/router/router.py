@@ -25,7 +25,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from deploy.bench.router.http_client import GET_VERSION, Connection, Prompts, Stamps, completion
+from deploy.bench.router.http_client import GET_VERSION, HttpConnection, PromptBodies, Stamps, completion
 from deploy.bench.router.router_process import Cluster, Cores, cluster
 
 PROMPT_CHARACTERS = 960
@@ -41,7 +41,7 @@ STREAMING_REST_S = 0.0005
 
 
 @dataclass
-class Load:
+class RouterLoad:
     """What one kind of request met: everybody's stamps, and the router's CPU seconds for all of them."""
 
     stamps: list[Stamps] = field(default_factory=list)
@@ -54,12 +54,12 @@ class Load:
 class Arrivals:
     """Requests of one kind, sent at random or evenly spaced times over as many connections as are needed."""
 
-    def __init__(self, at: Cluster, rate: float, spacing: str, prompts: Prompts | None) -> None:
+    def __init__(self, at: Cluster, rate: float, spacing: str, prompts: PromptBodies | None) -> None:
         self._cluster, self._rate, self._prompts = at, rate, prompts
         self._is_even = spacing == "even"
         self._random = random.Random(1)
         self._seeds = 0
-        self._idle: list[Connection] = []
+        self._idle: list[HttpConnection] = []
         self._open = 0
 
     def warm_up(self) -> None:
@@ -67,7 +67,7 @@ class Arrivals:
             self._send(Stamps())
             self._cluster.loop.run(lambda: self._open == 0, LIMIT_S)
 
-    def run(self, load: Load, duration_s: float) -> None:
+    def run(self, load: RouterLoad, duration_s: float) -> None:
         """One slice, added to `load`."""
         end_s = time.monotonic() + duration_s
         before_s = self._cluster.cpu_s()
@@ -92,7 +92,7 @@ class Arrivals:
         self._open += 1
         connection.ask(raw, stamps, self._ended)
 
-    def _ended(self, connection: Connection) -> None:
+    def _ended(self, connection: HttpConnection) -> None:
         self._open -= 1
         self._idle.append(connection)
 
@@ -104,10 +104,10 @@ def _quantiles_ms(nanoseconds: list[int]) -> dict[str, float]:
 
 def measure_latency(cores: Cores, rate: float, spacing: str, seconds: float, pairs: int) -> dict[str, Any]:
     """Quantiles in ms by what they measure, and the router's CPU time for each request."""
-    bare, real = Load(), Load()
+    bare, real = RouterLoad(), RouterLoad()
     with cluster("pair", cores, pairs) as one:
         gets = Arrivals(one, rate, spacing, None)
-        tokens = Arrivals(one, rate, spacing, Prompts(PROMPT_CHARACTERS, seed=1))
+        tokens = Arrivals(one, rate, spacing, PromptBodies(PROMPT_CHARACTERS, seed=1))
         gets.warm_up()
         tokens.warm_up()
         others_s, started_s = one.others_cpu_s(), time.monotonic()
@@ -151,7 +151,7 @@ def measure_streaming(cores: Cores, streams: int, offered: int) -> Streamed:
         connections = [one.connect() for _ in range(streams)]
         left = streams
 
-        def ended(connection: Connection) -> None:
+        def ended(connection: HttpConnection) -> None:
             nonlocal left
             left -= 1
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from deploy.bench.router.fake_worker import Worker
-from deploy.bench.router.http_client import BenchError, Connection, Loop, Stamps
+from deploy.bench.router.fake_worker import FakeWorker
+from deploy.bench.router.http_client import HttpBenchError, HttpConnection, HttpLoop, Stamps
 from router.config import RouterConfig
 from router.process import run
 from services.protocol.messages import Role
@@ -50,10 +50,10 @@ class Cores:
     def pick(cls, real_time: bool = False) -> "Cores":
         """The last core for the router, one that shares no execution units with it for the rest.
 
-        Raises BenchError where there is only one."""
+        Raises HttpBenchError where there is only one."""
         usable = sorted(os.sched_getaffinity(0))
         if len(usable) < 2:
-            raise BenchError("two cores are needed: one for the router, one for everything else")
+            raise HttpBenchError("two cores are needed: one for the router, one for everything else")
         router = usable.pop()
         apart = [core for core in usable if core not in _siblings(router)]
         return cls(router=router, bench=(apart or usable)[-1], real_time=real_time)
@@ -74,9 +74,9 @@ def _siblings(core: int) -> set[int]:
 class Cluster:
     """A router with its workers; everything but the router runs in `loop`."""
 
-    loop: Loop
+    loop: HttpLoop
     port: int
-    workers: list[Worker]
+    workers: list[FakeWorker]
     stamps: dict[int, Stamps]
     _router: psutil.Process
     _cores: Cores
@@ -95,8 +95,8 @@ class Cluster:
         times = psutil.cpu_times(percpu=True)[self._cores.router]
         return float(sum(times) - times.guest - times.guest_nice - times.idle - times.iowait) - self.cpu_s()
 
-    def connect(self) -> Connection:
-        return Connection(self.loop, self.port)
+    def connect(self) -> HttpConnection:
+        return HttpConnection(self.loop, self.port)
 
 
 def _router(config: RouterConfig, cores: Cores) -> None:
@@ -108,7 +108,7 @@ def _router(config: RouterConfig, cores: Cores) -> None:
 
 @contextlib.contextmanager
 def cluster(kind: str, cores: Cores, of_each: int = 1) -> Iterator[Cluster]:
-    """With so many workers of each role. Raises BenchError if the router does not become ready."""
+    """With so many workers of each role. Raises HttpBenchError if the router does not become ready."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
@@ -117,11 +117,11 @@ def cluster(kind: str, cores: Cores, of_each: int = 1) -> Iterator[Cluster]:
         if not (DEMO_MODEL / "tokenizer.json").exists():
             write_tokenizer(directory)
             model_dir = directory
-        loop = Loop()
+        loop = HttpLoop()
         stamps: dict[int, Stamps] = {}
         roles = [(role, number) for number in range(of_each) for role in ROLES[kind]]
         listening = [(directory / f"{role}-{number}", role) for role, number in roles]
-        workers = [Worker(loop, path, role, stamps) for path, role in listening]
+        workers = [FakeWorker(loop, path, role, stamps) for path, role in listening]
         endpoints = tuple(f"ipc://{path}" for path, _ in listening)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -133,7 +133,7 @@ def cluster(kind: str, cores: Cores, of_each: int = 1) -> Iterator[Cluster]:
 
             def is_ready() -> bool:
                 if not router.is_alive():
-                    raise BenchError("the router ended at its start")
+                    raise HttpBenchError("the router ended at its start")
                 # The second question comes after the first answer was taken in.
                 return all(worker.asked >= 2 for worker in workers)
 

@@ -1,4 +1,5 @@
-"""How long the router lets others wait while one client does its worst: `python -m deploy.bench.router.stalls`.
+"""How long the router lets others wait while one client does its worst: `python -m
+deploy.bench.router.stalls`.
 
 A neighbour asks `GET /version` again and again on a connection of its own, a millisecond after each answer.
 Meanwhile a client sends the largest bodies that are allowed, one after the other on one connection, or heads
@@ -27,7 +28,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from deploy.bench.router.http_client import GET_VERSION, BenchError, Stamps
+from deploy.bench.router.http_client import GET_VERSION, HttpBenchError, Stamps
 from deploy.bench.router.router_process import Cluster, Cores, cluster
 
 BODY_BYTES = 8 << 20
@@ -116,7 +117,7 @@ def _answer(connection: socket.socket) -> str:
 def _received(connection: socket.socket) -> bytes:
     data = connection.recv(1 << 18)
     if not data:
-        raise BenchError("the router closed a connection with a request on it")
+        raise HttpBenchError("the router closed a connection with a request on it")
     return data
 
 
@@ -198,7 +199,7 @@ def measure(one: Cluster, count: int, names: list[str], quiet_s: float) -> dict[
         attack.start()
         one.loop.run(lambda process=attack: not process.is_alive(), LIMIT_S, rest_s=REST_S)  # type: ignore[misc]
         if not results.poll():
-            raise BenchError(f"{TITLES[name]}: the client came to no end")
+            raise HttpBenchError(f"{TITLES[name]}: the client came to no end")
         windows.append(Window(name, start_s, time.monotonic(), results.recv()))
     ours.send(None)
     one.loop.run(ours.poll, LIMIT_S, rest_s=REST_S)

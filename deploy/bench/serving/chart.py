@@ -4,7 +4,7 @@ import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deploy.bench.serving.statistics import Limits, RateFigures, System
+from deploy.bench.serving.statistics import RateFigures, SloLimits, System
 from deploy.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def check_matplotlib() -> None:
         ) from None
 
 
-def draw(path: Path, title: str, systems: list[System], limits: Limits) -> None:
+def draw(path: Path, title: str, systems: list[System], limits: SloLimits) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=INCHES, layout="constrained")
@@ -57,7 +57,7 @@ def _latency(axes: "Axes", systems: list[System], name: str, text: str, limit: f
     _finish(axes, text)
 
 
-def _goodput(axes: "Axes", systems: list[System], limits: Limits) -> None:
+def _goodput(axes: "Axes", systems: list[System], limits: SloLimits) -> None:
     """With limits, good requests a second and GPU; without any, output tokens a second and GPU."""
 
     def value(one: RateFigures, gpus: int) -> float:

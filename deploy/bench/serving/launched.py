@@ -32,7 +32,7 @@ class SystemEnded(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class SystemCandidate:
     """A system to be: everything about it was checked."""
 
     name: str
@@ -49,7 +49,7 @@ class Candidate:
 
 
 async def with_launched(
-    candidate: Candidate, log: TextIO, start_timeout_s: float, work: Callable[[str], Awaitable[T]]
+    candidate: SystemCandidate, log: TextIO, start_timeout_s: float, work: Callable[[str], Awaitable[T]]
 ) -> T:
     """Start it, wait until every worker is ready, do `work(url)`, stop it, whatever happens.
 

@@ -15,7 +15,7 @@ from deploy.bench.load.rates import Rates, limits_of, rates_of
 from deploy.bench.load.target import served_model, target_of
 from deploy.bench.serving import report
 from deploy.bench.serving.chart import check_matplotlib
-from deploy.bench.serving.launched import Candidate, SystemEnded, with_launched
+from deploy.bench.serving.launched import SystemCandidate, SystemEnded, with_launched
 from deploy.bench.serving.measure import measure
 from deploy.bench.serving.statistics import RateFigures, System
 from deploy.commands.serve import checked_slots
@@ -42,7 +42,7 @@ def measured(settings: LaunchedSettings, layouts: Sequence[Layout]) -> list[Syst
         raise typer.Exit(ending.code or INTERRUPTED) from None
 
 
-def _candidates(settings: LaunchedSettings, layouts: Sequence[Layout]) -> list[Candidate]:
+def _candidates(settings: LaunchedSettings, layouts: Sequence[Layout]) -> list[SystemCandidate]:
     shared = {
         name: getattr(settings, name)
         for kind in (EngineSettings, StagingSettings, MoverSettings)
@@ -61,12 +61,12 @@ def _candidates(settings: LaunchedSettings, layouts: Sequence[Layout]) -> list[C
             drain_timeout=DRAIN_TIMEOUT_S,
         )
         device, slots, _ = checked_slots(serve)
-        found.append(Candidate(layout.name, serve, device, slots))
+        found.append(SystemCandidate(layout.name, serve, device, slots))
     return found
 
 
 async def _measure_all(
-    candidates: Sequence[Candidate], settings: LaunchedSettings, rates: Rates, log: TextIO
+    candidates: Sequence[SystemCandidate], settings: LaunchedSettings, rates: Rates, log: TextIO
 ) -> list[System]:
     """Figures are printed as they come."""
     limits = limits_of(settings)

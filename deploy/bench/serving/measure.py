@@ -6,7 +6,7 @@ from collections.abc import Callable
 import msgspec
 
 from deploy.bench.load.drive import drive
-from deploy.bench.load.plan import Ask
+from deploy.bench.load.plan import RequestTemplate
 from deploy.bench.load.rates import Rates, limits_of
 from deploy.bench.load.target import ServedModel, Target
 from deploy.bench.serving.busy import busy_shares, worker_times
@@ -21,7 +21,7 @@ async def measure(
 ) -> list[RateFigures]:
     """Figures of every rate, each given to `show` when it is known. Raises UserError if a load cannot be."""
     settings = rates.settings
-    ask, limits = Ask(model.name, settings.temperature), limits_of(settings)
+    ask, limits = RequestTemplate(model.name, settings.temperature), limits_of(settings)
     found: list[RateFigures] = []
     for index in range(len(rates.rates)):
         load = await asyncio.to_thread(rates.load, index, ask, model.max_model_len)

@@ -12,7 +12,7 @@ from msgspec import Struct
 from deploy.bench.load.options import LoadSettings
 from deploy.bench.machine import cpu_name, versions
 from deploy.bench.serving.exposed import Exposed
-from deploy.bench.serving.statistics import Limits, RateFigures, Spread, System
+from deploy.bench.serving.statistics import RateFigures, SloLimits, Spread, System
 from deploy.bench.serving.verdict import Verdict
 from deploy.errors import UserError
 from deploy.settings.schema import settings_of
@@ -22,7 +22,7 @@ LAG_MS, LAG_SHARE = 5.0, 0.1
 BUSY_SHARE = 0.7
 
 
-class Machine(Struct, frozen=True):
+class ClientMachine(Struct, frozen=True):
     """Where the client ran, which is where the system ran too if the comparison launched it."""
 
     cpu: str
@@ -31,17 +31,17 @@ class Machine(Struct, frozen=True):
 
 
 class LoadResult(Struct, frozen=True):
-    machine: Machine
+    machine: ClientMachine
     versions: dict[str, str]
     settings: dict[str, Any]
     model: str
-    limits: Limits
+    limits: SloLimits
     systems: list[System]
     verdict: Verdict | None = None
 
 
-def machine() -> Machine:
-    return Machine(cpu_name(), os.cpu_count() or 1, platform.platform())
+def machine() -> ClientMachine:
+    return ClientMachine(cpu_name(), os.cpu_count() or 1, platform.platform())
 
 
 def settings_values(settings: LoadSettings) -> dict[str, Any]:
@@ -54,7 +54,11 @@ def settings_values(settings: LoadSettings) -> dict[str, Any]:
 
 
 def result(
-    settings: LoadSettings, model: str, limits: Limits, systems: list[System], verdict: Verdict | None = None
+    settings: LoadSettings,
+    model: str,
+    limits: SloLimits,
+    systems: list[System],
+    verdict: Verdict | None = None,
 ) -> LoadResult:
     return LoadResult(machine(), versions(), settings_values(settings), model, limits, systems, verdict)
 
@@ -78,7 +82,7 @@ def head_lines() -> str:
     return f"{first}\n{second}"
 
 
-def row_lines(one: RateFigures, limits: Limits) -> str:
+def row_lines(one: RateFigures, limits: SloLimits) -> str:
     """One line, and below it whatever should not be overlooked."""
     ttft, gap = one.ttft_ms, one.itl_ms
     line = f"{one.rate:>8.3g} {one.completed:>6} {_cells(ttft)}  {_cell(one.second_token_ms, 'p50'):>7}"
@@ -98,7 +102,7 @@ def row_lines(one: RateFigures, limits: Limits) -> str:
     return "\n    ".join([*lines, *busy, *warnings(one)])
 
 
-def best_lines(systems: Sequence[System], limits: Limits) -> str:
+def best_lines(systems: Sequence[System], limits: SloLimits) -> str:
     """Each system at its best rate: by good requests with limits, by output tokens without."""
     lines = []
     for system in systems:

@@ -7,11 +7,11 @@ import numpy as np
 from msgspec import Struct
 
 from deploy.bench.load.outcome import Outcome
-from deploy.bench.load.plan import Load
+from deploy.bench.load.plan import PlannedLoad
 from deploy.bench.serving.exposed import Exposed
 
 
-class Limits(Struct, frozen=True):
+class SloLimits(Struct, frozen=True):
     """What a request must keep to be a good one; None: no limit. `itl_ms` is for 99 of 100 of its gaps."""
 
     ttft_ms: float | None = None
@@ -38,7 +38,7 @@ class Spread(Struct, frozen=True):
     max: float
 
 
-class Client(Struct, frozen=True):
+class ClientDelay(Struct, frozen=True):
     """This process's own part: how late it sent, and how much of one core it used while it measured."""
 
     lag_ms: Spread | None
@@ -71,7 +71,7 @@ class RateFigures(Struct, frozen=True):
     good: int
     goodput: float
     goodput_per_gpu: float
-    client: Client
+    client: ClientDelay
     second_gap_ms: Spread | None = None
     """From the first chunk to the second."""
     exposed_kv_ms: Exposed | None = None
@@ -98,7 +98,7 @@ def spread(values: Sequence[float]) -> Spread | None:
     return Spread(len(array), float(array.mean()), p50, p90, p99, float(array.max()))
 
 
-def is_good(outcome: Outcome, limits: Limits) -> bool:
+def is_good(outcome: Outcome, limits: SloLimits) -> bool:
     """Whether it got all its tokens, and each limit was kept."""
     if outcome.failure is not None:
         return False
@@ -115,9 +115,9 @@ def is_good(outcome: Outcome, limits: Limits) -> bool:
 
 def figures_of(
     outcomes: Sequence[Outcome],
-    load: Load,
+    load: PlannedLoad,
     rate: float | None,
-    limits: Limits,
+    limits: SloLimits,
     gpus: int,
     cpu_share: float,
 ) -> RateFigures:
@@ -151,5 +151,5 @@ def figures_of(
         goodput=good / span_s,
         goodput_per_gpu=good / span_s / gpus,
         second_gap_ms=spread([s * 1e3 for one in done if (s := one.second_gap_s) is not None]),
-        client=Client(spread([one.lag_s * 1e3 for one in measured]), cpu_share),
+        client=ClientDelay(spread([one.lag_s * 1e3 for one in measured]), cpu_share),
     )

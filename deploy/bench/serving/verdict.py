@@ -10,7 +10,7 @@ from typing import Literal
 
 from msgspec import Struct
 
-from deploy.bench.serving.statistics import Limits, RateFigures, System
+from deploy.bench.serving.statistics import RateFigures, SloLimits, System
 
 Answer = Literal["disaggregate", "do not disaggregate", "it depends"]
 NOISE_ERRORS = 2.0
@@ -32,7 +32,7 @@ class Verdict(Struct, frozen=True):
         return "\n  ".join([f"verdict: {self.answer}", *self.reasons])
 
 
-def verdict(split: System, unified: System, limits: Limits, margin: float) -> Verdict:
+def verdict(split: System, unified: System, limits: SloLimits, margin: float) -> Verdict:
     """Differences up to `margin`, a share, count as none, and then the simpler system is better."""
     return _by_goodput(split, unified, margin) if limits.given else _by_latency(split, unified, margin)
 

@@ -28,14 +28,14 @@ from kvtransfer.messages import Arrived, Segment, SendConfirmed, SendGranted, Sl
 from kvtransfer.spans import Spans
 from services.engine.attention.plan import KvLayout
 from services.engine.checkpoint.model_config import read_model_config
-from services.engine.kv.copies import Move, Moves
+from services.engine.kv.copies import Copy, CopyStream
 from services.engine.kv.pool import KvPool
 from services.engine.kv.run_table import RunTables, SlotRun
 from services.engine.kv.segments import SlotBuffer
-from services.protocol.messages import Sampling, Work
+from services.protocol.messages import Sampling, SequenceRequest
 from services.scheduler.sequence import Sequence as Prompt
 from services.scheduler.sequence import prompt_sequence
-from services.transfer.copies import KvMoves
+from services.transfer.copies import KvCopier
 from services.transfer.pull import KvPull
 from services.transfer.push import KvPush
 
@@ -46,7 +46,7 @@ SOURCE = TransferAddress("ipc://nobody", 1)
 SAMPLING = Sampling(max_tokens=1, seed=0, temperature=0.0)
 
 
-class Measured(msgspec.Struct, frozen=True):
+class CopyFigures(msgspec.Struct, frozen=True):
     """`allowed_bytes_per_s` is a slot's bytes over `host_s`, which is what the host pays for one;
     `met_bytes_per_s` is None where nothing was moved."""
 
@@ -57,14 +57,14 @@ class Measured(msgspec.Struct, frozen=True):
     met_bytes_per_s: float | None
 
 
-class Report(msgspec.Struct, frozen=True):
+class CopyReport(msgspec.Struct, frozen=True):
     device: str
     versions: dict[str, str]
     model: str
     slot_tokens: int
     slot_bytes: int
     launches: int
-    rows: list[Measured]
+    rows: list[CopyFigures]
 
 
 class NoProcess:
@@ -97,39 +97,39 @@ class TablesOnly:
     def __init__(self, tables: RunTables, slots: int, slot_bytes: int) -> None:
         self._tables, self._slots, self._slot_bytes = tables, slots, slot_bytes
 
-    def pack(self, runs: Sequence[SlotRun], with_checksums: bool) -> Move:
-        return Move(self._tables.of(runs, self._slots, self._slot_bytes).byte_counts)
+    def pack(self, runs: Sequence[SlotRun], with_checksums: bool) -> Copy:
+        return Copy(self._tables.of(runs, self._slots, self._slot_bytes).byte_counts)
 
     unpack = pack
 
     def passed_step(self) -> int:
         return 0
 
-    def hold_steps(self, move: Move) -> None: ...
+    def hold_steps(self, move: Copy) -> None: ...
 
     def let_go(self) -> None: ...
 
 
-class DeviceMoves(TablesOnly):
+class DeviceCopies(TablesOnly):
     """A worker's moves, of a pool and a staging buffer of the device."""
 
     def __init__(self, pool: KvPool, tables: RunTables, slots: int, slot_bytes: int) -> None:
         super().__init__(tables, slots, slot_bytes)
-        self._moves = Moves(pool, slots)
+        self._moves = CopyStream(pool, slots)
         memory = torch.zeros(slots * slot_bytes, dtype=torch.uint8, device=pool.data.device)
         self._buffer = SlotBuffer(memory, slot_bytes)
 
-    def pack(self, runs: Sequence[SlotRun], with_checksums: bool) -> Move:
+    def pack(self, runs: Sequence[SlotRun], with_checksums: bool) -> Copy:
         return self._moves.pack(runs, self._buffer, with_checksums)
 
-    def unpack(self, runs: Sequence[SlotRun], with_checksums: bool) -> Move:
+    def unpack(self, runs: Sequence[SlotRun], with_checksums: bool) -> Copy:
         return self._moves.unpack(runs, self._buffer, with_checksums)
 
 
-class Packing:
+class PackFigures:
     """One prompt after the other, each with as many slots as are packed together."""
 
-    def __init__(self, moves: KvMoves, heads: int, tokens: int, together: int) -> None:
+    def __init__(self, moves: KvCopier, heads: int, tokens: int, together: int) -> None:
         self._together = together
         self._push = KvPush(moves, cast(TransferClient, NoProcess()), time.monotonic, Spans())
         self._heads, self._tokens = range(heads), tokens
@@ -158,10 +158,10 @@ class Packing:
         return prompts
 
 
-class Unpacking:
+class UnpackFigures:
     """One prompt after the other, whose slots arrive together."""
 
-    def __init__(self, moves: KvMoves, heads: int, tokens: int, together: int) -> None:
+    def __init__(self, moves: KvCopier, heads: int, tokens: int, together: int) -> None:
         self._pull = KvPull(moves, cast(TransferClient, NoProcess()), time.monotonic, Spans())
         self._heads, self._tokens = range(heads), tokens
         self._event: Arrived | None = None
@@ -182,7 +182,7 @@ class Unpacking:
 
 
 def run(
-    side: Packing | Unpacking, prompts: list[Prompt], together: int, launches: int
+    side: PackFigures | UnpackFigures, prompts: list[Prompt], together: int, launches: int
 ) -> tuple[float, float]:
     """Median seconds of the host for a launch, and seconds from one launch to the next."""
     queued = finished = 0
@@ -219,16 +219,16 @@ def prompts_of(in_flight: int, tokens: int) -> list[Prompt]:
     pages = -(-tokens // PAGE_SIZE_TOKENS)
     found = []
     for at in range(in_flight):
-        prompt = prompt_sequence(Work(at + 1, [1] * tokens, SAMPLING))
+        prompt = prompt_sequence(SequenceRequest(at + 1, [1] * tokens, SAMPLING))
         prompt.pages, prompt.computed_tokens = list(range(at * pages, (at + 1) * pages)), tokens
         found.append(prompt)
     return found
 
 
-def measure(layout: KvLayout, arguments: argparse.Namespace) -> list[Measured]:
+def measure(layout: KvLayout, arguments: argparse.Namespace) -> list[CopyFigures]:
     device, dtype = torch.device(arguments.device), torch.bfloat16
     slot_bytes, in_flight = arguments.slot_bytes, arguments.in_flight
-    found: list[Measured] = []
+    found: list[CopyFigures] = []
     for together in SLOTS_TOGETHER:
         tokens = slot_tokens(layout, slot_bytes)
         prompts = prompts_of(in_flight, together * tokens)
@@ -236,16 +236,14 @@ def measure(layout: KvLayout, arguments: argparse.Namespace) -> list[Measured]:
         tables = RunTables(layout, pages, dtype.itemsize)
         moves = TablesOnly(tables, slots, slot_bytes)
         if device.type == "cuda":
-            moves = DeviceMoves(KvPool(layout, pages, dtype, device), tables, slots, slot_bytes)
-        for kind in (Packing, Unpacking):
+            moves = DeviceCopies(KvPool(layout, pages, dtype, device), tables, slots, slot_bytes)
+        for name, kind in (("packing", PackFigures), ("unpacking", UnpackFigures)):
             side = kind(moves, layout.kv_heads, tokens, together)
             host_s, launch_s = run(side, prompts, together, arguments.launches)
             slot_s = host_s / together
             moved_bytes = together * tokens * layout.kv_heads * tables.head_bytes
             met = moved_bytes / launch_s if device.type == "cuda" else None
-            found.append(
-                Measured(kind.__name__.lower(), together, slot_s, moved_bytes / together / slot_s, met)
-            )
+            found.append(CopyFigures(name, together, slot_s, moved_bytes / together / slot_s, met))
     return found
 
 
@@ -254,7 +252,7 @@ def slot_tokens(layout: KvLayout, slot_bytes: int) -> int:
     return max(1, slot_bytes // token_bytes)
 
 
-def show(report: Report) -> None:
+def show(report: CopyReport) -> None:
     title = (
         f"{report.device}, {report.model} in bfloat16: slots of {report.slot_bytes >> 10} KiB, "
         f"{report.slot_tokens} tokens"
@@ -285,7 +283,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="baton-bench-") as name:
         shape = read_model_config(write_shape(arguments.model_config, Path(name)))
     layout = KvLayout(shape.layers, shape.kv_heads, PAGE_SIZE_TOKENS, shape.head_dim)
-    report = Report(
+    report = CopyReport(
         device=torch.cuda.get_device_name() if arguments.device == "cuda" else cpu_name(),
         versions=versions(),
         model=arguments.model_config,

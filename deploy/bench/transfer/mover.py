@@ -1,4 +1,5 @@
-"""What a mover moves between two processes, beside one plain big copy: `python -m deploy.bench.transfer.mover`.
+"""What a mover moves between two processes, beside one plain big copy: `python -m
+deploy.bench.transfer.mover`.
 
 The receiver is a process of its own with its own staging buffer; the sender keeps some writes in flight, as a
 transfer process does, and counts a write when the mover says that it is done. The plain copy moves the whole
@@ -45,7 +46,7 @@ DEADLINE_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class MoverRow:
     slot_bytes: int
     in_flight: int
     gb_per_s: float
@@ -120,7 +121,7 @@ def receive(side: Side) -> None:
     side.close()
 
 
-class Sender:
+class SendingSide:
     """The writing side: posts, and passes on what its mover has to say."""
 
     def __init__(self, mover: Mover, peer: str, pipe: IO[str]) -> None:
@@ -153,7 +154,7 @@ class Sender:
 
 
 def moved_bytes_per_s(
-    sender: Sender, buffer_bytes: int, slot_bytes: int, in_flight: int, seconds: float
+    sender: SendingSide, buffer_bytes: int, slot_bytes: int, in_flight: int, seconds: float
 ) -> float:
     """Bytes a second with `in_flight` writes of `slot_bytes` each, after one that opens the connection.
     Raises TimeoutError on a stall."""
@@ -216,7 +217,9 @@ def _timed(work: Callable[[], None]) -> float:
     return time.perf_counter() - started_s
 
 
-def measure(options: argparse.Namespace, slots: list[int], in_flight: list[int]) -> tuple[float, list[Row]]:
+def measure(
+    options: argparse.Namespace, slots: list[int], in_flight: list[int]
+) -> tuple[float, list[MoverRow]]:
     """Bytes a second of the plain copy, and a row for each slot size and number of writes in flight."""
     side = Side("sender", options.mover, options.device, options.source_gpu)
     command = [sys.executable, "-m", "deploy.bench.transfer.mover", "--receive", "--mover", options.mover]
@@ -231,12 +234,12 @@ def measure(options: argparse.Namespace, slots: list[int], in_flight: list[int])
         handle = offer["ipc_handle"]
         plain = plain_copy_per_s(side, None if handle is None else bytes.fromhex(handle))
         side.mover.add_peer(offer["agent"], bytes.fromhex(offer["metadata"]), region)
-        sender = Sender(side.mover, offer["agent"], _pipe(receiver.stdin))
+        sender = SendingSide(side.mover, offer["agent"], _pipe(receiver.stdin))
         rows = []
         for slot_bytes in slots:
             for count in in_flight:
                 rate = moved_bytes_per_s(sender, size_bytes, slot_bytes, count, options.seconds)
-                rows.append(Row(slot_bytes, count, rate / 1e9))
+                rows.append(MoverRow(slot_bytes, count, rate / 1e9))
         return plain, rows
     finally:
         side.close()

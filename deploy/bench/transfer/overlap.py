@@ -23,7 +23,7 @@ from services.config import Device, WorkerConfig
 from services.engine.batch import Draw, Row
 from services.engine.checkpoint.model_config import read_model_config
 from services.engine.engine import Engine
-from services.engine.kv.copies import Move
+from services.engine.kv.copies import Copy
 from services.engine.kv.run_table import SlotRun
 from services.engine.kv.segments import SlotBuffer
 from services.engine.launched import Launched
@@ -37,7 +37,7 @@ WARM_STEPS = 5
 SAMPLING = Sampling(max_tokens=1, seed=0, temperature=0.0)
 
 
-class Measured(msgspec.Struct, frozen=True):
+class OverlapFigures(msgspec.Struct, frozen=True):
     """`host_s` is what the host paid to queue one slot."""
 
     kind: str
@@ -48,7 +48,7 @@ class Measured(msgspec.Struct, frozen=True):
     host_s: float
 
 
-class Report(msgspec.Struct, frozen=True):
+class OverlapReport(msgspec.Struct, frozen=True):
     device: str
     model: str
     batch: int
@@ -56,7 +56,7 @@ class Report(msgspec.Struct, frozen=True):
     steps: int
     slot_bytes: int
     slots_a_launch: int
-    rows: list[Measured]
+    rows: list[OverlapFigures]
 
 
 class Stepping:
@@ -93,9 +93,9 @@ class Stepping:
 class Moving:
     """Queues moves at a rate, never more than `MOST_IN_FLIGHT`; what is late stays undone."""
 
-    def __init__(self, queue: Callable[[int], Move], rate_bytes_per_s: float) -> None:
+    def __init__(self, queue: Callable[[int], Copy], rate_bytes_per_s: float) -> None:
         self._queue, self._rate = queue, rate_bytes_per_s
-        self._flying: deque[Move] = deque()
+        self._flying: deque[Copy] = deque()
         self._started_s = time.perf_counter()
         self.moved_bytes, self.moves, self.slots, self.host_s = 0, 0, 0, 0.0
 
@@ -116,7 +116,7 @@ class Moving:
         return self.moved_bytes / (time.perf_counter() - self._started_s)
 
 
-def measure(engine: Engine, arguments: argparse.Namespace) -> list[Measured]:
+def measure(engine: Engine, arguments: argparse.Namespace) -> list[OverlapFigures]:
     stepping = Stepping(engine, arguments.batch, arguments.context)
     slot_bytes: int = arguments.slot_bytes
     tokens = max(1, slot_bytes // engine.geometry.token_bytes)
@@ -133,13 +133,13 @@ def measure(engine: Engine, arguments: argparse.Namespace) -> list[Measured]:
         first = at * together
         return [SlotRun(tables[at], one * tokens, tokens, first + one, heads) for one in range(together)]
 
-    def pack(at: int) -> Move:
+    def pack(at: int) -> Copy:
         return engine.pack(runs(at), buffer, False, 0)
 
-    def unpack(at: int) -> Move:
+    def unpack(at: int) -> Copy:
         return engine.unpack(runs(at), buffer, False, 0)
 
-    found: list[Measured] = []
+    found: list[OverlapFigures] = []
     for kind, queue in (("pack", pack), ("unpack", unpack)):
         queue(0).wait()
         alone_s = 0.0
@@ -149,13 +149,13 @@ def measure(engine: Engine, arguments: argparse.Namespace) -> list[Measured]:
             alone_s = alone_s or step_s
             host_s = moving.host_s / max(1, moving.slots)
             found.append(
-                Measured(kind, rate, moving.rate_bytes_per_s(), step_s, step_s / alone_s - 1, host_s)
+                OverlapFigures(kind, rate, moving.rate_bytes_per_s(), step_s, step_s / alone_s - 1, host_s)
             )
             engine.synchronize()
     return found
 
 
-def show(report: Report) -> None:
+def show(report: OverlapReport) -> None:
     title = (
         f"{report.device}, {report.model}: decode steps at batch {report.batch}, context "
         f"{report.context_tokens}, beside slots of {report.slot_bytes >> 10} KiB, "
@@ -204,7 +204,7 @@ def main() -> None:
         )
         engine = Engine(config, read_model_config(model_dir))
         engine.load(lambda done_bytes, total_bytes: None)
-        report = Report(
+        report = OverlapReport(
             device=torch.cuda.get_device_name() if device == "cuda" else "cpu",
             model=arguments.model_config,
             batch=arguments.batch,

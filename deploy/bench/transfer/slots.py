@@ -31,7 +31,7 @@ from kvtransfer.messages import (
     SlotUse,
     TransferAddress,
 )
-from kvtransfer.protocol.limits import Limits
+from kvtransfer.protocol.limits import TransferLimits
 from kvtransfer.protocol.machine import TransferMachine
 from kvtransfer.protocol.peer_messages import PeerMessage
 
@@ -49,7 +49,7 @@ DESTINATION = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class SlotLoad:
     """`prompts` of `tokens` each, all reserved before one step computes them together."""
 
     name: str
@@ -58,19 +58,19 @@ class Load:
 
 
 LOADS = (
-    Load("64 prompts of 32", 64, 32),
-    Load("16 prompts of 128", 16, 128),
-    Load("1 prompt of 512", 1, 512),
-    Load("1 prompt of 2048", 1, 2048),
-    Load("1 prompt of 8192", 1, 8192),
+    SlotLoad("64 prompts of 32", 64, 32),
+    SlotLoad("16 prompts of 128", 16, 128),
+    SlotLoad("1 prompt of 512", 1, 512),
+    SlotLoad("1 prompt of 2048", 1, 2048),
+    SlotLoad("1 prompt of 8192", 1, 8192),
 )
 
 
-class Pair:
+class SlotPair:
     """A source and a destination in simulated time, which is 0 when the step ends."""
 
-    def __init__(self, slots: int, slot_bytes: int, load: Load) -> None:
-        limits = Limits.of(GEOMETRY, slots, slot_bytes, DEFAULT_SHARE, 60.0)
+    def __init__(self, slots: int, slot_bytes: int, load: SlotLoad) -> None:
+        limits = TransferLimits.of(GEOMETRY, slots, slot_bytes, DEFAULT_SHARE, 60.0)
         self.source, self.destination = TransferMachine(limits), TransferMachine(limits)
         self.slots, self.load, self.tokens_per_slot = slots, load, limits.tokens_per_slot
         self.now_s = -1.0
@@ -205,7 +205,7 @@ def main() -> None:
     for load in LOADS:
         cells = []
         for slot_bytes in SLOT_BYTES:
-            done_s = Pair(STAGING_BYTES // slot_bytes, slot_bytes, load).run()
+            done_s = SlotPair(STAGING_BYTES // slot_bytes, slot_bytes, load).run()
             shown_s = done_s if len(done_s) == 1 else [done_s[len(done_s) // 2], done_s[-1]]
             cells.append(" / ".join(f"{one_s * 1e3:.2f}" for one_s in shown_s))
         table.add_row(load.name, *cells)

@@ -1,6 +1,6 @@
 """How one step's tokens attend: by gathered spans (the torch reference, on a CPU) or by kernels on a GPU."""
 
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from services.engine.attention.decode_attention import decode_attention, decode_splits
-from services.engine.attention.plan import Sequence, Span
+from services.engine.attention.plan import AttentionSequence, AttentionSpan
 from services.engine.attention.prefill_attention import prefill_attention
 from services.engine.attention.reference import paged_attention
 from services.engine.host_copy import Column
@@ -28,7 +28,7 @@ class StepAttention(Protocol):
 class SpanAttention:
     """`spans[window]` is the plan of the layers with that sliding window."""
 
-    spans: dict[int | None, list[Span]]
+    spans: dict[int | None, list[AttentionSpan]]
 
     def attend(self, queries: Tensor, pool: KvPool, layer: int, scale: float, window: int | None) -> Tensor:
         blocks, kv_scales = pool.layer_blocks[layer], pool.layer_scales(layer)
@@ -86,7 +86,7 @@ class KernelAttention:
         return out
 
 
-def kernel_columns(sequences: Seq[Sequence]) -> dict[str, Column]:
+def kernel_columns(sequences: Sequence[AttentionSequence]) -> dict[str, Column]:
     """What `KernelAttention` reads on the device. Single-token sequences must come first."""
     decodes = [one for one in sequences if one.count == 1]
     chunks = list(sequences[len(decodes) :])
@@ -106,7 +106,7 @@ def kernel_columns(sequences: Seq[Sequence]) -> dict[str, Column]:
 
 
 def kernel_attention(
-    sent: dict[str, Tensor], sequences: Seq[Sequence], kv_heads: int, device: torch.device
+    sent: dict[str, Tensor], sequences: Sequence[AttentionSequence], kv_heads: int, device: torch.device
 ) -> KernelAttention:
     """`sent` are `kernel_columns` on the device, which may hold others besides."""
     longest = max((one.start + 1 for one in sequences if one.count == 1), default=1)
@@ -127,7 +127,7 @@ def table_width(pages: int) -> int:
     return -(-pages // TABLE_ALIGNMENT) * TABLE_ALIGNMENT
 
 
-def _tables(sequences: Seq[Sequence]) -> Column:
+def _tables(sequences: Sequence[AttentionSequence]) -> Column:
     """Page tables side by side, `[sequences, width]`; what is beyond a sequence's own is never read."""
     width = table_width(max((len(one.pages) for one in sequences), default=1))
     table = np.zeros((len(sequences), width), dtype=np.int32)

@@ -36,7 +36,7 @@ class KeyBlock:
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class AttentionSpan:
     """Tokens `[first, end)` of the step: `sequences` equal runs that read equally many pages."""
 
     first: int
@@ -47,7 +47,7 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
-class Sequence:
+class AttentionSequence:
     """One row's queries: tokens `[first, first + count)` of the step, at positions `start ...`."""
 
     first: int
@@ -71,13 +71,13 @@ CUDA_LIMITS = SpanLimits(16 << 20, 16 << 20)
 
 
 def plan_spans(
-    sequences: list[Sequence],
+    sequences: list[AttentionSequence],
     layout: KvLayout,
     heads: int,
     window: int | None,
     limits: SpanLimits,
     device: torch.device,
-) -> list[Span]:
+) -> list[AttentionSpan]:
     """Cut a step into spans. Single-token sequences must come first, sorted by descending length."""
     singles = [sequence for sequence in sequences if sequence.count == 1]
     spans = [
@@ -90,7 +90,7 @@ def plan_spans(
     return spans
 
 
-def _page_range(sequence: Sequence, layout: KvLayout, window: int | None) -> tuple[int, int]:
+def _page_range(sequence: AttentionSequence, layout: KvLayout, window: int | None) -> tuple[int, int]:
     """Pages `[first, end)` that the sequence's queries can see."""
     size = layout.page_size_tokens
     first = 0 if window is None else max(0, sequence.start - window + 1) // size
@@ -98,11 +98,11 @@ def _page_range(sequence: Sequence, layout: KvLayout, window: int | None) -> tup
 
 
 def _groups(
-    singles: list[Sequence], layout: KvLayout, window: int | None, limits: SpanLimits
-) -> list[list[Sequence]]:
+    singles: list[AttentionSequence], layout: KvLayout, window: int | None, limits: SpanLimits
+) -> list[list[AttentionSequence]]:
     """Sequences whose padding to a common length is worth saving a call: within a factor of two."""
     page_elements = 2 * layout.kv_heads * layout.page_size_tokens * layout.head_dim
-    groups: list[list[Sequence]] = []
+    groups: list[list[AttentionSequence]] = []
     longest = 0
     for sequence in singles:
         first, end = _page_range(sequence, layout, window)
@@ -124,25 +124,29 @@ def _key_block_pages(layout: KvLayout, sequences: int, limits: SpanLimits) -> in
     return max(1, limits.gather_elements // page_elements)
 
 
-def _query_runs(sequence: Sequence, layout: KvLayout, heads: int, limits: SpanLimits) -> list[Sequence]:
+def _query_runs(
+    sequence: AttentionSequence, layout: KvLayout, heads: int, limits: SpanLimits
+) -> list[AttentionSequence]:
     """Split a prefill chunk so that its scores against one block of keys stay within the limit."""
     keys = _key_block_pages(layout, 1, limits) * layout.page_size_tokens
     keys = min(keys, sequence.start + sequence.count)
     run = max(1, limits.score_elements // (heads * keys))
     return [
-        Sequence(sequence.first + at, min(run, sequence.count - at), sequence.start + at, sequence.pages)
+        AttentionSequence(
+            sequence.first + at, min(run, sequence.count - at), sequence.start + at, sequence.pages
+        )
         for at in range(0, sequence.count, run)
     ]
 
 
 def _span(
-    group: list[Sequence],
+    group: list[AttentionSequence],
     layout: KvLayout,
     heads: int,
     window: int | None,
     limits: SpanLimits,
     device: torch.device,
-) -> Span:
+) -> AttentionSpan:
     count = group[0].count
     ranges = [_page_range(sequence, layout, window) for sequence in group]
     pages = max(end - first for first, end in ranges)
@@ -163,7 +167,7 @@ def _span(
         key_count = block_table.shape[1] * layout.page_size_tokens
         blocks = torch.from_numpy(_block_rows(block_table, layout)).to(device)
         key_blocks.append(KeyBlock(blocks, _mask(starts, count, keys_from, key_count, window, device)))
-    return Span(group[0].first, group[-1].first + count, len(group), layout.kv_heads, key_blocks)
+    return AttentionSpan(group[0].first, group[-1].first + count, len(group), layout.kv_heads, key_blocks)
 
 
 def _block_rows(table: IntArray, layout: KvLayout) -> IntArray:

@@ -168,8 +168,8 @@ def _default_blocks(
 ) -> tuple[int, int, int, int]:
     """Rows, keys, warps and stages that fit Hopper's registers and 227 KiB of shared memory (seen in what
     the compiler reports for sm_90: none of these spills at head_dim 128 or 256). 128 keys in 2 stages are
-    13 % faster than 64 in 3 at 8192 tokens on an H200, and 2 % slower at 1024 (deploy/bench/kernels/attention_kernels.py).
-    Keys of fp8 are converted in registers, of which 128 keys need too many."""
+    13 % faster than 64 in 3 at 8192 tokens on an H200, and 2 % slower at 1024
+    (deploy/bench/kernels/attention_kernels.py). Keys of fp8 are converted in registers, of which 128 keys need too many."""
     if element_bytes == 4:  # float32 products run without tensor cores, and larger tiles would spill
         return max(16, next_power_of_2(group)), 16, 4, 2 if block_dim <= 128 else 1
     least_rows = next_power_of_2(group)

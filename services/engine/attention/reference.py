@@ -9,12 +9,16 @@ not grow with the context.
 import torch
 from torch import Tensor
 
-from services.engine.attention.plan import Span
+from services.engine.attention.plan import AttentionSpan
 from services.engine.ops.fp8 import as_bytes
 
 
 def paged_attention(
-    queries: Tensor, layer_blocks: Tensor, spans: list[Span], scale: float, kv_scales: Tensor | None = None
+    queries: Tensor,
+    layer_blocks: Tensor,
+    spans: list[AttentionSpan],
+    scale: float,
+    kv_scales: Tensor | None = None,
 ) -> Tensor:
     """`[tokens, heads, head_dim]` to the same shape and dtype.
 
@@ -32,7 +36,7 @@ def paged_attention(
 
 
 def _attend(
-    queries: Tensor, layer_blocks: Tensor, span: Span, scale: float, kv_scales: Tensor | None
+    queries: Tensor, layer_blocks: Tensor, span: AttentionSpan, scale: float, kv_scales: Tensor | None
 ) -> Tensor:
     tokens, heads, head_dim = queries.shape
     sequences, kv_heads = span.sequences, span.kv_heads
@@ -51,7 +55,7 @@ def _attend(
 
 
 def _scores(
-    grouped: Tensor, layer_blocks: Tensor, span: Span, block: int, kv_scales: Tensor | None
+    grouped: Tensor, layer_blocks: Tensor, span: AttentionSpan, block: int, kv_scales: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Masked scores `[sequences, kv_heads, queries, keys]` and values of one block of keys, both float32."""
     key_block = span.key_blocks[block]
@@ -66,7 +70,9 @@ def _scores(
     return scores, kv[1]
 
 
-def _running_softmax(grouped: Tensor, layer_blocks: Tensor, span: Span, kv_scales: Tensor | None) -> Tensor:
+def _running_softmax(
+    grouped: Tensor, layer_blocks: Tensor, span: AttentionSpan, kv_scales: Tensor | None
+) -> Tensor:
     """Softmax over several key blocks. Masked scores are hugely negative but finite, so a block that a
     query sees nothing of contributes garbage only until the rescaling by the first one it does see."""
     highest = total = mixed = None

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 
 from services.engine.errors import ChecksumMismatch
-from services.engine.events import Mark
+from services.engine.events import Event
 from services.engine.kv.checksum import QueuedChecksums
 from services.engine.kv.pool import KvPool
 from services.engine.kv.run_table import SlotRun
@@ -29,11 +29,11 @@ from services.engine.kv.segments import Segments, SlotBuffer
 
 
 @dataclass(slots=True, eq=False)
-class Move:
+class Copy:
     """Packs or unpacks that were handed to the device together; `byte_counts[i]` is what run `i` has."""
 
     byte_counts: list[int]
-    _done: Mark | None = None
+    _done: Event | None = None
     _queued: QueuedChecksums | None = None
     _checksums: list[int] | None = None
 
@@ -72,7 +72,7 @@ class Move:
             )
 
 
-class Moves:
+class CopyStream:
     """The moves of one pool, whose steps run on what is the current stream here and whenever `mark` and
     `hold_steps` are called. `slots`: of the staging buffer; a move that is not done has one at least."""
 
@@ -81,34 +81,34 @@ class Moves:
         device = pool.data.device
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
-            self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+            self._stream = torch.cuda.Stream(device, priority=-1)
 
-    def mark(self) -> Mark | None:
+    def mark(self) -> Event | None:
         """Passes when all steps queued so far are done. None on a CPU: they are."""
         return None if self._stream is None else _recorded(torch.cuda.current_stream(self._stream.device))
 
     def pack(
-        self, runs: Sequence[SlotRun], buffer: SlotBuffer, with_checksums: bool, after: Mark | None = None
-    ) -> Move:
+        self, runs: Sequence[SlotRun], buffer: SlotBuffer, with_checksums: bool, after: Event | None = None
+    ) -> Copy:
         """See `Segments.pack`. It starts when `after` has passed; None: now."""
         with self._beside(after):
             byte_counts, queued = self._segments.pack(runs, buffer, with_checksums)
         return self._queued(byte_counts, queued)
 
     def unpack(
-        self, runs: Sequence[SlotRun], buffer: SlotBuffer, with_checksums: bool, after: Mark | None = None
-    ) -> Move:
+        self, runs: Sequence[SlotRun], buffer: SlotBuffer, with_checksums: bool, after: Event | None = None
+    ) -> Copy:
         """See `Segments.unpack`, and `pack` for `after`."""
         with self._beside(after):
             byte_counts, queued = self._segments.unpack(runs, buffer, with_checksums)
         return self._queued(byte_counts, queued)
 
-    def hold_steps(self, move: Move) -> None:
+    def hold_steps(self, move: Copy) -> None:
         """Steps queued from now on start after this move."""
         if self._stream is not None and move._done is not None:
             move._done.wait(torch.cuda.current_stream(self._stream.device))
 
-    def _beside(self, after: Mark | None) -> AbstractContextManager[object]:
+    def _beside(self, after: Event | None) -> AbstractContextManager[object]:
         """What is queued within runs beside the steps, once `after` has passed."""
         if self._stream is None:
             return nullcontext()
@@ -116,13 +116,13 @@ class Moves:
             after.wait(self._stream)
         return torch.cuda.stream(self._stream)
 
-    def _queued(self, byte_counts: list[int], queued: QueuedChecksums | None) -> Move:
+    def _queued(self, byte_counts: list[int], queued: QueuedChecksums | None) -> Copy:
         done = None if self._stream is None else _recorded(self._stream)
         self._segments.ring.used(done)
-        return Move(byte_counts, done, queued)
+        return Copy(byte_counts, done, queued)
 
 
 def _recorded(stream: torch.cuda.Stream) -> torch.cuda.Event:
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event = torch.cuda.Event()
     event.record(stream)
     return event

@@ -66,7 +66,7 @@ class TableRing:
     def _free(self, count: int) -> _Entry:
         if self._entries:
             read = self._entries[0].read
-            if read is None or read.query():  # type: ignore[no-untyped-call]
+            if read is None or read.query():
                 entry = self._entries.popleft()
                 if len(entry.words) >= count:
                     return entry  # else a larger one takes its place

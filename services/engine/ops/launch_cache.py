@@ -28,7 +28,7 @@ _ALIGNMENT_BYTES = 16
 Grid = tuple[int, ...]
 
 
-class Remembered:
+class CachedKernel:
     """A kernel that is launched, not one that others call."""
 
     rehearses = False
@@ -48,7 +48,7 @@ class Remembered:
         if device < 0 or not self._compiles:
             self.function[grid](*arguments, **constants)
             return
-        if Remembered.rehearses:
+        if CachedKernel.rehearses:
             self.function.warmup(*arguments, grid=grid, **constants)
             return
         key = (device, *constants, *constants.values(), *map(_kind_of, arguments))
@@ -66,7 +66,7 @@ class Remembered:
 
 def remembered(function: Any) -> Any:
     """A decorator above `triton.jit`. Any, like what that gives: parameters are those of the kernel."""
-    return Remembered(function)
+    return CachedKernel(function)
 
 
 @contextmanager
@@ -75,11 +75,11 @@ def compiling_ahead() -> Iterator[None]:
     threads as there are cores: MLIR, LLVM and the assembler do without Python's lock. Leaving it waits for
     all. What kernels would have written is left as it was, so nothing may be looked up by it."""
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads, AsyncCompileMode(threads):
-        Remembered.rehearses = True
+        CachedKernel.rehearses = True
         try:
             yield
         finally:
-            Remembered.rehearses = False
+            CachedKernel.rehearses = False
 
 
 def cdiv(number: int, divisor: int) -> int:

@@ -24,7 +24,7 @@ from services.engine.ops.swiglu import silu_mul
 MAX_TOKENS = 256
 
 
-class Library(msgspec.Struct, frozen=True, tag="library", tag_field="kernel"):
+class LibraryProduct(msgspec.Struct, frozen=True, tag="library", tag_field="kernel"):
     """torch's own product, and `silu_mul` after it where one is asked for."""
 
 
@@ -51,8 +51,8 @@ class TileProduct(msgspec.Struct, frozen=True, tag="tile", tag_field="kernel"):
     prefetch_bytes: int
 
 
-ProductConfig = Library | RowProduct | TileProduct
-LIBRARY = Library()
+ProductConfig = LibraryProduct | RowProduct | TileProduct
+LIBRARY = LibraryProduct()
 
 
 def small_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
@@ -95,7 +95,7 @@ def multiply(
     Raises ValueError on what the kernel cannot take: shapes that do not fit each other, rows that are not
     dense, more than one token for `RowProduct`.
     """
-    if isinstance(config, Library):
+    if isinstance(config, LibraryProduct):
         if gated:
             return small_gate_up_reference(x, weight, bias)
         return small_linear_reference(x, weight, bias, out)

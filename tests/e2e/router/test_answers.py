@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from services.protocol.messages import Cancel, Join, Prefill, Reserve
+from services.protocol.messages import Cancel, Prefill, ReserveKv, StartDecode
 from tests.checkpoints import IM_END
 from tests.e2e.router.harness import MESSAGES, Cluster, small_cluster, until
 
@@ -30,12 +30,12 @@ def test_chat(cluster: Cluster) -> None:
 def test_the_two_workers_are_told_the_same(cluster: Cluster) -> None:
     cluster.router.client().completions.create(model="tiny", prompt="abc", max_tokens=3, seed=7, n=2)
     prefill = cluster.prefill.wait_for(Prefill)[0]
-    reserve = cluster.decode.wait_for(Reserve)[0]
+    reserve = cluster.decode.wait_for(ReserveKv)[0]
     assert prefill.work == reserve.work
     assert prefill.transfer_id == reserve.transfer_id
     assert reserve.source.endpoint == "ipc:///fake/prefill"
     assert (prefill.work.choices, prefill.work.sampling.seed, prefill.work.salt) == (2, 7, b"")
-    assert [first.choice for first in cluster.decode.wait_for(Join)[0].first_tokens] == [0, 1]
+    assert [first.choice for first in cluster.decode.wait_for(StartDecode)[0].first_tokens] == [0, 1]
 
 
 def test_streamed_chat_with_several_choices_and_usage(cluster: Cluster) -> None:
@@ -93,7 +93,7 @@ def test_one_token_needs_no_decode_worker(cluster: Cluster) -> None:
     answer = cluster.router.client().completions.create(model="tiny", prompt="a", max_tokens=1)
     assert (answer.choices[0].text, answer.choices[0].finish_reason) == ("H", "length")
     cluster.decode.wait_for(Cancel)
-    assert not cluster.decode.of(Join)
+    assert not cluster.decode.of(StartDecode)
     assert not cluster.prefill.of(Cancel)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from services.protocol.messages import Join, Prefill, Reserve, Role
+from services.protocol.messages import Prefill, ReserveKv, Role, StartDecode
 from tests.e2e.askers import Askers
 from tests.e2e.router.harness import DEADLINE_S, Router, running_router, until
 from tests.fake_worker import FakeWorker, Script
@@ -73,7 +73,7 @@ def test_workers_join_and_leave_while_requests_run(served: tuple[Fakes, Router])
         asked_s = time.monotonic()
         new = [fakes.start("p1"), fakes.start("d1")]
         new[0].wait_for(Prefill)
-        new[1].wait_for(Reserve)
+        new[1].wait_for(ReserveKv)
         print(f"first work after {time.monotonic() - asked_s:.2f} s")
         # A line that is nonsense and a listed worker that cannot be: the rest is as listed.
         fakes.list("p1", "d1", more="nonsense\nipc:///nowhere/at/all\n")
@@ -82,7 +82,7 @@ def test_workers_join_and_leave_while_requests_run(served: tuple[Fakes, Router])
             fakes.workers[name].forget()
         seen = load.answered
         until(lambda: load.answered > seen + 20, "answers by the new ones alone")
-        assert fakes.workers["p0"].of(Prefill) == fakes.workers["d0"].of(Reserve) == []
+        assert fakes.workers["p0"].of(Prefill) == fakes.workers["d0"].of(ReserveKv) == []
     assert load.wrong == []
     assert router.process.poll() is None
 
@@ -98,7 +98,7 @@ def test_a_leaving_worker_keeps_what_it_has_until_its_end(served: tuple[Fakes, R
     held.script = Script(answers=[ANSWER], hold_decode=True)
     with ThreadPoolExecutor(1) as pool:
         asking = pool.submit(ask, router)
-        (join,) = held.wait_for(Join)
+        (join,) = held.wait_for(StartDecode)
         for name in ("p3", "d3"):
             fakes.start(name)
         fakes.list("p3", "d3")
@@ -106,7 +106,7 @@ def test_a_leaving_worker_keeps_what_it_has_until_its_end(served: tuple[Fakes, R
         until(lambda: all(known(router)[name]["leaving"] for name in ("p2", "d2")), "both leave")
         until(router.ready, "a ready router without it")
         assert ask(router) == ANSWER
-        assert len(held.of(Reserve)) == len(fakes.workers["p2"].of(Prefill)) == 1, "no new work"
+        assert len(held.of(ReserveKv)) == len(fakes.workers["p2"].of(Prefill)) == 1, "no new work"
         assert known(router)["d2"]["router_view"]["live_requests"] == 1
         held.script = Script(answers=[ANSWER])
         held.act(lambda: held.decode(held.work_of(join.request_id), join.first_tokens))

@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 
-from services.protocol.messages import Cancel, Generate, Join, Prefill
+from services.protocol.messages import Cancel, Generate, Prefill, StartDecode
 from tests.e2e.router.harness import DEADLINE_S, START, open_request, running_router, small_cluster, until
 from tests.fake_worker import FakeWorker, Script
 from tests.patience import patient
@@ -27,7 +27,7 @@ def test_a_request_waits_for_its_lost_worker_to_come_back(
     with small_cluster(model_dir, tmp_path, worker_timeout_s=timeout_s) as cluster:
         cluster.use(Script(answers=[[39, 40, 41, 42]], decode_limit=1))
         connection = open_request(cluster.router, {"prompt": "a", "stream": stream, "max_tokens": 4})
-        cluster.decode.wait_for(Join)
+        cluster.decode.wait_for(StartDecode)
         until(lambda: cluster.router.get("/cluster")["router"]["phases"].get("decoding"), "decoding")
         if how == "silent":
             cluster.decode.mute = True
@@ -81,7 +81,7 @@ def test_without_retries_a_lost_worker_is_an_error(model_dir: Path, tmp_path: Pa
     with small_cluster(model_dir, tmp_path, max_retries=0) as cluster:
         cluster.use(Script(decode_limit=1))
         connection = open_request(cluster.router, {"prompt": "a"})
-        cluster.decode.wait_for(Join)
+        cluster.decode.wait_for(StartDecode)
         until(lambda: cluster.router.get("/cluster")["router"]["phases"].get("decoding"), "decoding")
         cluster.decode.stop()
         received = b""
@@ -212,7 +212,7 @@ def test_a_drain_out_of_time_ends_what_is_left_with_an_error(model_dir: Path, tm
     with small_cluster(model_dir, tmp_path, drain_timeout_s=0.2) as cluster:
         cluster.use(Script(decode_limit=1))
         connection = open_request(cluster.router, {"prompt": "a", "stream": True})
-        cluster.decode.wait_for(Join)
+        cluster.decode.wait_for(StartDecode)
         os.kill(cluster.router.process.pid, signal.SIGTERM)
         received = b""
         while part := connection.recv(1 << 16):
@@ -242,7 +242,7 @@ def test_a_router_that_was_stopped_reads_before_it_judges(model_dir: Path, tmp_p
     with small_cluster(model_dir, tmp_path, worker_timeout_s=patient(0.5)) as cluster:
         cluster.use(Script(answers=[[39, 40, 41, 42]], hold_decode=True))
         connection = open_request(cluster.router, {"prompt": "a", "max_tokens": 4})
-        join = cluster.decode.wait_for(Join)[0]
+        join = cluster.decode.wait_for(StartDecode)[0]
         pid = cluster.router.process.pid
         os.kill(pid, signal.SIGSTOP)
         try:

@@ -8,7 +8,15 @@ from typing import Any
 import httpx
 import pytest
 
-from services.protocol.messages import Cancel, Failed, Join, Prefill, PushAgain, Reserve, Undelivered
+from services.protocol.messages import (
+    Cancel,
+    Failed,
+    KvTransferFailed,
+    Prefill,
+    RepushKv,
+    ReserveKv,
+    StartDecode,
+)
 from tests.e2e.router.harness import DEADLINE_S, Router, running_router, until
 from tests.fake_worker import FakeWorker, Script
 
@@ -87,7 +95,7 @@ def test_a_worker_that_cannot_is_replaced_by_one_that_can(served: tuple[Fakes, R
     for bad in (0, 1):
         fakes.use(good, *[failing(code) if number == bad else good for number in (0, 1)])
         Asking(router).check()
-    until(lambda: fakes.of(Join), "a join")
+    until(lambda: fakes.of(StartDecode), "a join")
     assert len(fakes.prefill.of(Prefill)) == 1
 
 
@@ -96,7 +104,7 @@ def test_nobody_is_asked_again_who_is_overloaded(served: tuple[Fakes, Router]) -
     fakes.use(Script(hold_prefill=True), failing("overloaded"), failing("overloaded"))
     answer = Asking(router).answer()
     assert (answer.status_code, "retry-after" in answer.headers) == (429, True)
-    assert sorted(number for number, _ in fakes.of(Reserve)) == [0, 1]
+    assert sorted(number for number, _ in fakes.of(ReserveKv)) == [0, 1]
     fakes.prefill.wait_for(Cancel)
 
 
@@ -105,21 +113,21 @@ def test_undelivered_kv_is_pushed_again_and_its_former_worker_told(served: tuple
     silent, good = Script(answers=[ANSWER], hold_decode=True), Script(answers=[ANSWER])
     fakes.use(good, silent, silent)
     asking = Asking(router)
-    first = until(lambda: fakes.of(Join), "a join")[0]
-    (old,) = [one for number, one in fakes.of(Reserve)]
+    first = until(lambda: fakes.of(StartDecode), "a join")[0]
+    (old,) = [one for number, one in fakes.of(ReserveKv)]
     for worker in fakes.decodes:
         worker.script = good
     prefill = fakes.prefill.of(Prefill)[0]
-    fakes.prefill.say([Undelivered(prefill.work.request_id, 12345, "of another attempt")])
-    fakes.prefill.say([Undelivered(prefill.work.request_id, prefill.transfer_id, "no way")])
+    fakes.prefill.say([KvTransferFailed(prefill.work.request_id, 12345, "of another attempt")])
+    fakes.prefill.say([KvTransferFailed(prefill.work.request_id, prefill.transfer_id, "no way")])
     asking.check()
-    (push,) = fakes.prefill.wait_for(PushAgain)
-    new = next(one for _, one in fakes.of(Reserve) if one.transfer_id == push.transfer_id)
+    (push,) = fakes.prefill.wait_for(RepushKv)
+    new = next(one for _, one in fakes.of(ReserveKv) if one.transfer_id == push.transfer_id)
     assert push.request_id == prefill.work.request_id
     assert new.work.request_id != old.work.request_id and new.work.prompt == old.work.prompt
     assert len(fakes.prefill.of(Prefill)) == 1
     until(lambda: (first[0], Cancel(old.work.request_id)) in fakes.of(Cancel), "the former worker is told")
-    assert len(fakes.prefill.of(PushAgain)) == 1
+    assert len(fakes.prefill.of(RepushKv)) == 1
 
 
 def test_who_holds_kv_of_a_request_that_is_over_is_told(served: tuple[Fakes, Router]) -> None:
@@ -129,7 +137,7 @@ def test_who_holds_kv_of_a_request_that_is_over_is_told(served: tuple[Fakes, Rou
     fakes.use(good, good, good)
     Asking(router).check()
     prefill = fakes.prefill.of(Prefill)[0]
-    fakes.prefill.say([Undelivered(prefill.work.request_id, prefill.transfer_id, "lost")])
+    fakes.prefill.say([KvTransferFailed(prefill.work.request_id, prefill.transfer_id, "lost")])
     assert fakes.prefill.wait_for(Cancel)[-1] == Cancel(prefill.work.request_id)
 
 
@@ -138,12 +146,12 @@ def test_held_kv_goes_to_the_worker_that_is_left(served: tuple[Fakes, Router]) -
     silent = Script(answers=[ANSWER], hold_decode=True)
     fakes.use(Script(answers=[ANSWER]), silent, silent)
     asking = Asking(router)
-    lost = until(lambda: fakes.of(Join), "a join")[0][0]
+    lost = until(lambda: fakes.of(StartDecode), "a join")[0][0]
     fakes.decodes[1 - lost].script = Script(answers=[ANSWER])
     fakes.decodes[lost].stop()
     asking.check()
-    fakes.prefill.wait_for(PushAgain)
-    assert len(fakes.prefill.of(Prefill)) == 1 and len(fakes.prefill.of(PushAgain)) == 1
+    fakes.prefill.wait_for(RepushKv)
+    assert len(fakes.prefill.of(Prefill)) == 1 and len(fakes.prefill.of(RepushKv)) == 1
     with router.api.asgi() as http:
         text = http.get("/metrics").text
     assert 'baton_migrations_total{reason="decode_lost"} 1.0' in text

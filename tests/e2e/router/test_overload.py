@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from services.protocol.messages import Cancel, Join, Prefill
+from services.protocol.messages import Cancel, Prefill, StartDecode
 from tests.e2e.router.harness import DEADLINE_S, Cluster, Router, open_request, small_cluster, until
 from tests.fake_worker import Script
 from tests.patience import patient
@@ -30,7 +30,7 @@ def unread_stream(router: Router, max_tokens: int) -> socket.socket:
 def test_a_slow_reader_delays_nobody_and_gets_everything(cluster: Cluster) -> None:
     cluster.use(Script(answers=[LONG]))
     with unread_stream(cluster.router, 900) as slow:
-        cluster.decode.wait_for(Join)
+        cluster.decode.wait_for(StartDecode)
         for _ in range(3):
             answer = cluster.router.client().completions.create(model="tiny", prompt="b", max_tokens=5)
             assert answer.choices[0].finish_reason == "length"
@@ -49,7 +49,7 @@ def test_who_does_not_read_is_cut_off_and_who_would_wait_too_long_is_refused(
     with small_cluster(model_dir, tmp_path, stall_timeout_s=1.0, ttft_slo_s=1e-6) as cluster:
         cluster.use(Script(answers=[LONG], decode_limit=900))
         with unread_stream(cluster.router, 1000):
-            cluster.decode.wait_for(Join)
+            cluster.decode.wait_for(StartDecode)
             until(lambda: cluster.decode.of(Cancel), "the workers are told")
             until(cluster.router.at_rest, "a router at rest")
         # That stream taught the router what a prompt takes. One that comes alone is taken all the same.

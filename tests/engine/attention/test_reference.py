@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from services.engine.attention.plan import KvLayout, Sequence, SpanLimits, plan_spans
+from services.engine.attention.plan import AttentionSequence, KvLayout, SpanLimits, plan_spans
 from services.engine.attention.reference import paged_attention
 from services.engine.kv.pool import KvPool
 
@@ -46,7 +46,7 @@ def test_equals_dense_attention(window: int | None, limits: SpanLimits) -> None:
     sequences, first, page = [], 0, 0
     for count, start in shapes:
         pages = -(-(start + count) // LAYOUT.page_size_tokens) + 1
-        sequences.append(Sequence(first, count, start, tables[page : page + pages].astype(np.int64)))
+        sequences.append(AttentionSequence(first, count, start, tables[page : page + pages].astype(np.int64)))
         first, page = first + count, page + pages
     queries = rng.standard_normal((first, HEADS, LAYOUT.head_dim), dtype=np.float32)
 
@@ -68,7 +68,7 @@ def test_equals_dense_attention(window: int | None, limits: SpanLimits) -> None:
 
 def test_a_batch_of_decodes_of_like_length_is_one_call() -> None:
     table = np.zeros(64, dtype=np.int64)
-    sequences = [Sequence(at, 1, 250 - at, table) for at in range(64)]
+    sequences = [AttentionSequence(at, 1, 250 - at, table) for at in range(64)]
     roomy = SpanLimits(1 << 24, 1 << 24)
     assert len(plan_spans(sequences, LAYOUT, HEADS, None, roomy, CPU)) == 1
 
@@ -76,12 +76,12 @@ def test_a_batch_of_decodes_of_like_length_is_one_call() -> None:
 def test_very_different_lengths_are_not_padded_to_the_longest() -> None:
     table = np.zeros(256, dtype=np.int64)
     starts = sorted((1000 if at == 0 else 20 for at in range(16)), reverse=True)
-    sequences = [Sequence(at, 1, start, table) for at, start in enumerate(starts)]
+    sequences = [AttentionSequence(at, 1, start, table) for at, start in enumerate(starts)]
     assert [span.sequences for span in plan_spans(sequences, LAYOUT, HEADS, None, ROOMY, CPU)] == [1, 15]
 
 
 def test_a_window_reads_only_the_pages_it_covers() -> None:
-    sequence = Sequence(0, 1, 400, np.arange(101, dtype=np.int64))
+    sequence = AttentionSequence(0, 1, 400, np.arange(101, dtype=np.int64))
     (span,) = plan_spans([sequence], LAYOUT, HEADS, 9, ROOMY, CPU)
     pages = set((span.key_blocks[0].blocks // (LAYOUT.layers * 2 * LAYOUT.kv_heads)).tolist())
     assert pages == {98, 99, 100}

@@ -11,7 +11,7 @@ import pytest
 
 import deploy.demo
 from deploy.demo.tales import tell
-from deploy.demo.text import Message, documents, render, render_chat
+from deploy.demo.text import ChatTurn, documents, render, render_chat
 
 MODEL = Path(deploy.demo.__file__).parent / "model"
 LIMIT_BYTES = 8_000_000
@@ -97,13 +97,13 @@ def test_tokenizer_gives_text_back(tokenizer: Any, text: str) -> None:
 
 
 def test_chat_template_writes_what_training_wrote(tokenizer: Any) -> None:
-    turns = [Message("system", "Be kind."), Message("user", "Hi\n"), Message("assistant", " Hello! 🦊")]
+    turns = [ChatTurn("system", "Be kind."), ChatTurn("user", "Hi\n"), ChatTurn("assistant", " Hello! 🦊")]
     messages = [{"role": turn.role, "content": turn.content} for turn in turns]
     assert tokenizer.apply_chat_template(messages, tokenize=False) == render_chat(turns)
     asked = tokenizer.apply_chat_template(messages[:2], tokenize=False, add_generation_prompt=True)
     assert asked == render_chat(turns[:2]) + "<|im_start|>assistant\n"
     in_parts = [{"role": "user", "content": [{"type": "text", "text": "Hi"}, {"type": "text", "text": "!"}]}]
-    assert tokenizer.apply_chat_template(in_parts, tokenize=False) == render_chat([Message("user", "Hi!")])
+    assert tokenizer.apply_chat_template(in_parts, tokenize=False) == render_chat([ChatTurn("user", "Hi!")])
 
 
 @pytest.mark.parametrize(

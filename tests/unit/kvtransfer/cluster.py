@@ -28,7 +28,7 @@ from kvtransfer.messages import (
 from kvtransfer.movers.base import PieceOfWrite, Progress, Region
 from kvtransfer.movers.loopback import LoopbackFabric, LoopbackMover
 from kvtransfer.peers.writes import Writes
-from kvtransfer.protocol.limits import Limits
+from kvtransfer.protocol.limits import TransferLimits
 from kvtransfer.protocol.machine import TransferCommand, TransferMachine
 from kvtransfer.protocol.peer_messages import PeerMessage
 from kvtransfer.protocol.slots import Direction, SlotState
@@ -39,8 +39,8 @@ TOKENS_PER_SLOT = 4
 SLOT_BYTES = TOKENS_PER_SLOT * TOKEN_BYTES
 
 
-def limits(slots: int) -> Limits:
-    return Limits.of(GEOMETRY, slots, SLOT_BYTES, share=0.5, transfer_timeout_s=60.0)
+def limits(slots: int) -> TransferLimits:
+    return TransferLimits.of(GEOMETRY, slots, SLOT_BYTES, share=0.5, transfer_timeout_s=60.0)
 
 
 def token_content(transfer_id: int, token: int) -> bytes:

@@ -15,6 +15,7 @@ from kvtransfer.messages import (
     Aborted,
     Arrived,
     Attached,
+    AttachRefused,
     AttachWorker,
     Command,
     Commit,
@@ -25,7 +26,6 @@ from kvtransfer.messages import (
     OpenReceive,
     OpenSend,
     Ping,
-    Refused,
     Segment,
     SendCommitted,
     SendGranted,
@@ -250,7 +250,7 @@ def test_refusal_is_told() -> None:
 
         def refuse() -> None:
             script.hear()
-            script.say(Refused("no room"))
+            script.say(AttachRefused("no room"))
 
         helper = threading.Thread(target=refuse)
         helper.start()

@@ -3,7 +3,7 @@
 import pytest
 
 from kvtransfer import spans as module
-from kvtransfer.messages import Span
+from kvtransfer.messages import TraceSpan
 from kvtransfer.spans import Spans
 
 
@@ -12,7 +12,7 @@ def test_spans_come_back_in_their_order() -> None:
     spans.note(1, "pack", 0, 4, 1.0, 2.0)
     spans.note(2, "send", 0, 4, 3.0, 4.0)
     spans.note(1, "pack", 4, 4, 2.0, 3.0)
-    assert spans.of(1) == [Span("pack", 0, 4, 1.0, 2.0), Span("pack", 4, 4, 2.0, 3.0)]
+    assert spans.of(1) == [TraceSpan("pack", 0, 4, 1.0, 2.0), TraceSpan("pack", 4, 4, 2.0, 3.0)]
     assert spans.of(3) == []
     spans.of(1).clear()
     assert len(spans.of(1)) == 2

@@ -12,31 +12,31 @@ import pytest
 from router.config import RouterConfig
 from router.errors import ApiError
 from router.isolation import Borders
-from router.routing.attempt import Flight, IllegalPhase, Phase
+from router.routing.attempt import Attempt, AttemptPhase, IllegalAttemptTransition
 from router.routing.discovery import LOOK_S, Discovery
 from router.routing.dispatcher import Dispatcher
 from router.routing.metrics import Metrics, exposition
-from router.routing.prompt_request import Order
-from router.routing.routed_request import Journey, RetryBudget
+from router.routing.prompt_request import PromptRequest
+from router.routing.routed_request import RetryBudget, RoutedRequest
 from services.protocol.client import ClientState, WorkerClient
 from services.protocol.messages import (
     VERSION,
     Cancel,
     DecodeStarted,
-    Join,
     Ledger,
-    Pages,
+    PageCounts,
     Prefill,
     PrefillDone,
     Report,
     Request,
-    Reserve,
+    ReserveKv,
     Role,
     Sampling,
+    StartDecode,
     Status,
     Tokens,
-    TransferAddress,
     WorkerHello,
+    WorkerTransferAddress,
 )
 from tests.patience import patient
 
@@ -110,19 +110,19 @@ class World:
         client._loop = asyncio.get_running_loop()
         client._wire = wire
         client._move(ClientState.CONNECTING, "connecting")
-        address = TransferAddress(client.endpoint, 1)
+        address = WorkerTransferAddress(client.endpoint, 1)
         client.hello = WorkerHello(VERSION, role, role, 1, "m", 320, 1024, 1024, 16, 64, address)
         client._move(ClientState.READY, "ready")
         client.status = Status(
-            None, 1, role, role, "ready", 1, None, 0, 0, 0, 0, Pages(64, 64, 0, 0), None, 0.0, 0, 0, 0.0, 0.0,
-            {}, Ledger("cpu", 1, 0.5, []),
+            None, 1, role, role, "ready", 1, None, 0, 0, 0, 0, PageCounts(64, 64, 0, 0), None, 0.0, 0, 0, 0.0,
+            0.0, {}, Ledger("cpu", 1, 0.5, []),
         )  # fmt: skip
 
     def submit(self, output: Client) -> int:
         """The id of the new prompt."""
-        order = Order([1, 2, 3], Sampling(max_tokens=9, seed=1), 1, b"", output)
-        (journey,) = self.dispatcher.submit([order])
-        return journey.work.request_id
+        prompt_request = PromptRequest([1, 2, 3], Sampling(max_tokens=9, seed=1), 1, b"", output)
+        (routed,) = self.dispatcher.submit([prompt_request])
+        return routed.work.request_id
 
     def report(self, endpoint: str, *reports: Report) -> None:
         self.dispatcher.clients[endpoint]._on_arrived(list(reports))
@@ -151,12 +151,12 @@ class World:
 
     def at_rest(self) -> bool:
         dispatcher = self.dispatcher
-        seats = [dispatcher.seat(endpoint) for endpoint in (PREFILL, DECODE)]
+        worker_loads = [dispatcher.worker_load(endpoint) for endpoint in (PREFILL, DECODE)]
         return (
             dispatcher.live == 0
-            and not dispatcher._flights
-            and not dispatcher._legs
-            and all(seat.empty and not seat.live_tokens for seat in seats)
+            and not dispatcher._attempts
+            and not dispatcher._branches
+            and all(worker_load.empty and not worker_load.live_tokens for worker_load in worker_loads)
         )
 
 
@@ -209,18 +209,18 @@ def test_an_illegal_move_ends_the_request_alone(tmp_path: Path, monkeypatch: pyt
         world = World(tmp_path)
         broken, other = Client(), Client()
         bad, good = world.submit(broken), world.submit(other)
-        move = Flight._move
+        move = Attempt._move
 
-        def fails(flight: Flight, phase: Phase) -> None:
-            if flight.work.request_id == bad:
-                raise IllegalPhase("a bug")
-            move(flight, phase)
+        def fails(attempt: Attempt, phase: AttemptPhase) -> None:
+            if attempt.work.request_id == bad:
+                raise IllegalAttemptTransition("a bug")
+            move(attempt, phase)
 
-        monkeypatch.setattr(Flight, "_move", fails)
+        monkeypatch.setattr(Attempt, "_move", fails)
         world.report(PREFILL, Tokens(bad, 0, [7]), Tokens(good, 0, [7]))
         assert [error.status for error in broken.errors] == [500]
         assert world.cancelled(bad) == {PREFILL: 1, DECODE: 1}
-        assert [message.request_id for message in world.sent(DECODE, Join)] == [good]
+        assert [message.request_id for message in world.sent(DECODE, StartDecode)] == [good]
         assert world.counted("report") and world.counted("end")
         world.report(DECODE, DecodeStarted(good, 0, 0, 3, 0), Tokens(good, 0, [8], None, "length"))
         assert other.ended
@@ -238,7 +238,7 @@ def test_an_end_that_fails_is_still_an_end(
         broken = Client("failed" if where == "end" else None)
         bad = world.submit(broken)
         if where == "metrics":
-            monkeypatch.setattr(Metrics, "observe_journey", lambda metrics, journey: 1 / 0)
+            monkeypatch.setattr(Metrics, "observe_request", lambda metrics, routed: 1 / 0)
         world.dispatcher.end_all(ApiError(503, "over"))
         assert [error.status for error in broken.errors] == [503]
         assert world.cancelled(bad) == {PREFILL: 1, DECODE: 1}
@@ -254,23 +254,23 @@ def test_a_lost_worker_is_lost_for_every_request(tmp_path: Path, monkeypatch: py
         world = World(tmp_path, max_waiting=100)
         clients = [Client(), Client(), Client()]
         ids = [world.submit(client) for client in clients]
-        settle = Journey.settle
+        settle = RoutedRequest.settle
 
-        def fails_once(journey: Journey, leg: Any, now_s: float) -> Any:
-            if journey.work.request_id == ids[1]:
+        def fails_once(routed: RoutedRequest, branch: Any, now_s: float) -> Any:
+            if routed.work.request_id == ids[1]:
                 raise RuntimeError("a bug")
-            return settle(journey, leg, now_s)
+            return settle(routed, branch, now_s)
 
-        monkeypatch.setattr(Journey, "settle", fails_once)
+        monkeypatch.setattr(RoutedRequest, "settle", fails_once)
         client = world.dispatcher.clients[DECODE]
         client._lose("gone")
-        monkeypatch.setattr(Journey, "settle", settle)
+        monkeypatch.setattr(RoutedRequest, "settle", settle)
         assert [error.code for error in clients[1].errors] == ["internal_error"]
         assert not clients[0].errors and not clients[2].errors
         assert world.counted("worker_lost")
         world.connect(client, "decode")
         deadline_s = asyncio.get_running_loop().time() + 10
-        while len(world.sent(DECODE, Reserve)) < 2:
+        while len(world.sent(DECODE, ReserveKv)) < 2:
             assert asyncio.get_running_loop().time() < deadline_s
             await asyncio.sleep(0.01)
         world.dispatcher.end_all(ApiError(503, "over"))
@@ -288,10 +288,10 @@ def test_a_sweep_goes_on_behind_a_request_that_fails(tmp_path: Path, monkeypatch
         client._lose("gone")
         seek = Dispatcher._seek
 
-        def fails_once(dispatcher: Dispatcher, leg: Any, now_s: float) -> None:
-            if leg.journey.work.request_id == ids[0]:
+        def fails_once(dispatcher: Dispatcher, branch: Any, now_s: float) -> None:
+            if branch.routed.work.request_id == ids[0]:
                 raise RuntimeError("a bug")
-            seek(dispatcher, leg, now_s)
+            seek(dispatcher, branch, now_s)
 
         monkeypatch.setattr(Dispatcher, "_seek", fails_once)
         world.connect(client, "prefill")
@@ -312,19 +312,19 @@ def test_prompts_of_one_request_depart_together_or_not_at_all(
 ) -> None:
     async def scenario() -> None:
         world = World(tmp_path)
-        depart = Journey.depart
+        depart = RoutedRequest.depart
         clients = [Client(), Client()]
 
-        def fails(journey: Journey, *given: Any) -> Any:
-            if journey.output is clients[1]:
+        def fails(routed: RoutedRequest, *given: Any) -> Any:
+            if routed.output is clients[1]:
                 raise RuntimeError("a bug")
-            return depart(journey, *given)
+            return depart(routed, *given)
 
-        monkeypatch.setattr(Journey, "depart", fails)
+        monkeypatch.setattr(RoutedRequest, "depart", fails)
         sampling = Sampling(max_tokens=9, seed=1)
-        orders = [Order([1, 2], sampling, 1, b"", client) for client in clients]
+        prompt_requests = [PromptRequest([1, 2], sampling, 1, b"", client) for client in clients]
         with pytest.raises(ApiError) as caught:
-            world.dispatcher.submit(orders)
+            world.dispatcher.submit(prompt_requests)
         assert (caught.value.status, caught.value.code) == (500, "internal_error")
         assert world.counted("submit")
         assert len(world.sent(PREFILL, Cancel)) == len(world.sent(PREFILL, Prefill))
@@ -339,7 +339,7 @@ def test_a_wire_that_fails_is_no_other_workers_trouble(tmp_path: Path) -> None:
         world.wires[PREFILL].broken = True
         client = Client()
         world.submit(client)
-        assert world.sent(DECODE, Reserve)
+        assert world.sent(DECODE, ReserveKv)
         assert world.metrics.borders.counts["send"] >= 1
         assert [error.code for error in client.errors] == ["worker_lost"]
         world.wires[PREFILL].broken = False

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kvtransfer.messages import Segment, SlotUse, TransferAddress
-from services.engine.kv.copies import Move
+from services.engine.kv.copies import Copy
 from services.engine.kv.run_table import SlotRun
 
 
@@ -51,13 +51,13 @@ class Made:
 class FakeMoves:
     made: list[Made] = field(default_factory=list)
 
-    def pack(self, runs: Sequence[SlotRun], with_checksums: bool) -> Move:
+    def pack(self, runs: Sequence[SlotRun], with_checksums: bool) -> Copy:
         self.made += [Made(run.start_token, run.token_count, run.slot, run.heads) for run in runs]
-        return Move([64] * len(runs))
+        return Copy([64] * len(runs))
 
     unpack = pack
 
     def passed_step(self) -> int:
         return 0
 
-    def hold_steps(self, move: Move) -> None: ...
+    def hold_steps(self, move: Copy) -> None: ...

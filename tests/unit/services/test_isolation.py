@@ -20,8 +20,8 @@ from services.protocol.messages import (
     Request,
     RouterHello,
     Sampling,
+    SequenceRequest,
     Tokens,
-    Work,
 )
 from services.roles.limits import named_request
 from services.roles.role import Role
@@ -103,7 +103,7 @@ def asked(tmp_path: Path) -> Iterator[Asked]:
 
 
 def generate(request_id: int) -> Generate:
-    return Generate(Work(request_id, PROMPT, Sampling(max_tokens=TOKENS, seed=request_id)))
+    return Generate(SequenceRequest(request_id, PROMPT, Sampling(max_tokens=TOKENS, seed=request_id)))
 
 
 def frame() -> list[object]:
@@ -147,7 +147,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, error: Exce
 def ids_of(given: Any) -> tuple[int, ...]:
     if isinstance(given, int):
         return (given,)
-    if isinstance(given, Work):
+    if isinstance(given, SequenceRequest):
         return (given.request_id,)
     work = getattr(given, "work", None)
     sequence = getattr(given, "sequence", None)

@@ -6,7 +6,7 @@ import pytest
 
 from deploy.errors import UserError
 from deploy.launcher.children import child_specs, worker_configs, worker_endpoints, worker_slots
-from deploy.launcher.supervision import Kind
+from deploy.launcher.supervision import ChildKind
 from deploy.settings.options import RouterSettings, ServeSettings, TransferSettings, WorkerSettings
 from deploy.settings.planning import check_shared_gpus
 from services.config import WorkerConfig
@@ -81,7 +81,9 @@ def test_command_lines_say_what_was_asked_for() -> None:
     )
     slots = worker_slots(settings, 0)
     specs = child_specs(settings, slots, "cpu", RUN_DIR, 4321)
-    assert [spec.kind for spec in specs] == [Kind.TRANSFER] * 3 + [Kind.WORKER] * 3 + [Kind.ROUTER]
+    assert [spec.kind for spec in specs] == [ChildKind.TRANSFER] * 3 + [ChildKind.WORKER] * 3 + [
+        ChildKind.ROUTER
+    ]
     assert len({spec.name for spec in specs}) == len(specs)
     transfers = [parse(list(spec.arguments)) for spec in specs[:3]]
     workers = [parse(list(spec.arguments)) for spec in specs[3:6]]
@@ -107,7 +109,7 @@ def test_command_lines_say_what_was_asked_for() -> None:
     assert (router.max_prompts, router.max_total_choices) == (4, 5)
     assert (router.ttft_slo, router.max_kv_load) == (2.5, 1.5)
     assert (router.stall_timeout, router.upload_timeout, router.keep_alive_timeout) == (7.0, 8.0, 9.0)
-    assert router.prepare.generation_config == "none" and router.keyless_probes
+    assert router.generation_config == "none" and router.keyless_probes
     assert router.allowed_origins == settings.allowed_origins
     assert router.api_key_file == Path("/keys")
     assert (router.worker_timeout, router.max_retries) == (2.5, 7)
@@ -129,8 +131,8 @@ def test_a_rank_has_a_gpu_and_a_transfer_process() -> None:
     slots = worker_slots(settings, 4)
     assert [slot.device_indices for slot in slots] == [[0, 1], [2], [3], [0]]
     specs = child_specs(settings, slots, "cuda", RUN_DIR, 1)
-    transfers = [parse(list(spec.arguments)) for spec in specs if spec.kind is Kind.TRANSFER]
-    worker = parse(list(next(spec for spec in specs if spec.kind is Kind.WORKER).arguments))
+    transfers = [parse(list(spec.arguments)) for spec in specs if spec.kind is ChildKind.TRANSFER]
+    worker = parse(list(next(spec for spec in specs if spec.kind is ChildKind.WORKER).arguments))
     assert isinstance(worker, WorkerSettings)
     assert [one.device_index for one in transfers] == [0, 1, 2, 3, 0]
     assert [one.staging_slot_bytes for one in transfers] == [2048, 2048, 4096, 4096, 4096]

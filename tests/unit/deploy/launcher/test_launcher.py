@@ -14,7 +14,7 @@ from deploy.launcher.children import ChildSpec
 from deploy.launcher.launcher import Launcher
 from deploy.launcher.output import Screen
 from deploy.launcher.readiness import Welcome
-from deploy.launcher.supervision import Kind
+from deploy.launcher.supervision import ChildKind
 from tests.conftest import MARK
 from tests.patience import patient
 from tests.ports import free_port
@@ -36,13 +36,13 @@ class System:
         self.drain_timeout_s = drain_timeout_s
         self.specs: list[ChildSpec] = []
 
-    def add(self, name: str, kind: Kind, *arguments: str) -> None:
+    def add(self, name: str, kind: ChildKind, *arguments: str) -> None:
         self.specs.append(ChildSpec(name, kind, arguments))
 
     def add_router(self) -> None:
-        self.add("router", Kind.ROUTER, "router", str(self.port), "router", str(self.log))
+        self.add("router", ChildKind.ROUTER, "router", str(self.port), "router", str(self.log))
 
-    def add_steady(self, name: str, kind: Kind) -> None:
+    def add_steady(self, name: str, kind: ChildKind) -> None:
         self.add(name, kind, "steady", name, str(self.log))
 
     @property
@@ -76,9 +76,9 @@ def descendants() -> list[psutil.Process]:
 
 def test_starts_welcomes_and_stops_in_order(tmp_path: Path) -> None:
     system = System(tmp_path)
-    system.add_steady("transfer-0", Kind.TRANSFER)
-    system.add_steady("worker-0", Kind.WORKER)
-    system.add_steady("worker-1", Kind.WORKER)
+    system.add_steady("transfer-0", ChildKind.TRANSFER)
+    system.add_steady("worker-0", ChildKind.WORKER)
+    system.add_steady("worker-1", ChildKind.WORKER)
     system.add_router()
     before = descendants()
     assert system.run(("ready in", signal.SIGTERM)) == 0
@@ -97,7 +97,9 @@ def test_starts_welcomes_and_stops_in_order(tmp_path: Path) -> None:
 
 def test_a_child_that_dies_is_started_again(tmp_path: Path) -> None:
     system = System(tmp_path)
-    system.add("worker-0", Kind.WORKER, "crash-once", str(tmp_path / "crashed"), "worker-0", str(system.log))
+    system.add(
+        "worker-0", ChildKind.WORKER, "crash-once", str(tmp_path / "crashed"), "worker-0", str(system.log)
+    )
     assert system.run(("worker-0 is up", signal.SIGINT)) == 0
     assert "worker-0 ended with code 1; starts again in 0." in system.text
     assert system.text.count("worker-0 started (pid") == 2
@@ -106,7 +108,7 @@ def test_a_child_that_dies_is_started_again(tmp_path: Path) -> None:
 
 def test_a_killed_child_is_named_by_its_signal(tmp_path: Path) -> None:
     system = System(tmp_path)
-    system.add_steady("worker-0", Kind.WORKER)
+    system.add_steady("worker-0", ChildKind.WORKER)
 
     async def kill_then_stop() -> int:
         running = asyncio.create_task(system._run((("worker-0 started (pid 0)", signal.SIGTERM),)))
@@ -127,8 +129,8 @@ def test_a_refused_configuration_ends_all_with_its_message(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     system = System(tmp_path)
-    system.add_steady("transfer-0", Kind.TRANSFER)
-    system.add("worker-0", Kind.WORKER, "refuse")
+    system.add_steady("transfer-0", ChildKind.TRANSFER)
+    system.add("worker-0", ChildKind.WORKER, "refuse")
     before = descendants()
     assert system.run() == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -140,7 +142,7 @@ def test_a_refused_configuration_ends_all_with_its_message(
 
 def test_a_child_that_will_not_end_is_killed(tmp_path: Path) -> None:
     system = System(tmp_path, drain_timeout_s=0.0)
-    system.add("worker-0", Kind.WORKER, "stubborn")
+    system.add("worker-0", ChildKind.WORKER, "stubborn")
     before = descendants()
     assert system.run(("will not go", signal.SIGTERM)) == 0
     assert "worker-0 did not end in 2.0 s: killed" in system.text
@@ -149,14 +151,14 @@ def test_a_child_that_will_not_end_is_killed(tmp_path: Path) -> None:
 
 def test_a_second_signal_kills_at_once(tmp_path: Path) -> None:
     system = System(tmp_path, drain_timeout_s=3600.0)
-    system.add("worker-0", Kind.WORKER, "stubborn")
+    system.add("worker-0", ChildKind.WORKER, "stubborn")
     assert system.run(("will not go", signal.SIGINT), ("stopping", signal.SIGINT)) == 0
     assert "did not end" not in system.text
 
 
 def test_what_a_child_leaves_behind_is_killed_with_it(tmp_path: Path) -> None:
     system = System(tmp_path)
-    system.add("worker-0", Kind.WORKER, "leave-a-child")
+    system.add("worker-0", ChildKind.WORKER, "leave-a-child")
     assert system.run(("starts again in", signal.SIGTERM)) == 0
     left = [p for p in psutil.process_iter() if "threading.Event().wait()" in _command(p)]
     assert left == []
@@ -177,20 +179,20 @@ def test_children_get_no_settings_of_ours_but_their_secrets(
 
     monkeypatch.setenv("BATON_PORT", "1")
     monkeypatch.setenv("OTHER", "2")
-    environment = _environment(ChildSpec("router", Kind.ROUTER, (), (("BATON_API_KEY", "k"),)))
+    environment = _environment(ChildSpec("router", ChildKind.ROUTER, (), (("BATON_API_KEY", "k"),)))
     assert environment["BATON_API_KEY"] == "k"
     assert environment["OTHER"] == "2"
     assert "BATON_PORT" not in environment
-    assert "k" not in repr(ChildSpec("router", Kind.ROUTER, (), (("BATON_API_KEY", "k"),))).split("'")
+    assert "k" not in repr(ChildSpec("router", ChildKind.ROUTER, (), (("BATON_API_KEY", "k"),))).split("'")
 
 
 def test_children_are_added_and_dismissed_meanwhile(tmp_path: Path) -> None:
     system = System(tmp_path)
-    system.add_steady("worker-0", Kind.WORKER)
+    system.add_steady("worker-0", ChildKind.WORKER)
     more = ("more-a", "more-b")
-    steady = [ChildSpec(name, Kind.WORKER, ("steady", name, str(system.log))) for name in more]
-    refusing = [ChildSpec("bad", Kind.WORKER, ("refuse",))]
-    failing = [ChildSpec("poor", Kind.WORKER, ("crash-once", str(tmp_path / "no" / "where"), "x", "x"))]
+    steady = [ChildSpec(name, ChildKind.WORKER, ("steady", name, str(system.log))) for name in more]
+    refusing = [ChildSpec("bad", ChildKind.WORKER, ("refuse",))]
+    failing = [ChildSpec("poor", ChildKind.WORKER, ("crash-once", str(tmp_path / "no" / "where"), "x", "x"))]
     before = descendants()
 
     async def change() -> int:

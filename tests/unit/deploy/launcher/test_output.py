@@ -7,16 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deploy.launcher.output import LineAssembler, Piece, ProgressThinner, Screen
+from deploy.launcher.output import LineAssembler, OutputPiece, ProgressThinner, Screen
 
 OUTPUT = b"one\ntwo\r\n  10 %\r  60 %\rdone\nlast"
 PIECES = [
-    Piece("one", False),
-    Piece("two", False),
-    Piece("  10 %", True),
-    Piece("  60 %", True),
-    Piece("done", False),
-    Piece("last", False),
+    OutputPiece("one", False),
+    OutputPiece("two", False),
+    OutputPiece("  10 %", True),
+    OutputPiece("  60 %", True),
+    OutputPiece("done", False),
+    OutputPiece("last", False),
 ]
 
 
@@ -42,12 +42,12 @@ def test_bytes_that_are_no_text_are_shown() -> None:
 
 def test_a_bar_is_thinned_to_quarters() -> None:
     thinner = ProgressThinner()
-    bar = [Piece(f"loading {percent} %", True) for percent in range(0, 100, 5)]
+    bar = [OutputPiece(f"loading {percent} %", True) for percent in range(0, 100, 5)]
     kept = [piece.text for piece in bar if thinner.keep(piece)]
     assert kept == ["loading 0 %", "loading 25 %", "loading 50 %", "loading 75 %"]
-    assert thinner.keep(Piece("loaded 100 %", False))
+    assert thinner.keep(OutputPiece("loaded 100 %", False))
     assert thinner.keep(bar[0]), "a second bar starts anew"
-    assert not thinner.keep(Piece("spinning", True))
+    assert not thinner.keep(OutputPiece("spinning", True))
 
 
 class Terminal(io.StringIO):
@@ -57,15 +57,15 @@ class Terminal(io.StringIO):
 
 def test_a_pipe_gets_plain_lines() -> None:
     stream = io.StringIO()
-    Screen(stream).child_line("prefill-0", 0, Piece("25 %", True))
+    Screen(stream).child_line("prefill-0", 0, OutputPiece("25 %", True))
     Screen(stream).say("ready")
     assert stream.getvalue() == "[prefill-0] 25 %\nready\n"
 
 
 def test_a_terminal_gets_colour_and_progress_in_place() -> None:
     screen = Screen(Terminal())
-    screen.child_line("prefill-0", 0, Piece("25 %", True))
-    screen.child_line("prefill-0", 0, Piece("50 %", True))
+    screen.child_line("prefill-0", 0, OutputPiece("25 %", True))
+    screen.child_line("prefill-0", 0, OutputPiece("50 %", True))
     screen.say("ready")
     label = "\x1b[36m[prefill-0]\x1b[0m"
     assert isinstance(screen.stream, Terminal)

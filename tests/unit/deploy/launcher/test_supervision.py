@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from deploy.launcher.supervision import (
     CONFIGURATION_ERROR,
+    ChildKind,
     GiveUp,
-    Kind,
     Restart,
     RestartPolicy,
     drain_of,
@@ -65,7 +65,7 @@ def test_gives_up_on_a_child_that_never_lasts() -> None:
 @pytest.mark.parametrize("drain_timeout_s", [0.0, 1.0, 30.0, 600.0])
 def test_router_then_workers_then_transfers_within_the_timeout(drain_timeout_s: float) -> None:
     stages = shutdown_stages(drain_timeout_s)
-    assert [stage.kind for stage in stages] == [Kind.ROUTER, Kind.WORKER, Kind.TRANSFER]
+    assert [stage.kind for stage in stages] == [ChildKind.ROUTER, ChildKind.WORKER, ChildKind.TRANSFER]
     assert sum(stage.grace_s for stage in stages) <= drain_timeout_s + 6.0
     for stage in stages:
         assert stage.grace_s >= 2.0

@@ -10,16 +10,19 @@ import pytest
 from deploy.cli import run
 from deploy.observe.trace_view import chrome_trace, exposed_s, text
 from router.routing.traces import ProcessTrace, PromptTrace, RequestTrace
-from services.protocol.messages import Span
+from services.protocol.messages import TraceSpan
 from tests.unit.deploy.observe.test_ledgers import serving
 
 PREFILL = ProcessTrace(
-    "prefill-0", 0.0, 0.0, [Span("compute", 0, 6, 0.001, 0.011), Span("pack", 0, 6, 0.002, 0.012)]
+    "prefill-0", 0.0, 0.0, [TraceSpan("compute", 0, 6, 0.001, 0.011), TraceSpan("pack", 0, 6, 0.002, 0.012)]
 )
-SENDING = ProcessTrace("prefill-0/transfer", 0.0, 0.0, [Span("send", 0, 6, 0.012, 0.014)])
-RECEIVING = ProcessTrace("decode-0/transfer", 60.0, 0.0005, [Span("arrive", 0, 6, 0.0145, 0.0145)])
+SENDING = ProcessTrace("prefill-0/transfer", 0.0, 0.0, [TraceSpan("send", 0, 6, 0.012, 0.014)])
+RECEIVING = ProcessTrace("decode-0/transfer", 60.0, 0.0005, [TraceSpan("arrive", 0, 6, 0.0145, 0.0145)])
 DECODE = ProcessTrace(
-    "decode-0", 60.0, 0.0005, [Span("commit", 0, 6, 0.016, 0.016), Span("unpack", 0, 6, 0.015, 0.016)]
+    "decode-0",
+    60.0,
+    0.0005,
+    [TraceSpan("commit", 0, 6, 0.016, 0.016), TraceSpan("unpack", 0, 6, 0.015, 0.016)],
 )
 PROMPT = PromptTrace(
     6, "prefill-0", "decode-0", 0.0135, 0.017, 0.021, [DECODE, RECEIVING, PREFILL, SENDING], ["gone-0"]
@@ -62,7 +65,7 @@ def test_requests_without_a_transfer_and_without_a_time_are_shown() -> None:
         "mine: prompt 1 of 1, 6 tokens, on unified-0",
         "  one worker did both: nothing was moved",
     ]
-    moment = ProcessTrace("d", 0.0, 0.0, [Span("arrive", 0, 6, 0.5, 0.5)])
+    moment = ProcessTrace("d", 0.0, 0.0, [TraceSpan("arrive", 0, 6, 0.5, 0.5)])
     assert "arrive [0, 6)" in text(
         RequestTrace("mine", [PromptTrace(6, "p", "d", None, None, None, [moment], [])]), 20
     )

@@ -16,8 +16,8 @@ from kvtransfer import process
 from kvtransfer.config import TransferConfig
 from kvtransfer.errors import MoverError
 from kvtransfer.movers.base import PieceOfWrite, Progress, Region, two_sided
-from kvtransfer.movers.nccl import Announce, Join, NcclMover
-from kvtransfer.protocol.deferred import HeldMessages
+from kvtransfer.movers.nccl import Announce, JoinPair, NcclMover
+from kvtransfer.protocol.deferred import DeferredMessages
 from kvtransfer.protocol.peer_messages import Closed
 from tests.e2e.transfer_pair import SLOT_BYTES, SLOTS, Worker, content_of, drive
 from tests.patience import patient
@@ -182,7 +182,7 @@ def test_a_failed_communicator_is_a_fault_of_its_peer() -> None:
     ("note", "words"),
     [
         (b"\xc1", "cannot be read"),
-        (msgspec.msgpack.encode(Join(b"x" * 128)), "joined twice"),
+        (msgspec.msgpack.encode(JoinPair(b"x" * 128)), "joined twice"),
         (msgspec.msgpack.encode(Announce([(SIZE - 7, 8)])), "outside"),
         (msgspec.msgpack.encode(Announce([(-1, 8)])), "outside"),
         (msgspec.msgpack.encode(Announce([(0, 0)])), "outside"),
@@ -203,7 +203,7 @@ def test_what_is_said_out_of_turn() -> None:
     with pytest.raises(MoverError, match="before the greeting"):
         two.b.mover.on_note("stranger", b"")
     with pytest.raises(MoverError, match="invalid argument"):
-        two.b.mover.on_note("a", msgspec.msgpack.encode(Join(b"x" * 128)))
+        two.b.mover.on_note("a", msgspec.msgpack.encode(JoinPair(b"x" * 128)))
 
 
 def test_one_gpu_is_refused_with_the_way_out() -> None:
@@ -214,7 +214,7 @@ def test_one_gpu_is_refused_with_the_way_out() -> None:
 
 
 def test_messages_wait_for_what_was_announced_before_them() -> None:
-    held = HeldMessages()
+    held = DeferredMessages()
     assert not held.hold(Closed(1), announced=2, landed=2)
     assert held.hold(Closed(2), announced=3, landed=2)
     assert held.hold(Closed(3), announced=4, landed=2)

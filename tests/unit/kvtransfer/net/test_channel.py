@@ -10,7 +10,7 @@ import zmq
 
 from kvtransfer.codecs import WORKER_COMMANDS, WORKER_EVENTS
 from kvtransfer.errors import TransferConfigError
-from kvtransfer.messages import Command, Commit, Event, NotAttached, Refused
+from kvtransfer.messages import AttachRefused, Command, Commit, Event, NotAttached
 from kvtransfer.net import codec
 from kvtransfer.net.channel import ChannelKeys, Link, Server, write_new_keys
 from tests.patience import patient
@@ -97,7 +97,7 @@ def test_another_protocol_version_is_named_to_both(directory: Path, monkeypatch:
 
     def refusal(why: str) -> Event:
         seen.append(why)
-        return Refused(why)
+        return AttachRefused(why)
 
     server: Server[Command, Event] = Server(
         f"ipc://{directory}/s", WORKER_COMMANDS, WORKER_EVENTS, on_drop=drops.append, refusal=refusal

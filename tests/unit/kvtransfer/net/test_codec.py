@@ -9,7 +9,7 @@ from kvtransfer.codecs import PEER_MESSAGES, WORKER_COMMANDS
 from kvtransfer.errors import ProtocolError, VersionMismatch
 from kvtransfer.messages import Abort, Command, Commit, Filled, OpenSend, Segment, SendReady, SlotUse
 from kvtransfer.net.codec import PROTOCOL_VERSION, Codec
-from kvtransfer.protocol.peer_messages import Closed, Connection, Grant, PeerMessage
+from kvtransfer.protocol.peer_messages import Closed, Grant, PeerConnection, PeerMessage
 
 VERSION = bytes((PROTOCOL_VERSION,))
 PLAIN = st.recursive(
@@ -62,7 +62,7 @@ def test_damaged_frames(data: st.DataObject) -> None:
 
 @given(st.data())
 def test_no_changed_frame_passes_its_seal(data: st.DataObject) -> None:
-    said: list[PeerMessage] = [Connection(3), Grant(7, [SlotUse(0, 2)]), Closed(7)]
+    said: list[PeerMessage] = [PeerConnection(3), Grant(7, [SlotUse(0, 2)]), Closed(7)]
     frame = bytearray(PEER_MESSAGES.encode(said))
     assert PEER_MESSAGES.decode(bytes(frame)) == said
     for at in data.draw(st.sets(st.integers(0, len(frame) - 1), min_size=1, max_size=4)):

@@ -10,9 +10,9 @@ from kvtransfer.peers.handshake import PEER_VERSION
 from kvtransfer.protocol.machine import TransferMachine
 from kvtransfer.protocol.peer_messages import (
     Closed,
-    Connection,
     Grant,
     Offer,
+    PeerConnection,
     PeerHello,
     PeerMessage,
     PeerRefused,
@@ -20,7 +20,7 @@ from kvtransfer.protocol.peer_messages import (
 from tests.unit.kvtransfer.cluster import GEOMETRY, SLOT_BYTES, limits
 
 OURS = PeerHello(PEER_VERSION, 50, None, "loopback/cpu", GEOMETRY, 2, SLOT_BYTES, "ours", b"ours", 0, 0)
-FIRST, SECOND = Connection(11), Connection(22)
+FIRST, SECOND = PeerConnection(11), PeerConnection(22)
 
 
 def theirs(epoch: int) -> PeerHello:

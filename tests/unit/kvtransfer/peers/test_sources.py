@@ -14,9 +14,9 @@ from kvtransfer.peers.handshake import PEER_VERSION
 from kvtransfer.peers.sources import SETTLE_S, Sources
 from kvtransfer.protocol.machine import TransferMachine
 from kvtransfer.protocol.peer_messages import (
-    Cancel,
+    CancelTransfer,
     Closed,
-    Connection,
+    PeerConnection,
     PeerHello,
     PeerMessage,
     PeerPing,
@@ -55,13 +55,13 @@ class Scene:
         self.machine.on_command(OpenReceive(1, self.address, 0, 40, 1e6), 0.0)
         self.machine.outbox.connects.clear()
         self.sources.connect(self.address, 0.0)
-        self.peer, self.connection = b"", Connection(1)
+        self.peer, self.connection = b"", PeerConnection(1)
 
     def hear(self) -> list[PeerMessage]:
         assert self.server.socket.poll(WAIT_MS)
         heard: list[PeerMessage] = []
         for peer, (connection, *messages) in self.server.receive():
-            assert isinstance(connection, Connection)
+            assert isinstance(connection, PeerConnection)
             self.peer, self.connection = peer, connection
             heard.extend(messages)
         return heard
@@ -122,8 +122,10 @@ def test_silence_loses_it_and_asks_again_for_what_is_quarantined(scene: Scene) -
     while not any(isinstance(message, PeerHello) for message in scene.hear()):
         pass
     scene.say(THEIRS, 6.0)
-    [(_, cancel)] = [entry for entry in scene.machine.outbox.to_sources if isinstance(entry[1], Cancel)]
-    assert isinstance(cancel, Cancel)
+    [(_, cancel)] = [
+        entry for entry in scene.machine.outbox.to_sources if isinstance(entry[1], CancelTransfer)
+    ]
+    assert isinstance(cancel, CancelTransfer)
     scene.say(Closed(1), 6.0)
     assert scene.machine.pool.free == 8
 

@@ -19,9 +19,9 @@ from kvtransfer.messages import (
     TransferAddress,
 )
 from kvtransfer.protocol.layout import head_range, rank_slot_bytes, shared_heads, tokens_per_slot
-from kvtransfer.protocol.limits import Limits
+from kvtransfer.protocol.limits import TransferLimits
 from kvtransfer.protocol.machine import TransferMachine
-from kvtransfer.protocol.peer_messages import Cancel, Grant, Offer, Written
+from kvtransfer.protocol.peer_messages import CancelTransfer, Grant, Offer, Written
 
 GEOMETRY = KvGeometry("model", 1, 8, 2, "float16")
 HEAD_BYTES = 8
@@ -32,7 +32,7 @@ HERE = 77
 def machine(tp: int, slot_tokens: int) -> TransferMachine:
     """Of one of `tp` ranks, whose slots hold so many tokens of all its heads."""
     slot_bytes = slot_tokens * GEOMETRY.token_bytes // tp
-    return TransferMachine(Limits.of(GEOMETRY, 8, slot_bytes, 0.5, 60.0, tp))
+    return TransferMachine(TransferLimits.of(GEOMETRY, 8, slot_bytes, 0.5, 60.0, tp))
 
 
 def segment(use: SlotUse, tokens: int, heads: int) -> Segment:
@@ -72,7 +72,7 @@ def test_more_heads_than_there_are_are_refused_on_both_sides() -> None:
     assert both.outbox.to_worker == [Aborted(1, "there are 4 heads here")]
     both.on_destination(HERE, Offer(2, 0, 8, kv_heads=5), 8, 0.0)
     (_, refused), _ = both.outbox.to_destinations
-    assert isinstance(refused, Cancel) and "of 5 heads" in refused.reason
+    assert isinstance(refused, CancelTransfer) and "of 5 heads" in refused.reason
 
 
 @pytest.mark.parametrize(("theirs", "together"), [(3, 3), (100, 8)])

@@ -14,7 +14,7 @@ from kvtransfer.messages import (
 )
 from kvtransfer.protocol.machine import TransferMachine
 from kvtransfer.protocol.peer_messages import (
-    Cancel,
+    CancelTransfer,
     Closed,
     Committed,
     Grant,
@@ -153,7 +153,7 @@ def test_duplicates_overlaps_and_late_reports_are_dropped() -> None:
     machine.on_source(SOURCE, report, 0.0)
     machine.on_source(SOURCE, Written(1, [written(grants[1], 3)]), 0.0)
     assert machine.outbox.drops == {"written_not_granted": 1, "written_overlap": 1}
-    machine.on_source(SOURCE, Cancel(1, "enough"), 0.0)
+    machine.on_source(SOURCE, CancelTransfer(1, "enough"), 0.0)
     machine.on_source(SOURCE, Written(1, [written(grants[1], 4)]), 0.0)
     assert machine.outbox.drops["written_late"] == 1
     machine.on_source(SOURCE, Closed(1), 0.0)
@@ -165,7 +165,7 @@ def test_duplicates_overlaps_and_late_reports_are_dropped() -> None:
 def test_another_peer_and_another_life_have_no_say() -> None:
     machine, grants = opened()
     machine.on_source(OTHER, Written(1, [written(grants[0])]), 0.0)
-    machine.on_source(OTHER, Cancel(1, "mischief"), 0.0)
+    machine.on_source(OTHER, CancelTransfer(1, "mischief"), 0.0)
     machine.on_source(OTHER, Closed(1), 0.0)
     machine.on_source(SOURCE, PeerPing(5), 0.0)
     assert machine.outbox.to_worker == []
@@ -183,7 +183,7 @@ def test_grants_are_quarantined_until_the_source_says_closed() -> None:
     assert machine.outbox.to_worker == []
     machine.tick(10.0)
     assert machine.outbox.to_worker == [Aborted(1, "deadline")]
-    assert machine.outbox.to_sources == [(SOURCE, Cancel(1, "deadline"))]
+    assert machine.outbox.to_sources == [(SOURCE, CancelTransfer(1, "deadline"))]
     assert machine.pool.counts().quarantined == len(grants)
     machine.tick(11.0)  # No answer: said again.
     assert len(machine.outbox.to_sources) == 2
@@ -205,7 +205,7 @@ def test_a_source_that_comes_back_is_asked_again() -> None:
     machine, _ = opened()
     machine.receiver.source_lost(SOURCE, "silent", 1.0)
     machine.receiver.source_ready(SOURCE, 2.0)
-    assert machine.outbox.to_sources == [(SOURCE, Cancel(1, "silent"))]
+    assert machine.outbox.to_sources == [(SOURCE, CancelTransfer(1, "silent"))]
     machine.on_source(SOURCE, Closed(1), 2.0)
     assert machine.pool.free == SLOTS
 
@@ -223,7 +223,7 @@ def test_quarantine_does_not_outlast_every_limit() -> None:
 def test_arrived_slots_stay_filled_until_freed_even_after_an_abort() -> None:
     machine, grants = opened()
     machine.on_source(SOURCE, Written(1, [written(grants[0])]), 0.0)
-    machine.on_source(SOURCE, Cancel(1, "gone"), 0.0)
+    machine.on_source(SOURCE, CancelTransfer(1, "gone"), 0.0)
     machine.on_source(SOURCE, Closed(1), 0.0)
     assert machine.pool.counts().filled == 1
     machine.on_command(Freed([grants[0]]), 0.0)

@@ -17,8 +17,8 @@ from kvtransfer.messages import (
     SlotUse,
 )
 from kvtransfer.protocol.machine import TransferMachine
-from kvtransfer.protocol.outbox import Piece, Write
-from kvtransfer.protocol.peer_messages import Cancel, Closed, Committed, Grant, Offer, Ready, Written
+from kvtransfer.protocol.outbox import SlotCopy, Write
+from kvtransfer.protocol.peer_messages import CancelTransfer, Closed, Committed, Grant, Offer, Ready, Written
 from tests.unit.kvtransfer.cluster import TOKEN_BYTES, TOKENS_PER_SLOT, limits
 
 HERE, ELSEWHERE = 77, 78
@@ -77,12 +77,12 @@ def test_a_cancel_whose_offer_was_lost_ends_the_transfer() -> None:
     machine = TransferMachine(limits(SLOTS))
     machine.on_command(OpenSend(1, 10.0), 0.0)
     machine.on_command(SendReady(1), 0.0)
-    say(machine, Cancel(1, "the worker is gone"))
+    say(machine, CancelTransfer(1, "the worker is gone"))
     assert machine.outbox.to_worker == [Aborted(1, "the worker is gone")]
     assert machine.outbox.to_destinations == [(HERE, Closed(1))]
     machine.outbox.to_destinations.clear()
     say(machine, Offer(1, 0, 12), Grant(1, [SlotUse(0, 5)]))
-    assert [type(message) for _, message in machine.outbox.to_destinations] == [Cancel, Closed]
+    assert [type(message) for _, message in machine.outbox.to_destinations] == [CancelTransfer, Closed]
     assert machine.outbox.to_worker == [Aborted(1, "the worker is gone")]
     assert machine.sender.open_transfers == 0
 
@@ -123,7 +123,7 @@ def test_a_packed_segment_is_written_and_reported_where_it_lies() -> None:
     machine.on_command(Filled(1, [packed(lent[0]), packed(lent[1], 4)]), 0.0)
     write = only_write(machine)
     size = 4 * TOKEN_BYTES
-    assert write.pieces == (Piece(lent[0].slot, 0, size), Piece(lent[1].slot, 1, size))
+    assert write.pieces == (SlotCopy(lent[0].slot, 0, size), SlotCopy(lent[1].slot, 1, size))
     assert machine.outbox.to_destinations == []  # Not before the data is there.
     machine.sender.write_done(write.write_id, 1.0)
     expected = Written(1, [Segment(0, 5, 0, 4, size, 9), Segment(1, 5, 4, 4, size, 9)])
@@ -138,7 +138,7 @@ def test_closed_waits_for_the_write_in_flight() -> None:
     machine, lent = confirmed(grants=1)
     machine.on_command(Filled(1, [packed(lent[0])]), 0.0)
     write = only_write(machine)
-    say(machine, Cancel(1, "gone"))
+    say(machine, CancelTransfer(1, "gone"))
     assert machine.outbox.to_worker == [Aborted(1, "gone")]
     assert machine.outbox.to_destinations == []
     assert machine.pool.counts().quarantined == 1
@@ -151,7 +151,7 @@ def test_closed_waits_for_the_write_in_flight() -> None:
 def test_lent_slots_outlive_a_transfer_until_the_worker_gives_them_back(answer: str) -> None:
     """It may be packing into one right now."""
     machine, lent = confirmed(grants=1)
-    say(machine, Cancel(1, "gone"))
+    say(machine, CancelTransfer(1, "gone"))
     assert machine.pool.counts().granted == 1
     if answer == "freed":
         machine.on_command(Freed(lent), 0.0)
@@ -172,7 +172,7 @@ def test_a_lent_slot_is_for_whatever_transfer_has_grants() -> None:
     lent += [use for one in machine.outbox.to_worker if isinstance(one, SendSlots) for use in one.slots]
     assert len(lent) == 3
     machine.on_command(Filled(2, [packed(lent[0])]), 0.0)
-    assert only_write(machine).pieces == (Piece(lent[0].slot, 7, 4 * TOKEN_BYTES),)
+    assert only_write(machine).pieces == (SlotCopy(lent[0].slot, 7, 4 * TOKEN_BYTES),)
     machine.on_command(Filled(2, [packed(lent[1], 4)]), 0.0)
     assert machine.outbox.drops == {"filled_not_granted": 1} and machine.outbox.writes == []
     assert machine.outbox.to_worker[-1] == Aborted(2, "the worker's segment is filled_not_granted")
@@ -193,7 +193,7 @@ def test_failed_write_aborts_on_both_sides() -> None:
     machine.on_command(Filled(1, [packed(lent[0])]), 0.0)
     machine.sender.write_failed(only_write(machine).write_id, "broken", 1.0)
     assert machine.outbox.to_worker == [Aborted(1, "broken")]
-    assert machine.outbox.to_destinations == [(HERE, Cancel(1, "broken")), (HERE, Closed(1))]
+    assert machine.outbox.to_destinations == [(HERE, CancelTransfer(1, "broken")), (HERE, Closed(1))]
     assert machine.pool.free == SLOTS
 
 
@@ -248,8 +248,8 @@ def test_bad_grants_are_dropped_and_counted() -> None:
 
 def test_unknown_and_foreign_farewells_are_answered_truly() -> None:
     machine, _ = confirmed()
-    say(machine, Cancel(50, "?"), Committed(51))
-    say(machine, Cancel(1, "not yours"), destination=ELSEWHERE)
+    say(machine, CancelTransfer(50, "?"), Committed(51))
+    say(machine, CancelTransfer(1, "not yours"), destination=ELSEWHERE)
     closed = [(HERE, Closed(50)), (HERE, Closed(51)), (ELSEWHERE, Closed(1))]
     assert machine.outbox.to_destinations == closed
     assert machine.outbox.to_worker == []
@@ -261,7 +261,10 @@ def test_an_offer_that_nobody_opens_is_not_held_for_ever() -> None:
     machine.tick(59.0)
     assert machine.outbox.to_destinations == []
     machine.tick(60.0)
-    assert machine.outbox.to_destinations == [(HERE, Cancel(1, "no such request here")), (HERE, Closed(1))]
+    assert machine.outbox.to_destinations == [
+        (HERE, CancelTransfer(1, "no such request here")),
+        (HERE, Closed(1)),
+    ]
     assert machine.next_deadline_s() is None
 
 
@@ -271,7 +274,9 @@ def test_an_offer_for_what_was_given_up_is_refused_at_once() -> None:
     machine.on_command(Abort(1, "client left"), 0.0)
     machine.on_command(Abort(2, "client left before it was opened"), 0.0)
     say(machine, Offer(1, 0, 9), Offer(2, 0, 9))
-    cancels = [message for _, message in machine.outbox.to_destinations if isinstance(message, Cancel)]
+    cancels = [
+        message for _, message in machine.outbox.to_destinations if isinstance(message, CancelTransfer)
+    ]
     assert [message.transfer_id for message in cancels] == [1, 2]
 
 

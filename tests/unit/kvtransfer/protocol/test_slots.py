@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtransfer.errors import IllegalMove, SlotError
+from kvtransfer.errors import IllegalTransition, SlotError
 from kvtransfer.messages import SlotUse
 from kvtransfer.protocol.slots import Direction, SlotPool, SlotState
 
@@ -36,7 +36,7 @@ def test_conservation_under_random_operations(slots: int, operations: list[tuple
             pool.release(use, 0.0)
             del model[use]
         elif operation == 4 and model[use] is not SlotState.GRANTED:
-            with pytest.raises(IllegalMove):
+            with pytest.raises(IllegalTransition):
                 pool.fill(use, 0.0)
         counts = pool.counts()
         states = list(model.values())

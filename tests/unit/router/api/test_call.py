@@ -10,14 +10,14 @@ from tokenizers import Tokenizer, decoders, models
 import router.api.call
 from router.api.call import Call
 from router.api.openai_requests import BodyDecoder, ChatBody, CompletionBody
-from router.api.parameters import Limits, options_of
-from router.api.responses import Heading, Sheet, StreamSheet, WholeSheet
+from router.api.parameters import RequestLimits, options_of
+from router.api.responses import ResponseBuilder, ResponseHeader, StreamSheet, WholeSheet
 from router.routing.metrics import Metrics
 from router.text.tokenizer import TextTokenizer
 from services.protocol.messages import PrefillDone, TokenLogprob, Tokens
 from tests.checkpoints import write_tokenizer
 
-LIMITS = Limits(320, 1024, 1024, 8, 8, 8)
+LIMITS = RequestLimits(320, 1024, 1024, 8, 8, 8)
 
 
 def test_frames_that_nobody_takes_end_the_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,8 +25,8 @@ def test_frames_that_nobody_takes_end_the_stream(tmp_path: Path, monkeypatch: py
     write_tokenizer(tmp_path)
     tokenizer = TextTokenizer(tmp_path)
     options = options_of(CompletionBody(prompt="a", stream=True, n=2, max_tokens=500), LIMITS, 1)
-    sheet = StreamSheet(Heading("id", 0, "tiny"), tokenizer, False, None, False)
-    call = Call(options, sheet, tokenizer, Metrics())
+    builder = StreamSheet(ResponseHeader("id", 0, "tiny"), tokenizer, False, None, False)
+    call = Call(options, builder, tokenizer, Metrics())
     output = call.add_prompt([5], None)
     for taken in range(100):
         assert output.on_tokens(Tokens(1, taken % 2, [65], None, None), float(taken))
@@ -40,10 +40,10 @@ def test_frames_that_nobody_takes_end_the_stream(tmp_path: Path, monkeypatch: py
 
 def answer(tokenizer: TextTokenizer, body: CompletionBody, text: str | None, prompt: list[int]) -> Any:
     """The choices of a whole answer, made of `COMPLETIONS`."""
-    limits = Limits(2000, 4096, 4096, 8, 8, 8)
+    limits = RequestLimits(2000, 4096, 4096, 8, 8, 8)
     options = options_of(body, limits, 1)
-    sheet = WholeSheet(Heading("id", 0, "tiny"), tokenizer, False, options.logprobs)
-    call = Call(options, sheet, tokenizer, Metrics())
+    builder = WholeSheet(ResponseHeader("id", 0, "tiny"), tokenizer, False, options.logprobs)
+    call = Call(options, builder, tokenizer, Metrics())
     output = call.add_prompt(prompt, text)
     logprobs = [TokenLogprob(-1.0, []) for _ in prompt[1:]]
     output.on_prefilled(PrefillDone(1, 0.0, 0.0, 0, logprobs if options.logprobs is not None else None))
@@ -51,7 +51,7 @@ def answer(tokenizer: TextTokenizer, body: CompletionBody, text: str | None, pro
         own = [TokenLogprob(-1.0, []) for _ in tokens] if options.logprobs is not None else None
         output.on_tokens(Tokens(1, choice, tokens, own, "length"), 0.0)
     assert call.ended
-    return json.loads(call.sheet.body(call.usage))["choices"]
+    return json.loads(call.builder.body(call.usage))["choices"]
 
 
 COMPLETIONS = [[500, 501], [502]]
@@ -100,21 +100,21 @@ def test_an_echo_of_half_a_character_is_made_whole(tmp_path: Path) -> None:
     body = CompletionBody(prompt="", echo=True, max_tokens=2, logprobs=0)
     options = options_of(body, LIMITS, 1)
     for streamed in (False, True):
-        heading = Heading("id", 0, "tiny")
-        sheet: Sheet = (
-            StreamSheet(heading, tokenizer, False, 0, False)
+        response_header = ResponseHeader("id", 0, "tiny")
+        builder: ResponseBuilder = (
+            StreamSheet(response_header, tokenizer, False, 0, False)
             if streamed
-            else WholeSheet(heading, tokenizer, False, 0)
+            else WholeSheet(response_header, tokenizer, False, 0)
         )
-        call = Call(options, sheet, tokenizer, Metrics())
+        call = Call(options, builder, tokenizer, Metrics())
         output = call.add_prompt(tokens[:2], None)
         logprobs = [TokenLogprob(-1.0, [])]
         output.on_prefilled(PrefillDone(1, 0.0, 0.0, 0, logprobs))
         output.on_tokens(Tokens(1, 0, tokens[2:], logprobs, "length"), 0.0)
         bodies = (
-            [line[6:] for line in b"".join(sheet.frames).splitlines() if line.startswith(b"data: {")]
+            [line[6:] for line in b"".join(builder.frames).splitlines() if line.startswith(b"data: {")]
             if streamed
-            else [sheet.body(call.usage)]
+            else [builder.body(call.usage)]
         )
         choices = [json.loads(one)["choices"][0] for one in bodies]
         assert "".join(choice["text"] for choice in choices) == "xé"
@@ -153,14 +153,14 @@ def test_counters_and_usage_and_ids_agree(fields: dict[str, Any], stream: bool, 
     fields = {"prompt": "a", **fields}
     ends = fields.pop("ends", False)
     options = options_of(CompletionBody(**fields, stream=stream, return_token_ids=True), LIMITS, 1)
-    heading = Heading("id", 0, "tiny")
-    sheet: Sheet = (
-        StreamSheet(heading, tokenizer, False, options.logprobs, True)
+    response_header = ResponseHeader("id", 0, "tiny")
+    builder: ResponseBuilder = (
+        StreamSheet(response_header, tokenizer, False, options.logprobs, True)
         if stream
-        else WholeSheet(heading, tokenizer, False, options.logprobs)
+        else WholeSheet(response_header, tokenizer, False, options.logprobs)
     )
     metrics = Metrics()
-    call = Call(options, sheet, tokenizer, metrics)
+    call = Call(options, builder, tokenizer, metrics)
     prompts = fields["prompt"] if isinstance(fields["prompt"], list) else [fields["prompt"]]
     top = [TokenLogprob(-1.0, [])] * len(LETTERS)
     for number, text in enumerate(prompts):
@@ -170,7 +170,7 @@ def test_counters_and_usage_and_ids_agree(fields: dict[str, Any], stream: bool, 
                 if not output.on_tokens(Tokens(1, choice, tokens, top[: len(tokens)], finish), 0.0):
                     break
     assert call.ended and call.error is None
-    raw = sheet.body(call.usage).decode()
+    raw = builder.body(call.usage).decode()
     answers = [json.loads(line) for line in raw.replace("data: ", "").split("\n\n") if line[:1] == "{"]
     made = [(one["index"], one.get("token_ids", [])) for answer in answers for one in answer["choices"]]
     usage = answers[-1]["usage"]
@@ -204,13 +204,15 @@ def test_a_stream_can_say_its_usage_all_along(chat: bool, tmp_path: Path) -> Non
     )
     body = BodyDecoder().decode(ChatBody if chat else CompletionBody, json.dumps(raw).encode())
     options = options_of(body, LIMITS, 1)
-    sheet = StreamSheet(Heading("id", 0, "tiny"), tokenizer, chat, None, True, options.continuous_usage)
-    call = Call(options, sheet, tokenizer, Metrics())
+    builder = StreamSheet(
+        ResponseHeader("id", 0, "tiny"), tokenizer, chat, None, True, options.continuous_usage
+    )
+    call = Call(options, builder, tokenizer, Metrics())
     output = call.add_prompt([5, 6, 7], "the prompt")
     for choice in (0, 1):
         output.on_tokens(Tokens(1, choice, LETTERS[:1], None, None), 0.0)
         output.on_tokens(Tokens(1, choice, LETTERS[1:], None, "length"), 0.0)
-    frames = [json.loads(line[6:]) for line in sheet.body(call.usage).decode().split("\n\n")[:-2]]
+    frames = [json.loads(line[6:]) for line in builder.body(call.usage).decode().split("\n\n")[:-2]]
     counts = [frame["usage"]["completion_tokens"] for frame in frames]
     assert counts == sorted(counts)
     assert set(counts) == {1, 4, 5, 8}

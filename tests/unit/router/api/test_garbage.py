@@ -29,18 +29,18 @@ from services.protocol.messages import (
     VERSION,
     DecodeStarted,
     Failed,
-    Join,
     Ledger,
-    Pages,
+    PageCounts,
     Prefill,
     PrefillDone,
     Report,
     Request,
     Role,
+    StartDecode,
     Status,
     Tokens,
-    TransferAddress,
     WorkerHello,
+    WorkerTransferAddress,
 )
 from tests.checkpoints import write_tokenizer
 
@@ -71,7 +71,7 @@ def all_of_it(message: Request) -> list[Report]:
         case Prefill(work):
             firsts = [Tokens(work.request_id, choice, [65]) for choice in work.choice_numbers]
             return [PrefillDone(work.request_id, 0.0, 0.0, 0), *firsts]
-        case Join(request_id, firsts):
+        case StartDecode(request_id, firsts):
             lasts = [Tokens(request_id, first.choice, [66], None, "length") for first in firsts]
             return [DecodeStarted(request_id, 0.0, 0.0, 1, 0), *lasts]
     return []
@@ -88,15 +88,15 @@ def failures(message: Request) -> list[Report]:
 
 
 def connect(client: WorkerClient, role: Role, answer: Callable[[Request], list[Report]]) -> None:
-    address = TransferAddress(client.endpoint, 1)
+    address = WorkerTransferAddress(client.endpoint, 1)
     client._loop = asyncio.get_running_loop()
     client._wire = PlayedWire(client, answer)
     client._move(ClientState.CONNECTING, "connecting")
     client.hello = WorkerHello(VERSION, role, role, 1, "m", 320, 1024, 1024, 16, 64, address)
     client._move(ClientState.READY, "ready")
     client.status = Status(
-        None, 1, role, role, "ready", 1, None, 0, 0, 0, 0, Pages(64, 64, 0, 0), None, 0.0, 0, 0, 0.0, 0.0, {},
-        Ledger("cpu", 1, 0.5, []),
+        None, 1, role, role, "ready", 1, None, 0, 0, 0, 0, PageCounts(64, 64, 0, 0), None, 0.0, 0, 0, 0.0,
+        0.0, {}, Ledger("cpu", 1, 0.5, []),
     )  # fmt: skip
 
 

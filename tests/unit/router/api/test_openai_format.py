@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 
 from router.api.openai_format import Usage, prompt_logprobs
-from router.api.responses import Heading, Preface, StreamSheet, WholeSheet
+from router.api.responses import Echo, ResponseHeader, StreamSheet, WholeSheet
 from router.routing.metrics import Histogram, Metrics, Snapshot, TokenRate, exposition
 from router.text.choice import LogprobEntry
 from router.text.tokenizer import TextTokenizer
 from services.protocol.messages import TokenLogprob, TopLogprob
 from tests.checkpoints import write_tokenizer
 
-HEADING = Heading("cmpl-1", 123, 'a "model"\n')
+HEADING = ResponseHeader("cmpl-1", 123, 'a "model"\n')
 NASTY = 'quote " back \\ line \n tab \t é 🙂 \x01 \u2028 data: [DONE]\n\n'
 
 
@@ -26,8 +26,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
     return TextTokenizer(directory)
 
 
-def frames(sheet: StreamSheet) -> list[Any]:
-    whole = b"".join(sheet.frames)
+def frames(builder: StreamSheet) -> list[Any]:
+    whole = b"".join(builder.frames)
     assert whole.endswith(b"\n\n")
     lines = whole.decode().removesuffix("\n\n").split("\n\n")
     assert all(line.startswith("data: ") for line in lines)
@@ -36,12 +36,12 @@ def frames(sheet: StreamSheet) -> list[Any]:
 
 @pytest.mark.parametrize("with_usage", [True, False])
 def test_chat_frames(tokenizer: TextTokenizer, with_usage: bool) -> None:
-    sheet = StreamSheet(HEADING, tokenizer, chat=True, logprobs=None, with_usage=with_usage)
-    writer = sheet.writer(2, Preface())
+    builder = StreamSheet(HEADING, tokenizer, chat=True, logprobs=None, with_usage=with_usage)
+    writer = builder.writer(2, Echo())
     writer.write(NASTY, (), None)
     writer.write("", (), "stop")
-    sheet.close(Usage(3, 2, 1))
-    found = frames(sheet)
+    builder.close(Usage(3, 2, 1))
+    found = frames(builder)
     assert found.pop() == "[DONE]"
     if with_usage:
         last = found.pop()
@@ -69,17 +69,17 @@ def test_an_echo_comes_once_before_the_text(tokenizer: TextTokenizer) -> None:
     assert first["token_logprobs"] == [None, -0.5]
     assert first["top_logprobs"][0] is None
     entry = LogprobEntry(68, TokenLogprob(-math.inf, []), 0, 1)
-    preface = Preface("ab", first)
-    sheet = StreamSheet(HEADING, tokenizer, chat=False, logprobs=1, with_usage=False)
+    echoed = Echo("ab", first)
+    builder = StreamSheet(HEADING, tokenizer, chat=False, logprobs=1, with_usage=False)
     whole = WholeSheet(HEADING, tokenizer, chat=False, logprobs=1)
-    for writer in (sheet.writer(0, preface), whole.writer(0, preface)):
+    for writer in (builder.writer(0, echoed), whole.writer(0, echoed)):
         writer.write("c", [entry], None)
         writer.write("d", [], "length")
-    texts = [frame["choices"][0]["text"] for frame in frames(sheet)]
+    texts = [frame["choices"][0]["text"] for frame in frames(builder)]
     assert texts == ["abc", "d"]
     choice = json.loads(whole.body(Usage()))["choices"][0]
     assert choice["text"] == "abcd"
-    streamed = frames(sheet)[0]["choices"][0]["logprobs"]
+    streamed = frames(builder)[0]["choices"][0]["logprobs"]
     assert streamed == choice["logprobs"]
     assert streamed["token_logprobs"] == [None, -0.5, -9999.0]
     assert streamed["text_offset"] == [0, 1, 2]
@@ -89,7 +89,7 @@ def test_chat_logprobs_have_bytes_and_alternatives(tokenizer: TextTokenizer) -> 
     half = next(token for token in range(tokenizer.size) if tokenizer.token_bytes(token) == b"\xc3")
     entry = LogprobEntry(half, TokenLogprob(-1.5, [TopLogprob(65, -0.5)]), 0, 0)
     whole = WholeSheet(HEADING, tokenizer, chat=True, logprobs=1)
-    whole.writer(0, Preface()).write("", [entry], "length")
+    whole.writer(0, Echo()).write("", [entry], "length")
     content = json.loads(whole.body(Usage()))["choices"][0]["logprobs"]["content"]
     assert content[0]["bytes"] == [0xC3]
     assert content[0]["token"] == "\N{REPLACEMENT CHARACTER}"
@@ -98,7 +98,7 @@ def test_chat_logprobs_have_bytes_and_alternatives(tokenizer: TextTokenizer) -> 
 
 def test_choices_are_in_order_whatever_ends_first(tokenizer: TextTokenizer) -> None:
     whole = WholeSheet(HEADING, tokenizer, chat=False, logprobs=None)
-    writers = [whole.writer(index, Preface()) for index in (1, 0)]
+    writers = [whole.writer(index, Echo()) for index in (1, 0)]
     writers[0].write("b", (), "stop")
     writers[1].write("a", (), "length")
     body = json.loads(whole.body(Usage(1, 2, 0)))

@@ -8,7 +8,7 @@ from typing import Any, cast
 from router.api.app import build_app
 from router.api.generate import Service
 from router.api.openai_requests import BodyDecoder
-from router.api.parameters import Limits
+from router.api.parameters import RequestLimits
 from router.config import RouterConfig
 from router.routing.metrics import Metrics
 
@@ -16,7 +16,7 @@ from router.routing.metrics import Metrics
 class Broken:
     """A dispatcher with a defect."""
 
-    def limits(self) -> Limits:
+    def limits(self) -> RequestLimits:
         raise ZeroDivisionError("a defect")
 
 

@@ -7,8 +7,8 @@ import pytest
 
 from router.api.openai_requests import BodyDecoder, ChatBody, CompletionBody, GenerationBody
 from router.api.parameters import (
-    Limits,
     Options,
+    RequestLimits,
     check_model,
     check_tokens,
     check_total_choices,
@@ -19,7 +19,7 @@ from router.api.parameters import (
 from router.errors import ApiError
 from services.protocol.messages import Sampling
 
-LIMITS = Limits(
+LIMITS = RequestLimits(
     vocab_size=320,
     max_model_len=64,
     max_sequence_tokens=100,
@@ -267,7 +267,7 @@ def test_max_tokens_is_clipped_to_the_context() -> None:
 
 
 def test_what_the_pool_can_never_hold_is_refused() -> None:
-    small_pool = Limits(320, 64, 20, 4, 3, 6)
+    small_pool = RequestLimits(320, 64, 20, 4, 3, 6)
     with pytest.raises(ApiError) as caught:
         sampling_for(run(ChatBody, chat()), 20, small_pool, "messages")
     assert "20 tokens" in caught.value.message

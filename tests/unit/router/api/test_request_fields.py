@@ -28,11 +28,11 @@ from router.api.openai_requests import (
     StreamOptions,
     TokenizeBody,
 )
-from router.api.parameters import Limits, options_of
+from router.api.parameters import RequestLimits, options_of
 from router.api.request_fields import FIELDS, Endpoint, Field
 from router.errors import ApiError
 
-LIMITS = Limits(320, 64, 100, 4, 3, 6)
+LIMITS = RequestLimits(320, 64, 100, 4, 3, 6)
 DECODER = BodyDecoder()
 KINDS: dict[Endpoint, type[Any]] = {"completions": CompletionBody, "chat": ChatBody, "tokenize": TokenizeBody}
 PLAIN: dict[Endpoint, dict[str, Any]] = {

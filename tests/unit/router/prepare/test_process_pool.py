@@ -15,16 +15,24 @@ import pytest
 
 from router.api.asgi import ClientGone, attended
 from router.api.openai_requests import BodyDecoder
-from router.api.parameters import Limits
+from router.api.parameters import RequestLimits
 from router.chat.chat_template import ChatTemplate
 from router.errors import ApiError
 from router.prepare import process_pool as beside
 from router.prepare.process_pool import Preparers
-from router.prepare.request import MAX_TEXT_PARTS, Ask, Kind, Kit, Prepared, TooMuchHere, prepare
+from router.prepare.request import (
+    MAX_TEXT_PARTS,
+    Kind,
+    Kit,
+    PreparedRequest,
+    PrepareInput,
+    TooMuchHere,
+    prepare,
+)
 from router.text.tokenizer import TextTokenizer
 from tests.checkpoints import write_tokenizer
 
-LIMITS = Limits(1024, 1 << 20, 1 << 20, 16, 64, 128)
+LIMITS = RequestLimits(1024, 1 << 20, 1 << 20, 16, 64, 128)
 TEMPLATE = """{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}
 {% endfor %}{% if endless is defined %}{% for a in range(9999) %}{% for b in range(9999) %}
 {% endfor %}{% endfor %}{% endif %}"""
@@ -62,7 +70,7 @@ def together(scenario: Callable[[Preparers], Awaitable[None]], model_dir: Path) 
             async with asyncio.timeout(DEADLINE_S):
                 await scenario(preparers)
                 for _ in range(beside.PROCESSES):
-                    await preparers._seats.acquire()
+                    await preparers._worker_loads.acquire()
             assert preparers._bytes == 0
         finally:
             pids = [one.process.pid for one in preparers._all]
@@ -72,7 +80,7 @@ def together(scenario: Callable[[Preparers], Awaitable[None]], model_dir: Path) 
     asyncio.run(run())
 
 
-def joined(made: Prepared | list[bytes] | bytes) -> Any:
+def joined(made: PreparedRequest | list[bytes] | bytes) -> Any:
     return b"".join(made) if isinstance(made, list) else made
 
 
@@ -103,7 +111,7 @@ def test_it_is_as_in_the_loop(model_dir: Path) -> None:
     async def scenario(preparers: Preparers) -> None:
         for name, (kind, body) in BODIES.items():
             for limits in (LIMITS, None):
-                ask = Ask(kind, limits, seed=7, retry_after_s=3)
+                ask = PrepareInput(kind, limits, seed=7, retry_after_s=3)
                 made = await asyncio.gather(preparers.prepare(ask, body), return_exceptions=True)
                 try:
                     expected: Any = prepare(here, ask, body)
@@ -127,26 +135,26 @@ def test_parts_are_bounded_over_all_messages(model_dir: Path) -> None:
             two = [{"role": "user", "content": "a"}, {"role": "user", "content": [part] * parts}]
             body = raw(messages=two * 2)
             if taken:
-                prepare(here, Ask(kind, LIMITS), body)
+                prepare(here, PrepareInput(kind, LIMITS), body)
                 continue
             with pytest.raises(ApiError) as caught:
-                prepare(here, Ask(kind, LIMITS), body)
+                prepare(here, PrepareInput(kind, LIMITS), body)
             assert (caught.value.status, caught.value.param) == (400, "messages[3].content")
 
 
 def test_what_is_large_after_all_is_left_to_the_process(model_dir: Path) -> None:
     small = Kit("m", TextTokenizer(model_dir), ChatTemplate(model_dir, time_limit_s=0.01), BodyDecoder(), 100)
     with pytest.raises(TooMuchHere):
-        prepare(small, Ask("tokenize", LIMITS), raw(prompt="a" * 101))
-    prepare(small, Ask("tokenize", LIMITS), raw(prompt="a" * 100))
+        prepare(small, PrepareInput("tokenize", LIMITS), raw(prompt="a" * 101))
+    prepare(small, PrepareInput("tokenize", LIMITS), raw(prompt="a" * 100))
     endless = chat("a", chat_template_kwargs={"endless": True})
     with pytest.raises(TooMuchHere):
-        prepare(small, Ask("chat", LIMITS), endless)
+        prepare(small, PrepareInput("chat", LIMITS), endless)
 
     async def scenario(preparers: Preparers) -> None:
         with pytest.raises(ApiError, match="does not come to an end: it ran for more than 1 s"):
-            await preparers.prepare(Ask("chat", LIMITS), endless)
-        assert await preparers.prepare(Ask("chat", LIMITS), chat("a"))
+            await preparers.prepare(PrepareInput("chat", LIMITS), endless)
+        assert await preparers.prepare(PrepareInput("chat", LIMITS), chat("a"))
 
     together(scenario, model_dir)
 
@@ -155,11 +163,11 @@ def test_what_a_process_dies_with_is_prepared_by_another(model_dir: Path) -> Non
     text = raw(prompt="Hello you")
 
     async def scenario(preparers: Preparers) -> None:
-        expected = joined(await preparers.prepare(Ask("tokenize"), text))
+        expected = joined(await preparers.prepare(PrepareInput("tokenize"), text))
         (process,) = preparers._all
         os.kill(process.process.pid, signal.SIGSTOP)
-        dying = asyncio.create_task(preparers.prepare(Ask("tokenize"), text))
-        other = asyncio.create_task(preparers.prepare(Ask("tokenize"), text))
+        dying = asyncio.create_task(preparers.prepare(PrepareInput("tokenize"), text))
+        other = asyncio.create_task(preparers.prepare(PrepareInput("tokenize"), text))
         assert joined(await other) == expected
         os.kill(process.process.pid, signal.SIGKILL)
         assert joined(await dying) == expected
@@ -167,7 +175,7 @@ def test_what_a_process_dies_with_is_prepared_by_another(model_dir: Path) -> Non
         (process,) = preparers._all
         os.kill(process.process.pid, signal.SIGKILL)
         process.process.wait()
-        assert joined(await preparers.prepare(Ask("tokenize"), text)) == expected
+        assert joined(await preparers.prepare(PrepareInput("tokenize"), text)) == expected
 
     together(scenario, model_dir)
 
@@ -187,20 +195,20 @@ def test_a_body_that_ends_two_processes_fails_alone(model_dir: Path, monkeypatch
 
     async def scenario(preparers: Preparers) -> None:
         with pytest.raises(ApiError) as caught:
-            await preparers.prepare(Ask("tokenize"), raw(prompt="a"))
+            await preparers.prepare(PrepareInput("tokenize"), raw(prompt="a"))
         assert (caught.value.status, caught.value.code) == (500, "internal_error")
         assert len(killed) == 2 and not preparers._bytes
-        assert await preparers.prepare(Ask("tokenize"), raw(prompt="a"))
+        assert await preparers.prepare(PrepareInput("tokenize"), raw(prompt="a"))
 
     together(scenario, model_dir)
 
 
 def test_too_much_computing_ends_with_an_error(model_dir: Path) -> None:
     async def scenario(preparers: Preparers) -> None:
-        await preparers.prepare(Ask("tokenize"), raw(prompt="a"))
+        await preparers.prepare(PrepareInput("tokenize"), raw(prompt="a"))
         (process,) = preparers._all
         os.kill(process.process.pid, signal.SIGSTOP)
-        asked = asyncio.create_task(preparers.prepare(Ask("tokenize"), raw(prompt="a")))
+        asked = asyncio.create_task(preparers.prepare(PrepareInput("tokenize"), raw(prompt="a")))
         await asyncio.sleep(0)
         os.kill(process.process.pid, signal.SIGXCPU)  # what the kernel sends
         os.kill(process.process.pid, signal.SIGCONT)
@@ -220,7 +228,7 @@ def test_nobody_waits_for_what_nobody_wants(
     text = raw(prompt="Hello you")
 
     async def scenario(preparers: Preparers) -> None:
-        await preparers.prepare(Ask("tokenize"), text)
+        await preparers.prepare(PrepareInput("tokenize"), text)
         (process,) = preparers._all
         os.kill(process.process.pid, signal.SIGSTOP)
         left = asyncio.Event()
@@ -231,7 +239,7 @@ def test_nobody_waits_for_what_nobody_wants(
 
         def asked() -> Any:
             timeout_s = 0.05 if ending == "late" else DEADLINE_S
-            work = attended(preparers.prepare(Ask("tokenize"), text), receive, timeout_s, 7.0)
+            work = attended(preparers.prepare(PrepareInput("tokenize"), text), receive, timeout_s, 7.0)
             return asyncio.create_task(work)
 
         both = [asked(), asked()]  # one in the process, one that waits for it
@@ -247,7 +255,9 @@ def test_nobody_waits_for_what_nobody_wants(
                 with pytest.raises(ApiError, match=r"within 7 s") as caught:
                     await one
                 assert caught.value.status == 504
-        assert await preparers.prepare(Ask("tokenize"), text), "a new process, since the old one hangs"
+        assert await preparers.prepare(PrepareInput("tokenize"), text), (
+            "a new process, since the old one hangs"
+        )
 
     together(scenario, model_dir)
 
@@ -257,11 +267,11 @@ def test_more_than_there_is_room_for_is_refused(model_dir: Path, monkeypatch: py
     monkeypatch.setattr(beside, "MAX_WAITING_BYTES", 3 * len(body))
 
     async def scenario(preparers: Preparers) -> None:
-        asked = [asyncio.create_task(preparers.prepare(Ask("tokenize"), body)) for _ in range(5)]
+        asked = [asyncio.create_task(preparers.prepare(PrepareInput("tokenize"), body)) for _ in range(5)]
         done = await asyncio.gather(*asked, return_exceptions=True)
         refused = [one for one in done if isinstance(one, ApiError)]
         assert [(one.status, one.retry_after_s) for one in refused] == [(429, 1)] * 2
         # One that is larger than all the room is taken where nothing else waits.
-        assert await preparers.prepare(Ask("tokenize"), raw(prompt="a" * 5000))
+        assert await preparers.prepare(PrepareInput("tokenize"), raw(prompt="a" * 5000))
 
     together(scenario, model_dir)

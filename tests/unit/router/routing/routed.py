@@ -1,6 +1,6 @@
-"""Workers and a dispatcher played by hand, for journeys (router/routing/routed_request.py).
+"""Workers and a dispatcher played by hand, for requests (router/routing/routed_request.py).
 
-`World` answers what journeys send, as real workers would, one step at a time, and can lose any of them. The
+`World` answers what requests send, as real workers would, one step at a time, and can lose any of them. The
 reference is a function of choice and position, so a token that is drawn at a wrong place, twice, or not at
 all shows.
 """
@@ -8,29 +8,29 @@ all shows.
 from dataclasses import dataclass, field
 
 from router.errors import ApiError
-from router.routing.attempt import WITHOUT_DECODE, Send, Times
+from router.routing.attempt import WITHOUT_DECODE, Times, WorkerMessage
 from router.routing.policy import Pairing
-from router.routing.routed_request import Journey, Leg, RetryBudget
+from router.routing.routed_request import Branch, RetryBudget, RoutedRequest
 from services.protocol.messages import (
     Cancel,
     DecodeStarted,
     Failed,
     FinishReason,
     Generate,
-    Join,
+    KvTransferFailed,
     Prefill,
     PrefillDone,
-    PushAgain,
-    Reserve,
+    RepushKv,
+    ReserveKv,
     Sampling,
+    SequenceRequest,
+    StartDecode,
     Tokens,
-    TransferAddress,
-    Undelivered,
-    Work,
+    WorkerTransferAddress,
 )
 
 PROMPT = [1, 2, 3]
-SOURCE = TransferAddress("ipc:///p", 3)
+SOURCE = WorkerTransferAddress("ipc:///p", 3)
 
 
 def token_at(choice: int, position: int) -> int:
@@ -43,7 +43,7 @@ def expected(choice: int, count: int) -> list[int]:
 
 @dataclass
 class Client:
-    """The output of a journey; `stops` are (choice, number of tokens) at which a stop string is complete."""
+    """The output of a request; `stops` are (choice, number of tokens) at which a stop string is complete."""
 
     stops: dict[int, int] = field(default_factory=dict)
     tokens: dict[int, list[int]] = field(default_factory=dict)
@@ -73,7 +73,7 @@ class Client:
 class Job:
     """One request on one worker. `positions` is how many tokens each of its choices has behind it."""
 
-    work: Work
+    work: SequenceRequest
     positions: dict[int, int]
     joined: bool = False
     prefilled: bool = False
@@ -88,8 +88,8 @@ class World:
         self.unified = unified
         self.budget = RetryBudget(retries, 0.0, 1000)
         sampling = Sampling(max_tokens=max_tokens, seed=1, prompt_logprobs=1)
-        work = Work(self.new_id(), PROMPT, sampling, choices)
-        self.journey = Journey(work, client, Times(0.0), 1, self.budget)
+        work = SequenceRequest(self.new_id(), PROMPT, sampling, choices)
+        self.routed = RoutedRequest(work, client, Times(0.0), 1, self.budget)
         self.jobs: dict[tuple[str, int], Job] = {}
         self.late: list[tuple[str, object]] = []
         self.now_s = 0.0
@@ -105,20 +105,20 @@ class World:
     # ------------------------------------------------------------ the dispatcher's part
 
     def place(self, first_id: int = 0) -> None:
-        for leg in list(self.journey.legs):
-            if leg.waiting and not leg.over:
+        for branch in list(self.routed.branches):
+            if branch.waiting and not branch.over:
                 self.route += 1
                 suffix = str(self.route % 2)
                 if self.unified:
                     pairing = Pairing(None, "u" + suffix, None)
-                elif leg.flight is not None:
-                    pairing = Pairing(leg.flight.prefill, "d" + suffix, SOURCE)
+                elif branch.attempt is not None:
+                    pairing = Pairing(branch.attempt.prefill, "d" + suffix, SOURCE)
                 else:
                     pairing = Pairing("p" + suffix, "d" + suffix, SOURCE)
                 request_id = first_id or self.new_id()
-                self.deliver(self.journey.depart(leg, pairing, request_id, self.new_id(), self.now_s))
+                self.deliver(self.routed.depart(branch, pairing, request_id, self.new_id(), self.now_s))
 
-    def deliver(self, sends: "list[Send] | tuple[Send, ...] | object") -> None:
+    def deliver(self, sends: "list[WorkerMessage] | tuple[WorkerMessage, ...] | object") -> None:
         for send in sends:  # type: ignore[attr-defined]
             worker, message = send.worker, send.message
             match message:
@@ -126,14 +126,14 @@ class World:
                     job = Job(work, dict.fromkeys(work.choice_numbers, len(work.prompt)))
                     job.transfer_id = getattr(message, "transfer_id", 0)
                     self.jobs[worker, work.request_id] = job
-                case Reserve(work=work):
+                case ReserveKv(work=work):
                     self.jobs[worker, work.request_id] = Job(work, {})
-                case PushAgain(request_id=request_id, transfer_id=transfer_id):
+                case RepushKv(request_id=request_id, transfer_id=transfer_id):
                     if (worker, request_id) in self.jobs:
                         self.jobs[worker, request_id].transfer_id = transfer_id
                     else:
                         self.report(worker, Failed(request_id, "transfer", "not here", True))
-                case Join(request_id=request_id, first_tokens=firsts):
+                case StartDecode(request_id=request_id, first_tokens=firsts):
                     job = self.jobs[worker, request_id]
                     job.joined = True
                     job.positions = {one.choice: len(job.work.prompt) + 1 for one in firsts}
@@ -146,32 +146,32 @@ class World:
                         self.jobs[worker, request_id].positions.pop(choice, None)
 
     def report(self, worker: str, report: object) -> None:
-        """To every flight: those it does not belong to must ignore it."""
-        for leg in list(self.journey.legs):
-            flight = leg.flight
-            if flight is None or flight.ended:
+        """To every attempt: those it does not belong to must ignore it."""
+        for branch in list(self.routed.branches):
+            attempt = branch.attempt
+            if attempt is None or attempt.ended:
                 continue
-            if getattr(report, "request_id", None) not in (flight.work.request_id, flight.decode_id):
+            if getattr(report, "request_id", None) not in (attempt.work.request_id, attempt.decode_id):
                 continue
             match report:
                 case Tokens():
-                    self.deliver(flight.on_tokens(worker, report, self.now_s))
+                    self.deliver(attempt.on_tokens(worker, report, self.now_s))
                 case PrefillDone():
-                    flight.on_prefill_done(worker, report)
+                    attempt.on_prefill_done(worker, report)
                 case DecodeStarted():
-                    flight.on_decode_started(worker, report, self.now_s)
+                    attempt.on_decode_started(worker, report, self.now_s)
                 case Failed():
-                    self.deliver(flight.on_failed(worker, report, self.now_s))
-                case Undelivered():
-                    self.deliver(flight.on_undelivered(worker, report))
-            self.settle(leg)
+                    self.deliver(attempt.on_failed(worker, report, self.now_s))
+                case KvTransferFailed():
+                    self.deliver(attempt.on_undelivered(worker, report))
+            self.settle(branch)
 
-    def settle(self, leg: Leg) -> None:
-        flight = leg.flight
-        if flight is not None and (flight.ended or flight.phase in WITHOUT_DECODE):
-            self.deliver(self.journey.settle(leg, self.now_s))
-            if not flight.ended:
-                self.jobs.pop((flight.decode, flight.decode_id), None)
+    def settle(self, branch: Branch) -> None:
+        attempt = branch.attempt
+        if attempt is not None and (attempt.ended or attempt.phase in WITHOUT_DECODE):
+            self.deliver(self.routed.settle(branch, self.now_s))
+            if not attempt.ended:
+                self.jobs.pop((attempt.decode, attempt.decode_id), None)
 
     # ------------------------------------------------------------ the workers' part
 
@@ -201,10 +201,10 @@ class World:
 
     def _forget_kv(self, decode_id: int) -> None:
         """A commit: the prefill worker lets the request go."""
-        for leg in self.journey.legs:
-            flight = leg.flight
-            if flight is not None and flight.decode_id == decode_id and flight.prefill is not None:
-                self.jobs.pop((flight.prefill, flight.work.request_id), None)
+        for branch in self.routed.branches:
+            attempt = branch.attempt
+            if attempt is not None and attempt.decode_id == decode_id and attempt.prefill is not None:
+                self.jobs.pop((attempt.prefill, attempt.work.request_id), None)
 
     def _draw(self, worker: str, request_id: int, job: Job) -> None:
         for choice in list(job.positions):
@@ -233,13 +233,13 @@ class World:
                 (worker, Tokens(key[1], choice, [token_at(choice, position)]))
                 for choice, position in job.positions.items()
             ]
-        for leg in list(self.journey.legs):
-            if leg.flight is not None and worker in leg.flight.workers:
-                self.deliver(leg.flight.on_worker_lost(worker, self.now_s))
-                self.settle(leg)
+        for branch in list(self.routed.branches):
+            if branch.attempt is not None and worker in branch.attempt.workers:
+                self.deliver(branch.attempt.on_worker_lost(worker, self.now_s))
+                self.settle(branch)
 
     def say_late(self) -> None:
-        """From decode workers, of flights that still know the id: those of a dead prefill or unified worker
+        """From decode workers, of attempts that still know the id: those of a dead prefill or unified worker
         are in no table."""
         late, self.late = self.late, []
         for worker, report in late:
@@ -252,7 +252,7 @@ class World:
             if name != worker:
                 continue
             if worker.startswith("p"):
-                self.report(worker, Undelivered(request_id, job.transfer_id, "lost"))
+                self.report(worker, KvTransferFailed(request_id, job.transfer_id, "lost"))
             elif not job.prefilled:
                 del self.jobs[name, request_id]
                 self.report(worker, Failed(request_id, "transfer", "lost", True))

@@ -1,52 +1,56 @@
 """The router's own account of its workers."""
 
-from router.routing.attempt import Flight, Times
-from router.routing.load import Seat, Seats
-from services.protocol.messages import Sampling, Work
+from router.routing.attempt import Attempt, Times
+from router.routing.load import LoadTracker, WorkerLoad
+from services.protocol.messages import Sampling, SequenceRequest
 
 
-def flight(request_id: int, tokens: int, prefill: str | None, decode: str) -> Flight:
-    work = Work(request_id, [1] * tokens, Sampling(max_tokens=4, seed=1))
-    return Flight(work, decode, None, Times(0.0), 1, prefill=prefill)  # type: ignore[arg-type]
+def attempt(request_id: int, tokens: int, prefill: str | None, decode: str) -> Attempt:
+    work = SequenceRequest(request_id, [1] * tokens, Sampling(max_tokens=4, seed=1))
+    return Attempt(work, decode, None, Times(0.0), 1, prefill=prefill)  # type: ignore[arg-type]
 
 
 def test_a_pair_is_seated_until_its_parts_are_done() -> None:
-    seats = Seats(["p", "d"])
-    one, two = flight(1, 100, "p", "d"), flight(2, 50, "p", "d")
-    seats.take(one, cached_tokens=64)
-    seats.take(two)
-    assert seats.of["p"] == Seat(queued_prompts=2, queued_tokens=150, uncached_tokens=86, turn=2)
-    assert seats.of["d"] == Seat(live_tokens=150, live_requests=2, turn=2)
-    seats.leave_prefill(one)
-    seats.leave_prefill(one)
-    assert seats.of["p"] == Seat(queued_prompts=1, queued_tokens=50, uncached_tokens=50, turn=2)
-    assert not seats.of["p"].empty
+    worker_loads = LoadTracker(["p", "d"])
+    one, two = attempt(1, 100, "p", "d"), attempt(2, 50, "p", "d")
+    worker_loads.take(one, cached_tokens=64)
+    worker_loads.take(two)
+    assert worker_loads.of["p"] == WorkerLoad(
+        queued_prompts=2, queued_tokens=150, uncached_tokens=86, last_assigned=2
+    )
+    assert worker_loads.of["d"] == WorkerLoad(live_tokens=150, live_requests=2, last_assigned=2)
+    worker_loads.leave_prefill(one)
+    worker_loads.leave_prefill(one)
+    assert worker_loads.of["p"] == WorkerLoad(
+        queued_prompts=1, queued_tokens=50, uncached_tokens=50, last_assigned=2
+    )
+    assert not worker_loads.of["p"].empty
     for each in (one, two):
-        seats.leave(each)
-    assert seats.of["p"].empty
-    assert seats.of["d"].empty
-    assert seats.of["p"] == Seat(turn=2)
-    assert seats.of["d"] == Seat(turn=2)
+        worker_loads.leave(each)
+    assert worker_loads.of["p"].empty
+    assert worker_loads.of["d"].empty
+    assert worker_loads.of["p"] == WorkerLoad(last_assigned=2)
+    assert worker_loads.of["d"] == WorkerLoad(last_assigned=2)
 
 
 def test_a_unified_worker_has_both_parts() -> None:
-    seats = Seats(["u"])
-    one = flight(1, 100, None, "u")
-    seats.take(one, cached_tokens=640)
-    assert seats.of["u"] == Seat(1, 100, 0, 100, 1, 1), "no more is cached than there is"
-    seats.leave(one)
-    assert seats.of["u"] == Seat(turn=1)
+    worker_loads = LoadTracker(["u"])
+    one = attempt(1, 100, None, "u")
+    worker_loads.take(one, cached_tokens=640)
+    assert worker_loads.of["u"] == WorkerLoad(1, 100, 0, 100, 1, 1), "no more is cached than there is"
+    worker_loads.leave(one)
+    assert worker_loads.of["u"] == WorkerLoad(last_assigned=1)
 
 
 def test_another_decode_worker_takes_a_seat_over() -> None:
-    seats = Seats(["p", "d"])
-    seats.add("e")
-    one = flight(1, 100, "p", "d")
-    seats.take(one)
+    worker_loads = LoadTracker(["p", "d"])
+    worker_loads.add("e")
+    one = attempt(1, 100, "p", "d")
+    worker_loads.take(one)
     one.decode = "e"
-    seats.take_decode(one)
-    assert seats.of["d"].empty
-    assert seats.of["e"].live_tokens == 100
-    seats.remove("d")
-    seats.leave(one)
-    assert all(seat.empty for seat in seats.of.values())
+    worker_loads.take_decode(one)
+    assert worker_loads.of["d"].empty
+    assert worker_loads.of["e"].live_tokens == 100
+    worker_loads.remove("d")
+    worker_loads.leave(one)
+    assert all(worker_load.empty for worker_load in worker_loads.of.values())

@@ -5,7 +5,7 @@ import random
 from msgspec.structs import replace
 
 from router.routing.policy import Candidate, place, place_decode, spare
-from services.protocol.messages import Role, TransferAddress
+from services.protocol.messages import Role, WorkerTransferAddress
 
 
 def worker(name: str, role: Role, **changes: object) -> Candidate:
@@ -13,7 +13,7 @@ def worker(name: str, role: Role, **changes: object) -> Candidate:
         name=name,
         role=role,
         model_digest="m",
-        transfer=None if role == "unified" else TransferAddress(f"ipc:///{name}", 1),
+        transfer=None if role == "unified" else WorkerTransferAddress(f"ipc:///{name}", 1),
         page_size_tokens=16,
         pages=100,
         reported_queued=0,
@@ -126,8 +126,11 @@ def test_a_prefix_need_not_be_moved_to_a_decode_worker_that_has_it() -> None:
 
 
 def test_equal_workers_take_turns() -> None:
-    p, d = worker("p", "prefill", turn=4), worker("d", "decode", turn=4)
-    assert names([p, worker("q", "prefill", turn=3), d, worker("e", "decode", turn=2)]) == ("q", "e")
+    p, d = worker("p", "prefill", last_assigned=4), worker("d", "decode", last_assigned=4)
+    assert names([p, worker("q", "prefill", last_assigned=3), d, worker("e", "decode", last_assigned=2)]) == (
+        "q",
+        "e",
+    )
 
 
 def test_whatever_the_load_the_choice_can_hold_it_and_nobody_is_clearly_better() -> None:
@@ -141,7 +144,7 @@ def test_whatever_the_load_the_choice_can_hold_it_and_nobody_is_clearly_better()
                 reported_used_pages=rng.randrange(5),
                 uncached_tokens=rng.randrange(3) * 500,
                 cached_tokens=rng.choice((0, 64, 640)),
-                turn=rng.randrange(3),
+                last_assigned=rng.randrange(3),
             )
             for role in ("prefill", "decode")
             for number in range(rng.randrange(4))
@@ -177,7 +180,7 @@ def test_equal_prompts_are_spread_and_a_shared_prefix_stays_together_within_its_
     for shared_tokens, most_apart in ((0, 1000), (640, 1640)):
         waiting = dict.fromkeys("pqr", 0)
         seen: set[str] = set()
-        for turn in range(60):
+        for last_assigned in range(60):
             found = place(
                 [
                     worker(
@@ -186,7 +189,7 @@ def test_equal_prompts_are_spread_and_a_shared_prefix_stays_together_within_its_
                         pages=1 << 20,
                         uncached_tokens=waiting[name],
                         cached_tokens=shared_tokens if name in seen else 0,
-                        turn=turn,
+                        last_assigned=last_assigned,
                     )
                     for name in "pqr"
                 ]
@@ -203,6 +206,6 @@ def test_equal_prompts_are_spread_and_a_shared_prefix_stays_together_within_its_
 
 def test_a_shared_prefix_has_one_worker_while_it_keeps_up() -> None:
     d = worker("d", "decode")
-    for turn in range(5):
-        first = worker("q", "prefill", cached_tokens=640, uncached_tokens=360, turn=turn)
+    for last_assigned in range(5):
+        first = worker("q", "prefill", cached_tokens=640, uncached_tokens=360, last_assigned=last_assigned)
         assert names([worker("p", "prefill"), first, d], tokens=1000) == ("q", "d")

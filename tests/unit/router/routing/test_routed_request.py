@@ -4,8 +4,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from router.routing.attempt import Phase
-from router.routing.retry_queue import WaitingRoom
+from router.routing.attempt import AttemptPhase
+from router.routing.retry_queue import RetryQueue
 from router.routing.routed_request import FIRST_BACKOFF_S, RetryBudget
 from services.protocol.messages import Failed
 from tests.unit.router.routing.routed import PROMPT, Client, World, expected
@@ -55,21 +55,21 @@ def test_no_token_is_lost_or_repeated_and_there_is_one_end(
         world.place()
         if not world.step(0):
             break
-    journey = world.journey
-    assert journey.ended and not world.jobs, (journey.legs, world.jobs)
+    routed = world.routed
+    assert routed.ended and not world.jobs, (routed.branches, world.jobs)
     for choice, tokens in client.tokens.items():
         assert tokens == expected(choice, len(tokens))
-        assert tokens == journey.tokens[choice]
+        assert tokens == routed.tokens[choice]
     assert client.prefilled <= 1
-    assert all(leg.flight is None or leg.flight.ended for leg in journey.legs)
-    if journey.phase is Phase.FINISHED:
+    assert all(branch.attempt is None or branch.attempt.ended for branch in routed.branches)
+    if routed.phase is AttemptPhase.FINISHED:
         assert not client.errors
         for choice in range(choices):
             count = min(max_tokens, stops.get(choice, max_tokens))
             assert client.tokens[choice] == expected(choice, count)
         assert set(client.finishes) == set(range(choices))
     else:
-        assert journey.phase is Phase.FAILED and client.errors == [journey.error]
+        assert routed.phase is AttemptPhase.FAILED and client.errors == [routed.error]
         assert sum(world.budget.denied.values()) == 1, "it fails only where a budget says so"
         assert client.errors[0].status == 503 and client.errors[0].retry_after_s is not None
 
@@ -77,20 +77,24 @@ def test_no_token_is_lost_or_repeated_and_there_is_one_end(
 def decoding_journey(budget: RetryBudget, choices: int = 1) -> tuple[World, Client]:
     client = Client()
     world = World(choices, 9, False, client, budget.max_retries)
-    world.journey.budget = world.budget = budget
+    world.routed.budget = world.budget = budget
     for _ in range(3):
         world.step(0)
-    assert [leg.flight.phase for leg in world.journey.legs if leg.flight] == [Phase.DECODING]
+    assert [branch.attempt.phase for branch in world.routed.branches if branch.attempt] == [
+        AttemptPhase.DECODING
+    ]
     return world, client
 
 
 def test_choices_go_on_by_themselves_with_what_the_client_has() -> None:
     world, client = decoding_journey(RetryBudget(3, 0.0, 9), choices=2)
     world.lose("d1")
-    assert [leg.choices for leg in world.journey.legs] == [[0], [1]]
-    assert all(leg.waiting and leg.avoid == {"d1"} and leg.retries == 1 for leg in world.journey.legs)
+    assert [branch.choices for branch in world.routed.branches] == [[0], [1]]
+    assert all(
+        branch.waiting and branch.avoid == {"d1"} and branch.retries == 1 for branch in world.routed.branches
+    )
     world.place()
-    works = [leg.flight.work for leg in world.journey.legs if leg.flight is not None]
+    works = [branch.attempt.work for branch in world.routed.branches if branch.attempt is not None]
     for choice, work in enumerate(works):
         assert work.prompt == PROMPT + client.tokens[choice] and len(client.tokens[choice]) == 2
         assert (work.first_choice, work.choices, work.output_tokens) == (choice, 1, 2)
@@ -102,12 +106,12 @@ def test_choices_go_on_by_themselves_with_what_the_client_has() -> None:
 def test_what_kills_every_worker_ends_at_its_own_count() -> None:
     world, client = decoding_journey(RetryBudget(2, 0.0, 99))
     delays: list[float] = []
-    while not world.journey.ended:
-        flight = world.journey.legs[0].flight
-        assert flight is not None
-        world.lose(flight.decode)
-        if not world.journey.ended:
-            delays.append(world.journey.legs[0].not_before_s)
+    while not world.routed.ended:
+        attempt = world.routed.branches[0].attempt
+        assert attempt is not None
+        world.lose(attempt.decode)
+        if not world.routed.ended:
+            delays.append(world.routed.branches[0].not_before_s)
             world.place()
             for _ in range(3):
                 world.step(0)
@@ -134,7 +138,7 @@ def test_a_denied_pairing_fails_with_its_own_error_and_frees_the_prefill_worker(
     client = Client()
     world = World(1, 9, False, client, 0)
     world.lose("d1")
-    assert world.journey.phase is Phase.FAILED and not world.jobs
+    assert world.routed.phase is AttemptPhase.FAILED and not world.jobs
     assert (client.errors[0].code, client.errors[0].committed) == ("worker_lost", False)
 
 
@@ -144,19 +148,19 @@ def test_what_another_attempt_cannot_mend_is_not_tried_again(code: str) -> None:
     world = World(1, 9, False, client, 3)
     del world.jobs["p1", 1]
     world.report("p1", Failed(1, code, "no", True))  # type: ignore[arg-type]
-    assert world.journey.phase is Phase.FAILED and not world.jobs and not world.budget.counts
+    assert world.routed.phase is AttemptPhase.FAILED and not world.jobs and not world.budget.counts
 
 
 def test_the_waiting_room_is_bounded_and_forgets_who_has_left() -> None:
-    room = WaitingRoom(2)
-    legs = [World(1, 1, True, Client(), 1).journey.legs[0] for _ in range(3)]
-    for leg in legs:
-        leg.waiting = True
-        leg.flight = None
-    legs[1].not_before_s = 5.0
-    assert room.add(legs[0]) and room.add(legs[1]) and not room.add(legs[2])
-    assert room.add(legs[0]) and len(room) == 2, "nobody waits twice"
-    assert room.take_due(1.0) == [legs[0]] and len(room) == 1
-    legs[1].journey.end(1.0)
-    assert room.add(legs[2]) and room.add(legs[0])
-    assert room.take_due(9.0) == [legs[2], legs[0]]
+    room = RetryQueue(2)
+    branches = [World(1, 1, True, Client(), 1).routed.branches[0] for _ in range(3)]
+    for branch in branches:
+        branch.waiting = True
+        branch.attempt = None
+    branches[1].not_before_s = 5.0
+    assert room.add(branches[0]) and room.add(branches[1]) and not room.add(branches[2])
+    assert room.add(branches[0]) and len(room) == 2, "nobody waits twice"
+    assert room.take_due(1.0) == [branches[0]] and len(room) == 1
+    branches[1].routed.end(1.0)
+    assert room.add(branches[2]) and room.add(branches[0])
+    assert room.take_due(9.0) == [branches[2], branches[0]]

@@ -9,12 +9,12 @@ import pytest
 from router.errors import ApiError
 from router.routing.attempt import Times
 from router.routing.traces import MAX_LABELS, MAX_PROMPTS, RequestTrace, Traces, process_trace
-from services.protocol.messages import Request, Span, TraceReply, TraceRequest
+from services.protocol.messages import Request, TraceReply, TraceRequest, TraceSpan
 
-SPAN = Span("pack", 0, 4, 10.0, 11.0)
+SPAN = TraceSpan("pack", 0, 4, 10.0, 11.0)
 
 
-def flight(request_id: int = 1, prefill: str | None = "p", submitted_s: float = 100.0) -> Any:
+def attempt(request_id: int = 1, prefill: str | None = "p", submitted_s: float = 100.0) -> Any:
     return SimpleNamespace(
         work=SimpleNamespace(request_id=request_id, prompt=[1] * 8),
         transfer_id=request_id + 1000 if prefill else 0,
@@ -43,8 +43,8 @@ class Workers:
                     self.traces.on_reply(reply)
         return self.reachable
 
-    def remember(self, owner: str | None, label: str, *flights: Any) -> None:
-        self.traces.remember(owner, label, flights, lambda endpoint: f"worker-{endpoint}")
+    def remember(self, owner: str | None, label: str, *attempts: Any) -> None:
+        self.traces.remember(owner, label, attempts, lambda endpoint: f"worker-{endpoint}")
 
     def trace(self, owner: str | None, label: str) -> RequestTrace:
         return asyncio.run(self.traces.trace(owner, label))
@@ -52,7 +52,7 @@ class Workers:
 
 def test_all_four_processes_of_a_transfer_are_asked() -> None:
     workers = Workers()
-    workers.remember(None, "mine", flight())
+    workers.remember(None, "mine", attempt())
     (prompt,) = workers.trace(None, "mine").prompts
     assert [(endpoint, one.request_id, one.transfer_id) for endpoint, one in workers.asked] == [  # type: ignore[union-attr]
         ("p", 1, 1001),
@@ -65,25 +65,25 @@ def test_all_four_processes_of_a_transfer_are_asked() -> None:
         "worker-p",
         "worker-p/transfer",
     ]
-    assert prompt.processes[0].spans == [Span("pack", 0, 4, -90.0, -89.0)]
+    assert prompt.processes[0].spans == [TraceSpan("pack", 0, 4, -90.0, -89.0)]
     assert prompt.first_token_s == 0.5 and prompt.ended_s is None
 
 
 def test_who_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("router.routing.traces.ANSWER_S", 0.01)
     workers = Workers(silent=("worker-d/transfer",))
-    workers.remember(None, "mine", flight())
+    workers.remember(None, "mine", attempt())
     (prompt,) = workers.trace(None, "mine").prompts
     assert prompt.missing == ["worker-d/transfer"] and len(prompt.processes) == 3
     unreachable = Workers(reachable=False)
-    unreachable.remember(None, "mine", flight())
+    unreachable.remember(None, "mine", attempt())
     (prompt,) = unreachable.trace(None, "mine").prompts
     assert len(prompt.missing) == 4 and prompt.processes == []
 
 
 def test_a_unified_worker_is_not_asked() -> None:
     workers = Workers()
-    workers.remember(None, "mine", flight(prefill=None))
+    workers.remember(None, "mine", attempt(prefill=None))
     (prompt,) = workers.trace(None, "mine").prompts
     assert workers.asked == [] and prompt.processes == prompt.missing == []
     assert (prompt.prefill, prompt.decode) == (None, "worker-d")
@@ -91,8 +91,8 @@ def test_a_unified_worker_is_not_asked() -> None:
 
 def test_a_label_belongs_to_its_key() -> None:
     workers = Workers()
-    workers.remember("key", "mine", flight(1))
-    workers.remember("other", "mine", flight(2))
+    workers.remember("key", "mine", attempt(1))
+    workers.remember("other", "mine", attempt(2))
     assert len(workers.trace("key", "mine").prompts) == 1
     assert {one.request_id for _, one in workers.asked} == {1}  # type: ignore[union-attr]
     for owner, label in (("third", "mine"), (None, "mine"), ("key", "another")):
@@ -104,11 +104,11 @@ def test_a_label_belongs_to_its_key() -> None:
 def test_what_is_remembered_is_bounded() -> None:
     workers = Workers()
     for number in range(MAX_LABELS + 5):
-        workers.remember(None, f"label-{number}", flight(prefill=None))
+        workers.remember(None, f"label-{number}", attempt(prefill=None))
     assert len(workers.trace(None, f"label-{MAX_LABELS + 4}").prompts) == 1
     with pytest.raises(ApiError):
         workers.trace(None, "label-4")
-    workers.remember(None, "again", *[flight(prefill=None) for _ in range(MAX_PROMPTS + 3)])
+    workers.remember(None, "again", *[attempt(prefill=None) for _ in range(MAX_PROMPTS + 3)])
     assert len(workers.trace(None, "again").prompts) == MAX_PROMPTS
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 import router.text.ascii_bpe
-from router.text.ascii_bpe import MAX_WORD_CHARACTERS, WordEncoder, ascii_pattern, starts_at_spaces
+from router.text.ascii_bpe import MAX_WORD_CHARACTERS, AsciiBpeEncoder, ascii_pattern, starts_at_spaces
 from router.text.decoder_chain import byte_level_table
 
 STAND_INS = {byte: text for text, byte in byte_level_table().items()}
@@ -46,8 +46,8 @@ def make(pattern: str | None, **added: Any) -> Tokenizer:
     return tokenizer
 
 
-def words_of(tokenizer: Tokenizer) -> WordEncoder | None:
-    return WordEncoder.make(tokenizer, json.loads(tokenizer.to_str()), STAND_INS)
+def words_of(tokenizer: Tokenizer) -> AsciiBpeEncoder | None:
+    return AsciiBpeEncoder.make(tokenizer, json.loads(tokenizer.to_str()), STAND_INS)
 
 
 ENCODERS = {name: (made := make(pattern), words_of(made)) for name, pattern in PATTERNS.items()}
@@ -103,14 +103,14 @@ def test_tokenizers_of_another_make_are_not_understood() -> None:
     prefixed = make(None)
     prefixed.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     assert words_of(prefixed) is None
-    assert WordEncoder.make(make(None), {"model": {"type": "Unigram"}}, STAND_INS) is None
+    assert AsciiBpeEncoder.make(make(None), {"model": {"type": "Unigram"}}, STAND_INS) is None
 
 
 def test_a_pattern_that_leaves_something_out_is_not_trusted() -> None:
     # The library makes one piece of what lies between two matches.
     tokenizer = make(r"\p{L}+")
     assert words_of(tokenizer) is None
-    unproved = WordEncoder(tokenizer, "[A-Za-z]+", {}, STAND_INS)
+    unproved = AsciiBpeEncoder(tokenizer, "[A-Za-z]+", {}, STAND_INS)
     assert unproved.encode("baton", False) == tokenizer.encode("baton", add_special_tokens=False).ids
     assert unproved.encode("baton 12", False) is None
 

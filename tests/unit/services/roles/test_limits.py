@@ -3,22 +3,22 @@
 import pytest
 
 from services.engine.batch import RowResult
-from services.protocol.messages import Sampling, TokenLogprob, Work
+from services.protocol.messages import Sampling, SequenceRequest, TokenLogprob
 from services.rates import Rate
-from services.roles.limits import Limits, finish_reason, refuse
+from services.roles.limits import WorkerLimits, finish_reason, refuse
 from services.roles.live_requests import Requests
-from services.roles.report_queue import Outbox
+from services.roles.report_queue import ReportQueue
 from services.roles.unified import UnifiedRole
 from services.scheduler.sequence import Chunk, prompt_sequence
 
-LIMITS = Limits(
+LIMITS = WorkerLimits(
     vocab_size=100, max_sequence_tokens=20, max_batch=4, max_queue=3, eos_token_ids=frozenset({9})
 )
 
 
-def work(prompt: list[int], choices: int = 1, **sampling: object) -> Work:
+def work(prompt: list[int], choices: int = 1, **sampling: object) -> SequenceRequest:
     values = {"max_tokens": 5, "seed": 1, **sampling}
-    return Work(1, prompt, Sampling(**values), choices)  # type: ignore[arg-type]
+    return SequenceRequest(1, prompt, Sampling(**values), choices)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,9 @@ def work(prompt: list[int], choices: int = 1, **sampling: object) -> Work:
         (work([1], logit_bias={100: 1.0}), 0, "invalid"),
     ],
 )
-def test_what_cannot_be_taken_is_refused_with_its_reason(given: Work, queued: int, code: str) -> None:
+def test_what_cannot_be_taken_is_refused_with_its_reason(
+    given: SequenceRequest, queued: int, code: str
+) -> None:
     failed = refuse(given, LIMITS, queued)
     assert failed is not None and failed.code == code
     assert failed.retryable == (code == "overloaded")
@@ -55,7 +57,9 @@ def test_what_fits_exactly_is_taken() -> None:
         (work([1]), 9, 5, "stop"),
     ],
 )
-def test_when_a_choice_ends(given: Work, token: int, output_tokens: int, expected: str | None) -> None:
+def test_when_a_choice_ends(
+    given: SequenceRequest, token: int, output_tokens: int, expected: str | None
+) -> None:
     assert finish_reason(given, token, output_tokens, LIMITS) == expected
 
 
@@ -88,7 +92,7 @@ def test_the_outbox_sends_one_frame_a_router_and_names_the_lost_ones() -> None:
         sent.append((router, len(reports)))
         return router != b"gone"
 
-    outbox = Outbox(send)  # type: ignore[arg-type]
+    outbox = ReportQueue(send)  # type: ignore[arg-type]
     for router in (b"a", b"gone", b"a"):
         outbox.add(router, object())  # type: ignore[arg-type]
     assert outbox.flush() == [b"gone"]

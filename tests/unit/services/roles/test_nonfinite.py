@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.engine.batch import Row
-from services.protocol.messages import Cancel, Failed, Sampling, Work
+from services.protocol.messages import Cancel, Failed, Sampling, SequenceRequest
 from services.roles.decode import DecodeRole
 from services.roles.role import Role
 from services.roles.unified import UnifiedRole
@@ -43,7 +43,7 @@ class Judged(Served):
             self.role.pull.device = self.device  # type: ignore[attr-defined]
         self.codes: dict[int, str] = {}
 
-    def is_bad(self, work: Work) -> bool:
+    def is_bad(self, work: SequenceRequest) -> bool:
         outputs = [self.expected(work, choice)[:-1] for choice in range(work.choices)]
         return not BAD.isdisjoint([*work.prompt, *(token for output in outputs for token in output)])
 
@@ -66,7 +66,7 @@ class Judged(Served):
         return super()._reported(router, reports)
 
 
-def some_work(random: Random, request_id: int, kind: type[Role], largest_tokens: int) -> Work:
+def some_work(random: Random, request_id: int, kind: type[Role], largest_tokens: int) -> SequenceRequest:
     """Prompts that begin alike, of a decode role without a bad token: those end at the prefill worker."""
     length = random.randint(1, min(20, largest_tokens - 1))
     rare = [13] if kind is UnifiedRole else [1]
@@ -76,7 +76,7 @@ def some_work(random: Random, request_id: int, kind: type[Role], largest_tokens:
         if kind is UnifiedRole and length > 6:
             prompt[6] = 13
     sampling = Sampling(max_tokens=random.randint(1, 30), seed=1)
-    return Work(request_id, prompt, sampling, choices=random.randint(1, 3))
+    return SequenceRequest(request_id, prompt, sampling, choices=random.randint(1, 3))
 
 
 @settings(max_examples=200, deadline=None)
@@ -109,10 +109,10 @@ def test_one_that_took_the_pages_before_it_was_known() -> None:
     follows; one that shares no more than what comes before the bad token goes on."""
     judged = Judged(UnifiedRole, 40, overlap=True)
     limits = Sampling(max_tokens=3, seed=1, ignore_eos=True)
-    judged.add(Work(1, [0, 0, 0, 0, 0, 13, 0, 0], limits))
+    judged.add(SequenceRequest(1, [0, 0, 0, 0, 0, 13, 0, 0], limits))
     judged.step()
-    judged.add(Work(2, [0, 0, 0, 0, 0, 13, 0, 0, 1], limits))
-    judged.add(Work(3, [0, 0, 0, 0, 0, 0, 1], limits))
+    judged.add(SequenceRequest(2, [0, 0, 0, 0, 0, 13, 0, 0, 1], limits))
+    judged.add(SequenceRequest(3, [0, 0, 0, 0, 0, 0, 1], limits))
     judged.step()
     assert judged.failed == {1, 2}
     assert judged.pool.prefix_hits_tokens == 12
@@ -127,7 +127,9 @@ def test_what_ended_before_it_was_known_leaves_no_prefix(kind: type[Role]) -> No
         work
         for first in range(200)
         if first not in BAD
-        and judged.is_bad(work := Work(1, [first], Sampling(max_tokens=12, seed=1, ignore_eos=True)))
+        and judged.is_bad(
+            work := SequenceRequest(1, [first], Sampling(max_tokens=12, seed=1, ignore_eos=True))
+        )
     )
     judged.add(work)
     tokens = work.prompt + judged.expected(work, 0)

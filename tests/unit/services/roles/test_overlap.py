@@ -18,20 +18,20 @@ from services.protocol.messages import (
     Failed,
     FirstToken,
     Generate,
-    Join,
-    Reserve,
+    ReserveKv,
     Sampling,
+    SequenceRequest,
+    StartDecode,
     Tokens,
-    Work,
 )
 from services.roles.decode import DecodeRole
-from services.roles.limits import Limits
-from services.roles.report_queue import Outbox
-from services.roles.role import Occupancy, Parts, Role
+from services.roles.limits import WorkerLimits
+from services.roles.report_queue import ReportQueue
+from services.roles.role import Occupancy, Role, WorkerContext
 from services.roles.unified import UnifiedRole
 from services.scheduler.pages import PagePool, chain_digest, chain_root
 from services.scheduler.sequence import PENDING, Sequence, State
-from services.transfer.pull import Incoming, Settled
+from services.transfer.pull import IncomingTransfer, Settled
 from tests.unit.services.scheduler.harness import next_token
 
 SIZE = 4
@@ -115,9 +115,11 @@ class FakePull:
     def __init__(self, device: FakeDevice) -> None:
         self.device = device
 
-    def open(self, sequence: Sequence, transfer_id: int, source: object, deadline_s: float) -> Incoming:
+    def open(
+        self, sequence: Sequence, transfer_id: int, source: object, deadline_s: float
+    ) -> IncomingTransfer:
         self.device.write(sequence.pages, 0, sequence.tokens)
-        return Incoming(transfer_id, sequence, 0)
+        return IncomingTransfer(transfer_id, sequence, 0)
 
     def settle(self) -> Settled:
         return Settled()
@@ -132,26 +134,26 @@ class Served:
     def __init__(self, kind: type[Role], pages: int, overlap: bool, max_batch: int = 4) -> None:
         self.pool = PagePool(pages, SIZE)
         self.device = FakeDevice(pages)
-        self.limits = Limits(1000, pages * SIZE, max_batch, 1000, EOS)
+        self.limits = WorkerLimits(1000, pages * SIZE, max_batch, 1000, EOS)
         self.out: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
         self.finished: set[tuple[int, int]] = set()
         self.failed: set[int] = set()
         self.silent: set[tuple[int, int | None]] = set()
         """What was cancelled: nothing may be reported of it any more."""
-        self.works: dict[int, Work] = {}
-        parts = Parts(
+        self.works: dict[int, SequenceRequest] = {}
+        parts = WorkerContext(
             engine=self.device,  # type: ignore[arg-type]
             pool=self.pool,
             limits=self.limits,
             max_chunk_tokens=8,
-            outbox=Outbox(self._reported),
+            outbox=ReportQueue(self._reported),
             clock=lambda: 0.0,
             overlap=overlap,
         )
         self.parts = parts
         self.role = UnifiedRole(parts) if kind is UnifiedRole else DecodeRole(parts, FakePull(self.device))  # type: ignore[arg-type]
 
-    def expected(self, work: Work, choice: int) -> list[int]:
+    def expected(self, work: SequenceRequest, choice: int) -> list[int]:
         tokens = list(work.prompt)
         while True:
             tokens.append(next_token(tokens, choice))
@@ -160,12 +162,12 @@ class Served:
             if at_limit or (tokens[-1] in EOS and not work.sampling.ignore_eos):
                 return tokens[len(work.prompt) :]
 
-    def add(self, work: Work) -> None:
+    def add(self, work: SequenceRequest) -> None:
         self.works[work.request_id] = work
         if isinstance(self.role, UnifiedRole):
             self.role.accept(ROUTER, Generate(work))
             return
-        self.role.accept(ROUTER, Reserve(work, work.request_id, None))  # type: ignore[arg-type]
+        self.role.accept(ROUTER, ReserveKv(work, work.request_id, None))  # type: ignore[arg-type]
         going = []
         for choice in range(work.choices):  # the prefill worker's part
             tokens = self.expected(work, choice)
@@ -175,7 +177,7 @@ class Served:
             else:
                 self.finished.add((work.request_id, choice))
         if going:
-            self.role.accept(ROUTER, Join(work.request_id, going))
+            self.role.accept(ROUTER, StartDecode(work.request_id, going))
         else:
             self.role.accept(ROUTER, Cancel(work.request_id))
 
@@ -234,14 +236,14 @@ def page_contents(salt: bytes, tokens: list[int]) -> dict[bytes, list[int]]:
     return contents
 
 
-def random_work(random: Random, request_id: int, largest_tokens: int) -> Work:
+def random_work(random: Random, request_id: int, largest_tokens: int) -> SequenceRequest:
     prompt = [random.randrange(2) for _ in range(random.randint(1, min(20, largest_tokens - 1)))]
     sampling = Sampling(
         max_tokens=random.randint(1, 30),
         seed=request_id,
         presence_penalty=0.5 if random.random() < 0.15 else 0.0,
     )
-    return Work(request_id, prompt, sampling, choices=random.randint(1, 3))
+    return SequenceRequest(request_id, prompt, sampling, choices=random.randint(1, 3))
 
 
 @settings(max_examples=200, deadline=None)
@@ -276,7 +278,7 @@ def test_a_step_is_launched_before_the_one_before_is_collected(kind: type[Role])
     work = next(
         work
         for prompt in range(100)
-        if len(served.expected(work := Work(1, [prompt], Sampling(max_tokens=9, seed=1)), 0)) == 9
+        if len(served.expected(work := SequenceRequest(1, [prompt], Sampling(max_tokens=9, seed=1)), 0)) == 9
     )
     served.add(work)
     while len(served.out[1, 0]) < 5:
@@ -296,12 +298,14 @@ def test_a_step_is_launched_before_the_one_before_is_collected(kind: type[Role])
 def test_a_failed_step_fails_the_requests_it_touched(kind: type[Role], overlap: bool) -> None:
     served = Served(kind, 60, overlap)
     for request_id in (1, 2):
-        served.add(Work(request_id, [9, request_id], Sampling(max_tokens=40, seed=1, ignore_eos=True)))
+        served.add(
+            SequenceRequest(request_id, [9, request_id], Sampling(max_tokens=40, seed=1, ignore_eos=True))
+        )
     for _ in range(4):
         served.step()
     served.device.fails = {served.device.launches + 1}
     served.step()
-    later = Work(3, [9, 1, 2, 3], Sampling(max_tokens=6, seed=1))
+    later = SequenceRequest(3, [9, 1, 2, 3], Sampling(max_tokens=6, seed=1))
     served.add(later)
     served.run()
     assert served.failed >= {1, 2}
@@ -310,7 +314,7 @@ def test_a_failed_step_fails_the_requests_it_touched(kind: type[Role], overlap: 
     served.works = {} if overlap else {3: later}
     served.check()
     assert not served.pool.match_prefix(b"", [9, 1], 2)
-    again = Work(4, [9, 1, 2, 3], Sampling(max_tokens=6, seed=1))
+    again = SequenceRequest(4, [9, 1, 2, 3], Sampling(max_tokens=6, seed=1))
     served.works = {}
     served.add(again)
     served.run()
@@ -322,9 +326,9 @@ def test_a_prompt_that_loses_its_pages_while_its_end_is_in_flight_is_computed_ag
     lost = 0
     for length, pages in product(range(4, 12), (11, 12, 13)):
         served = Served(UnifiedRole, pages, overlap=True)
-        served.add(Work(1, [7] * length, Sampling(max_tokens=25, seed=1, ignore_eos=True)))
+        served.add(SequenceRequest(1, [7] * length, Sampling(max_tokens=25, seed=1, ignore_eos=True)))
         served.step()
-        served.add(Work(2, [8] * 36, Sampling(max_tokens=5, seed=1, ignore_eos=True), choices=2))
+        served.add(SequenceRequest(2, [8] * 36, Sampling(max_tokens=5, seed=1, ignore_eos=True), choices=2))
         busy = True
         while busy:
             flight = served.role._flight  # type: ignore[attr-defined]

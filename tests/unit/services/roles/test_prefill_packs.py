@@ -4,11 +4,11 @@ from typing import Any
 
 from kvtransfer.client import SlotsLent
 from kvtransfer.messages import WITHDRAWN, SendCommitted, SendGranted
-from services.protocol.messages import Prefill, Sampling, Tokens, Work
-from services.roles.limits import Limits
+from services.protocol.messages import Prefill, Sampling, SequenceRequest, Tokens
+from services.roles.limits import WorkerLimits
 from services.roles.prefill import MAX_FLIGHTS, PrefillRole
-from services.roles.report_queue import Outbox
-from services.roles.role import Occupancy, Parts
+from services.roles.report_queue import ReportQueue
+from services.roles.role import Occupancy, WorkerContext
 from services.scheduler.pages import PagePool
 from services.transfer.push import KvPush
 from services.transfer.push_parts import PushParts
@@ -19,12 +19,12 @@ class Prefilling:
     def __init__(self) -> None:
         self.pool, self.engine, self.client = PagePool(40, 4), FakeMoves(40), FakeClient()
         self.tokens: list[Tokens] = []
-        self.parts = Parts(
+        self.parts = WorkerContext(
             engine=self.engine,  # type: ignore[arg-type]
             pool=self.pool,
-            limits=Limits(1000, 160, 4, 1000, frozenset()),
+            limits=WorkerLimits(1000, 160, 4, 1000, frozenset()),
             max_chunk_tokens=8,
-            outbox=Outbox(self._reported),
+            outbox=ReportQueue(self._reported),
             clock=lambda: 0.0,
             overlap=True,
         )
@@ -48,7 +48,7 @@ class Prefilling:
 def prefilling(prompt_tokens: int, delays: list[int]) -> Prefilling:
     served = Prefilling()
     served.engine.delays = iter(delays)
-    work = Work(1, [3] * prompt_tokens, Sampling(max_tokens=9, seed=1, ignore_eos=True))
+    work = SequenceRequest(1, [3] * prompt_tokens, Sampling(max_tokens=9, seed=1, ignore_eos=True))
     served.role.accept(b"router", Prefill(work, 7))
     served.role.on_transfer(confirmed(prompt_tokens))
     served.role.on_transfer(SendGranted(7, 6))
@@ -140,7 +140,7 @@ def test_a_first_token_does_not_wait_for_a_launch_beside_a_running_step() -> Non
     served.parts.clock = lambda: 10.0
     served.engine.delays = iter([1, 1000, 1000])
     for request_id, tokens in ((1, 8), (2, 24)):
-        work = Work(request_id, [3] * tokens, Sampling(max_tokens=9, seed=1, ignore_eos=True))
+        work = SequenceRequest(request_id, [3] * tokens, Sampling(max_tokens=9, seed=1, ignore_eos=True))
         served.role.accept(b"router", Prefill(work, request_id))
     launches: list[int] = []
     while not served.tokens:

@@ -11,24 +11,24 @@ from services.engine.batch import Drawn, RowResult
 from services.protocol.messages import (
     Cancel,
     Failed,
-    Holding,
+    KvLeaseExpiring,
+    KvTransferFailed,
     Prefill,
     PrefillDone,
-    PushAgain,
     Report,
+    RepushKv,
     Sampling,
+    SequenceRequest,
     Tokens,
-    Undelivered,
-    Work,
 )
-from services.roles.limits import Limits
+from services.roles.limits import WorkerLimits
 from services.roles.prefill import LEASE_S, PrefillRole
-from services.roles.report_queue import Outbox
-from services.roles.role import Parts
+from services.roles.report_queue import ReportQueue
+from services.roles.role import WorkerContext
 from services.scheduler.pages import PagePool
 from services.scheduler.sequence import Sequence, State
 
-LIMITS = Limits(100, 64, 4, 8, frozenset())
+LIMITS = WorkerLimits(100, 64, 4, 8, frozenset())
 ROUTER = b"r"
 
 
@@ -64,8 +64,8 @@ class Scene:
     def __init__(self) -> None:
         self.said: list[Report] = []
         self.now_s = 0.0
-        self.outbox = Outbox(self._send)
-        parts = Parts(
+        self.outbox = ReportQueue(self._send)
+        parts = WorkerContext(
             engine=cast(Any, None),
             pool=PagePool(8, 4, prefix_cache=False),
             limits=LIMITS,
@@ -76,7 +76,7 @@ class Scene:
         )
         self.push = Pushes()
         self.role = PrefillRole(parts, cast(Any, self.push))
-        self.role.accept(ROUTER, Prefill(Work(1, [5] * 9, Sampling(max_tokens=4, seed=1)), 50))
+        self.role.accept(ROUTER, Prefill(SequenceRequest(1, [5] * 9, Sampling(max_tokens=4, seed=1)), 50))
 
     def _send(self, peer: bytes, reports: list[Report]) -> bool:
         assert peer == ROUTER
@@ -113,13 +113,13 @@ def test_kv_that_was_not_delivered_is_held_and_pushed_again(how: str) -> None:
     pages = list(sequence.pages)
     scene.role.on_transfer(Aborted(50, "lost") if how == "aborted" else TransferLost(7))
     reports = scene.heard()
-    assert [type(one) for one in reports] == [Undelivered]
+    assert [type(one) for one in reports] == [KvTransferFailed]
     assert reports[0].transfer_id == 50  # type: ignore[union-attr]
     assert sequence.state is State.HOLDING and sequence.pages == pages
     assert not scene.push.open_ids
     scene.role.on_transfer(SendCommitted(50))
     assert sequence.state is State.HOLDING, "a former transfer has no say"
-    scene.role.accept(ROUTER, PushAgain(1, 51))
+    scene.role.accept(ROUTER, RepushKv(1, 51))
     assert scene.push.open_ids == {51: sequence}
     assert not scene.role.scheduler.schedule(), "nothing is computed again"
     scene.role.on_transfer(SendCommitted(51))
@@ -128,7 +128,7 @@ def test_kv_that_was_not_delivered_is_held_and_pushed_again(how: str) -> None:
 
 def test_slots_are_asked_for_once_there_are_pages() -> None:
     scene = Scene()
-    scene.role.accept(ROUTER, Prefill(Work(2, [6] * 30, Sampling(max_tokens=4, seed=1)), 60))
+    scene.role.accept(ROUTER, Prefill(SequenceRequest(2, [6] * 30, Sampling(max_tokens=4, seed=1)), 60))
     scene.role.on_transfer(SendConfirmed(60, 0, 30, 1, 4, 1))
     scene.role.on_transfer(SendConfirmed(50, 0, 9, 1, 4, 1))
     scene.role._tell_ready()
@@ -138,7 +138,7 @@ def test_slots_are_asked_for_once_there_are_pages() -> None:
     scene.role._tell_ready()
     assert scene.push.ready_ids == [50], "the other one waits for pages that are in use"
     scene.role.on_transfer(Aborted(50, "lost"))
-    scene.role.accept(ROUTER, PushAgain(1, 51))
+    scene.role.accept(ROUTER, RepushKv(1, 51))
     scene.role.on_transfer(SendConfirmed(51, 0, 9, 1, 4, 1))
     scene.role._tell_ready()
     assert scene.push.ready_ids == [50, 51]
@@ -156,7 +156,7 @@ def test_what_is_held_for_long_is_asked_after() -> None:
         scene.now_s += LEASE_S
         scene.role.sweep()
         scene.role.sweep()
-        assert scene.heard() == [Holding(1)]
+        assert scene.heard() == [KvLeaseExpiring(1)]
     scene.role.accept(ROUTER, Cancel(1))
     scene.now_s += LEASE_S
     scene.role.sweep()
@@ -165,18 +165,18 @@ def test_what_is_held_for_long_is_asked_after() -> None:
 
 def test_a_push_that_still_goes_on_is_given_up_for_the_next() -> None:
     scene = Scene()
-    scene.role.accept(ROUTER, PushAgain(1, 51))
+    scene.role.accept(ROUTER, RepushKv(1, 51))
     assert scene.push.given_up == [(50, WITHDRAWN)] and list(scene.push.open_ids) == [51]
     scene.role.on_transfer(Aborted(50, "late"))
     assert not scene.heard() and list(scene.push.open_ids) == [51]
-    scene.role.accept(ROUTER, PushAgain(1, 51))
+    scene.role.accept(ROUTER, RepushKv(1, 51))
     assert scene.role.parts.counters["dropped_duplicate_request"] == 1
 
 
 def test_what_is_not_here_any_more_is_said_at_once() -> None:
     scene = Scene()
     scene.role.accept(ROUTER, Cancel(1))
-    scene.role.accept(ROUTER, PushAgain(1, 51))
+    scene.role.accept(ROUTER, RepushKv(1, 51))
     (report,) = scene.heard()
     assert isinstance(report, Failed) and report.retryable and report.code == "transfer"
     assert not scene.push.open_ids
@@ -186,7 +186,7 @@ def test_held_kv_gives_way_to_a_confirmed_prompt_and_is_computed_again() -> None
     scene = Scene()
     sequence = scene.compute()
     scene.role.on_transfer(Aborted(50, "lost"))
-    scene.role.accept(ROUTER, Prefill(Work(2, [6] * 24, Sampling(max_tokens=4, seed=1)), 60))
+    scene.role.accept(ROUTER, Prefill(SequenceRequest(2, [6] * 24, Sampling(max_tokens=4, seed=1)), 60))
     scene.role.on_transfer(SendConfirmed(60, 0, 24, 1, 4, 1))
     plan = scene.role.scheduler.schedule()
     assert [chunk.sequence.work.request_id for chunk in plan.chunks] == [2]
@@ -195,7 +195,7 @@ def test_held_kv_gives_way_to_a_confirmed_prompt_and_is_computed_again() -> None
     plan.chunks[0].sequence.choices = []  # its first tokens are out
     scene.role.on_transfer(SendCommitted(60))
     assert not scene.role.scheduler.schedule(), "not before somebody takes it"
-    scene.role.accept(ROUTER, PushAgain(1, 51))
+    scene.role.accept(ROUTER, RepushKv(1, 51))
     scene.role.on_transfer(SendConfirmed(51, 0, 9, 1, 4, 1))
     plan = scene.role.scheduler.schedule()
     assert [(chunk.sequence, chunk.draws) for chunk in plan.chunks] == [(sequence, ())]

@@ -8,13 +8,15 @@ scheduler does not know yet can be named by its draw.
 
 from collections.abc import Iterable
 
-from services.protocol.messages import Sampling, Work
+from services.protocol.messages import Sampling, SequenceRequest
 from services.scheduler.pages import PagePool
 from services.scheduler.sequence import PENDING, Sequence, StepPlan
 
 
-def work(request_id: int, prompt: list[int], max_tokens: int = 4, choices: int = 1, **sampling: int) -> Work:
-    return Work(
+def work(
+    request_id: int, prompt: list[int], max_tokens: int = 4, choices: int = 1, **sampling: int
+) -> SequenceRequest:
+    return SequenceRequest(
         request_id=request_id,
         prompt=prompt,
         sampling=Sampling(max_tokens=max_tokens, seed=request_id, **sampling),

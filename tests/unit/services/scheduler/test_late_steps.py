@@ -6,7 +6,7 @@ from random import Random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.protocol.messages import FirstToken, Sampling, Work
+from services.protocol.messages import FirstToken, Sampling, SequenceRequest
 from services.scheduler.decode import DecodeScheduler
 from services.scheduler.pages import PagePool
 from services.scheduler.prefill import PrefillScheduler
@@ -76,7 +76,9 @@ def test_pages_that_are_reserved_are_free_after_the_step_that_is_named(pages: in
     for request_id in range(1, 25):
         sampling = Sampling(max_tokens=random.randint(2, 12), seed=1)
         choices = random.randint(1, 3)
-        scheduler.add(Work(request_id, some_prompt(random, pages * SIZE // 2), sampling, choices=choices))
+        scheduler.add(
+            SequenceRequest(request_id, some_prompt(random, pages * SIZE // 2), sampling, choices=choices)
+        )
         for _ in range(random.randrange(4)):
             new = scheduler.reserve()
             for sequence in new:
@@ -109,7 +111,9 @@ def test_tokens_count_as_computed_with_the_step_that_computes_them(pages: int, s
     passed = 0
     for request_id in range(1, 25):
         sampling = Sampling(max_tokens=4, seed=1)
-        known.append(scheduler.add(Work(request_id, some_prompt(random, pages * SIZE // 2), sampling)))
+        known.append(
+            scheduler.add(SequenceRequest(request_id, some_prompt(random, pages * SIZE // 2), sampling))
+        )
         for _ in range(random.randrange(5)):
             if random.random() < 0.5:
                 scheduler.confirm(random.randint(1, request_id))

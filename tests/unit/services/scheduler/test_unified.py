@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.protocol.messages import FirstToken, Work
+from services.protocol.messages import FirstToken, SequenceRequest
 from services.scheduler.pages import PagePool
 from services.scheduler.sequence import PENDING, Sequence, State
 from services.scheduler.unified import UnifiedScheduler
@@ -13,7 +13,7 @@ SIZE = 4
 
 
 def drive(
-    works: list[Work],
+    works: list[SequenceRequest],
     pool: PagePool,
     max_batch: int = 8,
     chunk: int = 16,

@@ -8,7 +8,7 @@ import pytest
 
 from services.config import WorkerConfig
 from services.tensor_parallel.link import RankLink, RankLost
-from services.tensor_parallel.messages import Answer, CopyPages, Done, Grown, Moved, Order, Step, StepRow
+from services.tensor_parallel.messages import Answer, Copied, CopyPages, Done, Grown, Order, Step, StepRow
 from services.tensor_parallel.rank_config import decode_config, encode_config
 
 Links = tuple[RankLink[Answer, Order], RankLink[Order, Answer], socket.socket]
@@ -32,8 +32,8 @@ def test_messages_come_whole_and_in_order(links: Links) -> None:
     leader.send(CopyPages([(1, 2)]))
     assert [rank.receive(1.0), rank.receive(1.0)] == [step, CopyPages([(1, 2)])]
     rank.send(Done(5))
-    rank.send(Moved(None))
-    assert (leader.poll(1.0), leader.receive(1.0), leader.poll()) == (Done(5), Moved(None), None)
+    rank.send(Copied(None))
+    assert (leader.poll(1.0), leader.receive(1.0), leader.poll()) == (Done(5), Copied(None), None)
 
 
 def test_silence_garbage_and_an_end_are_a_lost_rank(links: Links) -> None:

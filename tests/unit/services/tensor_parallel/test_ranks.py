@@ -16,7 +16,7 @@ import logging, sys, threading
 from pathlib import Path
 import services.tensor_parallel.rank_pool
 from services.config import WorkerConfig
-from services.tensor_parallel.messages import Load, MoveKv, MoveRun
+from services.tensor_parallel.messages import LoadWeights, MoveKv, CopyRun
 logging.basicConfig(level=logging.WARNING)
 services.tensor_parallel.rank_pool.sys.executable = sys.argv[1]
 services.tensor_parallel.rank_pool.STEP_TIMEOUT_S = services.tensor_parallel.rank_pool.VERDICT_S = 0.2
@@ -54,12 +54,12 @@ def lead(tmp_path: Path, rank: str, then: str) -> tuple[int, str]:
         ),
         (
             OBEDIENT,
-            "ranks.tell(Load())\nranks.answers(0.2)",
+            "ranks.tell(LoadWeights())\nranks.answers(0.2)",
             "RankError: rank 1 of one: no word from it for 0.2 s",
         ),
         (
             OBEDIENT,
-            "run = MoveRun([0], 0, 1, 0, 0, 1)\n"
+            "run = CopyRun([0], 0, 1, 0, 0, 1)\n"
             "move = ranks.move(2, MoveKv(True, 0, [run], False))\nwhile not move.query(): ...",
             "RankError: rank 2 of one: a move is not done after 0.2 s",
         ),

@@ -16,7 +16,7 @@ from kvtransfer.messages import (
 from kvtransfer.spans import Spans
 from services.engine.errors import ChecksumMismatch
 from services.engine.kv.run_table import SlotRun
-from services.protocol.messages import Sampling, Work
+from services.protocol.messages import Sampling, SequenceRequest
 from services.scheduler.pages import PagePool
 from services.scheduler.prefill import PrefillScheduler
 from services.scheduler.sequence import Sequence, prompt_sequence
@@ -92,7 +92,7 @@ def confirmed(tokens: int) -> SendConfirmed:
 
 
 def running(tokens: int, request_id: int = 1) -> Sequence:
-    sequence = prompt_sequence(Work(request_id, [1] * tokens, Sampling(max_tokens=4, seed=1)))
+    sequence = prompt_sequence(SequenceRequest(request_id, [1] * tokens, Sampling(max_tokens=4, seed=1)))
     sequence.pages, sequence.arrival = list(range(10)), request_id
     return sequence
 
@@ -203,12 +203,12 @@ def test_steps_of_pages_that_were_taken_away_are_forgotten() -> None:
     """The scheduler's part: a prompt that is computed anew, from a prefix that another one computes."""
     pool = PagePool(40, 4)
     scheduler = PrefillScheduler(pool, 4, 8)
-    work = Work(1, [3] * 12, Sampling(max_tokens=4, seed=1))
+    work = SequenceRequest(1, [3] * 12, Sampling(max_tokens=4, seed=1))
     sequence = scheduler.add(work)
     for pool.step in (1, 2):
         scheduler.launched(scheduler.schedule())
     assert [sequence.tokens_done(step) for step in (0, 1, 2)] == [0, 8, 12]
-    other = scheduler.add(Work(2, [3] * 12, Sampling(max_tokens=4, seed=1)))
+    other = scheduler.add(SequenceRequest(2, [3] * 12, Sampling(max_tokens=4, seed=1)))
     pool.step = 5
     scheduler.launched(scheduler.schedule())
     assert other.cached_tokens == 8 and other.tokens_done(0) == 0, "the prefix is step 1's"

@@ -1,7 +1,7 @@
 """Which packs and unpacks share a launch, and that none stands behind one that waits."""
 
 from kvtransfer.messages import Arrived, Segment, SlotUse
-from services.protocol.messages import FirstToken, Sampling, Work
+from services.protocol.messages import FirstToken, Sampling, SequenceRequest
 from services.scheduler.decode import DecodeScheduler
 from services.scheduler.pages import PagePool
 from tests.unit.services.transfer.test_copies import (
@@ -82,7 +82,7 @@ def test_only_steps_that_may_use_the_pages_are_waited_for() -> None:
     pool = PagePool(6, 4)
     scheduler = DecodeScheduler(pool, 8, 64)
     sampling = Sampling(max_tokens=20, seed=1)
-    first = scheduler.add(Work(1, [1] * 8, sampling))
+    first = scheduler.add(SequenceRequest(1, [1] * 8, sampling))
     scheduler.reserve()
     assert first.free_after_step == 0
     scheduler.arrived(1)
@@ -90,11 +90,11 @@ def test_only_steps_that_may_use_the_pages_are_waited_for() -> None:
     scheduler.start()
     for pool.step in (1, 2):
         scheduler.launched(scheduler.schedule())
-    second = scheduler.add(Work(2, [2] * 8, sampling))
+    second = scheduler.add(SequenceRequest(2, [2] * 8, sampling))
     scheduler.reserve()
     assert second.free_after_step == 0, "its pages were never used"
     scheduler.end(2)
     scheduler.end(1)
-    third = scheduler.add(Work(3, [3] * 24, sampling))
+    third = scheduler.add(SequenceRequest(3, [3] * 24, sampling))
     scheduler.reserve()
     assert third.free_after_step == 2, "some were the first's, whose second step may run"

@@ -16,7 +16,7 @@ from kvtransfer.messages import (
 )
 from kvtransfer.protocol.layout import head_range
 from kvtransfer.spans import Spans
-from services.protocol.messages import Sampling, TransferAddress, Work
+from services.protocol.messages import Sampling, SequenceRequest, WorkerTransferAddress
 from services.scheduler.sequence import Sequence, prompt_sequence
 from services.transfer.head_slices import parts_of
 from services.transfer.pull import KvPull
@@ -49,7 +49,7 @@ def test_every_head_travels_once(source_tp: int, destination_tp: int) -> None:
 
 
 def sequence_of() -> Sequence:
-    sequence = prompt_sequence(Work(1, list(range(TOKENS)), Sampling(max_tokens=1, seed=1)))
+    sequence = prompt_sequence(SequenceRequest(1, list(range(TOKENS)), Sampling(max_tokens=1, seed=1)))
     sequence.pages, sequence.computed_tokens, sequence.done_tokens = [0, 1, 2], TOKENS, TOKENS
     return sequence
 
@@ -140,7 +140,7 @@ class Pulling:
         self.pull = PullParts(lanes, KV_HEADS)
         sequence = sequence_of()
         sequence.cached_tokens = cached_tokens
-        source = TransferAddress("ipc:///a", 1, (TransferAddress("ipc:///b", 2).ranks[0],))
+        source = WorkerTransferAddress("ipc:///a", 1, (WorkerTransferAddress("ipc:///b", 2).ranks[0],))
         self.incoming = self.pull.open(sequence, 50, source, 9.0)
         self.parts = parts_of(50, KV_HEADS, 2, tp)
 

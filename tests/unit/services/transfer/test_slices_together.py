@@ -26,13 +26,13 @@ from kvtransfer.messages import (
 )
 from kvtransfer.open_transfers import OpenTransfers
 from kvtransfer.protocol.layout import head_range, rank_slot_bytes
-from kvtransfer.protocol.limits import Limits
+from kvtransfer.protocol.limits import TransferLimits
 from kvtransfer.protocol.machine import TransferMachine
 from kvtransfer.spans import Spans
-from services.engine.kv.copies import Move
+from services.engine.kv.copies import Copy
 from services.engine.kv.run_table import SlotRun
-from services.protocol.messages import Sampling, Work
-from services.protocol.messages import TransferAddress as WorkerAddress
+from services.protocol.messages import Sampling, SequenceRequest
+from services.protocol.messages import WorkerTransferAddress as WorkerAddress
 from services.scheduler.sequence import prompt_sequence
 from services.transfer.pull import KvPull
 from services.transfer.pull_parts import PullParts
@@ -55,7 +55,7 @@ class Rank:
         self.address, self.rank = TransferAddress(f"ipc:///{epoch}", epoch), rank
         self.heads = head_range(KV_HEADS, rank, tp)
         self.slot_bytes = rank_slot_bytes(SLOT_BYTES, tp)
-        limits = Limits.of(GEOMETRY, SLOTS, self.slot_bytes, 0.5, 60.0, tp)
+        limits = TransferLimits.of(GEOMETRY, SLOTS, self.slot_bytes, 0.5, 60.0, tp)
         self.machine = TransferMachine(limits)
         self.buffer = bytearray(SLOTS * self.slot_bytes)
         self.book = OpenTransfers()
@@ -112,7 +112,7 @@ class Rank:
 
     # ------------------------------------------------------------ as the rank's moves
 
-    def pack(self, runs: Sequence[SlotRun], with_checksums: bool) -> Move:
+    def pack(self, runs: Sequence[SlotRun], with_checksums: bool) -> Copy:
         byte_counts = []
         for pages, start, count, slot, heads in runs:
             data = b"".join(
@@ -123,9 +123,9 @@ class Rank:
             assert len(data) <= self.slot_bytes
             self.buffer[slot * self.slot_bytes : slot * self.slot_bytes + len(data)] = data
             byte_counts.append(len(data))
-        return Move(byte_counts)
+        return Copy(byte_counts)
 
-    def unpack(self, runs: Sequence[SlotRun], with_checksums: bool) -> Move:
+    def unpack(self, runs: Sequence[SlotRun], with_checksums: bool) -> Copy:
         for pages, start, count, slot, heads in runs:
             at = slot * self.slot_bytes
             for head in heads:
@@ -133,12 +133,12 @@ class Rank:
                     assert CELL.unpack_from(self.buffer, at) == (token, self.heads[head], pages[0])
                     self.arrived.append((pages[0], token, self.heads[head]))
                     at += CELL.size
-        return Move([run.token_count for run in runs])
+        return Copy([run.token_count for run in runs])
 
     def passed_step(self) -> int:
         return 0
 
-    def hold_steps(self, move: Move) -> None: ...
+    def hold_steps(self, move: Copy) -> None: ...
 
 
 class Pair:
@@ -157,7 +157,7 @@ class Pair:
         return rank, rank, lambda: 0.0, Spans()  # type: ignore[return-value]
 
     def begin(self, number: int, tokens: int, cached: int) -> None:
-        sequence = prompt_sequence(Work(number, [1] * tokens, Sampling(max_tokens=1, seed=1)))
+        sequence = prompt_sequence(SequenceRequest(number, [1] * tokens, Sampling(max_tokens=1, seed=1)))
         sequence.pages, sequence.computed_tokens, sequence.done_tokens = [number], tokens, tokens
         there = prompt_sequence(sequence.work)
         there.pages, there.cached_tokens = [number], cached

@@ -7,7 +7,7 @@ import pytest
 
 from kvtransfer.errors import AttachError
 from services.transfer import staging as module
-from services.transfer.staging import Staging
+from services.transfer.staging import StagingSlots
 
 SLOT_BYTES = 4
 
@@ -38,7 +38,7 @@ def client(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_it_is_mapped_at_start_and_once(client: Any) -> None:
-    staging = Staging(client, 0)
+    staging = StagingSlots(client, 0)
     assert Mapping.mapped == []
     staging.open()
     assert Mapping.mapped == [b"first"]
@@ -48,7 +48,7 @@ def test_it_is_mapped_at_start_and_once(client: Any) -> None:
 
 
 def test_a_dead_buffer_is_let_go_and_the_next_one_mapped_when_needed(client: Any) -> None:
-    staging = Staging(client, 0)
+    staging = StagingSlots(client, 0)
     staging.open()
     staging.close()
     assert Mapping.mapped == []
@@ -61,7 +61,7 @@ def test_a_dead_buffer_is_let_go_and_the_next_one_mapped_when_needed(client: Any
 def test_host_memory_is_not_mapped_here(client: Any) -> None:
     client.attached.cuda_ipc_handle = None
     client.staging = memoryview(bytearray(12))
-    staging = Staging(client, 0)
+    staging = StagingSlots(client, 0)
     staging.open()
     assert staging.slots().memory is client.staging and staging.slots().slots == 3
     assert Mapping.mapped == []

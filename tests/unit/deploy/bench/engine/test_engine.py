@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from deploy.bench.engine.loop import Loop
+from deploy.bench.engine.loop import EngineLoop
 from deploy.cli import run
 
 TINY = {
@@ -112,10 +112,10 @@ def check_limits(rows: dict[str, Any], ceilings: dict[str, Any]) -> None:
 def test_a_row_that_fails_or_has_no_room_does_not_cost_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def broken(loop: Loop, row: object) -> float:
+    def broken(loop: EngineLoop, row: object) -> float:
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr(Loop, "offline_s", broken)
+    monkeypatch.setattr(EngineLoop, "offline_s", broken)
     out = tmp_path / "out.json"
     config = shape(tmp_path, max_position_embeddings=200)
     only = [part for group in ("prefill", "offline") for part in ("--only", group)]

@@ -8,9 +8,17 @@ from pathlib import Path
 import pytest
 from msgspec import structs
 
-from deploy.bench.engine.limits import Ceilings, ModelCost, Phase, formula, limit_s, model_cost, one_stream_s
+from deploy.bench.engine.limits import (
+    Ceilings,
+    ModelCost,
+    RooflinePhase,
+    formula,
+    limit_s,
+    model_cost,
+    one_stream_s,
+)
 from deploy.bench.engine.shapes import SHAPES, write_shape
-from deploy.bench.engine.workload import Offline, Prefill
+from deploy.bench.engine.workload import Offline, PrefillRow
 from deploy.errors import UserError
 from services.engine.checkpoint.model_config import read_model_config
 
@@ -41,11 +49,11 @@ def test_a_decode_step_reads_weights_and_kv(
 def test_a_prefill_is_bound_by_operations(qwen3_8b: ModelCost, tokens: int, expected_ms: float) -> None:
     by_hand_s = (2 * tokens * 6.946e9 + 4 * 32 * 128 * 36 * tokens * tokens / 2) / 781e12
     assert by_hand_s * 1e3 == pytest.approx(expected_ms, rel=0.01)
-    assert limit_s(qwen3_8b.prefill(Prefill(1, tokens)), H200) == pytest.approx(by_hand_s, rel=2e-3)
+    assert limit_s(qwen3_8b.prefill(PrefillRow(1, tokens)), H200) == pytest.approx(by_hand_s, rel=2e-3)
 
 
 def test_many_prompts_share_the_weights_and_nothing_else(qwen3_8b: ModelCost) -> None:
-    one, many = qwen3_8b.prefill(Prefill(1, 4096)), qwen3_8b.prefill(Prefill(32, 4096))
+    one, many = qwen3_8b.prefill(PrefillRow(1, 4096)), qwen3_8b.prefill(PrefillRow(32, 4096))
     assert many[0].read_bytes == one[0].read_bytes
     assert many[0].flop == 32 * one[0].flop
     assert (many[1].read_bytes, many[1].flop) == (32 * one[1].read_bytes, 32 * one[1].flop)
@@ -55,7 +63,7 @@ def test_offline_work_is_its_steps_together(qwen3_8b: ModelCost) -> None:
     """Prompts and decode steps of one full batch, each counted by itself."""
     batch, prompt, output = 256, 1024, 5
     whole = qwen3_8b.offline(Offline(batch, prompt, output), batch)
-    prompts = qwen3_8b.prefill(Prefill(batch, prompt))
+    prompts = qwen3_8b.prefill(PrefillRow(batch, prompt))
     steps = [qwen3_8b.decode(batch, prompt + done) for done in range(1, output)]
     assert whole[0].flop == pytest.approx(prompts[0].flop + sum(step[0].flop for step in steps), rel=1e-9)
     assert whole[0].read_bytes == 4 * prompts[0].read_bytes
@@ -68,8 +76,10 @@ def test_windows_bound_what_is_seen(qwen3_8b: ModelCost) -> None:
     windowed = replace(qwen3_8b, windows=(None, 3, 7), kv_layer_token_bytes=2.0, pair_flop=1)
     tokens = 10
     pairs = sum(min(at + 1, window or tokens) for window in windowed.windows for at in range(tokens))
-    assert windowed.prefill(Prefill(2, tokens))[1].flop == 2 * pairs
-    assert windowed.decode(5, 6)[1] == Phase("attention", "KV", 2.0 * 5 * (6 + 3 + 6), 5.0 * (6 + 3 + 6))
+    assert windowed.prefill(PrefillRow(2, tokens))[1].flop == 2 * pairs
+    assert windowed.decode(5, 6)[1] == RooflinePhase(
+        "attention", "KV", 2.0 * 5 * (6 + 3 + 6), 5.0 * (6 + 3 + 6)
+    )
 
 
 def test_a_tied_output_matrix_is_read(tmp_path: Path) -> None:
@@ -84,7 +94,7 @@ def test_a_tied_output_matrix_is_read(tmp_path: Path) -> None:
 
 
 def test_the_larger_of_bytes_and_operations_of_all_phases_or_of_each() -> None:
-    phases = [Phase("products", "weights", 3e9, 1e9), Phase("attention", "KV", 1e9, 2e9)]
+    phases = [RooflinePhase("products", "weights", 3e9, 1e9), RooflinePhase("attention", "KV", 1e9, 2e9)]
     assert limit_s(phases, EVEN) == 4.0
     assert limit_s(phases, replace_rate(EVEN, 0.5e9)) == 6.0
     assert one_stream_s(phases, EVEN) == 5.0
@@ -118,7 +128,9 @@ def test_fp8_layers_run_at_their_own_rate_and_the_output_matrix_does_not(qwen3_8
     rates = structs.replace(H200, fp8_flop_per_s=2 * H200.matmul_flop_per_s)
     fp8 = replace(qwen3_8b, fp8_layers=True)
     by_hand_s = (8192 * 6.946e9 + 2 * 0.622e9 + 4 * 32 * 128 * 36 * 8192 * 8192 / 2) / 781e12
-    assert limit_s(fp8.prefill(Prefill(1, 8192)), rates) == pytest.approx(by_hand_s, rel=2e-3)
-    assert limit_s(fp8.prefill(Prefill(1, 8192)), H200) == limit_s(qwen3_8b.prefill(Prefill(1, 8192)), H200)
+    assert limit_s(fp8.prefill(PrefillRow(1, 8192)), rates) == pytest.approx(by_hand_s, rel=2e-3)
+    assert limit_s(fp8.prefill(PrefillRow(1, 8192)), H200) == limit_s(
+        qwen3_8b.prefill(PrefillRow(1, 8192)), H200
+    )
     assert "fp8" in formula(fp8.decode(1, 1024), rates)
     assert "fp8" not in formula(qwen3_8b.decode(1, 1024), rates)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from deploy.bench.engine.timeline import (
     DEVICE_CATEGORIES,
     NAME_CHARACTERS,
-    Event,
+    TraceEvent,
     complete_events,
     longest_gaps,
     summary,
@@ -18,8 +18,8 @@ from deploy.bench.engine.timeline import (
 intervals = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 20)).map(lambda one: (one[0], sum(one))))
 
 
-def kernel(name: str, start_us: float, length_us: float) -> Event:
-    return Event("kernel", name, start_us, length_us)
+def kernel(name: str, start_us: float, length_us: float) -> TraceEvent:
+    return TraceEvent("kernel", name, start_us, length_us)
 
 
 @given(intervals)
@@ -43,8 +43,8 @@ def test_kinds_come_by_time_with_their_count() -> None:
         kernel("gemm", 10, 30),
         kernel("norm", 40, 10),
         kernel("side by side", 40, 10),
-        Event("cpu_op", "aten::mm", 0, 500),
-        Event("gpu_memcpy", "Memcpy", 90, 20),
+        TraceEvent("cpu_op", "aten::mm", 0, 500),
+        TraceEvent("gpu_memcpy", "Memcpy", 90, 20),
     ]
     found = summary(events, 0, 100, DEVICE_CATEGORIES)
     assert [(kind.name, kind.count, kind.total_us) for kind in found.kinds] == [

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from deploy.bench.engine.timeline import Event, complete_events
+from deploy.bench.engine.timeline import TraceEvent, complete_events
 from deploy.bench.engine.trace import MAX_FILE_BYTES, WINDOW, window_of, write_small
 from deploy.bench.errors import BenchError
 
@@ -58,4 +58,4 @@ def test_then_the_latest_ones(tmp_path: Path) -> None:
 
 def test_a_trace_without_the_mark_is_refused() -> None:
     with pytest.raises(BenchError, match="no mark"):
-        window_of([Event("gpu_user_annotation", WINDOW, 0, 1)])
+        window_of([TraceEvent("gpu_user_annotation", WINDOW, 0, 1)])

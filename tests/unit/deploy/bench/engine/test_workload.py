@@ -2,7 +2,7 @@
 
 import pytest
 
-from deploy.bench.engine.workload import Decode, Offline, Prefill, prompt_lengths, workload
+from deploy.bench.engine.workload import Decode, Offline, PrefillRow, prompt_lengths, workload
 
 
 def test_the_rows_as_they_are() -> None:
@@ -10,7 +10,7 @@ def test_the_rows_as_they_are() -> None:
     assert [(row.batch, row.context) for row in load.decodes] == [
         (1, 1024), (1, 16384), (64, 1024), (256, 1024)
     ]  # fmt: skip
-    assert Prefill(32, 4096) in load.prefills
+    assert PrefillRow(32, 4096) in load.prefills
     assert load.offline == Offline(800, 1024, 256)
     assert load.steps >= 64
     assert load.longest_tokens >= 16384 + load.warm_steps + load.steps
@@ -68,6 +68,6 @@ def run_prompts(lengths: list[int], chunk: int) -> list[int]:
 
 def test_names_are_those_of_the_table() -> None:
     assert Decode(64, 1024).name == "decode step, batch 64 at 1024"
-    assert Prefill(1, 8192).name == "prefill 8192"
-    assert Prefill(32, 4096).name == "prefill 32 x 4096"
+    assert PrefillRow(1, 8192).name == "prefill 8192"
+    assert PrefillRow(32, 4096).name == "prefill 32 x 4096"
     assert Offline(800, 1024, 256).name == "offline 800 x (1024 in, 256 out)"

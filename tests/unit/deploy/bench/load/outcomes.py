@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from deploy.bench.load.outcome import Outcome
-from deploy.bench.load.plan import Load, Planned
+from deploy.bench.load.plan import Planned, PlannedLoad
 
 
 def outcome(
@@ -25,6 +25,6 @@ def outcome(
     return made
 
 
-def load_of(outcomes: Sequence[Outcome], span_s: float) -> Load:
+def load_of(outcomes: Sequence[Outcome], span_s: float) -> PlannedLoad:
     measured = sum(one.planned.measured for one in outcomes)
-    return Load([one.planned for one in outcomes], measured / span_s, span_s, 0)
+    return PlannedLoad([one.planned for one in outcomes], measured / span_s, span_s, 0)

@@ -10,20 +10,20 @@ import pytest
 from deploy.bench.load.errors import LoadError
 from deploy.bench.load.lengths import parse_lengths
 from deploy.bench.load.options import BenchServeSettings, parse_rates, parse_token_ids
-from deploy.bench.load.plan import Ask, Load, Sizes, make_load
+from deploy.bench.load.plan import PlannedLoad, RequestTemplate, Sizes, make_load
 from deploy.bench.load.prompts import Prompts
 from deploy.bench.load.rates import rates_of
 from deploy.errors import UserError
 from tests.unit.deploy.bench.load.test_traces import AZURE, MOONCAKE, written
 
-ASK = Ask("m", 0.0)
+ASK = RequestTemplate("m", 0.0)
 
 
-def bodies(load: Load) -> list[dict[str, Any]]:
+def bodies(load: PlannedLoad) -> list[dict[str, Any]]:
     return [json.loads(one.body) for one in load.planned]
 
 
-def rate_load(index: int = 0, max_model_len: int | None = None, **given: Any) -> Load:
+def rate_load(index: int = 0, max_model_len: int | None = None, **given: Any) -> PlannedLoad:
     return rates_of(BenchServeSettings(**given)).load(index, ASK, max_model_len)
 
 

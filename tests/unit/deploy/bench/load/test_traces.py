@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from deploy.bench.load.prompts import Prompts
-from deploy.bench.load.traces import TraceError, TraceRequest, read_trace
+from deploy.bench.load.traces import TracedRequest, TraceError, read_trace
 
 AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
 2023-11-16 18:15:46.6805900,374,44
@@ -42,9 +42,9 @@ def test_mooncake(tmp_path: Path, zipped: bool) -> None:
     if zipped:
         file.write_bytes(gzip.compress(file.read_bytes()))
     assert read_trace(file, 100) == [
-        TraceRequest(0.0, 1100, 5, (7, 8, 9)),
-        TraceRequest(3.0, 512, 1, (7,)),
-        TraceRequest(3.001, 1030, 2, (7, 8, 10)),
+        TracedRequest(0.0, 1100, 5, (7, 8, 9)),
+        TracedRequest(3.0, 512, 1, (7,)),
+        TracedRequest(3.001, 1030, 2, (7, 8, 10)),
     ]
 
 

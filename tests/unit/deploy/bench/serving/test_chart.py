@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from deploy.bench.serving.chart import draw
-from deploy.bench.serving.statistics import Limits
+from deploy.bench.serving.statistics import SloLimits
 from deploy.cli import run
 from tests.unit.deploy.bench.serving.test_verdict import figures, system
 
@@ -22,8 +22,8 @@ def test_without_matplotlib(
     assert line == "baton: error: --chart: matplotlib is missing; install it with: pip install 'baton[bench]'"
 
 
-@pytest.mark.parametrize("limits", [Limits(), Limits(ttft_ms=150.0)])
-def test_a_png_with_what_there_is(limits: Limits, tmp_path: Path) -> None:
+@pytest.mark.parametrize("limits", [SloLimits(), SloLimits(ttft_ms=150.0)])
+def test_a_png_with_what_there_is(limits: SloLimits, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     nothing = figures(8.0, completed=0, ttft_ms=None, second_token_ms=None, itl_ms=None, tpot_ms=None)
     file = tmp_path / "x.png"

@@ -4,7 +4,7 @@ import pytest
 
 from deploy.bench.load.options import Layout, parse_layouts
 from deploy.bench.serving.report import best_lines, row_lines
-from deploy.bench.serving.statistics import Limits
+from deploy.bench.serving.statistics import SloLimits
 from deploy.cli import run
 from tests.unit.deploy.bench.serving.test_verdict import figures, good, system
 
@@ -24,16 +24,16 @@ def test_whatever_is_no_layout_is_refused(given: str, capsys: pytest.CaptureFixt
 def test_each_system_at_its_best_rate_and_who_was_busy_then() -> None:
     busy = figures(8.0, good=300, goodput=6.0, goodput_per_gpu=3.0, busy={"prefill": 0.5, "decode": 0.934})
     systems = [system("1P1D", good(1.0, 4.0), busy), system("2 unified", good(1.0, 4.0))]
-    first, second = best_lines(systems, Limits(ttft_ms=100.0)).splitlines()
+    first, second = best_lines(systems, SloLimits(ttft_ms=100.0)).splitlines()
     best = "1P1D: at best 3 good requests/s per GPU, at 8 req/s"
     assert first.strip() == f"{best}, prefill workers busy 50%, decode workers busy 93%"
     assert second.strip() == "2 unified: at best 2 good requests/s per GPU, at 4 req/s"
-    without = best_lines(systems, Limits()).splitlines()[1]
+    without = best_lines(systems, SloLimits()).splitlines()[1]
     assert without.strip() == "2 unified: at best 250 output tokens/s per GPU, at 4 req/s"
 
 
 def test_a_row_says_who_was_busy() -> None:
     assert "busy: prefill 50%, decode 93%" in row_lines(
-        figures(8.0, busy={"prefill": 0.5, "decode": 0.934}), Limits()
+        figures(8.0, busy={"prefill": 0.5, "decode": 0.934}), SloLimits()
     )
-    assert "busy" not in row_lines(figures(), Limits())
+    assert "busy" not in row_lines(figures(), SloLimits())

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from deploy.bench.serving.statistics import Limits, figures_of, is_good, spread
+from deploy.bench.serving.statistics import SloLimits, figures_of, is_good, spread
 from tests.unit.deploy.bench.load.outcomes import load_of, outcome
 
-NONE = Limits()
+NONE = SloLimits()
 
 
 def test_one_request_by_hand() -> None:
@@ -70,7 +70,7 @@ def test_figures_of_a_rate_leave_out_what_warms_up_and_what_failed() -> None:
         outcome(8.0, [(1.0, 1), (9.0, 3)]),
         outcome(9.0, [(0.1, 2)], failure="timeout"),
     ]
-    found = figures_of(outcomes, load_of(outcomes, 10.0), 0.4, Limits(ttft_ms=500.0), 2, 0.25)
+    found = figures_of(outcomes, load_of(outcomes, 10.0), 0.4, SloLimits(ttft_ms=500.0), 2, 0.25)
     assert (found.rate, found.offered_rate, found.requests, found.completed) == (0.4, 0.5, 5, 3)
     assert found.failures == {"http 429 overloaded": 1, "timeout": 1}
     assert found.ttft_ms is not None
@@ -93,16 +93,16 @@ def test_figures_of_a_rate_leave_out_what_warms_up_and_what_failed() -> None:
 @pytest.mark.parametrize(
     ("limits", "good"),
     [
-        (Limits(ttft_ms=201), True),
-        (Limits(ttft_ms=199), False),
-        (Limits(tpot_ms=51), True),
-        (Limits(tpot_ms=49), False),
-        (Limits(itl_ms=101), True),
-        (Limits(itl_ms=98), False),
-        (Limits(ttft_ms=201, tpot_ms=51, itl_ms=98), False),
+        (SloLimits(ttft_ms=201), True),
+        (SloLimits(ttft_ms=199), False),
+        (SloLimits(tpot_ms=51), True),
+        (SloLimits(tpot_ms=49), False),
+        (SloLimits(itl_ms=101), True),
+        (SloLimits(itl_ms=98), False),
+        (SloLimits(ttft_ms=201, tpot_ms=51, itl_ms=98), False),
     ],
 )
-def test_limits(limits: Limits, good: bool) -> None:
+def test_limits(limits: SloLimits, good: bool) -> None:
     one = outcome(0.0, [(0.2, 1), (0.3, 1), (0.35, 2)])
     assert is_good(one, limits) is good
     one.failure = "timeout"
@@ -114,10 +114,10 @@ def test_the_gap_limit_is_for_99_of_100_gaps() -> None:
         gaps_s = [0.01] * (400 - long_gaps) + [1.0] * long_gaps
         return [(0.1 + at_s, 1) for at_s in np.cumsum([0.0, *gaps_s])]
 
-    assert is_good(outcome(0.0, stream(3)), Limits(itl_ms=20))
-    assert not is_good(outcome(0.0, stream(6)), Limits(itl_ms=20))
+    assert is_good(outcome(0.0, stream(3)), SloLimits(itl_ms=20))
+    assert not is_good(outcome(0.0, stream(6)), SloLimits(itl_ms=20))
 
 
 def test_limits_in_words() -> None:
-    assert Limits(ttft_ms=200, itl_ms=30).text() == "TTFT <= 200 ms, ITL <= 30 ms"
+    assert SloLimits(ttft_ms=200, itl_ms=30).text() == "TTFT <= 200 ms, ITL <= 30 ms"
     assert not NONE.given

@@ -3,10 +3,10 @@
 import msgspec
 import pytest
 
-from deploy.bench.serving.statistics import Client, Limits, RateFigures, Spread, System
+from deploy.bench.serving.statistics import ClientDelay, RateFigures, SloLimits, Spread, System
 from deploy.bench.serving.verdict import verdict
 
-LIMITS = Limits(ttft_ms=200.0)
+LIMITS = SloLimits(ttft_ms=200.0)
 
 
 def spread(p50: float, p99: float) -> Spread:
@@ -17,7 +17,7 @@ FIGURES = RateFigures(
     rate=4.0, offered_rate=4.0, requests=400, completed=400, failures={}, left_out=0, span_s=100.0,
     ttft_ms=spread(100, 200), second_token_ms=spread(120, 250), itl_ms=spread(10, 40), tpot_ms=spread(12, 20),
     e2e_ms=spread(900, 1500), input_tokens_per_request=1.0, output_tokens_per_s=500.0, tokens_per_chunk=1.0,
-    chunks_per_arrival=1.0, good=400, goodput=4.0, goodput_per_gpu=2.0, client=Client(None, 0.0),
+    chunks_per_arrival=1.0, good=400, goodput=4.0, goodput_per_gpu=2.0, client=ClientDelay(None, 0.0),
 )  # fmt: skip
 
 
@@ -78,26 +78,26 @@ def test_few_requests_are_noise() -> None:
 
 def test_by_latency() -> None:
     plain = system("2 unified", figures())
-    same = verdict(system("1P1D", figures(itl_ms=spread(10, 41))), plain, Limits(), 0.05)
+    same = verdict(system("1P1D", figures(itl_ms=spread(10, 41))), plain, SloLimits(), 0.05)
     assert same.answer == "do not disaggregate"
     assert same.reasons == ["no figure differs by more than 5%: the simpler system is enough"]
-    better = verdict(system("1P1D", figures(itl_ms=spread(10, 20))), plain, Limits(), 0.05)
+    better = verdict(system("1P1D", figures(itl_ms=spread(10, 20))), plain, SloLimits(), 0.05)
     assert better.answer == "disaggregate"
     assert better.reasons == ["1P1D is better: ITL p99 at 4 req/s: 20 ms against 40"]
-    worse = verdict(system("1P1D", figures(ttft_ms=spread(150, 200))), plain, Limits(), 0.05)
+    worse = verdict(system("1P1D", figures(ttft_ms=spread(150, 200))), plain, SloLimits(), 0.05)
     assert worse.answer == "do not disaggregate"
     assert worse.reasons == ["1P1D is worse: TTFT p50 at 4 req/s: 150 ms against 100"]
     mixed = figures(ttft_ms=spread(150, 200), itl_ms=spread(10, 20))
-    both = verdict(system("1P1D", mixed), plain, Limits(), 0.05)
+    both = verdict(system("1P1D", mixed), plain, SloLimits(), 0.05)
     assert both.answer == "it depends"
     assert "give --slo-ttft-ms" in both.reasons[-1]
 
 
 def test_lost_requests_and_tokens_count_without_limits() -> None:
     plain = system("2 unified", figures())
-    lost = verdict(system("1P1D", figures(completed=399)), plain, Limits(), 0.05)
+    lost = verdict(system("1P1D", figures(completed=399)), plain, SloLimits(), 0.05)
     assert lost.reasons == ["1P1D is worse: completed at 4 req/s: 399 against 400 of 400"]
-    slow = verdict(system("1P1D", figures(output_tokens_per_s=400.0)), plain, Limits(), 0.05)
+    slow = verdict(system("1P1D", figures(output_tokens_per_s=400.0)), plain, SloLimits(), 0.05)
     assert slow.reasons == ["1P1D is worse: output at 4 req/s: 400 tok/s against 500"]
     nothing = figures(completed=0, ttft_ms=None, second_token_ms=None, itl_ms=None, tpot_ms=None)
-    assert verdict(system("1P1D", nothing), plain, Limits(), 0.05).answer == "do not disaggregate"
+    assert verdict(system("1P1D", nothing), plain, SloLimits(), 0.05).answer == "do not disaggregate"

@@ -7,7 +7,7 @@ import pytest
 
 from deploy.bench.transfer import copies as bench
 from services.engine.attention.plan import KvLayout
-from services.engine.kv.copies import Move
+from services.engine.kv.copies import Copy
 from services.engine.kv.run_table import SlotRun
 
 
@@ -15,7 +15,7 @@ def test_every_launch_has_as_many_slots_as_its_row_says(monkeypatch: pytest.Monk
     launched: list[int] = []
 
     class Counting(bench.TablesOnly):
-        def pack(self, runs: Sequence[SlotRun], with_checksums: bool) -> Move:
+        def pack(self, runs: Sequence[SlotRun], with_checksums: bool) -> Copy:
             move = super().pack(runs, with_checksums)
             assert move.byte_counts == [8192] * len(runs)
             launched.append(len(runs))

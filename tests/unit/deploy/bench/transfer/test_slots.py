@@ -8,14 +8,14 @@ from deploy.bench.transfer.slots import (
     LOADS,
     SLOT_BYTES,
     STAGING_BYTES,
-    Load,
-    Pair,
+    SlotLoad,
+    SlotPair,
 )
 
 
 @pytest.mark.parametrize("load", LOADS, ids=lambda load: load.name)
-def test_every_prompt_arrives_no_faster_than_the_link(load: Load) -> None:
+def test_every_prompt_arrives_no_faster_than_the_link(load: SlotLoad) -> None:
     slot_bytes = SLOT_BYTES[1]
-    done_s = Pair(STAGING_BYTES // slot_bytes, slot_bytes, load).run()
+    done_s = SlotPair(STAGING_BYTES // slot_bytes, slot_bytes, load).run()
     assert len(done_s) == load.prompts
     assert done_s[-1] > load.prompts * load.tokens * GEOMETRY.token_bytes / LINK_BYTES_PER_S

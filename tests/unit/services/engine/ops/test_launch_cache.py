@@ -9,7 +9,7 @@ import torch
 import triton
 
 from services.engine.ops import launch_cache as module
-from services.engine.ops.launch_cache import Remembered, cdiv, next_power_of_2
+from services.engine.ops.launch_cache import CachedKernel, cdiv, next_power_of_2
 
 Grid = tuple[int, ...]
 
@@ -50,7 +50,7 @@ def jit(monkeypatch: pytest.MonkeyPatch) -> Jit:
 
 
 def test_the_second_launch_is_given_to_what_the_first_compiled(jit: Jit) -> None:
-    kernel, x, y = Remembered(jit), tensor(), tensor()
+    kernel, x, y = CachedKernel(jit), tensor(), tensor()
     kernel[(5, 2)](x, y, 48, B=8, A=4, num_warps=2)
     assert jit.launches == [((5, 2), (x, y, 48), {"B": 8, "A": 4, "num_warps": 2})] and not jit.ran
     other = tensor()
@@ -77,7 +77,7 @@ def test_the_second_launch_is_given_to_what_the_first_compiled(jit: Jit) -> None
 def test_what_triton_compiles_anew_goes_through_it(
     jit: Jit, x: torch.Tensor, size: int, constants: dict[str, int]
 ) -> None:
-    kernel = Remembered(jit)
+    kernel = CachedKernel(jit)
     kernel[(1,)](tensor(), tensor(), 48, A=4, B=8)
     kernel[(1,)](x, tensor(), size, **constants)
     assert len(jit.launches) == 2 and not jit.ran
@@ -86,7 +86,7 @@ def test_what_triton_compiles_anew_goes_through_it(
 
 
 def test_nothing_is_remembered_on_a_cpu(jit: Jit) -> None:
-    kernel = Remembered(jit)
+    kernel = CachedKernel(jit)
     for _ in range(2):
         kernel[(1,)](torch.zeros(4), torch.zeros(4), 48, A=4, B=8)
     assert len(jit.launches) == 2 and not jit.ran
