@@ -69,14 +69,14 @@ class TransferLost:
 
 
 @dataclass(frozen=True, slots=True)
-class SlotsLent:
-    """Send slots that the transfer process of a rank has lent; see `SendSlots`."""
+class SlotsAssigned:
+    """Send slots that the transfer process of a rank has assigned; see `SendSlots`."""
 
     slots: list[SlotUse]
     rank: int = 0
 
 
-WorkerEvent = TransferEvent | SlotsLent | TransferLost | TransferSpans
+WorkerEvent = TransferEvent | SlotsAssigned | TransferLost | TransferSpans
 
 
 def _freed(slots: list[SlotUse]) -> list[Freed]:
@@ -200,7 +200,7 @@ class TransferClient:
         self._queue(OpenSend(transfer_id, deadline_s))
 
     def send_ready(self, transfer_id: int) -> None:
-        """The prompt has its pages, and keeps them: slots may be lent."""
+        """The prompt has its pages, and keeps them: slots may be assigned."""
         self._queue(SendReady(transfer_id))
 
     def filled(self, transfer_id: int, segments: list[Segment]) -> None:
@@ -209,8 +209,8 @@ class TransferClient:
             self._queue(Filled(transfer_id, segments[at : at + MAX_SEGMENTS_PER_MESSAGE]))
 
     def freed(self, slots: list[SlotUse]) -> None:
-        """Gives back receive slots, which must not be read any more, or lent send slots, which must not be
-        written any more."""
+        """Gives back receive slots, which must not be read any more, or assigned send slots, which must not
+        be written any more."""
         self._book.freed.extend(slots)
 
     def commit(self, transfer_id: int) -> None:
@@ -250,7 +250,7 @@ class TransferClient:
             self._heard_at_s = now_s
             self._unanswered = 0
             if isinstance(event, Attached):
-                if self._is_other_life(event.address.epoch):
+                if self._is_other_incarnation(event.address.epoch):
                     events = self._lose() or events
                 self._on_attached(event)
             elif isinstance(event, AttachRefused):
@@ -263,13 +263,13 @@ class TransferClient:
             elif self._attached is None:
                 self._on_drop("event_before_attached")
             elif isinstance(event, Stats):
-                if self._is_other_life(event.epoch):
+                if self._is_other_incarnation(event.epoch):
                     events = self._lose() or events
                 else:
                     self.last_stats, self.last_stats_at_s = event, now_s
             elif isinstance(event, SendSlots):
-                if self._book.lent(event.slots):
-                    events.append(SlotsLent(event.slots, self._rank))
+                if self._book.assigned(event.slots):
+                    events.append(SlotsAssigned(event.slots, self._rank))
             elif isinstance(event, TransferSpans) or self._book.follow(event):
                 events.append(event)
         return events
@@ -323,7 +323,7 @@ class TransferClient:
         self._asked_at_s = now_s
         self._link.send([AttachWorker(self._worker_epoch, self._geometry, VERSION, self._rank, self._tp)])
 
-    def _is_other_life(self, epoch: int) -> bool:
+    def _is_other_incarnation(self, epoch: int) -> bool:
         """Whether we are attached to a life that has ended: its answer lay in the queue while we did not
         look, and the process behind it died meanwhile."""
         return self._attached is not None and self._attached.address.epoch != epoch

@@ -151,21 +151,21 @@ class OpenSend(Struct, frozen=True, tag="open_send", forbid_unknown_fields=True)
 
 class SendReady(Struct, frozen=True, tag="send_ready", forbid_unknown_fields=True):
     """The prompt has its pages: what is asked for will be computed whatever becomes of other requests. No
-    slot is lent for it before: whoever waits for pages may wait for somebody who waits for that slot."""
+    slot is assigned for it before: whoever waits for pages may wait for somebody who waits for that slot."""
 
     transfer_id: TransferId
 
 
 class Filled(Struct, frozen=True, tag="filled", forbid_unknown_fields=True):
-    """The worker has packed these segments into send slots that it was lent by `SendSlots`: move them, each
-    into a slot that the destination has granted (`SendGranted`)."""
+    """The worker has packed these segments into send slots that it was assigned by `SendSlots`: move them,
+    each into a slot that the destination has granted (`SendGranted`)."""
 
     transfer_id: TransferId
     segments: Segments
 
 
 class Freed(Struct, frozen=True, tag="freed", forbid_unknown_fields=True):
-    """The worker has unpacked (or, after `Aborted`, dropped) these receive slots, or gives back lent send
+    """The worker has unpacked (or, after `Aborted`, dropped) these receive slots, or gives back assigned send
     slots that it has no use for."""
 
     slots: SlotUses
@@ -253,8 +253,8 @@ class SendGranted(Struct, frozen=True, tag="send_granted", forbid_unknown_fields
 
 
 class SendSlots(Struct, frozen=True, tag="send_slots", forbid_unknown_fields=True):
-    """Send slots lent to the worker: no more than there are grants of prompts that have pages. Each is for
-    whatever transfer has grants and computed tokens when the worker packs."""
+    """Send slots assigned to the worker: no more than there are grants of prompts that have pages. Each is
+    for whatever transfer has grants and computed tokens when the worker packs."""
 
     slots: SlotUses
 

@@ -21,8 +21,8 @@ class OpenTransfers:
         self._sends: set[int] = set()
         self._receives: dict[int, set[SlotUse]] = {}
         """Open receives, each with the slot uses that have arrived for it."""
-        self._lent_generation: dict[int, int] = {}
-        """The newest one of each slot that was ever lent."""
+        self._assigned_generation: dict[int, int] = {}
+        """The newest one of each slot that was ever assigned."""
         self.freed: list[SlotUse] = []
 
     def open_send(self, transfer_id: int) -> None:
@@ -34,10 +34,10 @@ class OpenTransfers:
     def committed(self, transfer_id: int) -> None:
         self._receives.pop(transfer_id, None)
 
-    def lent(self, slots: list[SlotUse]) -> bool:
+    def assigned(self, slots: list[SlotUse]) -> bool:
         """Takes note of send slots. False: they were said before; packed twice, other tokens would be taken
         for a slot's."""
-        newest = self._lent_generation
+        newest = self._assigned_generation
         if any(use.generation <= newest.get(use.slot, 0) for use in slots):
             return False
         newest.update((use.slot, use.generation) for use in slots)
@@ -71,5 +71,5 @@ class OpenTransfers:
         """The transfer process's life is over: nothing is open, nothing goes back."""
         self._sends.clear()
         self._receives.clear()
-        self._lent_generation.clear()
+        self._assigned_generation.clear()
         self.freed.clear()

@@ -201,7 +201,7 @@ class Worker:
                         raise  # of all requests at once, and half done
                     live = self.parts.requests.of_transfer(getattr(event, "transfer_id", 0))
                     self.role.contain("event", None if live is None else live.work.request_id, error)
-            self._tell_address()
+            self._send_address()
         for router, requests in self.server.receive():
             if router not in self._routers and not self._greet(router, requests):
                 continue
@@ -238,7 +238,7 @@ class Worker:
             message = "the worker failed on this request"
             self.parts.outbox.add(router, Failed(request_id, "internal", message, False))
 
-    def _tell_address(self) -> None:
+    def _send_address(self) -> None:
         """A transfer process that was restarted has a new address; without one, routers look elsewhere."""
         if self._address() != self._told_address:
             self._told_address = self._address()

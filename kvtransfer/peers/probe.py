@@ -10,7 +10,7 @@ import socket
 PROOF = frozenset({errno.ECONNREFUSED, errno.ENOENT})
 
 
-class LifeProbe:
+class IncarnationProbe:
     """One connection attempt at a time to an `ipc://` or `tcp://` endpoint."""
 
     def __init__(self, endpoint: str) -> None:

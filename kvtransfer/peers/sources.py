@@ -20,7 +20,7 @@ from kvtransfer.messages import TransferAddress
 from kvtransfer.movers.base import TwoSidedMover
 from kvtransfer.net.channel import ChannelKeys, Codec, Link
 from kvtransfer.peers.handshake import mismatch
-from kvtransfer.peers.probe import LifeProbe
+from kvtransfer.peers.probe import IncarnationProbe
 from kvtransfer.protocol.deferred import DeferredMessages
 from kvtransfer.protocol.machine import TransferMachine
 from kvtransfer.protocol.peer_messages import (
@@ -50,7 +50,7 @@ class _Source:
     address: TransferAddress
     link: PeerLink
     connection: PeerConnection
-    probe: LifeProbe
+    probe: IncarnationProbe
     state: SourceState
     since_s: float
     heard_at_s: float
@@ -102,7 +102,7 @@ class Sources:
             address,
             link,
             _new_connection(),
-            LifeProbe(address.endpoint),
+            IncarnationProbe(address.endpoint),
             SourceState.GREETING,
             now_s,
             now_s,

@@ -1,7 +1,7 @@
 """One process's transfers as a whole: both directions over one slot pool, pure.
 
 Inputs are method calls, with the time as an argument; what is to be done gathers in `outbox`. After any
-batch of inputs, `settle` hands out the slots that have become free: to senders first, because a slot lent
+batch of inputs, `settle` hands out the slots that have become free: to senders first, because a slot assigned
 for sending comes back by our own doing, one granted to a peer only by the peer's.
 """
 
@@ -107,7 +107,7 @@ class TransferMachine:
 
     def settle(self, now_s: float) -> None:
         """Hands out free slots. To be called after every batch of inputs."""
-        self.sender.lend(now_s)
+        self.sender.assign(now_s)
         self.receiver.grant(now_s)
 
     def next_deadline_s(self) -> float | None:

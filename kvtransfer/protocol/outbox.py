@@ -8,7 +8,7 @@ from kvtransfer.protocol.peer_messages import PeerMessage
 from kvtransfer.spans import Spans
 
 Destination = int
-"""A receiving peer, named by its epoch: drawn at random in each life, so it names one life for ever."""
+"""A receiving peer, named by its epoch: sampled at random in each life, so it names one life for ever."""
 
 
 @dataclass(frozen=True, slots=True)

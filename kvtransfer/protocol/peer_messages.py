@@ -25,7 +25,7 @@ from kvtransfer.messages import (
 
 
 class PeerConnection(Struct, frozen=True, tag="connection", forbid_unknown_fields=True):
-    """What follows in this frame was said on the connection of this number, drawn by whoever connected.
+    """What follows in this frame was said on the connection of this number, sampled by whoever connected.
 
     A frame that is heard again, on another connection or in another life of either side, is known by it. Its
     transfer ids, slots and generations alone might name something that is there now.

@@ -89,7 +89,7 @@ class Receiver:
         transfer = self._transfers.get(transfer_id)
         if transfer is None or transfer.state in CLOSING:
             return False
-        self._fail(transfer, reason, now_s, tell_worker=False)
+        self._fail(transfer, reason, now_s, notify_worker=False)
         return True
 
     def freed(self, use: SlotUse, now_s: float) -> None:
@@ -104,7 +104,7 @@ class Receiver:
         """Nobody waits for anything any more, and nobody reads any slot."""
         for transfer in list(self._transfers.values()):
             if transfer.state not in CLOSING:
-                self._fail(transfer, reason, now_s, tell_worker=False)
+                self._fail(transfer, reason, now_s, notify_worker=False)
         for use in self._pool.uses(Direction.RECEIVE, SlotState.FILLED):
             self._pool.release(use, now_s)
 
@@ -166,7 +166,7 @@ class Receiver:
     def on_cancel(self, source: TransferAddress, message: CancelTransfer, now_s: float) -> None:
         transfer = self._find(source, message.transfer_id, "cancel")
         if transfer is not None and transfer.state not in CLOSING:
-            self._fail(transfer, message.reason, now_s, tell_source=False)
+            self._fail(transfer, message.reason, now_s, notify_source=False)
 
     def on_closed(self, source: TransferAddress, transfer_id: int, now_s: float) -> None:
         transfer = self._find(source, transfer_id, "closed")
@@ -174,7 +174,7 @@ class Receiver:
             return
         if transfer.state not in CLOSING:
             # The source says that nothing will ever come: true to its word, so no quarantine either.
-            self._fail(transfer, "closed by the source", now_s, tell_source=False)
+            self._fail(transfer, "closed by the source", now_s, notify_source=False)
         if transfer.state is not ReceiveState.ENDED:
             self._end(transfer, now_s)
 
@@ -275,19 +275,19 @@ class Receiver:
         reason: str,
         now_s: float,
         *,
-        tell_worker: bool = True,
-        tell_source: bool = True,
+        notify_worker: bool = True,
+        notify_source: bool = True,
     ) -> None:
         """Out of any state in which the worker still waits; a commit already given needs no answer."""
         transfer.reason = reason
-        if tell_worker and transfer.state is not ReceiveState.COMMIT_PENDING:
+        if notify_worker and transfer.state is not ReceiveState.COMMIT_PENDING:
             self._out.to_worker.append(Aborted(transfer.transfer_id, reason))
         if transfer.state is not ReceiveState.OPEN:
             self._end(transfer, now_s)
             return
         transfer.move(ReceiveState.CANCELLED)
         self._start_closing(transfer, now_s)
-        if tell_source:
+        if notify_source:
             self._send_closing(transfer, now_s)
 
     def _start_closing(self, transfer: IncomingSegments, now_s: float) -> None:

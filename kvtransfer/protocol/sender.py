@@ -1,19 +1,19 @@
-"""Outgoing transfers: slots lent to the worker, writes posted to the mover, reports of them sent.
+"""Outgoing transfers: slots assigned to the worker, writes posted to the mover, reports of them sent.
 
     1. `open` and `on_offer`, in either order       WAITING or OFFERED → CONFIRMED
     2. `on_grant`          remote slots that may be written, kept first come first served; the worker hears
                            how many
-    3. `lend`              the worker has as many local slots as prompts with pages have grants: what is lent
-                           will be packed, and what is packed can be moved. A lent slot is no transfer's
-                           before it is packed: none waits for tokens that are still being computed, and no
-                           two transfers can ever wait for each other's slots
+    3. `assign`            the worker has as many local slots as prompts with pages have grants: what is
+                           assigned will be packed, and what is packed can be moved. An assigned slot belongs
+                           to no transfer before it is packed: none waits for tokens that are still being
+                           computed, and no two transfers can ever wait for each other's slots
     4. `filled`            packed segments are paired with grants and posted, a few to a write
     5. `write_done`        local slots are free, the destination is told what lies where
     6. `on_committed`      the worker may let its KV go                              CONFIRMED → ENDED
 
 A failure at any point leads to ENDED, through CLOSING while a write is in flight: local slots stay in
 quarantine until the mover is done with them, and only then does the destination hear `Closed`. A slot that
-the worker has packed for a transfer that has ended stays lent to the worker.
+the worker has packed for a transfer that has ended stays assigned to the worker.
 """
 
 from collections import OrderedDict
@@ -49,7 +49,7 @@ class Sender:
         self._transfers: dict[int, OutgoingTransfer] = {}
         self._writes: dict[int, InFlightWrite] = {}
         self._next_write_id = 1
-        self._lent: dict[int, SlotUse] = {}
+        self._assigned: dict[int, SlotUse] = {}
         """With the worker, by slot: neither filled nor given back."""
         self._ended: OrderedDict[int, None] = OrderedDict()
         """Lately ended transfers, so that an offer that comes too late is refused at once."""
@@ -101,10 +101,10 @@ class Sender:
         fault: str | None = None
         for segment in command.segments:
             use = SlotUse(segment.slot, segment.generation)
-            if self._lent.get(segment.slot) != use:
+            if self._assigned.get(segment.slot) != use:
                 self._out.drops["filled_not_lent"] += 1
                 continue
-            del self._lent[segment.slot]
+            del self._assigned[segment.slot]
             self._pool.fill(use, now_s)
             local.append(use)
             if transfer is None or transfer.state is not SendState.CONFIRMED:
@@ -125,11 +125,11 @@ class Sender:
             self._post(transfer, pieces[part], local[part], remote[part], now_s)
 
     def returned(self, use: SlotUse, now_s: float) -> None:
-        """The worker gives back a lent slot that it has not filled."""
-        if self._lent.get(use.slot) != use:
+        """The worker gives back an assigned slot that it has not filled."""
+        if self._assigned.get(use.slot) != use:
             self._out.drops["freed_stale"] += 1
             return
-        del self._lent[use.slot]
+        del self._assigned[use.slot]
         self._pool.release(use, now_s)
 
     def abort(self, transfer_id: int, reason: str, now_s: float) -> bool:
@@ -138,15 +138,15 @@ class Sender:
         if transfer is None or transfer.state is SendState.CLOSING:
             self._remember(transfer_id)
             return False
-        self._fail(transfer, reason, now_s, tell_worker=False)
+        self._fail(transfer, reason, now_s, notify_worker=False)
         return True
 
     def worker_gone(self, reason: str, now_s: float) -> None:
-        """Nobody waits for anything any more, and nobody packs: lent slots are free at once."""
+        """Nobody waits for anything any more, and nobody packs: assigned slots are free at once."""
         for transfer in list(self._transfers.values()):
             if transfer.state is not SendState.CLOSING:
-                self._fail(transfer, reason, now_s, tell_worker=False)
-        for use in list(self._lent.values()):
+                self._fail(transfer, reason, now_s, notify_worker=False)
+        for use in list(self._assigned.values()):
             self.returned(use, now_s)
 
     # ------------------------------------------------------------ the destination's side
@@ -214,7 +214,7 @@ class Sender:
         transfer = self._find(destination, message.transfer_id, "cancel", closed_if_unknown=True)
         if transfer is None or transfer.state is SendState.CLOSING:
             return
-        self._fail(transfer, message.reason, now_s, tell_destination=False)
+        self._fail(transfer, message.reason, now_s, notify_destination=False)
 
     def destination_lost(self, destination: Destination, reason: str, now_s: float) -> None:
         for transfer in list(self._transfers.values()):
@@ -256,15 +256,15 @@ class Sender:
             default=None,
         )
 
-    def lend(self, now_s: float) -> None:
+    def assign(self, now_s: float) -> None:
         """Lends free slots, in all as many as there are grants that could be used at once."""
         pool = self._pool
         if not pool.free:
             return
-        wanted = sum(transfer.wanted_slots() for transfer in self._transfers.values()) - len(self._lent)
+        wanted = sum(transfer.wanted_slots() for transfer in self._transfers.values()) - len(self._assigned)
         uses = [pool.take(0, Direction.SEND, now_s) for _ in range(min(pool.free, wanted))]
         if uses:
-            self._lent |= {use.slot: use for use in uses}
+            self._assigned |= {use.slot: use for use in uses}
             self._out.to_worker.append(SendSlots(uses))
 
     # ------------------------------------------------------------ inner moves
@@ -329,12 +329,12 @@ class Sender:
         reason: str,
         now_s: float,
         *,
-        tell_worker: bool = True,
-        tell_destination: bool = True,
+        notify_worker: bool = True,
+        notify_destination: bool = True,
     ) -> None:
-        if tell_worker and transfer.state in (SendState.WAITING, SendState.CONFIRMED):
+        if notify_worker and transfer.state in (SendState.WAITING, SendState.CONFIRMED):
             self._out.to_worker.append(Aborted(transfer.transfer_id, reason))
-        if tell_destination and transfer.state in (SendState.OFFERED, SendState.CONFIRMED):
+        if notify_destination and transfer.state in (SendState.OFFERED, SendState.CONFIRMED):
             self._say(transfer.destination, CancelTransfer(transfer.transfer_id, reason))
         self._close(transfer, now_s)
 

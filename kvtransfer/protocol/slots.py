@@ -3,7 +3,7 @@
 One pool serves both directions. A slot is
 
     FREE         nobody's
-    GRANTED      receiving: a remote sender may write it once. sending: lent to our worker, to pack into
+    GRANTED      receiving: a remote sender may write it once. sending: assigned to our worker, to pack into
     FILLED       receiving: data arrived, the worker is to unpack it. sending: packed, being written out
     QUARANTINED  its transfer has ended, but somebody may still write it or read it
 
@@ -101,8 +101,8 @@ class SlotPool:
         return SlotHolder(entry.state, entry.generation, entry.transfer_id, entry.direction, entry.since_s)
 
     def take(self, transfer_id: int, direction: Direction, now_s: float) -> SlotUse:
-        """A free slot becomes GRANTED, in a new generation. `transfer_id` is 0 for one that is lent to the
-        worker. Raises SlotError if none is free."""
+        """A free slot becomes GRANTED, in a new generation. `transfer_id` is 0 for one that is assigned to
+        the worker. Raises SlotError if none is free."""
         if not self._free:
             raise SlotError("no slot is free")
         slot = self._free.popleft()

@@ -6,7 +6,7 @@ from services.protocol.messages import Sampling, TokenLogprob
 
 
 @dataclass(slots=True)
-class Draw:
+class SampleSpec:
     """One token to sample after a row's last position.
 
     `position` is the index the new token will have in the sequence: with the request's seed and the
@@ -26,11 +26,11 @@ class Row:
     """New tokens of one sequence: a prefill chunk or a single decode token.
 
     `tokens` take positions `start ...`; `pages` is the sequence's page table and covers all of them.
-    `draws` is empty for a chunk that does not end its prompt, and has one entry for each choice that
+    `samples` is empty for a chunk that does not end its prompt, and has one entry for each choice that
     starts from this position. `targets[i]` is the token that really follows `tokens[i]`; given only
     when the prompt's log probabilities are wanted (`prompt_logprobs` alternatives each).
 
-    A row of one token may name it by the draw it came from, while the host does not know it yet: `drawn_by`
+    A row of one token may name it by the draw it came from, while the host does not know it yet: `sampled_by`
     is that draw's number among all of the launch before, counted through its rows; what `tokens` says is
     then not read. -1 for a row whose tokens are known.
     """
@@ -38,14 +38,14 @@ class Row:
     tokens: list[int]
     start: int
     pages: list[int]
-    draws: list[Draw] = field(default_factory=list)
+    samples: list[SampleSpec] = field(default_factory=list)
     targets: list[int] = field(default_factory=list)
     prompt_logprobs: int = 0
-    drawn_by: int = -1
+    sampled_by: int = -1
 
 
 @dataclass(slots=True)
-class Drawn:
+class SampledToken:
     token: int
     logprob: TokenLogprob | None = None
 
@@ -53,9 +53,9 @@ class Drawn:
 @dataclass(slots=True)
 class RowResult:
     """`nonfinite_at` is the first of the row's positions at which the model's numbers were NaN or infinite,
-    None if they never were: what was computed from there on, and drawn, is worth nothing."""
+    None if they never were: what was computed from there on, and sampled, is worth nothing."""
 
-    drawn: list[Drawn] = field(default_factory=list)
+    sampled: list[SampledToken] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     nonfinite_at: int | None = None
 

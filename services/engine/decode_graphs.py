@@ -24,7 +24,7 @@ from services.engine.host_copy import aligned_bytes, indices, pinned, to_device
 from services.engine.kv.pool import KvPool
 from services.engine.models.layers import Decoder
 from services.engine.ops.processors import processors
-from services.engine.step_inputs import StepInputs, with_drawn
+from services.engine.step_inputs import StepInputs, with_sampled
 
 LARGE_STEP = 16
 NOT_WRITTEN = -(1 << 40)
@@ -40,8 +40,8 @@ def ladder(max_batch: int) -> list[int]:
 @dataclass(frozen=True, slots=True)
 class _Inputs:
     """What one graph reads, one entry a place: int64 but for `lengths`, int32. `source` counts through the
-    drawn ids and then through `tokens`; `write` is the pool row of the token's first head. `nonfinite` int32
-    is written too: it is sent as zeros (step_inputs.py)."""
+    sampled ids and then through `tokens`; `write` is the pool row of the token's first head. `nonfinite`
+    int32 is written too: it is sent as zeros (step_inputs.py)."""
 
     tokens: Tensor
     source: Tensor
@@ -54,7 +54,7 @@ class _Inputs:
 class DecodeGraphs:
     """`capture` once the pool is there, then `order` and `run` for every step that `takes` accepts.
 
-    `drawn` int64 is where every step's draws are kept for the next one.
+    `sampled` int64 is where every step's draws are kept for the next one.
     """
 
     def __init__(
@@ -64,9 +64,9 @@ class DecodeGraphs:
         layout: KvLayout,
         max_batch: int,
         max_model_len: int,
-        drawn: Tensor,
+        sampled: Tensor,
     ) -> None:
-        self._decoder, self._pool, self._layout, self._drawn = decoder, pool, layout, drawn
+        self._decoder, self._pool, self._layout, self._sampled = decoder, pool, layout, sampled
         self._max_batch, self._max_model_len = max_batch, max_model_len
         self._ladder = ladder(max_batch)
         device = pool.data.device
@@ -103,7 +103,7 @@ class DecodeGraphs:
             shared = shared or graph.pool()
             self._graphs[batch] = graph
 
-    def rehearse(self, layers: int) -> None:
+    def warm_up(self, layers: int) -> None:
         """What `capture` runs before it records, with only so many layers."""
         for batch in self._ladder:
             self._send(indices([]), indices([]), indices([]), indices([]), batch)
@@ -119,23 +119,23 @@ class DecodeGraphs:
     def takes(self, rows: list[Row]) -> bool:
         """One token of each row, each drawing, and no more rows than the largest graph."""
         return len(rows) <= self._max_batch and all(
-            len(row.tokens) == 1 and row.draws and not row.targets for row in rows
+            len(row.tokens) == 1 and row.samples and not row.targets for row in rows
         )
 
     def order(self, rows: list[Row]) -> list[int]:
         """Row numbers in the order in which `run` wants them."""
         return self._slots.place(rows)
 
-    def run(self, rows: list[Row], drawn_at: list[int]) -> tuple[Tensor, Tensor]:
+    def run(self, rows: list[Row], sampled_at: list[int]) -> tuple[Tensor, Tensor]:
         """Logits `[rows, vocab]` and the tokens' marks (`StepInputs.nonfinite`), both overwritten by the next
-        step; nothing is waited for. `rows` are in `order`, `drawn_at[i]` is where row i finds its token among
-        the drawn ids, -1 if it brings its own.
+        step; nothing is waited for. `rows` are in `order`, `sampled_at[i]` is where row i finds its token
+        among the sampled ids, -1 if it brings its own.
 
         Raises `RowError` before anything runs."""
         count = len(rows)
         batch = self._ladder[bisect_left(self._ladder, count)]
         size = self._layout.page_size_tokens
-        source = indices(drawn_at)
+        source = indices(sampled_at)
         tokens = indices([row.tokens[0] for row in rows])
         tokens[source >= 0] = 0
         positions = indices([row.start for row in rows])
@@ -181,7 +181,7 @@ class DecodeGraphs:
         inputs = np.zeros((4, batch), dtype=np.int64)
         lengths = np.zeros(batch, dtype=np.int32)
         inputs[0, :count] = tokens
-        inputs[1] = np.arange(batch) + self._drawn.shape[0]
+        inputs[1] = np.arange(batch) + self._sampled.shape[0]
         np.copyto(inputs[1, :count], source, where=source >= 0)
         inputs[2, :count] = positions
         inputs[3] = NOT_WRITTEN
@@ -220,7 +220,7 @@ class DecodeGraphs:
             max_query_count=0,
         )
         step = StepInputs(
-            tokens=with_drawn(inputs.tokens, self._drawn, inputs.source),
+            tokens=with_sampled(inputs.tokens, self._sampled, inputs.source),
             positions=inputs.positions,
             write_index=(inputs.write[:, None] + self._heads).view(-1),
             attention=attention,

@@ -46,11 +46,11 @@ from services.engine.ops.processors import processors
 from services.engine.peak_memory import peak_bytes
 from services.engine.precision import check_capability
 from services.engine.profile_run import (
-    draw_rows,
     mixed_steps,
+    profile_rows,
+    sample_rows,
     small_chunks,
     without_logprobs,
-    worst_case_rows,
 )
 from services.engine.rank_group import RankGroup
 from services.engine.step_events import StepEvents
@@ -168,7 +168,7 @@ class Engine:
                 f"activations are measured between load and allocate_pool, not when {self.state}"
             )
         scratch = KvPool(self.layout, 4, self.kv_dtype, self.device, self._kv_scales)
-        rows = worst_case_rows(
+        rows = profile_rows(
             self.config, self.layout, self.limits, scratch.pages, self.max_model_len, PROMPT_LOGPROB_ROWS
         )
         windows = self.model.windows
@@ -183,7 +183,7 @@ class Engine:
 
         def launch_all(worst: list[Row]) -> None:
             """No request waits for kernels to be compiled; and the moves' stream keeps a little memory."""
-            for step in (worst, *([row] for row in draw_rows())):
+            for step in (worst, *([row] for row in sample_rows())):
                 self.steps.launch(step, scratch, layers=layers)
             for move in (moves.pack, moves.unpack):
                 move([run], buffer, True, moves.mark()).wait()
@@ -192,21 +192,21 @@ class Engine:
             if self.device.type == "cuda":
                 with compiling_ahead():
                     launch_all(without_logprobs(rows))
-                    self._rehearse(scratch, layers)
-                self.steps.drawn.zero_()  # nothing was drawn
+                    self._warm_up(scratch, layers)
+                self.steps.sampled.zero_()  # nothing was sampled
                 torch.cuda.empty_cache()  # what that has cut into pieces
             launch_all(rows)
             self.synchronize()
 
         return peak_bytes(work, self.device)
 
-    def _rehearse(self, scratch: KvPool, layers: int) -> None:
+    def _warm_up(self, scratch: KvPool, layers: int) -> None:
         """Launch what requests can want and the worst case has not."""
         steps = [[chunk] for chunk in small_chunks(self.config, self.max_model_len)]
         steps += mixed_steps(self.config, self.layout.kv_heads, self.max_model_len, processors(self.device))
         for step in steps:
             self.steps.launch(step, scratch, layers=layers)
-        self._decode_graphs(scratch).rehearse(layers)
+        self._decode_graphs(scratch).warm_up(layers)
 
     def allocate_pool(self, pages: int) -> int:
         """Allocate the KV pool, zeroed; returns its bytes."""
@@ -233,7 +233,7 @@ class Engine:
 
     def _decode_graphs(self, pool: KvPool) -> DecodeGraphs:
         return DecodeGraphs(
-            self.decoder, pool, self.layout, self.config.max_batch, self.max_model_len, self.steps.drawn
+            self.decoder, pool, self.layout, self.config.max_batch, self.max_model_len, self.steps.sampled
         )
 
     def cap_allocator(self, limit_bytes: int) -> None:
@@ -309,9 +309,9 @@ class Engine:
         """Queue the scattering of slots into sequences' pages likewise. Raises `SegmentError`."""
         return self.moves.unpack(runs, buffer, with_checksums, self._step_marks.of(after_step))
 
-    def hold_steps(self, move: Copy) -> None:
+    def fence(self, move: Copy) -> None:
         """Steps and copies queued from now on wait for a move, on the device: its pages are given away."""
-        self.moves.hold_steps(move)
+        self.moves.fence(move)
 
     def synchronize(self) -> None:
         """Wait for all that is queued. On a CPU nothing is."""

@@ -10,7 +10,7 @@ from services.engine.batch import Row, RowResult
 from services.engine.errors import EngineStateError
 from services.engine.events import Event
 from services.engine.sampling.sample_kernels import NO_TOKEN
-from services.engine.sampling.sampler import QueuedDraws, QueuedLogprobs
+from services.engine.sampling.sampler import QueuedLogprobs, QueuedSamples
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +37,13 @@ class QueuedNonfinite:
 
 @dataclass(slots=True, eq=False)
 class Launched:
-    """Results of `rows`. `owners[i]` is the row of the i-th of `draws`, `prompts` the parts of the
+    """Results of `rows`. `owners[i]` is the row of the i-th of `samples`, `prompts` the parts of the
     rows' prompt log probabilities in order, `done` what passes when all of them are in host memory (None:
     they are). Every launch is collected once, or never where nothing of it is wanted."""
 
     rows: list[Row]
     owners: list[int] = field(default_factory=list)
-    draws: QueuedDraws | None = None
+    samples: QueuedSamples | None = None
     prompts: list[tuple[int, QueuedLogprobs]] = field(default_factory=list)
     marks: QueuedNonfinite | None = None
     done: Event | None = None
@@ -67,10 +67,10 @@ class Launched:
             results[at].spoil(position)
         for at, logprobs in self.prompts:
             self._take_prompt(results[at], self.rows[at].start, logprobs)
-        if self.draws is not None:
-            for at, drawn in zip(self.owners, self.draws.collect(), strict=True):
-                results[at].drawn.append(drawn)
-                if drawn.token == NO_TOKEN:
+        if self.samples is not None:
+            for at, sampled in zip(self.owners, self.samples.collect(), strict=True):
+                results[at].sampled.append(sampled)
+                if sampled.token == NO_TOKEN:
                     results[at].spoil(self.rows[at].start + len(self.rows[at].tokens) - 1)
         return results
 

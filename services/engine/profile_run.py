@@ -8,7 +8,7 @@ import msgspec
 from services.config import WorkerConfig
 from services.engine.attention.decode_attention import decode_splits
 from services.engine.attention.plan import KvLayout, SpanLimits
-from services.engine.batch import Draw, Row
+from services.engine.batch import Row, SampleSpec
 from services.engine.ops.small_gemm import MAX_TOKENS
 from services.protocol.messages import MAX_TOP_LOGPROBS, Sampling
 
@@ -24,7 +24,7 @@ _EVERY_FILTER = Sampling(
 )
 
 
-def worst_case_rows(
+def profile_rows(
     config: WorkerConfig,
     layout: KvLayout,
     limits: SpanLimits,
@@ -44,29 +44,29 @@ def worst_case_rows(
     chunk = max(1, min(config.max_chunk_tokens - decodes, context))
     table = [at % pages for at in range(-(-context // layout.page_size_tokens))]
 
-    def draw() -> Draw:
-        return Draw(choice=0, position=context, sampling=_EVERY_FILTER, prompt=[0, 1], output=[])
+    def draw() -> SampleSpec:
+        return SampleSpec(choice=0, position=context, sampling=_EVERY_FILTER, prompt=[0, 1], output=[])
 
     prefill = Row(
         tokens=[0] * chunk,
         start=context - chunk,
         pages=table,
-        draws=[draw()],
+        samples=[draw()],
         targets=[0] * min(chunk, logprob_rows),
         prompt_logprobs=MAX_TOP_LOGPROBS,
     )
     return [prefill] + [Row([0], context - 1, table, [draw()]) for _ in range(decodes)]
 
 
-def draw_rows() -> list[Row]:
-    """One token each on page 0, drawn in every way that has kernels of its own: the best, at random, at
+def sample_rows() -> list[Row]:
+    """One token each on page 0, sampled in every way that has kernels of its own: the best, at random, at
     random among those that are kept; from the logits as they are, and from changed ones."""
     samplings = [
         Sampling(max_tokens=1, seed=1, temperature=temperature, top_p=top_p, repetition_penalty=penalty)
         for temperature, top_p in ((0.0, 1.0), (1.0, 1.0), (1.0, 0.9))
         for penalty in (1.0, 1.1)
     ]
-    return [Row([0], 0, [0], [Draw(0, 1, sampling, [0], [])]) for sampling in samplings]
+    return [Row([0], 0, [0], [SampleSpec(0, 1, sampling, [0], [])]) for sampling in samplings]
 
 
 def small_chunks(config: WorkerConfig, max_model_len: int) -> list[Row]:
@@ -93,12 +93,12 @@ def mixed_steps(
 
 
 def without_logprobs(rows: list[Row]) -> list[Row]:
-    """The same rows, but that nothing is looked up by the ids that are drawn."""
+    """The same rows, but that nothing is looked up by the ids that are sampled."""
 
-    def silent(draw: Draw) -> Draw:
+    def silent(draw: SampleSpec) -> SampleSpec:
         return replace(draw, sampling=msgspec.structs.replace(draw.sampling, logprobs=None))
 
-    return [replace(row, draws=[silent(draw) for draw in row.draws], targets=[]) for row in rows]
+    return [replace(row, samples=[silent(draw) for draw in row.samples], targets=[]) for row in rows]
 
 
 def powers_of_two(most: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""What the ranks of one worker do together in a step: sums, the logits' columns, and the drawn ids.
+"""What the ranks of one worker do together in a step: sums, the logits' columns, and the sampled ids.
 
 gloo on a CPU, NCCL on GPUs, where the calls are only queued and may be captured in a CUDA graph.
 """

@@ -33,18 +33,19 @@ def order_rows(rows: list[Row]) -> list[int]:
     return sorted(range(len(rows)), key=lambda at: (len(rows[at].tokens) > 1, -rows[at].start))
 
 
-def check_row(row: Row, vocab_size: int, draws_before: int) -> None:
-    """What neither `build_step` nor a graph sees, and what on a GPU would end the process. `draws_before` is
-    how many draws the launch before had. Raises `RowError`."""
-    if row.drawn_by >= 0 and (len(row.tokens) != 1 or row.drawn_by >= draws_before):
+def check_row(row: Row, vocab_size: int, samples_before: int) -> None:
+    """What neither `build_step` nor a graph sees, and what on a GPU would end the process. `samples_before`
+    is how many draws the launch before had. Raises `RowError`."""
+    if row.sampled_by >= 0 and (len(row.tokens) != 1 or row.sampled_by >= samples_before):
         raise RowError(
-            f"row of {len(row.tokens)} tokens wants draw {row.drawn_by} of {draws_before} for its only one"
+            f"row of {len(row.tokens)} tokens wants sample {row.sampled_by} of {samples_before} "
+            "for its only one"
         )
     if len(row.targets) > len(row.tokens):
         raise RowError(f"row has {len(row.targets)} targets for {len(row.tokens)} tokens")
     if row.targets and not 0 <= min(row.targets) <= max(row.targets) < vocab_size:
         raise RowError(f"target out of range: the vocabulary has {vocab_size}")
-    for draw in row.draws:
+    for draw in row.samples:
         sampling = draw.sampling
         if not sampling.logit_bias and sampling.repetition_penalty == 1.0:
             continue
@@ -55,24 +56,26 @@ def check_row(row: Row, vocab_size: int, draws_before: int) -> None:
             raise RowError(f"draw names a token out of range: the vocabulary has {vocab_size}")
 
 
-def with_drawn(tokens: Tensor, drawn: Tensor, source: Tensor) -> Tensor:
-    """int64 `[tokens]`: each from where `source` says, counted through `drawn` and then through `tokens`."""
-    return torch.cat((drawn, tokens)).index_select(0, source)
+def with_sampled(tokens: Tensor, sampled: Tensor, source: Tensor) -> Tensor:
+    """int64 `[tokens]`: each from where `source` says, counted through `sampled` and then through
+    `tokens`."""
+    return torch.cat((sampled, tokens)).index_select(0, source)
 
 
 def build_step(
     rows: list[Row],
-    drawn: Tensor,
-    drawn_at: list[int],
+    sampled: Tensor,
+    sampled_at: list[int],
     model: ModelConfig,
     layout: KvLayout,
     pages: int,
     limits: SpanLimits,
 ) -> StepInputs:
-    """Rows in `order_rows` order to tensors of `drawn`'s device, without waiting for it. `drawn` int64 holds
-    the draws of the launch before; `drawn_at[i]` is where row i finds its token there, -1 if it brings its
-    own. Raises `RowError` before anything is written: an index out of range would end a GPU's process."""
-    device = drawn.device
+    """Rows in `order_rows` order to tensors of `sampled`'s device, without waiting for it. `sampled` int64
+    holds the draws of the launch before; `sampled_at[i]` is where row i finds its token there, -1 if it
+    brings its own. Raises `RowError` before anything is written: an index out of range would end a GPU's
+    process."""
+    device = sampled.device
     sequences: list[AttentionSequence] = []
     first = 0
     for row in rows:
@@ -88,7 +91,7 @@ def build_step(
         first += count
 
     tokens = np.fromiter((token for row in rows for token in row.tokens), dtype=np.int64, count=first)
-    waiting = [(one.first, at) for one, at in zip(sequences, drawn_at, strict=True) if at >= 0]
+    waiting = [(one.first, at) for one, at in zip(sequences, sampled_at, strict=True) if at >= 0]
     tokens[[at for at, _ in waiting]] = 0
     if tokens.min() < 0 or tokens.max() >= model.vocab_size:
         raise RowError(f"token out of range: the vocabulary has {model.vocab_size}")
@@ -100,7 +103,7 @@ def build_step(
         "nonfinite": np.zeros(first, dtype=np.int32),
     }
     if waiting:
-        source = np.arange(first, dtype=np.int64) + drawn.shape[0]
+        source = np.arange(first, dtype=np.int64) + sampled.shape[0]
         source[[at for at, _ in waiting]] = [draw for _, draw in waiting]
         columns["source"] = source
     if device.type == "cuda":
@@ -117,7 +120,7 @@ def build_step(
             }
         )
     return StepInputs(
-        tokens=with_drawn(sent["tokens"], drawn, sent["source"]) if waiting else sent["tokens"],
+        tokens=with_sampled(sent["tokens"], sampled, sent["source"]) if waiting else sent["tokens"],
         positions=sent["positions"],
         write_index=sent["write_index"],
         attention=attention,

@@ -55,24 +55,24 @@ def device_table(device: SharedDevice) -> str:
 def picture(ledger: Ledger, width: int = 80, colour: bool = False) -> str:
     """The device as one bar of `width` cells, the budget's border marked above it, with a legend below.
 
-    Measured bytes are drawn where they are known, planned ones elsewhere. A line that exists gets at
+    Measured bytes are sampled where they are known, planned ones elsewhere. A line that exists gets at
     least one cell, taken from the free space.
     """
     from rich.console import Console
     from rich.text import Text
 
     ordered = sorted(ledger.entries, key=lambda entry: not entry.inside)
-    total = max(ledger.device_bytes, sum(_drawn_bytes(entry) for entry in ordered), 1)
+    total = max(ledger.device_bytes, sum(_sampled_bytes(entry) for entry in ordered), 1)
     bar, legend = Text(), Text()
     border = min(width - 1, round(width * ledger.device_bytes * ledger.mem_fraction / total))
     for index, entry in enumerate(ordered):
-        size = _drawn_bytes(entry)
+        size = _sampled_bytes(entry)
         cells = max(1, round(width * size / total)) if size else 0
         mark, style = chr(ord("A") + index), _COLOURS[index % len(_COLOURS)]
         bar.append(mark * cells, style=f"black on {style}" if colour else "")
         legend.append(f" {mark} ", style=f"black on {style}" if colour else "")
         legend.append(f"{entry.name} {format_bytes(size)}   ")
-    free_bytes = ledger.device_bytes - sum(_drawn_bytes(entry) for entry in ordered)
+    free_bytes = ledger.device_bytes - sum(_sampled_bytes(entry) for entry in ordered)
     bar.truncate(width)
     bar.append("." * (width - len(bar)))
     legend.append(f" . free {format_bytes(free_bytes)}")
@@ -87,7 +87,7 @@ def picture(ledger: Ledger, width: int = 80, colour: bool = False) -> str:
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 
-def _drawn_bytes(entry: LedgerEntry) -> int:
+def _sampled_bytes(entry: LedgerEntry) -> int:
     return entry.planned_bytes if entry.measured_bytes is None else entry.measured_bytes
 
 

@@ -46,7 +46,7 @@ class WorkerTransferAddress(RankAddress, frozen=True, forbid_unknown_fields=True
 
 
 class Sampling(Struct, frozen=True, forbid_unknown_fields=True):
-    """How tokens are drawn. The router fills in every field; `seed` is always set.
+    """How tokens are sampled. The router fills in every field; `seed` is always set.
 
     `logprobs` is None (off) or how many alternatives come with each token (0: the token's own only).
     `prompt_logprobs` likewise for the prompt's tokens, which then skip the prefix cache.

@@ -13,7 +13,7 @@ its steps before `launch` returns: there, nothing is left in flight between two 
 from typing import Generic, TypeVar
 
 from kvtransfer.messages import WITHDRAWN
-from services.engine.batch import Drawn, RowResult
+from services.engine.batch import RowResult, SampledToken
 from services.roles.role import InFlightStep, Role, WorkerContext, sharing
 from services.scheduler.decode import DecodeScheduler
 from services.scheduler.sequence import Chunk, Sequence, State
@@ -64,16 +64,16 @@ class DecodingRole(Role, Generic[Scheduler]):
 
     def take_chunk(self, chunk: Chunk, row: RowResult) -> None:
         """A computed chunk of a sequence that has not ended since."""
-        if chunk.draws:
-            self.append(chunk.sequence, row.drawn[0])
+        if chunk.samples:
+            self.append(chunk.sequence, row.sampled[0])
 
-    def append(self, sequence: Sequence, drawn: Drawn) -> None:
+    def append(self, sequence: Sequence, sampled: SampledToken) -> None:
         """A choice's next token is known: report it, and end the choice if it ends with it."""
         live = self.parts.requests.get(sequence.work.request_id)
         if live is None:
             return
-        output_tokens, choice = sequence.settle(drawn.token), sequence.choices[0]
-        ended = self.report_token(live, choice, output_tokens, drawn)
+        output_tokens, choice = sequence.settle(sampled.token), sequence.choices[0]
+        ended = self.report_token(live, choice, output_tokens, sampled)
         if ended and self.scheduler.end(live.work.request_id, choice):
             self.end(live.work.request_id, WITHDRAWN)
 
@@ -98,10 +98,10 @@ class DecodingRole(Role, Generic[Scheduler]):
         result = self.collect(flight, after=self._flight)
         if result is None:
             return
-        for sequence, drawn in result.decodes:
+        for sequence, sampled in result.decodes:
             try:
                 if sequence.state is not State.ENDED:
-                    self.append(sequence, drawn)
+                    self.append(sequence, sampled)
             except Exception as error:
                 self.contain("token", sequence.work.request_id, error)
         for chunk, row in result.chunks:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from services.engine.batch import Draw, Row
+from services.engine.batch import Row, SampleSpec
 from services.scheduler.sequence import PENDING, Chunk, Sequence, StepPlan
 
 
@@ -15,17 +15,17 @@ def decode_row(sequence: Sequence) -> Row:
     """The last token of a sequence that has nothing else to compute, known or named by its draw; lists are
     shared, not copied."""
     token = sequence.tokens[-1]
-    row = Row([token], sequence.computed_tokens, sequence.pages, _draws(sequence, sequence.choices))
+    row = Row([token], sequence.computed_tokens, sequence.pages, _samples(sequence, sequence.choices))
     if token == PENDING:
-        row.drawn_by = sequence.draw
+        row.sampled_by = sequence.draw
     return row
 
 
 def chunk_row(chunk: Chunk) -> Row:
     sequence, start, count = chunk.sequence, chunk.start, chunk.count
     row = Row(sequence.tokens[start : start + count], start, sequence.pages)
-    if chunk.draws:
-        row.draws = _draws(sequence, chunk.draws)
+    if chunk.samples:
+        row.samples = _samples(sequence, chunk.samples)
     alternatives = sequence.work.sampling.prompt_logprobs
     if alternatives is not None and wants_prompt_logprobs(sequence):
         row.targets = sequence.tokens[start + 1 : start + count + 1]
@@ -42,7 +42,7 @@ def wants_prompt_logprobs(sequence: Sequence) -> bool:
     )
 
 
-def _draws(sequence: Sequence, choices: Iterable[int]) -> list[Draw]:
+def _samples(sequence: Sequence, choices: Iterable[int]) -> list[SampleSpec]:
     sampling, position = sequence.work.sampling, len(sequence.tokens)
     prompt: list[int] = []
     output: list[int] = []
@@ -50,4 +50,4 @@ def _draws(sequence: Sequence, choices: Iterable[int]) -> list[Draw]:
         work = sequence.work
         prompt = work.prompt[: sequence.output_start] if work.output_tokens else work.prompt
         output = sequence.output
-    return [Draw(choice, position, sampling, prompt, output) for choice in choices]
+    return [SampleSpec(choice, position, sampling, prompt, output) for choice in choices]

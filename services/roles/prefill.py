@@ -2,8 +2,8 @@
 
 1. `Prefill` comes in: the request is queued and its transfer opened.
 2. The decode side confirms its reservation and grants slots; confirmed prompts run first.
-3. What a chunk has computed is packed into lent slots as soon as it is done, and moved while the next chunk
-   runs.
+3. What a chunk has computed is packed into assigned slots as soon as it is done, and moved while the next
+   chunk runs.
 4. The prompt's end draws the first token of every choice; the router has them at once.
 5. The KV is held until the decode side has committed it. A request whose choices all ended with their
    first token is released immediately.
@@ -102,7 +102,7 @@ class PrefillRole(Role):
         worked = collected or packed + delivered > 0
         if self._may_launch(news=collected or delivered > 0):
             worked |= self._launch_next()
-        self._tell_ready()
+        self._notify_ready()
         return worked or self.in_flight
 
     def occupancy(self) -> Occupancy:
@@ -162,7 +162,7 @@ class PrefillRole(Role):
             self.push.deliver()
         return True
 
-    def _tell_ready(self) -> None:
+    def _notify_ready(self) -> None:
         for request_id in self.scheduler.take_ready():
             live = self.parts.requests.get(request_id)
             if live is not None and live.transfer_id is not None:
@@ -198,15 +198,15 @@ class PrefillRole(Role):
         self.collect_prompt_logprobs(chunk, result)
         sequence = chunk.sequence
         live = self.parts.requests.get(sequence.work.request_id)
-        if live is None or not chunk.draws or not sequence.choices:
+        if live is None or not chunk.samples or not sequence.choices:
             return
         self.report_prefill(live, sequence)
         ended = 0
-        for choice, drawn in zip(chunk.draws, result.drawn, strict=True):
-            ended += self.report_token(live, choice, live.work.output_tokens + 1, drawn)
+        for choice, sampled in zip(chunk.samples, result.sampled, strict=True):
+            ended += self.report_token(live, choice, live.work.output_tokens + 1, sampled)
         sequence.choices = []
         live.lease_until_s = self.parts.clock() + LEASE_S
-        if ended == len(chunk.draws) or live.work.request_id in self._committed:
+        if ended == len(chunk.samples) or live.work.request_id in self._committed:
             self.end(live.work.request_id, WITHDRAWN)
 
     def _undelivered(self, live: RunningRequest, reason: str) -> None:

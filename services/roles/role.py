@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from kvtransfer.client import WorkerEvent
 from kvtransfer.messages import WITHDRAWN
 from kvtransfer.spans import Spans
-from services.engine.batch import Drawn, RowResult
+from services.engine.batch import RowResult, SampledToken
 from services.engine.engine import Engine
 from services.engine.launched import Launched
 from services.isolation import contain
@@ -42,7 +42,7 @@ ENGINE_FAILURES = (RuntimeError, ValueError, IndexError)
 
 @dataclass(slots=True, eq=False)
 class WorkerContext:
-    """What the worker built at start and lends to its role."""
+    """What the worker built at start and assigns to its role."""
 
     engine: Engine
     pool: PagePool
@@ -81,7 +81,7 @@ class InFlightStep:
 class StepResult:
     """What a step drew, in the plan's order."""
 
-    decodes: list[tuple[Sequence, Drawn]]
+    decodes: list[tuple[Sequence, SampledToken]]
     chunks: list[tuple[Chunk, RowResult]]
 
 
@@ -239,7 +239,7 @@ class Role(ABC):
                 self._end_nonfinite(sequence, result.nonfinite_at)
         decodes = len(plan.decodes)
         return StepResult(
-            [(one, result.drawn[0]) for one, result in zip(plan.decodes, results[:decodes], strict=True)],
+            [(one, result.sampled[0]) for one, result in zip(plan.decodes, results[:decodes], strict=True)],
             list(zip(plan.chunks, results[decodes:], strict=True)),
         )
 
@@ -287,11 +287,13 @@ class Role(ABC):
             ),
         )
 
-    def report_token(self, live: RunningRequest, choice: int, output_tokens: int, drawn: Drawn) -> bool:
-        """Report a choice's newly drawn token, its `output_tokens`-th; True if the choice ends with it."""
-        finish = finish_reason(live.work, drawn.token, output_tokens, self.parts.limits)
-        logprobs = None if drawn.logprob is None else [drawn.logprob]
-        report = Tokens(live.work.request_id, choice, [drawn.token], logprobs, finish)
+    def report_token(
+        self, live: RunningRequest, choice: int, output_tokens: int, sampled: SampledToken
+    ) -> bool:
+        """Report a choice's newly sampled token, its `output_tokens`-th; True if the choice ends with it."""
+        finish = finish_reason(live.work, sampled.token, output_tokens, self.parts.limits)
+        logprobs = None if sampled.logprob is None else [sampled.logprob]
+        report = Tokens(live.work.request_id, choice, [sampled.token], logprobs, finish)
         self.parts.outbox.add(live.router, report)
         self.parts.counters["output_tokens"] += 1
         if finish is not None:

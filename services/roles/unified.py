@@ -33,7 +33,7 @@ class UnifiedRole(DecodingRole[UnifiedScheduler]):
         self.collect_prompt_logprobs(chunk, row)
         if len(chunk.sequence.tokens) > chunk.sequence.prompt_tokens:
             super().take_chunk(chunk, row)
-        elif chunk.draws:
+        elif chunk.samples:
             self._fork(chunk, row)
 
     def occupancy(self) -> Occupancy:
@@ -55,10 +55,10 @@ class UnifiedRole(DecodingRole[UnifiedScheduler]):
         self.report_prefill(live, prompt)
         output_tokens = live.work.output_tokens + 1
         going: list[FirstToken] = []
-        for choice, drawn in zip(chunk.draws, row.drawn, strict=True):
+        for choice, sampled in zip(chunk.samples, row.sampled, strict=True):
             # a choice may have been cancelled while the step was in flight
-            if choice in prompt.choices and not self.report_token(live, choice, output_tokens, drawn):
-                going.append(FirstToken(choice, drawn.token))
+            if choice in prompt.choices and not self.report_token(live, choice, output_tokens, sampled):
+                going.append(FirstToken(choice, sampled.token))
         self.copy_pages(self.scheduler.fork(prompt, going))
         if not going:
             self.parts.requests.remove(live.work.request_id)

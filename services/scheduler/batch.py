@@ -183,11 +183,11 @@ class RunningBatch:
             sequence.computed_tokens += chunk.count
             sequence.computed_up_to(sequence.computed_tokens, self.pool.step)
             self.publish(sequence, self.pool.step)
-            if chunk.draws and len(sequence.tokens) > sequence.prompt_tokens:
+            if chunk.samples and len(sequence.tokens) > sequence.prompt_tokens:
                 sequence.launched(draw)
                 self.computing.remove(sequence)
                 insort(self.decoding, sequence, key=_age)
-            draw += len(chunk.draws)
+            draw += len(chunk.samples)
 
     def publish(self, sequence: Sequence, step: int) -> None:
         """Make the full pages that are computed once `step` is done, and whose tokens are known, findable as

@@ -18,7 +18,7 @@ from services.protocol.messages import FirstToken, SequenceRequest
 from services.scheduler.errors import IllegalSequenceTransition
 
 PENDING = -1
-"""In the place of a token that is drawn, but not yet known to the host."""
+"""In the place of a token that is sampled, but not yet known to the host."""
 
 
 class State(StrEnum):
@@ -148,13 +148,13 @@ def choice_sequence(work: SequenceRequest, first: FirstToken) -> Sequence:
 class Chunk:
     """Tokens `[start, start + count)` of a sequence with many pending, computed in this step.
 
-    `draws` are the choices that draw after it: none if tokens are still pending.
+    `samples` are the choices that draw after it: none if tokens are still pending.
     """
 
     sequence: Sequence
     start: int
     count: int
-    draws: tuple[int, ...]
+    samples: tuple[int, ...]
 
 
 @dataclass(slots=True)
@@ -169,8 +169,8 @@ class StepPlan:
         return self.tokens > 0
 
     def add_chunk(self, sequence: Sequence, count: int) -> None:
-        draws = tuple(sequence.choices) if count == sequence.pending_tokens else ()
-        self.chunks.append(Chunk(sequence, sequence.computed_tokens, count, draws))
+        samples = tuple(sequence.choices) if count == sequence.pending_tokens else ()
+        self.chunks.append(Chunk(sequence, sequence.computed_tokens, count, samples))
         self.tokens += count
 
     def sequences(self) -> list[Sequence]:

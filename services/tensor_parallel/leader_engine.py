@@ -22,7 +22,7 @@ from services.tensor_parallel.messages import (
     Done,
     LoadWeights,
     MeasureActivations,
-    Order,
+    RankCommand,
     RankMemory,
     ReportMemory,
 )
@@ -77,7 +77,7 @@ class LeadingEngine(Engine):
 
     def rank_memory(self) -> list[RankMemory]:
         """What the other ranks measured, once the graphs are captured."""
-        self.ranks.tell(ReportMemory())
+        self.ranks.send(ReportMemory())
         found = self.ranks.answers(STEP_TIMEOUT_S)
         return [answer for answer in found if isinstance(answer, RankMemory)]
 
@@ -87,7 +87,7 @@ class LeadingEngine(Engine):
         if not rows:
             return super().launch(rows)
         step, own = self._book.step(rows)
-        self.ranks.tell(step)
+        self.ranks.send(step)
         try:
             with self.ranks.within(STEP_TIMEOUT_S, "a step"):
                 launched = super().launch(own)
@@ -99,7 +99,7 @@ class LeadingEngine(Engine):
 
     def copy_pages(self, pairs: list[tuple[int, int]]) -> None:
         if pairs:
-            self.ranks.tell(CopyPages(pairs))
+            self.ranks.send(CopyPages(pairs))
             super().copy_pages(pairs)
 
     def close(self) -> None:
@@ -113,8 +113,8 @@ class LeadingEngine(Engine):
             with contextlib.suppress(FileNotFoundError):
                 self._store.parent.rmdir()
 
-    def _together(self, order: Order, own: Callable[[], int]) -> int:
-        self.ranks.tell(order)
+    def _together(self, order: RankCommand, own: Callable[[], int]) -> int:
+        self.ranks.send(order)
         what = f"{type(order).__name__} of the ranks"
         with self.ranks.within(START_TIMEOUT_S, what):
             mine = own()

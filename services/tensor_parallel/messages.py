@@ -1,7 +1,7 @@
 """What the leading rank of a worker and its other ranks say to each other, over a socket pair.
 
-The leader orders (`Order`), in the order in which it calls its own engine; a rank answers (`Answer`) only
-what has an answer. Steps have none: the ranks meet in the step's sums.
+The leader orders (`RankCommand`), in the order in which it calls its own engine; a rank answers (`Answer`)
+only what has an answer. Steps have none: the ranks meet in the step's sums.
 """
 
 from typing import Annotated
@@ -51,9 +51,9 @@ class StepRow(Struct, frozen=True, array_like=True):
     tokens: list[int]
     start: int
     table: int
-    draws: int
+    samples: int
     targets: list[int]
-    drawn_by: int
+    sampled_by: int
 
 
 class Step(Struct, frozen=True, tag="step", forbid_unknown_fields=True):
@@ -109,7 +109,7 @@ class StopRank(Struct, frozen=True, tag="stop", forbid_unknown_fields=True):
     """The rank leaves its loop."""
 
 
-Order = (
+RankCommand = (
     StartRank
     | LoadWeights
     | MeasureActivations

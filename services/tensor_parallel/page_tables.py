@@ -7,11 +7,11 @@ rows follows from that. So all ranks, the leading one too, run on lists made her
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from services.engine.batch import Draw, Row
+from services.engine.batch import Row, SampleSpec
 from services.protocol.messages import Sampling
 from services.tensor_parallel.messages import Grown, Step, StepRow
 
-_ELSEWHERE = Draw(choice=0, position=0, sampling=Sampling(max_tokens=1, seed=0), prompt=[], output=[])
+_ELSEWHERE = SampleSpec(choice=0, position=0, sampling=Sampling(max_tokens=1, seed=0), prompt=[], output=[])
 """A draw that rank 0 makes."""
 
 
@@ -46,16 +46,16 @@ class PageTables:
                 one.tokens,
                 one.start,
                 self.pages(one.table),
-                [_ELSEWHERE] * one.draws,
+                [_ELSEWHERE] * one.samples,
                 one.targets,
-                drawn_by=one.drawn_by,
+                sampled_by=one.sampled_by,
             )
             for one in step.rows
         ]
 
 
 @dataclass(slots=True)
-class _Told:
+class _SentTable:
     """One table as the ranks know it. `source` is the scheduler's own list, kept so that its identity stays
     its own."""
 
@@ -75,7 +75,7 @@ class PageTableBook:
 
     capacity: int
     tables: PageTables = field(default_factory=PageTables)
-    _told: OrderedDict[int, _Told] = field(default_factory=OrderedDict)
+    _sent: OrderedDict[int, _SentTable] = field(default_factory=OrderedDict)
     _step: int = 0
 
     def step(self, rows: list[Row]) -> tuple[Step, list[Row]]:
@@ -87,39 +87,39 @@ class PageTableBook:
         for row in rows:
             number = self._number(row.pages, grown)
             numbers.append(number)
-            sent.append(StepRow(row.tokens, row.start, number, len(row.draws), row.targets, row.drawn_by))
+            sent.append(StepRow(row.tokens, row.start, number, len(row.samples), row.targets, row.sampled_by))
         self.tables.apply(grown)
         own = [
             Row(
                 row.tokens,
                 row.start,
                 self.tables.pages(number),
-                row.draws,
+                row.samples,
                 row.targets,
                 row.prompt_logprobs,
-                row.drawn_by,
+                row.sampled_by,
             )
             for row, number in zip(rows, numbers, strict=True)
         ]
         return Step(grown, sent), own
 
     def _number(self, pages: list[int], grown: list[Grown]) -> int:
-        told = self._told.get(id(pages))
-        if told is None:
-            told = _Told(self._take_number(), pages, 0, self._step)
-            self._told[id(pages)] = told
-        self._told.move_to_end(id(pages))
-        told.step = self._step
-        if told.pages < len(pages):
-            grown.append(Grown(told.number, told.pages, pages[told.pages :]))
-            told.pages = len(pages)
-        return told.number
+        sent = self._sent.get(id(pages))
+        if sent is None:
+            sent = _SentTable(self._take_number(), pages, 0, self._step)
+            self._sent[id(pages)] = sent
+        self._sent.move_to_end(id(pages))
+        sent.step = self._step
+        if sent.pages < len(pages):
+            grown.append(Grown(sent.number, sent.pages, pages[sent.pages :]))
+            sent.pages = len(pages)
+        return sent.number
 
     def _take_number(self) -> int:
-        if len(self._told) < self.capacity:
-            return len(self._told)
-        oldest = next(iter(self._told.values()))
+        if len(self._sent) < self.capacity:
+            return len(self._sent)
+        oldest = next(iter(self._sent.values()))
         if oldest.step == self._step:
-            return len(self._told)
-        del self._told[id(oldest.source)]
+            return len(self._sent)
+        del self._sent[id(oldest.source)]
         return oldest.number

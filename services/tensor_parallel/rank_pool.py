@@ -23,7 +23,15 @@ from pathlib import Path
 
 from services.config import WorkerConfig
 from services.tensor_parallel.link import RankLink, RankLost
-from services.tensor_parallel.messages import Answer, Copied, MoveKv, Order, RankFailed, StartRank, StopRank
+from services.tensor_parallel.messages import (
+    Answer,
+    Copied,
+    MoveKv,
+    RankCommand,
+    RankFailed,
+    StartRank,
+    StopRank,
+)
 from services.tensor_parallel.rank_config import encode_config
 
 log = logging.getLogger(__name__)
@@ -76,7 +84,7 @@ class Ranks:
         """Starts them; returns at once. `config` is rank 0's."""
         self._name = config.name
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._links: list[RankLink[Answer, Order]] = []
+        self._links: list[RankLink[Answer, RankCommand]] = []
         self._moves: list[deque[CopyAnswer]] = [deque() for _ in range(1, config.tp)]
         self._wait: tuple[float, str] | None = None
         self._left = threading.Event()
@@ -92,7 +100,7 @@ class Ranks:
             ]
             with theirs:
                 process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
-            link: RankLink[Answer, Order] = RankLink(ours, Answer, Order)
+            link: RankLink[Answer, RankCommand] = RankLink(ours, Answer, RankCommand)
             self._processes.append(process)
             self._links.append(link)
             rank_config = replace(config, rank=rank, device_index=config.device_index + rank)
@@ -108,7 +116,7 @@ class Ranks:
 
     # ------------------------------------------------------------ orders
 
-    def tell(self, order: Order) -> None:
+    def send(self, order: RankCommand) -> None:
         """Raises `RankError`."""
         frame = self._links[0].encode(order)
         for rank, link in enumerate(self._links, 1):
@@ -117,7 +125,7 @@ class Ranks:
             except RankLost as error:
                 raise self._fault(rank, str(error)) from error
 
-    def tell_one(self, rank: int, order: Order) -> None:
+    def send_one(self, rank: int, order: RankCommand) -> None:
         """Only rank `rank`, at least 1. Raises `RankError`."""
         try:
             self._links[rank - 1].send(order)
@@ -140,7 +148,7 @@ class Ranks:
 
     def move(self, rank: int, order: MoveKv) -> "CopyAnswer":
         """Order a move of rank `rank`, at least 1. Raises `RankError`."""
-        self.tell_one(rank, order)
+        self.send_one(rank, order)
         answer = CopyAnswer(self, rank)
         self._moves[rank - 1].append(answer)
         return answer

@@ -37,7 +37,7 @@ from services.tensor_parallel.messages import (
     MapStaging,
     MeasureActivations,
     MoveKv,
-    Order,
+    RankCommand,
     RankFailed,
     RankMemory,
     ReportMemory,
@@ -59,7 +59,7 @@ _PR_SET_PDEATHSIG = 1
 
 def run(end: socket.socket) -> int:
     """The exit code: 0 when told to leave, 1 when the leader is gone or something failed."""
-    link: RankLink[Order, Answer] = RankLink(end, Order, Answer)
+    link: RankLink[RankCommand, Answer] = RankLink(end, RankCommand, Answer)
     try:
         start = link.receive(START_TIMEOUT_S)
         if not isinstance(start, StartRank):
@@ -79,7 +79,7 @@ def run(end: socket.socket) -> int:
 
 
 class Rank:
-    def __init__(self, config: WorkerConfig, store: Path, link: RankLink[Order, Answer]) -> None:
+    def __init__(self, config: WorkerConfig, store: Path, link: RankLink[RankCommand, Answer]) -> None:
         self._link = link
         self._context_bytes = resident_bytes()
         group = DistributedGroup(config, store)
@@ -98,7 +98,7 @@ class Rank:
         self._staging.close()
         self._engine.close()
 
-    def _next_order(self) -> Order:
+    def _next_order(self) -> RankCommand:
         """Moves are reported as they are done, while orders come."""
         while self._moves:
             while self._moves and self._moves[0].is_done:
@@ -107,7 +107,7 @@ class Rank:
                 return order
         return self._link.receive(None)
 
-    def _obey(self, order: Order) -> None:
+    def _obey(self, order: RankCommand) -> None:
         engine = self._engine
         match order:
             case Step():
@@ -119,7 +119,7 @@ class Rank:
                 self._moves.append(self._last_move)
             case HoldSteps():
                 if self._last_move is not None:
-                    engine.hold_steps(self._last_move)
+                    engine.fence(self._last_move)
             case MapStaging():
                 engine.synchronize()
                 self._staging.map(order)

@@ -26,7 +26,7 @@ class KvCopier(Protocol):
     def passed_step(self) -> int:
         """The number of the newest step that is done; see `Engine.passed_step`."""
 
-    def hold_steps(self, move: Copy) -> None: ...
+    def fence(self, move: Copy) -> None: ...
 
     def let_go(self) -> None:
         """The staging buffer's owner is gone: mapped, its memory would stay taken."""
@@ -47,8 +47,8 @@ class OwnCopier:
     def passed_step(self) -> int:
         return self._engine.passed_step()
 
-    def hold_steps(self, move: Copy) -> None:
-        self._engine.hold_steps(move)
+    def fence(self, move: Copy) -> None:
+        self._engine.fence(move)
 
     def let_go(self) -> None:
         self._staging.close()
@@ -80,11 +80,11 @@ class RankCopier:
     def passed_step(self) -> int:
         return self._engine.passed_step()
 
-    def hold_steps(self, move: Copy) -> None:
-        self._ranks.tell_one(self._rank, HoldSteps())
+    def fence(self, move: Copy) -> None:
+        self._ranks.send_one(self._rank, HoldSteps())
 
     def let_go(self) -> None:
-        self._ranks.tell_one(self._rank, MapStaging(0, 0, None, None))
+        self._ranks.send_one(self._rank, MapStaging(0, 0, None, None))
         self._mapped_epoch = 0
 
     def _move(self, is_pack: bool, runs: Sequence[SlotRun], with_checksums: bool) -> Copy:
@@ -107,5 +107,5 @@ class RankCopier:
             order = MapStaging(
                 attached.slots, attached.slot_bytes, attached.staging_socket, attached.cuda_ipc_handle
             )
-            self._ranks.tell_one(self._rank, order)
+            self._ranks.send_one(self._rank, order)
             self._mapped_epoch = attached.address.epoch

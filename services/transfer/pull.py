@@ -201,7 +201,7 @@ class KvPull:
         """Their pages may be given away now, and written by a step that must not overtake the unpacks."""
         running = [one.move for one in self._unpacking if any(piece[0] in ended for piece in one.pieces)]
         if running:
-            self._moves.hold_steps(running[-1])
+            self._moves.fence(running[-1])
 
     def _finish(self, incoming: IncomingTransfer) -> None:
         del self._incoming[incoming.transfer_id]

@@ -1,9 +1,9 @@
-"""The prefill side of transfers: which computed tokens are packed into which lent slots.
+"""The prefill side of transfers: which computed tokens are packed into which assigned slots.
 
 Packing follows computation chunk by chunk, so that a prompt's head travels while its tail is computed.
 
 1. `confirmed`, `granted`   the destination has reserved pages, and has room for so many segments
-2. `lend`      slots to pack into; they belong to no transfer before they are packed
+2. `assign`      slots to pack into; they belong to no transfer before they are packed
 3. `pack`      slots go to tokens whose step is done, the oldest request's first, and are packed at once by
                one launch. Tokens that are still being computed take none, and nothing waits on the device
 4. `deliver`   slots whose packs are done go to the transfer process
@@ -22,7 +22,7 @@ from services.scheduler.sequence import Chunk, Sequence
 from services.transfer.copies import KvCopier
 
 Piece = tuple["Outgoing", SlotUse, int, int]
-"""A transfer, a slot lent to us, and the first and the number of the tokens that go there."""
+"""A transfer, a slot assigned to us, and the first and the number of the tokens that go there."""
 
 
 @dataclass(slots=True, eq=False)
@@ -53,7 +53,7 @@ class Outgoing:
 
     def wanted_slots(self) -> int:
         """How many slots it could use at once, all its tokens being computed; as the transfer process counts
-        them when it lends."""
+        them when it assigns."""
         if not self.ready or not self.segment_tokens:
             return 0
         return min(self.grants, -(-(self.end_token - self.next_token) // self.segment_tokens))
@@ -111,7 +111,7 @@ class KvPush:
         if outgoing is not None:
             outgoing.grants += event.segments
 
-    def lend(self, slots: list[SlotUse]) -> None:
+    def assign(self, slots: list[SlotUse]) -> None:
         self._slots.extend(slots)
 
     def computed(self, chunks: list[Chunk], start_s: float, end_s: float) -> None:
@@ -208,4 +208,4 @@ class KvPush:
         """Its pages may be given away now, and written by a step that must not overtake the packs."""
         move = outgoing.last_move
         if move is not None and not move.is_done:
-            self._moves.hold_steps(move)
+            self._moves.fence(move)

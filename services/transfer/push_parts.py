@@ -8,7 +8,7 @@
 
 from dataclasses import dataclass, field
 
-from kvtransfer.client import SlotsLent, TransferLost, WorkerEvent
+from kvtransfer.client import SlotsAssigned, TransferLost, WorkerEvent
 from kvtransfer.messages import Aborted, SendCommitted, SendConfirmed, SendGranted
 from services.scheduler.sequence import Chunk, Sequence
 from services.transfer.head_slices import HeadSlice, parts_of
@@ -59,8 +59,8 @@ class PushParts:
             case SendConfirmed(transfer_id=part_id):
                 joined = self._of_part.get(part_id)
                 return None if joined is None else self._confirm(joined, event)
-            case SlotsLent(slots=slots, rank=rank):
-                self._lanes[rank].lend(slots)
+            case SlotsAssigned(slots=slots, rank=rank):
+                self._lanes[rank].assign(slots)
                 return None
             case SendGranted(transfer_id=part_id):
                 joined = self._of_part.get(part_id)

@@ -29,17 +29,17 @@ class Borders:
 
     def is_close(self, plan: Plan, tokens: dict[int, list[int]]) -> bool:
         """Whether a draw of these answers, by choice, is close to another token. Raises WrongReference."""
-        return any([self._is_close(plan, choice, drawn) for choice, drawn in tokens.items()])
+        return any([self._is_close(plan, choice, sampled) for choice, sampled in tokens.items()])
 
-    def _is_close(self, plan: Plan, choice: int, drawn: list[int]) -> bool:
-        if not drawn:
+    def _is_close(self, plan: Plan, choice: int, sampled: list[int]) -> bool:
+        if not sampled:
             return False
         prompt: list[int] = plan.body["prompt"]
         with torch.no_grad():
-            logits = self._model(torch.tensor([prompt + drawn[:-1]])).logits[0, len(prompt) - 1 :]
+            logits = self._model(torch.tensor([prompt + sampled[:-1]])).logits[0, len(prompt) - 1 :]
         counts = torch.zeros(logits.shape[-1], dtype=torch.float64)
         close = False
-        for at, (row, token) in enumerate(zip(logits, drawn, strict=True)):
+        for at, (row, token) in enumerate(zip(logits, sampled, strict=True)):
             chance = uniform(plan.body["seed"], choice, len(prompt) + at)
             right, distance = _draw(row, counts, plan.body, chance)
             close |= distance < CLOSE

@@ -42,7 +42,7 @@ class Plan:
         return int(self.body["n"])
 
 
-def draw_plans(seed: int, count: int) -> list[Plan]:
+def sample_plans(seed: int, count: int) -> list[Plan]:
     """The same for the same seed. Of ten plans, one is cut off, one is invalid and four more stream."""
     random = Random(f"requests {seed}")
     return [_draw(random, number) for number in range(count)]

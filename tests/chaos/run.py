@@ -7,7 +7,7 @@ from tests.chaos.borders import Borders, WrongReference
 from tests.chaos.cluster_round import Round, run_round
 from tests.chaos.reference import compute_reference
 from tests.chaos.report import Report
-from tests.chaos.requests import MAX_MODEL_LEN, draw_plans
+from tests.chaos.requests import MAX_MODEL_LEN, sample_plans
 from tests.checkpoints import make_checkpoint
 
 LONGEST_ROUND_S = 150.0
@@ -17,7 +17,7 @@ def run_chaos(directory: Path, seconds: float, seed: int, layouts: list[str], re
     """`seconds` under faults, divided among rounds that take the layouts in turn. The output of every
     cluster is kept below `directory`, which exists."""
     model_dir = make_checkpoint("qwen3", directory / "model", seed=5, max_model_len=MAX_MODEL_LEN)
-    plans = draw_plans(seed, requests)
+    plans = sample_plans(seed, requests)
     right, tokens = compute_reference(model_dir, directory / "reference", plans)
     report = Report(seed)
     try:

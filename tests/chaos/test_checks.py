@@ -23,7 +23,7 @@ from tests.chaos.load import Load
 from tests.chaos.outages import Outages
 from tests.chaos.reference import difference
 from tests.chaos.report import Report
-from tests.chaos.requests import Plan, draw_plans
+from tests.chaos.requests import Plan, sample_plans
 from tests.checkpoints import make_checkpoint
 
 PLAN = Plan(0, {"n": 1})
@@ -204,4 +204,4 @@ def test_recovery_is_told_by_kind_of_fault() -> None:
 
 
 def test_the_same_seed_draws_the_same_requests() -> None:
-    assert draw_plans(3, 40) == draw_plans(3, 40) != draw_plans(4, 40)
+    assert sample_plans(3, 40) == sample_plans(3, 40) != sample_plans(4, 40)

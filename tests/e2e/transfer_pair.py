@@ -11,7 +11,7 @@ from pathlib import Path
 
 import zmq
 
-from kvtransfer.client import SlotsLent, TransferClient, TransferLost, WorkerEvent
+from kvtransfer.client import SlotsAssigned, TransferClient, TransferLost, WorkerEvent
 from kvtransfer.messages import Aborted, Arrived, KvGeometry, Segment, SendCommitted, SendGranted, SlotUse
 from tests.patience import patient
 
@@ -86,7 +86,7 @@ class Worker:
         """What to send, by transfer."""
         self.sent_tokens: dict[int, int] = {}
         self.grants: dict[int, int] = {}
-        self.lent: list[SlotUse] = []
+        self.assigned: list[SlotUse] = []
         self.got: dict[int, bytearray] = {}
         self.missing: dict[int, int] = {}
         self.committed: set[int] = set()
@@ -130,8 +130,8 @@ class Worker:
     def _on(self, event: WorkerEvent) -> None:
         if isinstance(event, SendGranted):
             self.grants[event.transfer_id] = self.grants.get(event.transfer_id, 0) + event.segments
-        elif isinstance(event, SlotsLent):
-            self.lent += event.slots
+        elif isinstance(event, SlotsAssigned):
+            self.assigned += event.slots
         elif isinstance(event, Arrived) and not self.paused:
             self._unpack(event)
         elif isinstance(event, SendCommitted):
@@ -143,17 +143,17 @@ class Worker:
         elif isinstance(event, TransferLost):
             self.lost.append(event.old_epoch)
             self.grants.clear()
-            self.lent.clear()
+            self.assigned.clear()
 
     def _pack(self) -> None:
         for transfer_id, content in self.content.items():
             segments = []
-            while self.lent and self.grants.get(transfer_id, 0):
+            while self.assigned and self.grants.get(transfer_id, 0):
                 start = self.sent_tokens[transfer_id]
                 count = min(self.client.tokens_per_slot, len(content) // TOKEN_BYTES - start)
                 if count == 0:
                     break
-                use = self.lent.pop(0)
+                use = self.assigned.pop(0)
                 data = content[start * TOKEN_BYTES : (start + count) * TOKEN_BYTES]
                 self.write_slot(use.slot, data)
                 segments.append(Segment(use.slot, use.generation, start, count, len(data)))
@@ -161,9 +161,9 @@ class Worker:
                 self.grants[transfer_id] -= 1
             if segments:
                 self.client.filled(transfer_id, segments)
-        unused = len(self.lent) - sum(self.grants.values())
+        unused = len(self.assigned) - sum(self.grants.values())
         if unused > 0:
-            self.client.freed([self.lent.pop() for _ in range(unused)])
+            self.client.freed([self.assigned.pop() for _ in range(unused)])
 
     def _unpack(self, event: Arrived) -> None:
         got = self.got[event.transfer_id]

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from services.config import WorkerConfig
-from services.engine.batch import Draw, Row, RowResult
+from services.engine.batch import Row, RowResult, SampleSpec
 from services.engine.checkpoint.model_config import read_model_config
 from services.engine.engine import Engine
 from services.engine.kv.run_table import SlotRun
@@ -64,22 +64,22 @@ class Sequence:
         else:
             tokens = self.output[-1:]
         end = self.done_tokens + len(tokens)
-        draws = []
+        samples = []
         if end >= len(self.prompt):
-            draws = [Draw(self.choice, end, self.sampling, self.prompt, self.output)]
-        row = Row(tokens, self.done_tokens, self.pages, draws)
+            samples = [SampleSpec(self.choice, end, self.sampling, self.prompt, self.output)]
+        row = Row(tokens, self.done_tokens, self.pages, samples)
         self.done_tokens = end
         return row
 
     def row_after(self, draw: int) -> Row:
         """The token that the launch before draws as its `draw`-th. For sampling that looks at no output."""
-        row = Row([-1], self.done_tokens, self.pages, drawn_by=draw)
+        row = Row([-1], self.done_tokens, self.pages, sampled_by=draw)
         self.done_tokens += 1
-        row.draws = [Draw(self.choice, self.done_tokens, self.sampling, [], [])]
+        row.samples = [SampleSpec(self.choice, self.done_tokens, self.sampling, [], [])]
         return row
 
     def take(self, result: RowResult) -> None:
-        self.output.extend(drawn.token for drawn in result.drawn)
+        self.output.extend(sampled.token for sampled in result.sampled)
 
 
 def run_together(engine: Engine, sequences: list[Sequence], output_tokens: int) -> list[list[int]]:
@@ -93,15 +93,15 @@ def run_together(engine: Engine, sequences: list[Sequence], output_tokens: int) 
 def run_ahead(engine: Engine, sequences: list[Sequence], output_tokens: int) -> list[list[int]]:
     """Like `run_together`, but every step is launched before the one before it is collected."""
     left = {sequence: output_tokens - len(sequence.output) for sequence in sequences}
-    draw_of: dict[Sequence, int] = {}
+    sample_of: dict[Sequence, int] = {}
     flight: tuple[list[Sequence], Launched] | None = None
     while flight is not None or any(left.values()):
         running = [sequence for sequence in sequences if left[sequence]]
-        rows = [one.row_after(draw_of[one]) if one in draw_of else one.next_row() for one in running]
+        rows = [one.row_after(sample_of[one]) if one in sample_of else one.next_row() for one in running]
         before, flight = flight, (running, engine.launch(rows)) if rows else None
-        drawing = [sequence for sequence, row in zip(running, rows, strict=True) if row.draws]
-        draw_of = {sequence: number for number, sequence in enumerate(drawing)}
-        for sequence in drawing:
+        sampled_rows = [sequence for sequence, row in zip(running, rows, strict=True) if row.samples]
+        sample_of = {sequence: number for number, sequence in enumerate(sampled_rows)}
+        for sequence in sampled_rows:
             left[sequence] -= 1
         if before is not None:
             for sequence, result in zip(before[0], before[1].collect(), strict=True):

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.engine.attention.page_table_rows import TableSlots
-from services.engine.batch import Draw, Row
+from services.engine.batch import Row, SampleSpec
 from services.engine.decode_graphs import DecodeGraphs, ladder
 from services.engine.engine import Engine
 from services.engine.errors import RowError
@@ -48,7 +48,7 @@ def pageable(monkeypatch: pytest.MonkeyPatch) -> None:
 def engine(tmp_path: Any, pageable: None) -> Engine:
     """Its decode steps go through the graphs' inputs, for batches up to 8."""
     engine = start_engine(make_checkpoint("qwen3", tmp_path / "tiny", seed=2, eos=False), pages=128)
-    graphs = DecodeGraphs(engine.decoder, engine.pool, engine.layout, 8, 200, engine.steps.drawn)
+    graphs = DecodeGraphs(engine.decoder, engine.pool, engine.layout, 8, 200, engine.steps.sampled)
     for batch in ladder(8):
         replay = partial(graphs._forward, graphs._inputs(batch), batch)
         graphs._graphs[batch] = Replayed(replay)  # type: ignore[assignment]
@@ -59,7 +59,7 @@ def engine(tmp_path: Any, pageable: None) -> Engine:
 def test_a_rehearsal_leaves_nothing_behind(engine: Engine) -> None:
     """On a GPU it launches no kernel; here every step of it is computed, into page 0."""
     wanted = run_together(engine, [Sequence(prompt_of(23), list(range(18)), SAMPLED, chunk=7)], 8)
-    engine._rehearse(engine.pool, 2)
+    engine._warm_up(engine.pool, 2)
     assert run_together(engine, [Sequence(prompt_of(23), list(range(18)), SAMPLED, chunk=7)], 8) == wanted
 
 
@@ -110,20 +110,20 @@ def test_graphs_give_the_tokens_of_plain_steps(engine: Engine, run: Any) -> None
     ],
 )
 def test_impossible_rows_are_refused_before_anything_runs(engine: Engine, row: Row, message: str) -> None:
-    row.draws = [Draw(0, row.start + 1, GREEDY, [], [])]
-    draws = [Draw(0, 5, GREEDY, [], [])]
-    good = Row([5], 4, [1, 2], draws)
+    row.samples = [SampleSpec(0, row.start + 1, GREEDY, [], [])]
+    samples = [SampleSpec(0, 5, GREEDY, [], [])]
+    good = Row([5], 4, [1, 2], samples)
     engine.execute([Row([1, 2, 3, 4], 0, [1, 2]), Row([9, 8, 7, 6], 0, [3, 4])])
     expected = engine.execute([good])
     held = engine.pool.data.clone()
-    beside = Row([6], 4, [3, 4], draws)
+    beside = Row([6], 4, [3, 4], samples)
     with pytest.raises(RowError, match=message):
         engine.execute([beside, row])
     assert torch.equal(engine.pool.data, held)
     # the tables that the refused step did not write do not count as written
     found = engine.execute([beside])
     assert engine.execute([good]) == expected
-    assert found == engine.execute([Row([6], 4, [3, 4], draws)]) != expected
+    assert found == engine.execute([Row([6], 4, [3, 4], samples)]) != expected
 
 
 def test_packed_columns_come_out_as_they_went_in(pageable: None) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from services.engine.batch import Draw, Row
+from services.engine.batch import Row, SampleSpec
 from services.engine.checkpoint.model_config import ModelConfig, read_model_config
 from services.engine.engine import Engine
 from services.engine.errors import CheckpointError, EngineStateError, RowError, SegmentError
@@ -129,7 +129,7 @@ def test_dummy_weights_run(model_dir: Path, tmp_path: Path) -> None:
                 [1],
                 0,
                 [0],
-                [Draw(0, 1, Sampling(max_tokens=1, seed=1, logit_bias={VOCAB_SIZE: 1.0}), [1], [])],
+                [SampleSpec(0, 1, Sampling(max_tokens=1, seed=1, logit_bias={VOCAB_SIZE: 1.0}), [1], [])],
             ),
             "draw names a token out of range",
         ),
@@ -138,7 +138,7 @@ def test_dummy_weights_run(model_dir: Path, tmp_path: Path) -> None:
                 [1],
                 0,
                 [0],
-                [Draw(0, 1, Sampling(max_tokens=1, seed=1, repetition_penalty=2), [VOCAB_SIZE], [])],
+                [SampleSpec(0, 1, Sampling(max_tokens=1, seed=1, repetition_penalty=2), [VOCAB_SIZE], [])],
             ),
             "draw names a token out of range",
         ),
@@ -182,17 +182,17 @@ def test_sampled_tokens_do_not_depend_on_batch_chunks_or_pages(engine: Engine) -
 def test_choices_start_from_one_prefill(engine: Engine) -> None:
     """Several draws of one row equal separate runs of the same prompt with those choice numbers."""
     prompt, pages = prompt_of(10), [3, 4, 5]
-    draws = [Draw(choice, 10, SAMPLED, prompt, []) for choice in range(6)]
-    (together,) = engine.execute([Row(prompt, 0, pages, draws)])
-    for choice, drawn in enumerate(together.drawn):
-        (alone,) = engine.execute([Row(prompt, 0, pages, [draws[choice]])])
-        assert alone.drawn[0].token == drawn.token
-    assert len({drawn.token for drawn in together.drawn}) > 1
+    samples = [SampleSpec(choice, 10, SAMPLED, prompt, []) for choice in range(6)]
+    (together,) = engine.execute([Row(prompt, 0, pages, samples)])
+    for choice, sampled in enumerate(together.sampled):
+        (alone,) = engine.execute([Row(prompt, 0, pages, [samples[choice]])])
+        assert alone.sampled[0].token == sampled.token
+    assert len({sampled.token for sampled in together.sampled}) > 1
 
 
 def test_a_chunk_that_draws_nothing_gives_nothing(engine: Engine) -> None:
     (result,) = engine.execute([Row([1, 2, 3], 0, [0])])
-    assert result.drawn == []
+    assert result.sampled == []
     assert result.prompt_logprobs == []
 
 
@@ -204,7 +204,7 @@ def test_prompt_logprobs_do_not_depend_on_chunks(engine: Engine) -> None:
     for start in range(0, 90, 32):
         targets = prompt[start + 1 : start + 33]
         row = Row(prompt[start : start + 32], start, list(range(40, 70)), [], targets, 2)
-        beside = Row([4], 0, [100], [Draw(0, 1, GREEDY, [4], [])])
+        beside = Row([4], 0, [100], [SampleSpec(0, 1, GREEDY, [4], [])])
         parts += engine.execute([row, beside])[0].prompt_logprobs
     for found, expected in zip(parts, whole.prompt_logprobs, strict=True):
         assert found.logprob == pytest.approx(expected.logprob, abs=1e-4)

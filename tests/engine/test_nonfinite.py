@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from services.engine.batch import Draw, Row
+from services.engine.batch import Row, SampleSpec
 from services.engine.engine import Engine
 from services.engine.sampling.sample_kernels import NO_TOKEN
 from services.protocol.messages import Sampling
@@ -35,8 +35,8 @@ def clean(length: int, seed: int = 0) -> list[int]:
     return [token if token != BAD else BAD + 1 for token in prompt_of(length, seed)]
 
 
-def draw(sampling: Sampling, position: int, prompt: list[int]) -> Draw:
-    return Draw(0, position, sampling, prompt, [])
+def draw(sampling: Sampling, position: int, prompt: list[int]) -> SampleSpec:
+    return SampleSpec(0, position, sampling, prompt, [])
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED, PENALISED, LOGPROBS])
@@ -54,7 +54,7 @@ def test_a_token_of_the_prompt(engine: Engine, sampling: Sampling, place: int) -
     marked = [found[0].nonfinite_at, found[1][0].nonfinite_at]  # type: ignore[attr-defined,index]
     assert marked == ([place, None] if place < 8 else [None, place])
     if place == 11:
-        assert found[1][0].drawn[0].token == NO_TOKEN  # type: ignore[index]
+        assert found[1][0].sampled[0].token == NO_TOKEN  # type: ignore[index]
     neighbour.take(found[1][1])  # type: ignore[index]
     alone = Sequence(clean(9, 1), [20, 21, 22], sampling)
     assert run_together(engine, [neighbour], 3) == run_together(engine, [alone], 3)
@@ -102,8 +102,9 @@ def test_overflowing_values(engine: Engine) -> None:
     "name", ["qkv", "value", "output", "gate_up", "down", "norm", "last_norm", "last_down", "head"]
 )
 def test_any_weight(engine: Engine, name: str, number: float) -> None:
-    """Every place where such a number can come from, in the first layer or after the last: no token is drawn
-    of it. `value`: the numbers of one head's values alone, which later tokens would read as large ones."""
+    """Every place where such a number can come from, in the first layer or after the last: no token is
+    sampled of it. `value`: the numbers of one head's values alone, which later tokens would read as large
+    ones."""
     first, last = engine.decoder.layers[0], engine.decoder.layers[-1]
     part: Any = {
         "qkv": first.attention.qkv,
@@ -137,7 +138,7 @@ def test_log_probabilities_of_the_prompt(engine: Engine) -> None:
     row = Row(prompt, 0, [0, 1, 2], [draw(LOGPROBS, 12, prompt)], prompt[1:], 2)
     (result,) = engine.execute([row])
     assert result.nonfinite_at == 0
-    assert result.drawn[0].token == NO_TOKEN
+    assert result.sampled[0].token == NO_TOKEN
 
 
 def test_a_rank_that_only_reads_of_it(tmp_path: Path) -> None:

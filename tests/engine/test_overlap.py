@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from services.engine.batch import Draw, Row
+from services.engine.batch import Row, SampleSpec
 from services.engine.engine import Engine
 from services.engine.errors import EngineStateError, RowError
 from services.protocol.messages import Generate, PrefillDone, Sampling, SequenceRequest, TokenLogprob, Tokens
@@ -134,30 +134,32 @@ def test_a_row_goes_on_from_a_draw_of_the_launch_before(engine: Engine) -> None:
     sampled = Sampling(max_tokens=1, seed=5)
     rows = []
     for prompt, table in zip(prompts, tables, strict=True):
-        rows.append(Row(prompt, 0, table, [Draw(at, len(prompt), sampled, [], []) for at in range(2)]))
+        rows.append(Row(prompt, 0, table, [SampleSpec(at, len(prompt), sampled, [], []) for at in range(2)]))
     first = engine.launch(rows)
     pending = []
     for at, (prompt, table) in enumerate(zip(prompts, tables, strict=True)):
         end = len(prompt)
-        pending.append(Row([-1], end, table, [Draw(0, end + 1, sampled, [], [])], drawn_by=2 * at + 1))
+        pending.append(
+            Row([-1], end, table, [SampleSpec(0, end + 1, sampled, [], [])], sampled_by=2 * at + 1)
+        )
     second = engine.launch(pending)
-    drawn = [result.drawn[1].token for result in first.collect()]
-    assert len(set(drawn)) == 3
-    found = [result.drawn[0].token for result in second.collect()]
-    for row, token in zip(pending, drawn, strict=True):
-        row.tokens, row.drawn_by = [token], -1
-    assert found == [result.drawn[0].token for result in engine.execute(pending)]
+    sampled = [result.sampled[1].token for result in first.collect()]
+    assert len(set(sampled)) == 3
+    found = [result.sampled[0].token for result in second.collect()]
+    for row, token in zip(pending, sampled, strict=True):
+        row.tokens, row.sampled_by = [token], -1
+    assert found == [result.sampled[0].token for result in engine.execute(pending)]
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (Row([-1], 1, [0], drawn_by=1), "wants draw 1 of 1"),
-        (Row([1, 2], 1, [0], drawn_by=0), "row of 2 tokens"),
+        (Row([-1], 1, [0], sampled_by=1), "wants draw 1 of 1"),
+        (Row([1, 2], 1, [0], sampled_by=0), "row of 2 tokens"),
     ],
 )
 def test_draws_that_were_not_are_refused(engine: Engine, row: Row, message: str) -> None:
-    engine.execute([Row([1], 0, [0], [Draw(0, 1, GREEDY, [], [])])])
+    engine.execute([Row([1], 0, [0], [SampleSpec(0, 1, GREEDY, [], [])])])
     with pytest.raises(RowError, match=message):
         engine.launch([row])
 
@@ -166,7 +168,7 @@ def test_a_launch_is_collected_once_and_only_its_own(engine: Engine) -> None:
     sequences = [Sequence(prompt_of(6, at), list(range(at * 5, at * 5 + 5))) for at in range(2)]
     expected = run_together(engine, [Sequence(one.prompt, one.pages) for one in sequences], 1)
     launches = [engine.launch([sequence.next_row()]) for sequence in sequences]
-    found = [[drawn.token for drawn in launched.collect()[0].drawn] for launched in launches]
+    found = [[sampled.token for sampled in launched.collect()[0].sampled] for launched in launches]
     assert found == expected
     with pytest.raises(EngineStateError, match="collected once"):
         launches[0].collect()

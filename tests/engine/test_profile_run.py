@@ -35,13 +35,13 @@ def launch_of(batch: int, kv_heads: int, context: int) -> tuple[int, int]:
 @pytest.mark.parametrize(("max_batch", "max_model_len"), [(256, 40960), (64, 4096), (9, 100), (2, 70)])
 def test_every_batch_and_context_is_rehearsed(kv_heads: int, max_batch: int, max_model_len: int) -> None:
     steps = mixed_steps(worker(max_batch), kv_heads, max_model_len, PROCESSORS)
-    rehearsed = {launch_of(len(rows) - 1, kv_heads, rows[1].start + 1) for rows in steps}
+    warmed_up = {launch_of(len(rows) - 1, kv_heads, rows[1].start + 1) for rows in steps}
     wanted = {
         launch_of(batch, kv_heads, context)
         for batch in range(1, max_batch)
         for context in range(1, max_model_len + 1, 7)
     }
-    assert wanted <= rehearsed
+    assert wanted <= warmed_up
     for chunk, *decodes in steps:
         assert len(chunk.tokens) > 1
         assert all(len(row.pages) * 64 > row.start for row in decodes)

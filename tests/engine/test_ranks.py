@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from services.config import WorkerConfig
-from services.engine.batch import Draw, Row
+from services.engine.batch import Row, SampleSpec
 from services.engine.checkpoint.model_config import read_model_config
 from services.engine.engine import Engine
 from services.engine.models.sharding import TensorParallelError, allowed_tp, rank_parameter_bytes
@@ -57,7 +57,7 @@ def test_two_ranks_give_the_tokens_of_one(family: Any, tmp_path: Path) -> None:
     model_dir = make_checkpoint(family, tmp_path / "model", seed=4, eos=False, kv_heads=4, **special)
     one = start_engine(model_dir, pages=PAGES)
     row = Row(prompt_of(9), 0, [0, 1, 2], targets=prompt_of(9)[1:], prompt_logprobs=2)
-    row.draws = [Draw(0, 9, Sampling(max_tokens=1, seed=1, temperature=0.0, logprobs=2), [], [])]
+    row.samples = [SampleSpec(0, 9, Sampling(max_tokens=1, seed=1, temperature=0.0, logprobs=2), [], [])]
     with two_ranks(model_dir, tmp_path) as two:
         for sampling in (Sampling(max_tokens=1, seed=1, temperature=0.0), SAMPLED):
             ours, theirs = sequences_of(sampling), sequences_of(sampling)
@@ -67,7 +67,7 @@ def test_two_ranks_give_the_tokens_of_one(family: Any, tmp_path: Path) -> None:
         two.copy_pages([(0, 63)])
         assert torch.equal(two.pool.data[63], two.pool.data[0])
         (alike,), (wanted,) = two.execute([row]), one.execute([row])
-        assert alike.drawn[0].token == wanted.drawn[0].token
+        assert alike.sampled[0].token == wanted.sampled[0].token
         pairs = zip(alike.prompt_logprobs, wanted.prompt_logprobs, strict=True)
         assert all(abs(a.logprob - b.logprob) < 1e-3 for a, b in pairs)
 

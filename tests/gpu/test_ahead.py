@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from deploy.bench.engine.shapes import SHAPES
-from services.engine.ops.launch_cache import compiling_ahead, remembered
+from services.engine.ops.launch_cache import cached_kernel, compiling_ahead
 from services.protocol.messages import Sampling
 from tests.engine.harness import Sequence, new_engine, prompt_of, run_together
 
@@ -27,7 +27,7 @@ SAMPLINGS = (
 )
 
 
-@remembered
+@cached_kernel
 @triton.jit
 def _double(x_ptr, y_ptr, count, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -111,7 +111,7 @@ def test_a_launch_waits_for_nothing(tmp_path: Path) -> None:
         engine.copy_pages([(first_page, 100)])
         waited.append(held.query())
         results = [launched.collect() for launched in launches]
-        assert [len(result.drawn) for step in results for result in step] == [0, 1, 1, 1, 1]
+        assert [len(result.sampled) for step in results for result in step] == [0, 1, 1, 1, 1]
         assert held.query()
         for step in results[1:]:
             old.take(step[1])

@@ -33,7 +33,7 @@ class WatchedSequence(Sequence):
 
     def take(self, result: RowResult) -> None:
         super().take(result)
-        self.said += [drawn.logprob for drawn in result.drawn if drawn.logprob is not None]
+        self.said += [sampled.logprob for sampled in result.sampled if sampled.logprob is not None]
 
 
 @pytest.fixture(scope="module")

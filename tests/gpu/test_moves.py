@@ -152,7 +152,7 @@ def test_the_host_waits_for_none_of_it(engine: Engine) -> None:
         launched = engine.launch([row])
         packed = pack(engine, PAGES, TOKENS, slot, True, launched.done)
         unpacked = unpack(engine, list(range(20, 30)), TOKENS, other, True, launched.done)
-        engine.hold_steps(unpacked)
+        engine.fence(unpacked)
         later = engine.moves.mark()
         assert not (launched.is_done or packed.is_done or unpacked.is_done)
         assert later is not None and not later.query()
@@ -230,7 +230,7 @@ def test_a_step_does_not_overtake_a_move_that_was_given_up(engine: Engine, held:
     torch.cuda.synchronize()
     move: Copy = unpack(engine, [page], 4, slot, after=busy_elsewhere())
     if held:
-        engine.hold_steps(move)
+        engine.fence(move)
     engine.copy_pages([(source, page)])
     torch.cuda.synchronize()
     assert bool((engine.pool.data[page] == 1.0).all()) == held

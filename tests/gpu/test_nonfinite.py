@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from services.engine.batch import Draw, Row
+from services.engine.batch import Row, SampleSpec
 from services.engine.sampling.sample_kernels import NO_TOKEN
 from services.protocol.messages import Sampling
 from tests.checkpoints import make_checkpoint
@@ -38,15 +38,15 @@ def test_in_a_prompt(place: int, temperature: float, quantization: str, tmp_path
     engine = start_engine(tmp_path, device="cuda", dtype="bfloat16", quantization=quantization)
     prompt = nonfinite.clean(70)
     sampling = Sampling(max_tokens=1, seed=1, temperature=temperature, logprobs=2)
-    row = Row(prompt, 0, list(range(20)), [Draw(0, 70, sampling, prompt, [])])
+    row = Row(prompt, 0, list(range(20)), [SampleSpec(0, 70, sampling, prompt, [])])
     (sound,) = engine.execute([row])
     assert sound.nonfinite_at is None
     prompt[place] = nonfinite.BAD
-    beside = Row(nonfinite.clean(9), 0, [40, 41, 42], [Draw(0, 9, sampling, [], [])])
+    beside = Row(nonfinite.clean(9), 0, [40, 41, 42], [SampleSpec(0, 9, sampling, [], [])])
     with torch.inference_mode():
         engine.decoder.embedding[nonfinite.BAD] = torch.nan
     result, neighbour = engine.execute([row, beside])
     assert (result.nonfinite_at, neighbour.nonfinite_at) == (place, None)
-    assert (result.drawn[0].token == NO_TOKEN) == (place == 69)
-    assert neighbour.drawn[0].token >= 0
+    assert (result.sampled[0].token == NO_TOKEN) == (place == 69)
+    assert neighbour.sampled[0].token >= 0
     assert bool(engine.pool.data.isfinite().all())

@@ -85,8 +85,8 @@ def closed_is_said_early() -> Any:
     return replaced(Sender, "_close", broken)
 
 
-def lent_slots_are_forgotten() -> Any:
-    """A slot that comes back after its transfer's end stays lent."""
+def assigned_slots_are_forgotten() -> Any:
+    """A slot that comes back after its transfer's end stays assigned."""
     returned = Sender.returned
 
     def broken(self: Sender, use: SlotUse, now_s: float) -> None:
@@ -157,7 +157,7 @@ BREAKS: dict[str, Callable[[], Any]] = {
         slots_are_free_early,
         silence_is_death,
         closed_is_said_early,
-        lent_slots_are_forgotten,
+        assigned_slots_are_forgotten,
         cancels_are_forgotten,
         commits_come_early,
         joined_is_arrived,

@@ -2,7 +2,7 @@
 
 The KV of a token is one *cell*: a hash of all tokens up to it, with the token itself. What is read back of a
 sequence must be a chain of such cells from its first token on; a page, slot or segment that is lost, stale,
-foreign or misplaced breaks the chain, and the engine raises. The next token is drawn from the last cell, so
+foreign or misplaced breaks the chain, and the engine raises. The next token is sampled from the last cell, so
 that `continuation` knows every right answer from the prompt alone.
 """
 
@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from kvtransfer.messages import KvGeometry
-from services.engine.batch import Draw, Drawn, Row, RowResult
+from services.engine.batch import Row, RowResult, SampledToken, SampleSpec
 from services.engine.kv.copies import Copy
 from services.engine.kv.run_table import SlotRun
 from services.engine.kv.segments import SlotBuffer
@@ -36,7 +36,7 @@ def cell_after(before: int, token: int) -> int:
     return ((mixed ^ (mixed >> 29)) & ~1023 & MASK) | token
 
 
-def drawn_after(cell: int, choice: int, seed: int) -> int:
+def sampled_after(cell: int, choice: int, seed: int) -> int:
     value = (cell_after(cell, (choice * 131 + seed) % VOCABULARY)) >> 13
     return EOS if value % EOS_EVERY == 0 else 1 + value % (VOCABULARY - 1)
 
@@ -47,7 +47,7 @@ def continuation(prompt: list[int], choice: int, seed: int, max_tokens: int) -> 
     for token in prompt:
         cell = cell_after(cell, token)
     while len(output) < max_tokens:
-        output.append(drawn_after(cell, choice, seed))
+        output.append(sampled_after(cell, choice, seed))
         if output[-1] == EOS:
             break
         cell = cell_after(cell, output[-1])
@@ -64,7 +64,7 @@ class SimEngine:
 
     def __init__(self, pages: int) -> None:
         self._cells = [EMPTY] * (pages * PAGE_TOKENS)
-        self._drawn: list[int] = []
+        self._sampled: list[int] = []
         self.queued_step = 0
         self.fail_steps = 0
         self.fail_on_launch = False
@@ -73,8 +73,8 @@ class SimEngine:
         fails, self.fail_steps = self.fail_steps > 0, max(0, self.fail_steps - 1)
         if fails and self.fail_on_launch:
             raise RuntimeError("the simulated device failed")
-        results = [RowResult([Drawn(token) for token in self._row(row)]) for row in rows]
-        self._drawn = [drawn.token for result in results for drawn in result.drawn]
+        results = [RowResult([SampledToken(token) for token in self._row(row)]) for row in rows]
+        self._sampled = [sampled.token for result in results for sampled in result.sampled]
         self.queued_step += 1
 
         def collect() -> list[RowResult]:
@@ -95,7 +95,7 @@ class SimEngine:
         """Every step is done when its call returns."""
         return self.queued_step
 
-    def hold_steps(self, move: Copy) -> None:
+    def fence(self, move: Copy) -> None:
         """Every move is done when its call returns."""
 
     def close(self) -> None:
@@ -134,18 +134,18 @@ class SimEngine:
     # ------------------------------------------------------------ inner workings
 
     def _row(self, row: Row) -> list[int]:
-        tokens = row.tokens if row.drawn_by < 0 else [self._drawn[row.drawn_by]]
+        tokens = row.tokens if row.sampled_by < 0 else [self._sampled[row.sampled_by]]
         before = self._read(row.pages, row.start)
         cell = before[-1] if before else 0
         for position, token in enumerate(tokens, row.start):
             cell = cell_after(cell, token)
             self._write(row.pages, position, cell)
-        return [self._draw(cell, draw, row.start + len(tokens)) for draw in row.draws]
+        return [self._draw(cell, draw, row.start + len(tokens)) for draw in row.samples]
 
-    def _draw(self, cell: int, draw: Draw, position: int) -> int:
+    def _draw(self, cell: int, draw: SampleSpec, position: int) -> int:
         if draw.position != position:
             raise Violation(f"a draw for position {draw.position} follows {position} tokens")
-        return drawn_after(cell, draw.choice, draw.sampling.seed)
+        return sampled_after(cell, draw.choice, draw.sampling.seed)
 
     def _read(self, pages: list[int], count: int) -> list[int]:
         """The first `count` cells of a sequence, which must be a chain."""

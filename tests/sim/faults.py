@@ -1,4 +1,4 @@
-"""What goes wrong, drawn from the seed: each kind with a rate of its own, some seeds with none at all."""
+"""What goes wrong, sampled from the seed: each kind with a rate of its own, some seeds with none at all."""
 
 from collections import Counter
 from collections.abc import Sequence

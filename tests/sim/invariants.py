@@ -60,7 +60,7 @@ def check_slots(name: str, machine: TransferMachine) -> None:
     counts = pool.counts()
     if counts.free + counts.granted + counts.filled + counts.quarantined != len(pool):
         raise Violation(f"{name}: {counts} of {len(pool)} slots")
-    holders: list[SlotUse] = [*sender._lent.values()]
+    holders: list[SlotUse] = [*sender._assigned.values()]
     for write in sender._writes.values():
         holders += write.local
     for incoming in receiver._transfers.values():

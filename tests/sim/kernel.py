@@ -67,11 +67,11 @@ class World:
         """The running process waits; the others go on. Raises `Gone` if it does not wake up."""
         running, self.running = self.running, None
         assert running is not None, "only a process sleeps"
-        life, running.asleep = running.life, True
+        incarnation, running.asleep = running.incarnation, True
         self.run_until(self.now_s + seconds)
-        while running.life == life and running.alive and running.hung_until_s > self.now_s:
+        while running.incarnation == incarnation and running.alive and running.hung_until_s > self.now_s:
             self.run_until(running.hung_until_s)
-        if running.life != life or not running.alive:
+        if running.incarnation != incarnation or not running.alive:
             raise Gone
         self.running, running.asleep = running, False
 
@@ -86,7 +86,7 @@ class Process:
     def __init__(self, world: World, name: str) -> None:
         self.world, self.name = world, name
         self.offset_s = world.rng.uniform(0.0, 1e5)
-        self.life = 0
+        self.incarnation = 0
         self.alive = False
         self.hung_until_s = 0.0
         self.crash_in = -1
@@ -120,17 +120,17 @@ class Process:
     def start(self) -> None:
         if self.alive:
             return
-        self.life += 1
+        self.incarnation += 1
         self.alive, self.hung_until_s, self.crash_in, self._next_turn_s = True, 0.0, -1, None
         self.asleep = False
-        self.world.note(self.name, "starts", self.life)
+        self.world.note(self.name, "starts", self.incarnation)
         self._run(self.begin)
         self.wake()
 
     def crash(self, why: str = "crash") -> None:
         if not self.alive:
             return
-        self.world.note(self.name, why, self.life)
+        self.world.note(self.name, why, self.incarnation)
         self.alive = False
         self.die()
 
@@ -153,11 +153,11 @@ class Process:
         time_s = max(time_s, self.hung_until_s)
         if self._next_turn_s is None or time_s < self._next_turn_s:
             self._next_turn_s = time_s
-            life = self.life
-            self.world.at(time_s, lambda: self._due(life, time_s))
+            incarnation = self.incarnation
+            self.world.at(time_s, lambda: self._due(incarnation, time_s))
 
-    def _due(self, life: int, time_s: float) -> None:
-        if life != self.life or self._next_turn_s != time_s or not self.alive:
+    def _due(self, incarnation: int, time_s: float) -> None:
+        if incarnation != self.incarnation or self._next_turn_s != time_s or not self.alive:
             return
         self._next_turn_s = None
         if self.asleep:
@@ -166,7 +166,7 @@ class Process:
             self.wake(self.hung_until_s)
             return
         next_s = self._run(self.work)
-        if self.alive and life == self.life:
+        if self.alive and incarnation == self.incarnation:
             self.check()
             if next_s is not None:
                 self.wake(next_s)

@@ -165,7 +165,7 @@ def _direct(frame: bytes, connection: Connection, upward: bool) -> list[bytes]:
 
 class Network:
     """`damage(frame, connection, upward)` says what arrives for one frame: itself, nothing, more, or other
-    bytes. `latency_s` is drawn for each frame between the two bounds."""
+    bytes. `latency_s` is sampled for each frame between the two bounds."""
 
     def __init__(self, world: World) -> None:
         self.world = world

@@ -71,14 +71,14 @@ class TransferHost(Process):
         if not self.alive or self.process is None or self.asleep or self.world.now_s < self.hung_until_s:
             return
         self.world.note(self.name, "terminates")
-        process, life = self.process, self.life
+        process, incarnation = self.process, self.incarnation
 
         def end() -> None:
             process._farewell()
             process.close()
 
         self._run(end)
-        if self.life == life:
+        if self.incarnation == incarnation:
             self.crash("has ended")
 
     def die(self) -> None:
@@ -199,7 +199,7 @@ class Loop:
     """As much of an event loop as the router's clients use."""
 
     def __init__(self, host: "RouterHost") -> None:
-        self._host, self._life = host, host.life
+        self._host, self._life = host, host.incarnation
         self.ready: deque[Callable[[], object]] = deque()
         self.readers: dict[int, Callable[[], object]] = {}
 
@@ -214,7 +214,7 @@ class Loop:
         timer = Timer()
 
         def due() -> None:
-            if not timer.cancelled and self._host.life == self._life:
+            if not timer.cancelled and self._host.incarnation == self._life:
                 self.call_soon(callback, *values)
 
         self._host.world.after(delay_s, due)

@@ -56,5 +56,5 @@ def test_one_that_died_does_not_wake_in_its_next_life() -> None:
     world.after(0.9, sleeper.start)
     world.run_until(began_s + 3.0)
     assert sleeper.woke_s == []
-    assert sleeper.alive and sleeper.life == 2
+    assert sleeper.alive and sleeper.incarnation == 2
     assert max(sleeper.turns_s) > began_s + 2.0

@@ -100,7 +100,7 @@ class AccuracyModel:
         engine, order = self.engine, order_rows(rows)
         step = build_step(
             [rows[at] for at in order],
-            engine.steps.drawn,
+            engine.steps.sampled,
             [-1] * len(rows),
             engine.model,
             engine.layout,
@@ -168,9 +168,9 @@ def random_model(architecture: str, kind: str) -> Iterator[Path]:
         (directory / "config.json").write_text(json.dumps(values))
         tensors = {}
         for tensor, shape in read_model_config(directory).tensor_shapes().items():
-            drawn = torch.randn(shape, generator=generator)
-            drawn = 1 + 0.2 * drawn if "norm" in tensor else drawn * 1.3 * shape[-1] ** -0.5
-            tensors[tensor] = drawn.to(torch.bfloat16)
+            sampled = torch.randn(shape, generator=generator)
+            sampled = 1 + 0.2 * sampled if "norm" in tensor else sampled * 1.3 * shape[-1] ** -0.5
+            tensors[tensor] = sampled.to(torch.bfloat16)
         save_file(tensors, directory / "model.safetensors")
         yield directory
 
@@ -185,8 +185,8 @@ def text_inputs() -> list[list[int]]:
 
 def random_inputs() -> list[list[int]]:
     generator = torch.Generator().manual_seed(2)
-    drawn = torch.randint(0, 2048, (COMPANY, PROMPT_TOKENS + DECODE_TOKENS), generator=generator)
-    return [[int(token) for token in row] for row in drawn]
+    sampled = torch.randint(0, 2048, (COMPANY, PROMPT_TOKENS + DECODE_TOKENS), generator=generator)
+    return [[int(token) for token in row] for row in sampled]
 
 
 def measure(title: str, model_dir: Path, inputs: list[list[int]], device: str) -> dict[str, Any]:

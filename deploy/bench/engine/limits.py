@@ -115,18 +115,18 @@ class ModelCost:
 
     def offline(self, row: Offline, max_batch: int) -> list[RooflinePhase]:
         """Weights as often as full batches need steps for all tokens but the first ones."""
-        draws, decoded = row.requests * row.output_tokens, row.requests * (row.output_tokens - 1)
+        samples, decoded = row.requests * row.output_tokens, row.requests * (row.output_tokens - 1)
         steps = max(1, -(-decoded // max_batch))
         tokens = row.requests * row.input_tokens + decoded
         contexts = [row.input_tokens + done for done in range(1, row.output_tokens)]
         return [
-            self._products(float(steps * self.weights_bytes), tokens, draws),
+            self._products(float(steps * self.weights_bytes), tokens, samples),
             self._prompt_attention("prompts' attention", row.requests, row.input_tokens),
             self._decode_attention("decode attention", row.requests, contexts),
         ]
 
-    def _products(self, read_bytes: float, tokens: int, draws: int) -> RooflinePhase:
-        layers, output = 2.0 * tokens * self.layer_weights, 2.0 * draws * self.output_weights
+    def _products(self, read_bytes: float, tokens: int, samples: int) -> RooflinePhase:
+        layers, output = 2.0 * tokens * self.layer_weights, 2.0 * samples * self.output_weights
         if self.fp8_layers:
             return RooflinePhase("products", "weights", read_bytes, output, layers)
         return RooflinePhase("products", "weights", read_bytes, layers + output)

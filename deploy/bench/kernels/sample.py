@@ -25,8 +25,8 @@ from deploy.bench.kernels.kernel_times import (
 )
 from services.engine.sampling.sample_kernels import (
     best_tokens_kernel,
-    draw_tokens_kernel,
-    draw_tokens_reference,
+    sample_tokens_kernel,
+    sample_tokens_reference,
 )
 from services.engine.sampling.top_k_top_p_threshold import lowest_kept_reference
 
@@ -112,12 +112,12 @@ def measure(tune: bool) -> Iterator[SampleResult]:
             for mode, settings in FILTERS.items():
                 given = parameters_of(batch, **settings)
                 filtered = bool(settings)
-                reference = partial(draw_tokens_reference, logits, rows, **given, filtered=filtered)
+                reference = partial(sample_tokens_reference, logits, rows, **given, filtered=filtered)
                 reference_us = 1e6 * graph_time_s([reference])
                 for warps, tile_runs, candidates in TUNINGS if filtered and tune else TUNINGS[:1]:
                     lowest = torch.empty(batch, device=CUDA)
                     draw = partial(
-                        draw_tokens_kernel,
+                        sample_tokens_kernel,
                         *(logits, rows),
                         **given,
                         filtered=filtered,

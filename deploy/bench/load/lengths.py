@@ -43,8 +43,8 @@ class LogNormal:
     most: int
 
     def draw(self, count: int, random: np.random.Generator) -> Tokens:
-        drawn = random.lognormal(np.log(self.median), self.sigma, count)
-        return np.clip(np.rint(drawn), 1, self.most).astype(np.int64)
+        sampled = random.lognormal(np.log(self.median), self.sigma, count)
+        return np.clip(np.rint(sampled), 1, self.most).astype(np.int64)
 
     def __str__(self) -> str:
         return f"lognormal:{self.median}:{self.sigma:g}:{self.most}"
@@ -70,10 +70,10 @@ def parse_lengths(text: str) -> Lengths:
                 spread = -1.0
             if not 0 < spread <= 10:
                 raise ValueError(f"{text!r}: {sigma!r} is not a number above 0 and up to 10")
-            drawn = LogNormal(_whole(median, text), spread, _whole(most, text))
-            if drawn.median > drawn.most:
-                raise ValueError(f"{text!r}: {drawn.median} is more than {drawn.most}")
-            return drawn
+            sampled = LogNormal(_whole(median, text), spread, _whole(most, text))
+            if sampled.median > sampled.most:
+                raise ValueError(f"{text!r}: {sampled.median} is more than {sampled.most}")
+            return sampled
     raise ValueError(f"{text!r} is none of 512, uniform:LOW:HIGH, lognormal:MEDIAN:SIGMA:MOST")
 
 

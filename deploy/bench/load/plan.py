@@ -59,11 +59,11 @@ class Sizes:
     block_ids: tuple[int, ...] = ()
 
 
-def drawn_sizes(inputs: Lengths, outputs: Lengths, count: int, seed: int) -> list[Sizes]:
+def sampled_sizes(inputs: Lengths, outputs: Lengths, count: int, seed: int) -> list[Sizes]:
     """The same for every rate; more of them begin with the same."""
     given, made = (np.random.default_rng((seed, which)) for which in (1, 2))
-    drawn = zip(inputs.draw(count, given), outputs.draw(count, made), strict=True)
-    return [Sizes(int(prompt), int(answer)) for prompt, answer in drawn]
+    sampled = zip(inputs.draw(count, given), outputs.draw(count, made), strict=True)
+    return [Sizes(int(prompt), int(answer)) for prompt, answer in sampled]
 
 
 def trace_sizes(requests: Sequence[TracedRequest], shrink: int) -> list[Sizes]:

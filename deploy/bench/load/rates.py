@@ -10,8 +10,8 @@ from deploy.bench.load.plan import (
     PlannedLoad,
     RequestTemplate,
     Sizes,
-    drawn_sizes,
     make_load,
+    sampled_sizes,
     trace_sizes,
     trace_times,
 )
@@ -76,7 +76,7 @@ class Rates:
 
     def _sizes(self, count: int) -> list[Sizes]:
         if not self.trace:
-            return drawn_sizes(
+            return sampled_sizes(
                 self.settings.input_tokens, self.settings.output_tokens, count, self.settings.seed
             )
         if count > len(self.trace):

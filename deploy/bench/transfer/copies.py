@@ -105,7 +105,7 @@ class TablesOnly:
     def passed_step(self) -> int:
         return 0
 
-    def hold_steps(self, move: Copy) -> None: ...
+    def fence(self, move: Copy) -> None: ...
 
     def let_go(self) -> None: ...
 
@@ -141,7 +141,7 @@ class PackFigures:
         confirmed = SendConfirmed(transfer_id, 0, end, len(self._heads), self._tokens, 1)
         self._push.confirmed(confirmed, self._heads)
         self._push.granted(SendGranted(transfer_id, len(slots)))
-        self._push.lend([SlotUse(slot, 1) for slot in slots])
+        self._push.assign([SlotUse(slot, 1) for slot in slots])
         prompt.done_tokens = end
         self._open.append(transfer_id)
 

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from deploy.bench.engine.shapes import write_shape
 from services.config import Device, WorkerConfig
-from services.engine.batch import Draw, Row
+from services.engine.batch import Row, SampleSpec
 from services.engine.checkpoint.model_config import read_model_config
 from services.engine.engine import Engine
 from services.engine.kv.copies import Copy
@@ -67,9 +67,9 @@ class Stepping:
         pages = -(-context_tokens // engine.config.page_size_tokens)
         tables = [list(range(at * pages, (at + 1) * pages)) for at in range(batch)]
         at = context_tokens - 1
-        draw = [Draw(0, context_tokens, SAMPLING, [], [])]
+        draw = [SampleSpec(0, context_tokens, SAMPLING, [], [])]
         self._first = [Row([1], at, table, draw) for table in tables]
-        self._next = [Row([-1], at, table, draw, drawn_by=one) for one, table in enumerate(tables)]
+        self._next = [Row([-1], at, table, draw, sampled_by=one) for one, table in enumerate(tables)]
         self.pages_used = batch * pages
 
     def run(self, steps: int, beside: Callable[[], None]) -> float:

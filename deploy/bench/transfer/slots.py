@@ -78,7 +78,7 @@ class SlotPair:
         self.done_s: dict[int, float] = {}
         self._due: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = count()
-        self._lent: deque[SlotUse] = deque()
+        self._assigned: deque[SlotUse] = deque()
         self._grants: defaultdict[int, int] = defaultdict(int)
         self._packed: defaultdict[int, int] = defaultdict(int)
         self._missing = dict.fromkeys(range(1, load.prompts + 1), load.tokens)
@@ -105,7 +105,7 @@ class SlotPair:
             self._pack(transfer_id)
 
     def _pack(self, transfer_id: int) -> None:
-        slots, granted = self._lent, self._grants
+        slots, granted = self._assigned, self._grants
         while (
             slots
             and granted[transfer_id]
@@ -153,7 +153,7 @@ class SlotPair:
         for _, message in to_source:
             self._after(
                 HOP_S,
-                partial(self._tell_source, message),
+                partial(self._notify_source, message),
             )
         arrived, out.to_worker = out.to_worker, []
         for event in arrived:
@@ -170,26 +170,26 @@ class SlotPair:
             )
         reports, out.to_destinations = out.to_destinations, []
         for _, report in reports:
-            self._after(HOP_S, partial(self._tell_destination, report))
+            self._after(HOP_S, partial(self._notify_destination, report))
         events, out.to_worker = out.to_worker, []
         for event in events:
             if isinstance(event, SendSlots | SendGranted):
-                self._after(HOP_S, partial(self._lend, event))
+                self._after(HOP_S, partial(self._assign, event))
 
-    def _tell_source(self, message: PeerMessage) -> None:
+    def _notify_source(self, message: PeerMessage) -> None:
         self.source.on_destination(DESTINATION, message, self.slots, self.now_s)
 
-    def _tell_destination(self, message: PeerMessage) -> None:
+    def _notify_destination(self, message: PeerMessage) -> None:
         self.destination.on_source(SOURCE, message, self.now_s)
 
     def _written(self, write_id: int) -> None:
         self.source.sender.write_done(write_id, self.now_s)
 
-    def _lend(self, event: SendSlots | SendGranted) -> None:
+    def _assign(self, event: SendSlots | SendGranted) -> None:
         if isinstance(event, SendGranted):
             self._grants[event.transfer_id] += event.segments
         else:
-            self._lent.extend(event.slots)
+            self._assigned.extend(event.slots)
         self._pack_all()
 
     def _after(self, delay_s: float, act: Callable[[], None]) -> None:

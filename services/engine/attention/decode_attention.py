@@ -15,7 +15,7 @@ from torch import Tensor
 
 from services.engine.ops.dependent_launch import await_earlier, launch_options, let_next_start
 from services.engine.ops.fp8 import FP8, as_bytes
-from services.engine.ops.launch_cache import next_power_of_2, remembered
+from services.engine.ops.launch_cache import cached_kernel, next_power_of_2
 from services.engine.ops.tuning import tuned
 
 LOG2_E = 1.4426950408889634
@@ -206,7 +206,7 @@ def decode_attention_kernel(
     return out
 
 
-@remembered
+@cached_kernel
 @triton.jit
 def _decode(
     queries_ptr: tl.tensor,
@@ -297,7 +297,7 @@ def _decode(
         tl.store(weight_ptr + row * SPLITS + split, log_weight, mask=member < GROUP)
 
 
-@remembered
+@cached_kernel
 @triton.jit
 def _combine(
     partial_ptr: tl.tensor,

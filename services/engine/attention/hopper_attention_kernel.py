@@ -16,10 +16,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from services.engine.ops.launch_cache import remembered
+from services.engine.ops.launch_cache import cached_kernel
 
 
-@remembered
+@cached_kernel
 @gluon.jit(
     # What changes from call to call must not compile another kernel.
     do_not_specialize=["sequences", "tiles", "rounds", "layer", "table_stride"],

@@ -15,7 +15,7 @@ from torch import Tensor
 from services.engine.attention import hopper_attention
 from services.engine.attention.decode_attention import LOG2_E, check_kv_dtype
 from services.engine.ops.fp8 import as_bytes
-from services.engine.ops.launch_cache import cdiv, next_power_of_2, remembered
+from services.engine.ops.launch_cache import cached_kernel, cdiv, next_power_of_2
 
 
 def prefill_attention(
@@ -169,7 +169,8 @@ def _default_blocks(
     """Rows, keys, warps and stages that fit Hopper's registers and 227 KiB of shared memory (seen in what
     the compiler reports for sm_90: none of these spills at head_dim 128 or 256). 128 keys in 2 stages are
     13 % faster than 64 in 3 at 8192 tokens on an H200, and 2 % slower at 1024
-    (deploy/bench/kernels/attention_kernels.py). Keys of fp8 are converted in registers, of which 128 keys need too many."""
+    (deploy/bench/kernels/attention_kernels.py). Keys of fp8 are converted in registers, of which 128 keys
+    need too many."""
     if element_bytes == 4:  # float32 products run without tensor cores, and larger tiles would spill
         return max(16, next_power_of_2(group)), 16, 4, 2 if block_dim <= 128 else 1
     least_rows = next_power_of_2(group)
@@ -178,7 +179,7 @@ def _default_blocks(
     return max(128, least_rows), 128 if block_dim <= 128 else 64, 8, 2
 
 
-@remembered
+@cached_kernel
 @triton.jit
 def _prefill(
     queries_ptr: tl.tensor,

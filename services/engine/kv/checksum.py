@@ -20,7 +20,7 @@ from torch import Tensor
 
 from services.engine.host_copy import to_host
 from services.engine.kv.run_table import RUN_FIELDS, RunTable
-from services.engine.ops.launch_cache import cdiv, remembered
+from services.engine.ops.launch_cache import cached_kernel, cdiv
 
 _WORD_KEY = 0x9E3779B97F4A7C15
 _MULTIPLIER = 0xD6E8FEB86659FD93
@@ -124,7 +124,7 @@ def slot_sums_kernel(staging: Tensor, slot_words: int, sent: Tensor, table: RunT
     return sums
 
 
-@remembered
+@cached_kernel
 @triton.jit
 def _sum_parts(
     staging_ptr: tl.tensor,

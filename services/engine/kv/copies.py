@@ -74,7 +74,7 @@ class Copy:
 
 class CopyStream:
     """The moves of one pool, whose steps run on what is the current stream here and whenever `mark` and
-    `hold_steps` are called. `slots`: of the staging buffer; a move that is not done has one at least."""
+    `fence` are called. `slots`: of the staging buffer; a move that is not done has one at least."""
 
     def __init__(self, pool: KvPool, slots: int) -> None:
         self._segments = Segments(pool, slots)
@@ -103,7 +103,7 @@ class CopyStream:
             byte_counts, queued = self._segments.unpack(runs, buffer, with_checksums)
         return self._queued(byte_counts, queued)
 
-    def hold_steps(self, move: Copy) -> None:
+    def fence(self, move: Copy) -> None:
         """Steps queued from now on start after this move."""
         if self._stream is not None and move._done is not None:
             move._done.wait(torch.cuda.current_stream(self._stream.device))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from services.engine.kv.run_table import RUN_FIELDS, RunTable
 from services.engine.ops.fp8 import FP8, FP8_NAN, as_bytes
-from services.engine.ops.launch_cache import cdiv, next_power_of_2, remembered
+from services.engine.ops.launch_cache import cached_kernel, cdiv, next_power_of_2
 
 TILE_BYTES = 16 << 10
 """What one program copies: whole rows of head_dim of one head, layer and kind."""
@@ -140,7 +140,7 @@ def move_runs_kernel(
     )
 
 
-@remembered
+@cached_kernel
 @triton.jit
 def _move(
     pool_ptr: tl.tensor,

@@ -56,9 +56,9 @@ def _fill(parameters: Parameters, name: str, found: Located, stored: Any) -> Non
 
 
 def fill_dummy(model: ModelConfig, parameters: Parameters, progress: Progress) -> None:
-    """Random weights from a fixed seed, drawn on the device: norms are 1, matrices keep the variance.
+    """Random weights from a fixed seed, sampled on the device: norms are 1, matrices keep the variance.
 
-    A matrix that is to be quantised is drawn in the model's dtype, so that its numbers are those of the
+    A matrix that is to be quantised is sampled in the model's dtype, so that its numbers are those of the
     model without quantization. A rank draws every matrix whole and keeps its part, so that ranks together are
     the model that one alone would have.
     """
@@ -75,9 +75,11 @@ def fill_dummy(model: ModelConfig, parameters: Parameters, progress: Progress) -
         else:
             in_place = name not in parameters.scales and parameters.group.size == 1
             shape = shapes[name]
-            drawn = view if in_place else torch.empty(shape, dtype=parameters.dtype, device=parameters.device)
-            drawn.normal_(0.0, shape[-1] ** -0.5, generator=generator)
+            sampled = (
+                view if in_place else torch.empty(shape, dtype=parameters.dtype, device=parameters.device)
+            )
+            sampled.normal_(0.0, shape[-1] ** -0.5, generator=generator)
             if not in_place:
-                parameters.fill(name, drawn[parameters.part(name, shape)])
+                parameters.fill(name, sampled[parameters.part(name, shape)])
         done_bytes += view.numel() * view.element_size()
         progress(done_bytes, total_bytes)

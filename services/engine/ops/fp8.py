@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from services.engine.ops.launch_cache import next_power_of_2, remembered
+from services.engine.ops.launch_cache import cached_kernel, next_power_of_2
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
@@ -62,7 +62,7 @@ def quantise_rows_kernel(x: Tensor, num_warps: int | None = None) -> tuple[Tenso
     return out, scale
 
 
-@remembered
+@cached_kernel
 @triton.jit
 def _quantise_rows(
     x_ptr: tl.tensor,

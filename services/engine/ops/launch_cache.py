@@ -1,10 +1,10 @@
 """Launches of Triton kernels without what is known from the launch before.
 
 Triton binds, specialises and looks up a kernel's arguments anew each time, which takes the host longer than
-the launch itself, and a prefill step has some hundred launches. A `remembered` kernel keeps what was compiled
-for arguments that Triton would treat alike: same dtypes, same constants, pointers aligned alike, and integers
-that are one, multiples of 16 and of 32 bits alike. It is called as any other, `kernel[grid](...)`, with every
-constant by its name.
+the launch itself, and a prefill step has some hundred launches. A `cached_kernel` kernel keeps what was
+compiled for arguments that Triton would treat alike: same dtypes, same constants, pointers aligned alike, and
+integers that are one, multiples of 16 and of 32 bits alike. It is called as any other, `kernel[grid](...)`,
+with every constant by its name.
 
 Compiled one after the other, each at its first launch, the kernels of a model take half a minute.
 `compiling_ahead` is for a rehearsal of what will be launched: it has them compiled side by side.
@@ -31,7 +31,7 @@ Grid = tuple[int, ...]
 class CachedKernel:
     """A kernel that is launched, not one that others call."""
 
-    rehearses = False
+    compiles_only = False
     """Whether launches only compile, those of all kernels."""
 
     def __init__(self, function: Any) -> None:
@@ -48,7 +48,7 @@ class CachedKernel:
         if device < 0 or not self._compiles:
             self.function[grid](*arguments, **constants)
             return
-        if CachedKernel.rehearses:
+        if CachedKernel.compiles_only:
             self.function.warmup(*arguments, grid=grid, **constants)
             return
         key = (device, *constants, *constants.values(), *map(_kind_of, arguments))
@@ -64,7 +64,7 @@ class CachedKernel:
         compiled.run(width, height, depth, stream, function, metadata, None, None, None, *arguments, *rest)
 
 
-def remembered(function: Any) -> Any:
+def cached_kernel(function: Any) -> Any:
     """A decorator above `triton.jit`. Any, like what that gives: parameters are those of the kernel."""
     return CachedKernel(function)
 
@@ -75,11 +75,11 @@ def compiling_ahead() -> Iterator[None]:
     threads as there are cores: MLIR, LLVM and the assembler do without Python's lock. Leaving it waits for
     all. What kernels would have written is left as it was, so nothing may be looked up by it."""
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads, AsyncCompileMode(threads):
-        CachedKernel.rehearses = True
+        CachedKernel.compiles_only = True
         try:
             yield
         finally:
-            CachedKernel.rehearses = False
+            CachedKernel.compiles_only = False
 
 
 def cdiv(number: int, divisor: int) -> int:

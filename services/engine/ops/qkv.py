@@ -13,7 +13,7 @@ from torch import Tensor
 from services.engine.kv.kv_write import write_kv
 from services.engine.ops.dependent_launch import await_earlier, launch_options, let_next_start
 from services.engine.ops.fp8 import FP8
-from services.engine.ops.launch_cache import cdiv, next_power_of_2, remembered
+from services.engine.ops.launch_cache import cached_kernel, cdiv, next_power_of_2
 from services.engine.ops.rms_norm import head_rms_norm
 from services.engine.ops.rotary import rotate
 from services.engine.ops.tuning import tuned
@@ -136,7 +136,7 @@ def qkv_to_pool_kernel(
     return queries
 
 
-@remembered
+@cached_kernel
 @triton.jit
 def _qkv_to_pool(
     qkv_ptr: tl.tensor,

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from services.engine.ops.dependent_launch import await_earlier, launch_options, let_next_start
-from services.engine.ops.launch_cache import cdiv, next_power_of_2, remembered
+from services.engine.ops.launch_cache import cached_kernel, cdiv, next_power_of_2
 from services.engine.ops.tuning import tuned
 
 TILE_ELEMENTS = 4096
@@ -121,7 +121,7 @@ def _launch(
     )
 
 
-@remembered
+@cached_kernel
 @triton.jit
 def _rms_norm(
     x_ptr: tl.tensor,

@@ -19,7 +19,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from services.engine.ops.dependent_launch import await_earlier, launch_options, let_next_start
-from services.engine.ops.launch_cache import cdiv, remembered
+from services.engine.ops.launch_cache import cached_kernel, cdiv
 
 
 def row_product(
@@ -89,7 +89,7 @@ def _products(weights: tl.tensor, x: tl.tensor) -> tl.tensor:
     return tl.sum(tl.reshape(product, [weights.shape[0], weights.shape[1] // 8, 8]), axis=2)
 
 
-@remembered
+@cached_kernel
 @triton.jit
 def _row_product(
     x_ptr: tl.tensor,
@@ -253,7 +253,7 @@ def _prefetch(pointers: tl.tensor, byte_count: tl.tensor) -> None:
     )
 
 
-@remembered
+@cached_kernel
 @triton.jit(do_not_specialize=["tokens", "request_bytes"])
 def _tile_product(
     x_tiles: tl.tensor,
@@ -349,7 +349,7 @@ def _tile_product(
         tl.store(target, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@remembered
+@cached_kernel
 @triton.jit
 def _add_partials(
     partial_ptr: tl.tensor,

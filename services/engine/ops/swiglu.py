@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from services.engine.ops.dependent_launch import await_earlier, launch_options, let_next_start
-from services.engine.ops.launch_cache import cdiv, remembered
+from services.engine.ops.launch_cache import cached_kernel, cdiv
 from services.engine.ops.tuning import tuned
 
 
@@ -49,7 +49,7 @@ def silu_mul_kernel(gate_up: Tensor, launch: SwigluLaunch | None = None) -> Tens
     return out
 
 
-@remembered
+@cached_kernel
 @triton.jit
 def _silu_mul(
     gate_up_ptr: tl.tensor,

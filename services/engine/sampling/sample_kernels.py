@@ -1,4 +1,4 @@
-"""Draws tokens from logits on the device: no sort, nothing read back by the host.
+"""Samples tokens from logits on the device: no sort, nothing read back by the host.
 
 A first launch splits the vocabulary into runs of 128 tokens and finds each run's largest logit and its mass.
 A second one, of one program a draw, finds the lowest logit that the filters keep (`draw_threshold.py`),
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from services.engine.ops.launch_cache import cdiv, next_power_of_2, remembered
+from services.engine.ops.launch_cache import cached_kernel, cdiv, next_power_of_2
 from services.engine.sampling.top_k_top_p_threshold import (
     STEP_SHIFT,
     list_runs,
@@ -29,10 +29,10 @@ RUN = 128
 MAX_VOCAB = 1 << 22
 """The largest vocabulary whose masses, in units of 2**-40 of the likeliest token's, add up in 63 bits."""
 NO_TOKEN = -1
-"""What is drawn from logits that are no distribution."""
+"""What is sampled from logits that are no distribution."""
 
 
-def draw_tokens(
+def sample_tokens(
     logits: Tensor,
     rows: Tensor,
     temperature: Tensor,
@@ -53,19 +53,20 @@ def draw_tokens(
 
     Logits are divided by the temperature, then filtered by min-p, top-k and top-p in this order; tokens that
     tie with the last one kept are kept too. The token is the first, in the order of ids, whose cumulative
-    probability exceeds the chance; one of weight zero is never drawn. A row with a NaN or +inf, or without a
-    finite logit, gives NO_TOKEN.
+    probability exceeds the chance; one of weight zero is never sampled. A row with a NaN or +inf, or without
+    a finite logit, gives NO_TOKEN.
 
     The kernels weigh tokens in float32, the reference in float64: where a chance lies within 1e-5 of the
     border of two tokens, or a nucleus' mass as close to top_p, they may differ by that token. On one device
     a draw is always the same, whatever the other draws are.
     """
-    draw = draw_tokens_kernel if logits.is_cuda else draw_tokens_reference
+    draw = sample_tokens_kernel if logits.is_cuda else sample_tokens_reference
     return draw(logits, rows, temperature, top_k, top_p, min_p, chance, filtered=filtered)
 
 
 def best_tokens(logits: Tensor, rows: Tensor) -> Tensor:
-    """`draw_tokens` at temperature 0: the first of the largest logits of `logits[rows]`, int64 `[draws]`."""
+    """`sample_tokens` at temperature 0: the first of the largest logits of `logits[rows]`, int64
+    `[draws]`."""
     if logits.is_cuda:
         return best_tokens_kernel(logits, rows)
     scores = logits[rows.long()]
@@ -73,7 +74,7 @@ def best_tokens(logits: Tensor, rows: Tensor) -> Tensor:
     return best.indices.masked_fill(~best.values.isfinite(), NO_TOKEN)
 
 
-def draw_tokens_reference(
+def sample_tokens_reference(
     logits: Tensor,
     rows: Tensor,
     temperature: Tensor,
@@ -84,10 +85,10 @@ def draw_tokens_reference(
     *,
     filtered: bool = True,
 ) -> Tensor:
-    """`draw_tokens` in float64, with a sort where there are filters."""
+    """`sample_tokens` in float64, with a sort where there are filters."""
     scores = logits[rows.long()].float()
-    drawable = scores.amax(dim=-1).isfinite()  # the largest is NaN if any is
-    scores = scores.masked_fill(~drawable[:, None], 0.0)
+    finite = scores.amax(dim=-1).isfinite()  # the largest is NaN if any is
+    scores = scores.masked_fill(~finite[:, None], 0.0)
     greedy = temperature == 0
     warm = torch.where(greedy, 1.0, temperature)
     # the best score moved to zero first: a tiny temperature must not overflow
@@ -101,11 +102,11 @@ def draw_tokens_reference(
     tokens = torch.searchsorted(cumulative, target, right=True)
     # rounding must not carry past the last token with a weight
     last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
-    drawn = torch.where(greedy, scores.argmax(dim=-1), torch.minimum(tokens, last)[:, 0])
-    return drawn.masked_fill(~drawable, NO_TOKEN)
+    sampled = torch.where(greedy, scores.argmax(dim=-1), torch.minimum(tokens, last)[:, 0])
+    return sampled.masked_fill(~finite, NO_TOKEN)
 
 
-def draw_tokens_kernel(
+def sample_tokens_kernel(
     logits: Tensor,
     rows: Tensor,
     temperature: Tensor,
@@ -120,32 +121,32 @@ def draw_tokens_kernel(
     tile_runs: int = 32,
     num_warps: int = 16,
 ) -> Tensor:
-    """`draw_tokens` in two launches. Raises ValueError on what it cannot take.
+    """`sample_tokens` in two launches. Raises ValueError on what it cannot take.
 
     `lowest`, if given, is float32 `[draws]` and receives a number that exactly the kept logits reach (-inf:
     all are kept). `candidates` is how many logits a program bisects in registers, `tile_runs` how many runs
     it reads at once, both powers of two, and `num_warps` its size: they matter only with filters.
     """
     logits, runs = _checked(logits, rows)
-    draws = rows.shape[0]
+    samples = rows.shape[0]
     parameters = (temperature, top_k, top_p, min_p) if filtered else (temperature,)
     for values, dtype in zip(parameters, (torch.float32, torch.int32, *[torch.float32] * 2), strict=False):
-        if values.dtype != dtype or values.shape != (draws,) or not values.is_contiguous():
-            raise ValueError(f"a parameter of {draws} draws is {tuple(values.shape)} {values.dtype}")
-    if chance.dtype not in (torch.float32, torch.float64) or chance.shape != (draws,):
-        raise ValueError(f"the chances of {draws} draws are {tuple(chance.shape)} {chance.dtype}")
+        if values.dtype != dtype or values.shape != (samples,) or not values.is_contiguous():
+            raise ValueError(f"a parameter of {samples} samples is {tuple(values.shape)} {values.dtype}")
+    if chance.dtype not in (torch.float32, torch.float64) or chance.shape != (samples,):
+        raise ValueError(f"the chances of {samples} samples are {tuple(chance.shape)} {chance.dtype}")
     device = logits.device
-    tokens = torch.empty(draws, dtype=torch.int64, device=device)
+    tokens = torch.empty(samples, dtype=torch.int64, device=device)
     if lowest is None:
-        lowest = torch.empty(draws, dtype=torch.float32, device=device)
-    if draws == 0:
+        lowest = torch.empty(samples, dtype=torch.float32, device=device)
+    if samples == 0:
         return tokens
     measures = _measured(logits, rows, temperature, runs)
     listed, found = tokens, tokens  # not touched without filters
     if filtered:
-        listed = torch.empty((draws, runs), dtype=torch.int32, device=device)
-        found = torch.empty((draws, candidates), dtype=torch.float32, device=device)
-    _draw[(draws,)](
+        listed = torch.empty((samples, runs), dtype=torch.int32, device=device)
+        found = torch.empty((samples, candidates), dtype=torch.float32, device=device)
+    _draw[(samples,)](
         logits, rows, temperature, top_k, top_p, min_p, chance, *measures, listed, found, lowest, tokens,
         logits.stride(0),
         logits.shape[1],
@@ -195,10 +196,10 @@ def _measured(
 ) -> tuple[Tensor, Tensor]:
     """Each run's largest logit, float32 `[draws, runs]`, +inf if there is a NaN; and with temperatures its
     mass, likewise."""
-    draws = rows.shape[0]
-    maxima = torch.empty((draws, runs), dtype=torch.float32, device=logits.device)
+    samples = rows.shape[0]
+    maxima = torch.empty((samples, runs), dtype=torch.float32, device=logits.device)
     masses = maxima if temperature is None else torch.empty_like(maxima)
-    _measure[(draws, cdiv(runs, block_runs))](
+    _measure[(samples, cdiv(runs, block_runs))](
         logits,
         rows,
         maxima if temperature is None else temperature,
@@ -220,7 +221,7 @@ def _scale(temperature):
     return 1.4426950408889634 / tl.maximum(temperature, 1.0e-30)
 
 
-@remembered
+@cached_kernel
 @triton.jit
 def _measure(
     logits_ptr, rows_ptr, temperature_ptr, maxima_ptr, masses_ptr, row_stride, vocab,
@@ -243,7 +244,7 @@ def _measure(
         tl.store(masses_ptr + draw * runs + run, mass, mask=run < runs)
 
 
-@remembered
+@cached_kernel
 @triton.jit
 def _best(
     logits_ptr, rows_ptr, maxima_ptr, tokens_ptr, row_stride, vocab, RUNS: tl.constexpr, RUN: tl.constexpr
@@ -278,7 +279,7 @@ def _share(total, chance):
     return tl.minimum((total.to(tl.float64) * chance).to(tl.int64), total - 1)
 
 
-@remembered
+@cached_kernel
 @triton.jit
 def _draw(
     logits_ptr, rows_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, chance_ptr,

@@ -1,4 +1,4 @@
-"""Draws tokens from logits, one draw independent of every other. Nothing here waits for the device.
+"""Samples tokens from logits, one draw independent of every other. Nothing here waits for the device.
 
 Order, as in vLLM: logit bias, penalties, temperature, then the filters min-p, top-k, top-p. All filters are
 thresholds on the logit, so tokens that tie with the last one kept are kept too, and no sort order can leak
@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from services.engine.batch import Draw, Drawn
+from services.engine.batch import SampledToken, SampleSpec
 from services.engine.host_copy import Column, indices, to_device, to_host
 from services.engine.sampling.counter_rng import uniform
-from services.engine.sampling.sample_kernels import best_tokens, draw_tokens
+from services.engine.sampling.sample_kernels import best_tokens, sample_tokens
 from services.protocol.messages import Sampling, TokenLogprob, TopLogprob
 
-MAX_DRAW_ELEMENTS = 8 << 20
+MAX_SAMPLE_ELEMENTS = 8 << 20
 """Scores that one draw on a CPU works on, in float64, about five times over."""
 
 
@@ -44,7 +44,7 @@ class QueuedLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
-class QueuedDraws:
+class QueuedSamples:
     """`tokens` int64 `[draws]` on the device, for the step that goes on from them, and the same on its way to
     the host. `collect` once an event recorded after `sample` has passed; on a CPU at once."""
 
@@ -53,29 +53,29 @@ class QueuedDraws:
     wanted: list[int]
     logprobs: QueuedLogprobs | None
 
-    def collect(self) -> list[Drawn]:
-        drawn = [Drawn(token) for token in self.on_host.tolist()]
+    def collect(self) -> list[SampledToken]:
+        sampled = [SampledToken(token) for token in self.on_host.tolist()]
         if self.logprobs is not None:
             for at, logprob in zip(self.wanted, self.logprobs.collect(), strict=True):
-                drawn[at].logprob = logprob
-        return drawn
+                sampled[at].logprob = logprob
+        return sampled
 
 
-def sample(logits: Tensor, rows: list[int], draws: list[Draw]) -> QueuedDraws:
-    """One token for each of `draws`, at least one, from row `rows[i]` of `logits` `[rows, vocab]` (any float
-    dtype). All that the device needs to know of them goes there in one copy.
+def sample(logits: Tensor, rows: list[int], samples: list[SampleSpec]) -> QueuedSamples:
+    """One token for each of `samples`, at least one, from row `rows[i]` of `logits` `[rows, vocab]` (any
+    float dtype). All that the device needs to know of them goes there in one copy.
 
     Log probabilities are those of the logits as the model gave them: before bias, penalties, temperature.
     Logits that are no distribution give NO_TOKEN, also with these: no finite bias makes a number of a NaN.
     """
     vocab = logits.shape[-1]
-    random = [at for at, draw in enumerate(draws) if draw.sampling.temperature > 0]
-    wanted = [at for at, draw in enumerate(draws) if draw.sampling.logprobs is not None]
-    changes = _score_changes(draws, vocab)
+    random = [at for at, draw in enumerate(samples) if draw.sampling.temperature > 0]
+    wanted = [at for at, draw in enumerate(samples) if draw.sampling.logprobs is not None]
+    changes = _score_changes(samples, vocab)
     columns: dict[str, Column] = {**changes}
     if random:
-        columns |= _distributions([draws[at] for at in random], vocab)
-    if random and len(random) < len(draws):
+        columns |= _distributions([samples[at] for at in random], vocab)
+    if random and len(random) < len(samples):
         columns["random"] = indices(random)
     if wanted:
         columns |= {"wanted": indices(wanted), "wanted_rows": indices([rows[at] for at in wanted])}
@@ -87,15 +87,15 @@ def sample(logits: Tensor, rows: list[int], draws: list[Draw]) -> QueuedDraws:
     scores, score_rows = logits, sent.get("rows")
     if changes and score_rows is not None:
         scores, score_rows = _changed_scores(logits.index_select(0, score_rows).float(), sent), None
-    filtered = any(s.min_p > 0 or s.top_k > 0 or s.top_p < 1 for s in (draws[at].sampling for at in random))
+    filtered = any(s.min_p > 0 or s.top_k > 0 or s.top_p < 1 for s in (samples[at].sampling for at in random))
     tokens = _choose(scores, score_rows, len(random), filtered, sent)
     logprobs = None
     if wanted:
-        tops = [draws[at].sampling.logprobs or 0 for at in wanted]
+        tops = [samples[at].sampling.logprobs or 0 for at in wanted]
         chosen = logits.index_select(0, sent["wanted_rows"])
         own = tokens.index_select(0, sent["wanted"]).clamp_(min=0)  # NO_TOKEN has no column
         logprobs = token_logprobs(chosen, own, tops)
-    return QueuedDraws(tokens, to_host(tokens), wanted, logprobs)
+    return QueuedSamples(tokens, to_host(tokens), wanted, logprobs)
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, tops: list[int]) -> QueuedLogprobs:
@@ -123,9 +123,9 @@ def _choose(
     picked = sent.get("random")
     settings = [sent[name] for name in ("temperature", "top_k", "top_p", "min_p", "chance")]
     random_rows = rows if picked is None else rows.index_select(0, picked)
-    block = random if scores.is_cuda else max(1, MAX_DRAW_ELEMENTS // scores.shape[-1])
+    block = random if scores.is_cuda else max(1, MAX_SAMPLE_ELEMENTS // scores.shape[-1])
     parts = [
-        draw_tokens(
+        sample_tokens(
             scores,
             random_rows[first : first + block],
             *(setting[first : first + block] for setting in settings),
@@ -133,21 +133,21 @@ def _choose(
         )
         for first in range(0, random, block)
     ]
-    drawn = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return drawn if picked is None else best_tokens(scores, rows).index_copy_(0, picked, drawn)
+    sampled = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return sampled if picked is None else best_tokens(scores, rows).index_copy_(0, picked, sampled)
 
 
 # ---------------------------------------------------------------- scores
 
 
-def _score_changes(draws: list[Draw], vocab: int) -> dict[str, Column]:
+def _score_changes(samples: list[SampleSpec], vocab: int) -> dict[str, Column]:
     """Bias, repetition penalty over prompt and output (Keskar et al., CTRL, 2019), presence and frequency
     penalties over the output: for each that any draw has, the cells of the scores `[draws, vocab]` it
     touches, each at most once, and by how much."""
     bias: dict[int, float] = {}
     repetition: dict[int, float] = {}
     presence: dict[int, float] = {}
-    for at, draw in enumerate(draws):
+    for at, draw in enumerate(samples):
         sampling, first = draw.sampling, at * vocab
         for token, amount in sampling.logit_bias.items():
             bias[first + token] = amount
@@ -181,12 +181,14 @@ def _changed_scores(scores: Tensor, sent: dict[str, Tensor]) -> Tensor:
 # ---------------------------------------------------------------- distributions
 
 
-def _distributions(draws: list[Draw], vocab: int) -> dict[str, Column]:
-    settings: list[Sampling] = [draw.sampling for draw in draws]
+def _distributions(samples: list[SampleSpec], vocab: int) -> dict[str, Column]:
+    settings: list[Sampling] = [draw.sampling for draw in samples]
     return {
         "temperature": np.array([s.temperature for s in settings], dtype=np.float32),
         "top_k": np.array([min(s.top_k, vocab) for s in settings], dtype=np.int32),
         "top_p": np.array([s.top_p for s in settings], dtype=np.float32),
         "min_p": np.array([s.min_p for s in settings], dtype=np.float32),
-        "chance": np.array([uniform(d.sampling.seed, d.choice, d.position) for d in draws], dtype=np.float64),
+        "chance": np.array(
+            [uniform(d.sampling.seed, d.choice, d.position) for d in samples], dtype=np.float64
+        ),
     }

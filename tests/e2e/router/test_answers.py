@@ -238,8 +238,8 @@ def test_sampling_defaults_of_the_checkpoint_apply(model_dir: Path, tmp_path: Pa
         ):
             answer = http.post(f"/v1/{path}", json={**body, "max_tokens": 2})
             assert answer.status_code == 200, answer.text
-        drawn = [one.work.sampling for one in cluster.prefill.wait_for(Prefill, 3)]
+        sampled = [one.work.sampling for one in cluster.prefill.wait_for(Prefill, 3)]
         until(cluster.router.at_rest, "a router at rest")
-    for sampling in drawn[:2]:
+    for sampling in sampled[:2]:
         assert {name: getattr(sampling, name) for name in values} == values
-    assert (drawn[2].temperature, drawn[2].top_k, drawn[2].top_p) == (0.0, 0, 0.5)
+    assert (sampled[2].temperature, sampled[2].top_k, sampled[2].top_p) == (0.0, 0, 0.5)

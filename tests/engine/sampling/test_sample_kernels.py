@@ -15,8 +15,8 @@ from services.engine.sampling.sample_kernels import (
     NO_TOKEN,
     best_tokens,
     best_tokens_kernel,
-    draw_tokens,
-    draw_tokens_kernel,
+    sample_tokens,
+    sample_tokens_kernel,
 )
 from services.engine.sampling.top_k_top_p_threshold import lowest_kept_reference
 from tests.engine.interpreter import interpreted
@@ -101,10 +101,10 @@ def check_token(row: Tensor, token: int, lowest: float, temperature: float, chan
     assert upto[token] - weights[token] / weights.sum() <= chance + CLOSE
 
 
-def check_draws(
+def check_samples(
     logits: Tensor, rows: list[int], settings: list[dict[str, float]], seed: int = 0, **tuning: Any
 ) -> None:
-    """The kernels on the logits' device, if `tuning` is given, or else `draw_tokens`."""
+    """The kernels on the logits' device, if `tuning` is given, or else `sample_tokens`."""
     device = logits.device
     which = torch.tensor(rows, dtype=torch.int32, device=device)
     given = columns(settings, device, seed)
@@ -112,11 +112,11 @@ def check_draws(
     names = ("temperature", "top_k", "top_p", "min_p")
     if tuning:
         lowest = torch.full((len(rows),), torch.nan, device=device)
-        tokens = draw_tokens_kernel(logits, which, **given, lowest=lowest, **tuning)
+        tokens = sample_tokens_kernel(logits, which, **given, lowest=lowest, **tuning)
     else:
         warm = given["temperature"].where(given["temperature"] > 0, 1.0)
         lowest = lowest_kept_reference(clean, warm, *(given[name] for name in names[1:]))
-        tokens = draw_tokens(logits, which, **given)
+        tokens = sample_tokens(logits, which, **given)
     assert tokens.dtype == torch.int64
     assert tokens.device == device
     for at, (token, border) in enumerate(zip(tokens.tolist(), lowest.tolist(), strict=True)):
@@ -130,7 +130,7 @@ def check_draws(
     without = [at for at, setting in enumerate(settings) if not setting.keys() & {"top_k", "top_p", "min_p"}]
     if without:
         some = {name: values[without].contiguous() for name, values in given.items()}
-        draw = draw_tokens_kernel if tuning else draw_tokens
+        draw = sample_tokens_kernel if tuning else sample_tokens
         assert torch.equal(draw(logits, which[without].contiguous(), **some, filtered=False), tokens[without])
 
 
@@ -140,15 +140,15 @@ def check_independence(logits: Tensor, repeats: int = 1, **tuning: Any) -> None:
     settings = SETTINGS * repeats
     rows = torch.arange(len(settings), dtype=torch.int32, device=device) % logits.shape[0]
     given = columns(list(settings), device, seed=5)
-    tokens = draw_tokens_kernel(logits, rows, **given, **tuning)
+    tokens = sample_tokens_kernel(logits, rows, **given, **tuning)
     order = torch.randperm(len(settings), generator=torch.Generator().manual_seed(1)).to(device)
     shuffled = {name: values[order] for name, values in given.items()}
-    assert torch.equal(draw_tokens_kernel(logits, rows[order], **shuffled, **tuning), tokens[order])
+    assert torch.equal(sample_tokens_kernel(logits, rows[order], **shuffled, **tuning), tokens[order])
     first = torch.zeros(1, dtype=torch.int32, device=device)
     for at in range(0, len(settings), 5):
         alone = {name: values[at : at + 1].clone() for name, values in given.items()}
         row = logits[int(rows[at])][None].clone()
-        assert draw_tokens_kernel(row, first, **alone, **tuning).item() == tokens[at].item()
+        assert sample_tokens_kernel(row, first, **alone, **tuning).item() == tokens[at].item()
 
 
 def check_best(logits: Tensor) -> None:
@@ -175,7 +175,7 @@ def some_logits(
 def test_the_reference(dtype: torch.dtype) -> None:
     logits = some_logits(5, 400, dtype)
     for row in range(5):
-        check_draws(logits, [row] * len(SETTINGS), list(SETTINGS), seed=row)
+        check_samples(logits, [row] * len(SETTINGS), list(SETTINGS), seed=row)
     rows = torch.tensor([3, 0], dtype=torch.int32)
     assert torch.equal(best_tokens(logits, rows), logits[[3, 0]].argmax(dim=-1))
 
@@ -210,12 +210,12 @@ def check_ties(**tuning: Any) -> None:
     ]
     settings += [{"top_k": 2, "top_p": 0.9}, {"top_k": 3, "top_p": 0.5}, {"top_p": 0.6}, {"min_p": 1.0}]
     for row in range(3):
-        check_draws(tied.bfloat16(), [row] * len(settings), settings, **tuning)
+        check_samples(tied.bfloat16(), [row] * len(settings), settings, **tuning)
 
 
 def check_ends(**tuning: Any) -> None:
     """The smallest and the largest chance, with the kept tokens first and last in the vocabulary."""
-    draw = draw_tokens_kernel if tuning else draw_tokens
+    draw = sample_tokens_kernel if tuning else sample_tokens
     low, high = -50.0, 5.0
     logits = torch.tensor([[high, high, low, low], [low, high, high, high], [low, low, high, high]])
     rows = torch.tensor([0, 1, 2], dtype=torch.int32)
@@ -239,7 +239,7 @@ def check_hostile(
 ) -> None:
     """A NaN, a +inf or no finite logit: no token, whatever the draw wants, and the other rows' tokens as they
     are without those rows. Without them, none that is forbidden."""
-    draw = draw_tokens_kernel if tuning else draw_tokens
+    draw = sample_tokens_kernel if tuning else sample_tokens
     best = best_tokens_kernel if tuning else best_tokens
     sound = torch.full((2, 290), -torch.inf)
     sound[0, 140:150] = torch.tensor([1.0, 2.0, -torch.inf, -torch.inf, 1.5] * 2)
@@ -279,7 +279,7 @@ def test_ties_ends_and_hostile_logits_of_the_reference() -> None:
 def test_ties_ends_and_hostile_logits() -> None:
     check_ties(candidates=2, tile_runs=1)
     neighbours = (256 + 2 * torch.arange(40.0)[None]).bfloat16()  # nothing lies between two of them
-    check_draws(neighbours, [0], [{"top_k": 5, "temperature": 50.0}], candidates=1)
+    check_samples(neighbours, [0], [{"top_k": 5, "temperature": 50.0}], candidates=1)
     check_ends(candidates=64)
 
 
@@ -303,7 +303,7 @@ def test_the_kernels(dtype: torch.dtype, candidates: int, tile_runs: int, first:
     """With few candidates most draws begin their bisection in memory."""
     logits = some_logits(5, 1000, dtype)
     rows = [(first + at) % 5 for at in range(len(SETTINGS))]
-    check_draws(logits, rows, list(SETTINGS), first, candidates=candidates, tile_runs=tile_runs)
+    check_samples(logits, rows, list(SETTINGS), first, candidates=candidates, tile_runs=tile_runs)
     check_best(logits)
 
 
@@ -315,8 +315,8 @@ def test_a_draw_depends_on_its_row_alone() -> None:
 @interpreted
 def test_a_view_of_logits() -> None:
     wide = some_logits(5, 600, torch.float32)
-    check_draws(wide[1:, 7:400], [2, 0, 2], [{"top_k": 3}, {"top_p": 0.5}, {}], candidates=64)
-    check_draws(wide.T.contiguous().T, [1, 4], [{"top_k": 3}, {"top_p": 0.5}], candidates=64)
+    check_samples(wide[1:, 7:400], [2, 0, 2], [{"top_k": 3}, {"top_p": 0.5}, {}], candidates=64)
+    check_samples(wide.T.contiguous().T, [1, 4], [{"top_k": 3}, {"top_p": 0.5}], candidates=64)
 
 
 def test_what_cannot_be_drawn_is_refused() -> None:
@@ -331,4 +331,4 @@ def test_what_cannot_be_drawn_is_refused() -> None:
         {"chance": given["chance"].half()},
     ):
         with pytest.raises(ValueError, match=r"."):
-            draw_tokens_kernel(**({"logits": logits, "rows": rows} | given | wrong))
+            sample_tokens_kernel(**({"logits": logits, "rows": rows} | given | wrong))

@@ -14,9 +14,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from services.engine.batch import Draw, Drawn
+from services.engine.batch import SampledToken, SampleSpec
 from services.engine.sampling.counter_rng import uniform
-from services.engine.sampling.sampler import sample as queue_draws
+from services.engine.sampling.sampler import sample as queue_samples
 from services.protocol.messages import Sampling
 
 VOCAB = 50
@@ -30,18 +30,18 @@ def _logits(rows: int = 1, vocab: int = VOCAB, seed: int = 0) -> torch.Tensor:
 
 def _draw(
     position: int = 9, choice: int = 0, prompt: Any = (1, 2, 3), output: Any = (), **settings: Any
-) -> Draw:
+) -> SampleSpec:
     values = {"max_tokens": 1, "seed": 1} | settings
-    return Draw(choice, position, Sampling(**values), list(prompt), list(output))
+    return SampleSpec(choice, position, Sampling(**values), list(prompt), list(output))
 
 
-def sample(logits: torch.Tensor, rows: list[int], draws: list[Draw]) -> list[Drawn]:
-    return queue_draws(logits, rows, draws).collect()
+def sample(logits: torch.Tensor, rows: list[int], samples: list[SampleSpec]) -> list[SampledToken]:
+    return queue_samples(logits, rows, samples).collect()
 
 
-def _tokens(logits: torch.Tensor, draws: list[Draw]) -> list[int]:
-    rows = list(range(len(draws))) if logits.shape[0] > 1 else [0] * len(draws)
-    return [drawn.token for drawn in sample(logits, rows, draws)]
+def _tokens(logits: torch.Tensor, samples: list[SampleSpec]) -> list[int]:
+    rows = list(range(len(samples))) if logits.shape[0] > 1 else [0] * len(samples)
+    return [sampled.token for sampled in sample(logits, rows, samples)]
 
 
 def _frequencies(logits: torch.Tensor, count: int = 8000, **settings: Any) -> torch.Tensor:
@@ -130,7 +130,7 @@ def test_logit_bias() -> None:
 def test_a_draw_does_not_depend_on_its_batch() -> None:
     logits = _logits(rows=6, vocab=500)
     logits[:, 100:110] = logits[:, :10]  # ties, which a sort might order differently
-    draws = [
+    samples = [
         _draw(temperature=0.0),
         _draw(position=3, top_k=10),
         _draw(position=4, top_p=0.9, top_k=40, seed=5),
@@ -138,21 +138,21 @@ def test_a_draw_does_not_depend_on_its_batch() -> None:
         _draw(position=8, temperature=0.4, repetition_penalty=1.2),
         _draw(position=8, top_p=0.3, logprobs=3),
     ]
-    together = sample(logits, list(range(6)), draws)
-    for at, draw in enumerate(draws):
+    together = sample(logits, list(range(6)), samples)
+    for at, draw in enumerate(samples):
         (alone,) = sample(logits[at : at + 1], [0], [draw])
         assert alone.token == together[at].token
         assert (alone.logprob is None) == (draw.sampling.logprobs is None)
-    reverse = sample(logits, list(range(5, -1, -1)), draws[::-1])
-    assert [drawn.token for drawn in reverse[::-1]] == [drawn.token for drawn in together]
+    reverse = sample(logits, list(range(5, -1, -1)), samples[::-1])
+    assert [sampled.token for sampled in reverse[::-1]] == [sampled.token for sampled in together]
 
 
 def test_seed_choice_and_position_each_change_the_draw() -> None:
     logits = torch.zeros(1, 5000)
     base = {"seed": 7, "choice": 1, "position": 20}
-    drawn = {_tokens(logits, [_draw(**(base | change))])[0] for change in ({}, {"seed": 8}, {"choice": 2})}
-    drawn.add(_tokens(logits, [_draw(**(base | {"position": 21}))])[0])
-    assert len(drawn) == 4
+    sampled = {_tokens(logits, [_draw(**(base | change))])[0] for change in ({}, {"seed": 8}, {"choice": 2})}
+    sampled.add(_tokens(logits, [_draw(**(base | {"position": 21}))])[0])
+    assert len(sampled) == 4
     assert _tokens(logits, [_draw(**base)]) == _tokens(logits, [_draw(**base)])
 
 
@@ -194,11 +194,11 @@ def test_tokens_that_tie_with_the_last_kept_one_are_kept() -> None:
 def test_logprobs_are_those_of_the_raw_logits(dtype: torch.dtype) -> None:
     logits = _logits(rows=2).to(dtype)
     expected = logits.float().log_softmax(-1)
-    draws = [
+    samples = [
         _draw(temperature=0.3, repetition_penalty=1.9, top_k=3, logit_bias={4: 50.0}, logprobs=5),
         _draw(temperature=0.0, logprobs=0),
     ]
-    first, second = sample(logits, [0, 1], draws)
+    first, second = sample(logits, [0, 1], samples)
     assert first.token == 4
     assert first.logprob is not None
     assert first.logprob.logprob == pytest.approx(float(expected[0, 4]), abs=1e-6)

@@ -78,7 +78,7 @@ class Node:
         self.events: deque[Event] = deque()
         self.outgoing: dict[int, Outgoing] = {}
         self.incoming: dict[int, Incoming] = {}
-        self.lent: deque[SlotUse] = deque()
+        self.assigned: deque[SlotUse] = deque()
         self.unread: deque[tuple[int, Segment]] = deque()
         self.committed: set[int] = set()
         self.received: set[int] = set()
@@ -98,7 +98,7 @@ class Node:
             if event.transfer_id in self.outgoing:
                 self.outgoing[event.transfer_id].grants += event.segments
         elif isinstance(event, SendSlots):
-            self.lent.extend(event.slots)
+            self.assigned.extend(event.slots)
             self.return_unused()
         elif isinstance(event, Arrived):
             self.unread.extend((event.transfer_id, segment) for segment in event.segments)
@@ -115,9 +115,9 @@ class Node:
         self.return_unused()
 
     def return_unused(self) -> None:
-        unused = len(self.lent) - sum(one.wanted_slots for one in self.outgoing.values())
+        unused = len(self.assigned) - sum(one.wanted_slots for one in self.outgoing.values())
         if unused > 0:
-            self.commands.append(Freed([self.lent.pop() for _ in range(unused)]))
+            self.commands.append(Freed([self.assigned.pop() for _ in range(unused)]))
 
     def give_up(self, transfer_id: int) -> None:
         self.commands.append(Abort(transfer_id, "worker"))
@@ -125,12 +125,12 @@ class Node:
         self.incoming.pop(transfer_id, None)
 
     def pack(self, transfer_id: int, tokens: int) -> None:
-        """The worker packs at most `tokens` tokens into one lent slot."""
+        """The worker packs at most `tokens` tokens into one assigned slot."""
         outgoing = self.outgoing[transfer_id]
         count = min(tokens, outgoing.end_token - outgoing.next_token, TOKENS_PER_SLOT)
-        if count < 1 or not self.lent or not outgoing.grants:
+        if count < 1 or not self.assigned or not outgoing.grants:
             return
-        use = self.lent.popleft()
+        use = self.assigned.popleft()
         outgoing.grants -= 1
         holder = self.machine.pool.holder(use.slot)
         assert holder is not None and holder.generation == use.generation, "packing into a foreign slot"

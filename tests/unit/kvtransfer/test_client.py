@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvtransfer.client import SlotsLent, TransferClient, TransferLost, WorkerEvent
+from kvtransfer.client import SlotsAssigned, TransferClient, TransferLost, WorkerEvent
 from kvtransfer.codecs import WORKER_COMMANDS, WORKER_EVENTS
 from kvtransfer.errors import AttachError
 from kvtransfer.messages import (
@@ -165,11 +165,11 @@ def test_slots_that_are_lent_twice_are_told_once(scene: Scene) -> None:
     """Whatever was filled of the slot before. The next use has a generation of its own."""
     client, again = scene.client, SlotUse(1, 5)
     client.open_send(1, 9.0)
-    lent = SendSlots([A, B])
-    assert scene.hear(lent, lent) == [SlotsLent([A, B])]
+    assigned = SendSlots([A, B])
+    assert scene.hear(assigned, assigned) == [SlotsAssigned([A, B])]
     client.filled(1, [Segment(1, 4, 0, 4, 16)])
     scene.flushed()
-    assert scene.hear(lent, SendSlots([again])) == [SlotsLent([again])]
+    assert scene.hear(assigned, SendSlots([again])) == [SlotsAssigned([again])]
     client.freed([again])
     assert scene.flushed() == [Freed([again])]
 

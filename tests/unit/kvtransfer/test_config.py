@@ -18,7 +18,7 @@ from kvtransfer.messages import KvGeometry
 from kvtransfer.movers.nixl import prepare_environment
 from kvtransfer.movers.select import select_mover
 from kvtransfer.peers.handshake import PEER_VERSION, mismatch
-from kvtransfer.peers.probe import LifeProbe
+from kvtransfer.peers.probe import IncarnationProbe
 from kvtransfer.protocol.peer_messages import PeerHello
 from tests.ports import free_port
 
@@ -107,7 +107,7 @@ def test_fitting_peers_and_oneself() -> None:
     assert mismatch(HELLO, HELLO) is not None
 
 
-def asked(probe: LifeProbe) -> bool:
+def asked(probe: IncarnationProbe) -> bool:
     """Twice: over TCP the first call only starts to ask."""
     return probe.proves_death() or probe.proves_death()
 
@@ -115,7 +115,7 @@ def asked(probe: LifeProbe) -> bool:
 def test_silence_is_no_death_a_refused_connection_is() -> None:
     with tempfile.TemporaryDirectory() as directory, socket.socket(socket.AF_UNIX) as listener:
         path = f"{directory}/s"
-        probe = LifeProbe(f"ipc://{path}")
+        probe = IncarnationProbe(f"ipc://{path}")
         assert asked(probe)  # Nothing there at all.
         listener.bind(path)
         listener.listen(1)
@@ -126,12 +126,12 @@ def test_silence_is_no_death_a_refused_connection_is() -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(1)
-        probe = LifeProbe(f"tcp://127.0.0.1:{listener.getsockname()[1]}#key")
+        probe = IncarnationProbe(f"tcp://127.0.0.1:{listener.getsockname()[1]}#key")
         assert not asked(probe)
         listener.close()
-        probe = LifeProbe(probe_endpoint := f"tcp://127.0.0.1:{free_port()}")
+        probe = IncarnationProbe(probe_endpoint := f"tcp://127.0.0.1:{free_port()}")
         assert asked(probe), probe_endpoint
-        assert not asked(LifeProbe("tcp://some.name:7000"))  # Looking a name up could block.
+        assert not asked(IncarnationProbe("tcp://some.name:7000"))  # Looking a name up could block.
         probe.close()
 
 

@@ -34,7 +34,7 @@ def say(machine: TransferMachine, *messages: object, destination: int = HERE, no
 
 
 def confirmed(tokens: int = 12, grants: int = 2) -> tuple[TransferMachine, list[SlotUse]]:
-    """A machine with one confirmed send, id 1, and the slots lent for it."""
+    """A machine with one confirmed send, id 1, and the slots assigned for it."""
     machine = TransferMachine(limits(SLOTS))
     machine.on_command(OpenSend(1, 10.0), 0.0)
     machine.on_command(SendReady(1), 0.0)
@@ -44,9 +44,9 @@ def confirmed(tokens: int = 12, grants: int = 2) -> tuple[TransferMachine, list[
     event, *rest = machine.outbox.to_worker
     assert event == SendConfirmed(1, 0, tokens, 1, TOKENS_PER_SLOT, 1)
     assert [one for one in rest if isinstance(one, SendGranted)] == [SendGranted(1, grants)] * bool(grants)
-    lent = [use for one in rest if isinstance(one, SendSlots) for use in one.slots]
+    assigned = [use for one in rest if isinstance(one, SendSlots) for use in one.slots]
     machine.outbox.to_worker.clear()
-    return machine, lent
+    return machine, assigned
 
 
 def packed(use: SlotUse, start: int = 0, count: int = 4) -> Segment:
@@ -88,16 +88,16 @@ def test_a_cancel_whose_offer_was_lost_ends_the_transfer() -> None:
 
 
 def test_no_slot_is_lent_without_a_grant() -> None:
-    machine, lent = confirmed(grants=0)
-    assert lent == [] and machine.pool.free == SLOTS
+    machine, assigned = confirmed(grants=0)
+    assert assigned == [] and machine.pool.free == SLOTS
     say(machine, Grant(1, [SlotUse(3, 1)]))
     granted, event = machine.outbox.to_worker
     assert granted == SendGranted(1, 1) and isinstance(event, SendSlots) and len(event.slots) == 1
 
 
 def test_no_more_slots_are_lent_than_tokens_need() -> None:
-    machine, lent = confirmed(tokens=5, grants=4)
-    assert len(lent) == 2 and machine.pool.free == SLOTS - 2
+    machine, assigned = confirmed(tokens=5, grants=4)
+    assert len(assigned) == 2 and machine.pool.free == SLOTS - 2
 
 
 def test_no_slot_is_lent_to_a_prompt_that_waits_for_pages() -> None:
@@ -119,11 +119,11 @@ def test_no_slot_is_lent_to_a_prompt_that_waits_for_pages() -> None:
 
 
 def test_a_packed_segment_is_written_and_reported_where_it_lies() -> None:
-    machine, lent = confirmed()
-    machine.on_command(Filled(1, [packed(lent[0]), packed(lent[1], 4)]), 0.0)
+    machine, assigned = confirmed()
+    machine.on_command(Filled(1, [packed(assigned[0]), packed(assigned[1], 4)]), 0.0)
     write = only_write(machine)
     size = 4 * TOKEN_BYTES
-    assert write.pieces == (SlotCopy(lent[0].slot, 0, size), SlotCopy(lent[1].slot, 1, size))
+    assert write.pieces == (SlotCopy(assigned[0].slot, 0, size), SlotCopy(assigned[1].slot, 1, size))
     assert machine.outbox.to_destinations == []  # Not before the data is there.
     machine.sender.write_done(write.write_id, 1.0)
     expected = Written(1, [Segment(0, 5, 0, 4, size, 9), Segment(1, 5, 4, 4, size, 9)])
@@ -135,8 +135,8 @@ def test_a_packed_segment_is_written_and_reported_where_it_lies() -> None:
 
 
 def test_closed_waits_for_the_write_in_flight() -> None:
-    machine, lent = confirmed(grants=1)
-    machine.on_command(Filled(1, [packed(lent[0])]), 0.0)
+    machine, assigned = confirmed(grants=1)
+    machine.on_command(Filled(1, [packed(assigned[0])]), 0.0)
     write = only_write(machine)
     say(machine, CancelTransfer(1, "gone"))
     assert machine.outbox.to_worker == [Aborted(1, "gone")]
@@ -150,13 +150,13 @@ def test_closed_waits_for_the_write_in_flight() -> None:
 @pytest.mark.parametrize("answer", ["freed", "filled", "death"])
 def test_lent_slots_outlive_a_transfer_until_the_worker_gives_them_back(answer: str) -> None:
     """It may be packing into one right now."""
-    machine, lent = confirmed(grants=1)
+    machine, assigned = confirmed(grants=1)
     say(machine, CancelTransfer(1, "gone"))
     assert machine.pool.counts().granted == 1
     if answer == "freed":
-        machine.on_command(Freed(lent), 0.0)
+        machine.on_command(Freed(assigned), 0.0)
     elif answer == "filled":
-        machine.on_command(Filled(1, [packed(lent[0])]), 0.0)
+        machine.on_command(Filled(1, [packed(assigned[0])]), 0.0)
     else:
         machine.worker_gone("dead", 0.0)
     assert machine.pool.free == SLOTS
@@ -165,32 +165,32 @@ def test_lent_slots_outlive_a_transfer_until_the_worker_gives_them_back(answer: 
 
 def test_a_lent_slot_is_for_whatever_transfer_has_grants() -> None:
     """Two are ready, and the worker has computed the second first."""
-    machine, lent = confirmed(grants=2)
+    machine, assigned = confirmed(grants=2)
     machine.on_command(OpenSend(2, 10.0), 0.0)
     machine.on_command(SendReady(2), 0.0)
     say(machine, Offer(2, 0, 12), Grant(2, [SlotUse(7, 1)]))
-    lent += [use for one in machine.outbox.to_worker if isinstance(one, SendSlots) for use in one.slots]
-    assert len(lent) == 3
-    machine.on_command(Filled(2, [packed(lent[0])]), 0.0)
-    assert only_write(machine).pieces == (SlotCopy(lent[0].slot, 7, 4 * TOKEN_BYTES),)
-    machine.on_command(Filled(2, [packed(lent[1], 4)]), 0.0)
+    assigned += [use for one in machine.outbox.to_worker if isinstance(one, SendSlots) for use in one.slots]
+    assert len(assigned) == 3
+    machine.on_command(Filled(2, [packed(assigned[0])]), 0.0)
+    assert only_write(machine).pieces == (SlotCopy(assigned[0].slot, 7, 4 * TOKEN_BYTES),)
+    machine.on_command(Filled(2, [packed(assigned[1], 4)]), 0.0)
     assert machine.outbox.drops == {"filled_not_granted": 1} and machine.outbox.writes == []
     assert machine.outbox.to_worker[-1] == Aborted(2, "the worker's segment is filled_not_granted")
 
 
 def test_a_lent_slot_may_be_given_back_unfilled() -> None:
-    machine, lent = confirmed(grants=1)
-    machine.on_command(Freed(lent), 0.0)
+    machine, assigned = confirmed(grants=1)
+    machine.on_command(Freed(assigned), 0.0)
     assert machine.pool.free == SLOTS
-    machine.on_command(Freed(lent), 0.0)
+    machine.on_command(Freed(assigned), 0.0)
     assert machine.outbox.drops == {"freed_stale": 1}
     machine.settle(0.0)  # The transfer still wants one.
     assert isinstance(machine.outbox.to_worker[-1], SendSlots)
 
 
 def test_failed_write_aborts_on_both_sides() -> None:
-    machine, lent = confirmed(grants=1)
-    machine.on_command(Filled(1, [packed(lent[0])]), 0.0)
+    machine, assigned = confirmed(grants=1)
+    machine.on_command(Filled(1, [packed(assigned[0])]), 0.0)
     machine.sender.write_failed(only_write(machine).write_id, "broken", 1.0)
     assert machine.outbox.to_worker == [Aborted(1, "broken")]
     assert machine.outbox.to_destinations == [(HERE, CancelTransfer(1, "broken")), (HERE, Closed(1))]
@@ -207,15 +207,15 @@ def test_failed_write_aborts_on_both_sides() -> None:
     ],
 )
 def test_a_segment_that_does_not_fit_fails_the_transfer(reason: str, change: dict[str, int]) -> None:
-    machine, lent = confirmed()
+    machine, assigned = confirmed()
     good = {
-        "slot": lent[1].slot,
-        "generation": lent[1].generation,
+        "slot": assigned[1].slot,
+        "generation": assigned[1].generation,
         "start_token": 4,
         "token_count": 4,
         "byte_count": 4 * TOKEN_BYTES,
     }
-    machine.on_command(Filled(1, [packed(lent[0]), Segment(**(good | change))]), 0.0)
+    machine.on_command(Filled(1, [packed(assigned[0]), Segment(**(good | change))]), 0.0)
     assert machine.outbox.drops == {reason: 1}
     assert isinstance(machine.outbox.to_worker[0], Aborted)
     assert machine.outbox.writes == []
@@ -223,11 +223,11 @@ def test_a_segment_that_does_not_fit_fails_the_transfer(reason: str, change: dic
 
 
 def test_slots_not_lent_are_not_written() -> None:
-    machine, lent = confirmed(grants=1)
-    stranger = SlotUse(lent[0].slot, lent[0].generation + 1)
+    machine, assigned = confirmed(grants=1)
+    stranger = SlotUse(assigned[0].slot, assigned[0].generation + 1)
     machine.on_command(Filled(1, [packed(stranger), packed(SlotUse(3, 1))]), 0.0)
     assert machine.outbox.drops == {"filled_not_lent": 2}
-    machine.on_command(Filled(2, [packed(lent[0])]), 0.0)
+    machine.on_command(Filled(2, [packed(assigned[0])]), 0.0)
     assert machine.outbox.drops == {"filled_not_lent": 2, "filled_late": 1}
     assert machine.outbox.writes == [] and machine.pool.free == SLOTS
 
@@ -290,13 +290,13 @@ def test_a_destination_that_needs_nothing_may_commit_before_the_worker_opens() -
 
 
 def test_deadline_and_lost_destination_tell_the_worker() -> None:
-    machine, lent = confirmed(grants=1)
+    machine, assigned = confirmed(grants=1)
     machine.tick(10.0)
     assert machine.outbox.to_worker == [Aborted(1, "deadline")]
-    machine.on_command(Freed(lent), 10.0)
+    machine.on_command(Freed(assigned), 10.0)
     assert machine.pool.free == SLOTS
-    machine, lent = confirmed(grants=1)
-    machine.on_command(Filled(1, [packed(lent[0])]), 0.0)
+    machine, assigned = confirmed(grants=1)
+    machine.on_command(Filled(1, [packed(assigned[0])]), 0.0)
     write = only_write(machine)
     machine.sender.destination_lost(HERE, "dead", 1.0)
     assert machine.outbox.to_worker == [Aborted(1, "dead")]
@@ -325,15 +325,15 @@ def test_what_is_packed_at_once_goes_out_in_small_writes() -> None:
     machine.on_command(OpenSend(1, 10.0), 0.0)
     machine.on_command(SendReady(1), 0.0)
     say(machine, Offer(1, 0, 20), Grant(1, [SlotUse(slot, 5) for slot in range(5)]))
-    [lent] = [e.slots for e in machine.outbox.to_worker if isinstance(e, SendSlots)]
-    assert len(lent) == 5
-    machine.on_command(Filled(1, [packed(use, 4 * at) for at, use in enumerate(lent)]), 0.0)
+    [assigned] = [e.slots for e in machine.outbox.to_worker if isinstance(e, SendSlots)]
+    assert len(assigned) == 5
+    machine.on_command(Filled(1, [packed(use, 4 * at) for at, use in enumerate(assigned)]), 0.0)
     machine.settle(0.0)
     writes = machine.outbox.writes
     assert [[piece.local_slot for piece in write.pieces] for write in writes] == [
-        [lent[0].slot, lent[1].slot],
-        [lent[2].slot, lent[3].slot],
-        [lent[4].slot],
+        [assigned[0].slot, assigned[1].slot],
+        [assigned[2].slot, assigned[3].slot],
+        [assigned[4].slot],
     ]
     assert [piece.remote_slot for write in writes for piece in write.pieces] == list(range(5))
     machine.sender.write_done(writes[2].write_id, 0.0)

@@ -33,7 +33,7 @@ def test_the_rest_is_what_it_would_have_been(kind: type[Role], overlap: bool, ou
     launch = served.device.launch
 
     def checked(rows: list[Row]) -> Any:
-        for draw in (draw for row in rows for draw in row.draws):
+        for draw in (draw for row in rows for draw in row.samples):
             assert draw.prompt == PROMPT and draw.output[:output_tokens] == wanted[:output_tokens]
         return launch(rows)
 

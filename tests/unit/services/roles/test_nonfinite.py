@@ -25,10 +25,10 @@ class Spoiling(FakeDevice):
     keeps no NaN."""
 
     def launch(self, rows: list[Row]) -> Any:
-        drawn = self.drawn
+        sampled = self.sampled
         launched = super().launch(rows)
         for row, result in zip(rows, launched.results, strict=True):
-            tokens = row.tokens if row.drawn_by < 0 else [drawn[row.drawn_by]]
+            tokens = row.tokens if row.sampled_by < 0 else [sampled[row.sampled_by]]
             for position, token in enumerate(tokens, row.start):
                 if token in BAD:
                     result.spoil(position)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.engine.batch import Drawn, Row, RowResult
+from services.engine.batch import Row, RowResult, SampledToken
 from services.protocol.messages import (
     Cancel,
     Failed,
@@ -69,7 +69,7 @@ class FakeDevice:
 
     def __init__(self, pages: int) -> None:
         self.content = [[PENDING] * SIZE for _ in range(pages)]
-        self.drawn: list[int] = []
+        self.sampled: list[int] = []
         self.launches = 0
         self.queued_step = 0
         self.fails: set[int] = set()
@@ -89,22 +89,22 @@ class FakeDevice:
     def launch(self, rows: list[Row]) -> Any:
         self.launches += 1
         self.queued_step += 1
-        results = [RowResult([Drawn(token) for token in self._row(row)]) for row in rows]
-        self.drawn = [drawn.token for result in results for drawn in result.drawn]
+        results = [RowResult([SampledToken(token) for token in self._row(row)]) for row in rows]
+        self.sampled = [sampled.token for result in results for sampled in result.sampled]
         return FakeLaunched(results, next(self.delays), self.launches in self.fails)
 
     def _row(self, row: Row) -> list[int]:
-        tokens = row.tokens if row.drawn_by < 0 else [self.drawn[row.drawn_by]]
+        tokens = row.tokens if row.sampled_by < 0 else [self.sampled[row.sampled_by]]
         assert PENDING not in tokens
         self.write(row.pages, row.start, tokens)
         end = row.start + len(tokens)
         prefix = [self.content[row.pages[at // SIZE]][at % SIZE] for at in range(end)]
         assert PENDING not in prefix
-        for draw in row.draws:
+        for draw in row.samples:
             assert draw.position == end
             if draw.sampling.presence_penalty:
                 assert draw.prompt + draw.output == prefix
-        return [next_token(prefix, draw.choice) for draw in row.draws]
+        return [next_token(prefix, draw.choice) for draw in row.samples]
 
 
 class FakePull:
@@ -332,7 +332,7 @@ def test_a_prompt_that_loses_its_pages_while_its_end_is_in_flight_is_computed_ag
         busy = True
         while busy:
             flight = served.role._flight  # type: ignore[attr-defined]
-            ends = [one.sequence for one in flight.plan.chunks if one.draws] if flight else []
+            ends = [one.sequence for one in flight.plan.chunks if one.samples] if flight else []
             busy = served.step()
             lost += any(sequence.state is State.WAITING for sequence in ends)
         served.check()

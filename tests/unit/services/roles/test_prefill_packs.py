@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from kvtransfer.client import SlotsLent
+from kvtransfer.client import SlotsAssigned
 from kvtransfer.messages import WITHDRAWN, SendCommitted, SendGranted
 from services.protocol.messages import Prefill, Sampling, SequenceRequest, Tokens
 from services.roles.limits import WorkerLimits
@@ -12,7 +12,7 @@ from services.roles.role import Occupancy, WorkerContext
 from services.scheduler.pages import PagePool
 from services.transfer.push import KvPush
 from services.transfer.push_parts import PushParts
-from tests.unit.services.transfer.test_copies import FakeClient, FakeMoves, confirmed, lent
+from tests.unit.services.transfer.test_copies import FakeClient, FakeMoves, assigned, confirmed
 
 
 class Prefilling:
@@ -59,7 +59,7 @@ def test_chunks_are_packed_while_the_next_one_runs() -> None:
     """And no more than two steps are queued, however long the prompt."""
     served = prefilling(24, [1000, 1000, 1000])
     served.step()
-    served.role.on_transfer(SlotsLent(lent(*range(6))))
+    served.role.on_transfer(SlotsAssigned(assigned(*range(6))))
     for _ in range(3):
         assert served.step()
     assert served.engine.launches == MAX_FLIGHTS and not served.engine.moves
@@ -92,7 +92,7 @@ def test_kv_that_has_arrived_before_the_first_token_is_known_ends_the_request_af
 def test_a_prompt_that_is_cancelled_under_its_packs_leaves_nothing() -> None:
     served = prefilling(8, [4])
     served.step()
-    served.role.on_transfer(SlotsLent(lent(0, 1)))
+    served.role.on_transfer(SlotsAssigned(assigned(0, 1)))
     served.engine.passed = 1
     served.step()
     served.role.end(1, WITHDRAWN)
@@ -109,7 +109,7 @@ def test_what_is_packed_is_handed_over_before_the_next_launch_but_not_at_any_pri
     now_s = 10.0
     served.parts.clock = lambda: now_s
     served.step()
-    served.role.on_transfer(SlotsLent(lent(0, 1)))
+    served.role.on_transfer(SlotsAssigned(assigned(0, 1)))
     served.step()
     assert served.engine.launches == MAX_FLIGHTS
     served.engine.passed = 1
@@ -125,7 +125,7 @@ def test_what_is_packed_is_handed_over_before_the_next_launch_but_not_at_any_pri
     served = prefilling(32, [1, 1000, 1000, 1000])
     served.parts.clock = lambda: now_s
     served.step()
-    served.role.on_transfer(SlotsLent(lent(0, 1)))
+    served.role.on_transfer(SlotsAssigned(assigned(0, 1)))
     served.step()
     served.engine.passed = 1
     served.step()

@@ -7,7 +7,7 @@ import pytest
 
 from kvtransfer.client import TransferLost
 from kvtransfer.messages import WITHDRAWN, Aborted, SendCommitted, SendConfirmed
-from services.engine.batch import Drawn, RowResult
+from services.engine.batch import RowResult, SampledToken
 from services.protocol.messages import (
     Cancel,
     Failed,
@@ -92,7 +92,7 @@ class Scene:
         """The prompt runs, and its first token is reported."""
         plan = self.role.scheduler.schedule()
         self.role.scheduler.launched(plan)
-        self.role._report(plan.chunks[0], RowResult([Drawn(7)]))
+        self.role._report(plan.chunks[0], RowResult([SampledToken(7)]))
 
     def compute(self) -> Sequence:
         """The prompt runs, and its first token is out."""
@@ -131,16 +131,16 @@ def test_slots_are_asked_for_once_there_are_pages() -> None:
     scene.role.accept(ROUTER, Prefill(SequenceRequest(2, [6] * 30, Sampling(max_tokens=4, seed=1)), 60))
     scene.role.on_transfer(SendConfirmed(60, 0, 30, 1, 4, 1))
     scene.role.on_transfer(SendConfirmed(50, 0, 9, 1, 4, 1))
-    scene.role._tell_ready()
+    scene.role._notify_ready()
     assert scene.push.ready_ids == []
     plan = scene.role.scheduler.schedule()
     scene.role.scheduler.launched(plan)
-    scene.role._tell_ready()
+    scene.role._notify_ready()
     assert scene.push.ready_ids == [50], "the other one waits for pages that are in use"
     scene.role.on_transfer(Aborted(50, "lost"))
     scene.role.accept(ROUTER, RepushKv(1, 51))
     scene.role.on_transfer(SendConfirmed(51, 0, 9, 1, 4, 1))
-    scene.role._tell_ready()
+    scene.role._notify_ready()
     assert scene.push.ready_ids == [50, 51]
 
 
@@ -198,7 +198,7 @@ def test_held_kv_gives_way_to_a_confirmed_prompt_and_is_computed_again() -> None
     scene.role.accept(ROUTER, RepushKv(1, 51))
     scene.role.on_transfer(SendConfirmed(51, 0, 9, 1, 4, 1))
     plan = scene.role.scheduler.schedule()
-    assert [(chunk.sequence, chunk.draws) for chunk in plan.chunks] == [(sequence, ())]
+    assert [(chunk.sequence, chunk.samples) for chunk in plan.chunks] == [(sequence, ())]
 
 
 def test_held_kv_is_given_back_at_the_deadline() -> None:

@@ -42,7 +42,7 @@ class FakeKv:
     def __init__(self, pool: PagePool) -> None:
         self.size = pool.page_size_tokens
         self.content: list[list[int | None]] = [[None] * self.size for _ in range(pool.total)]
-        self.drawn: list[int] = []
+        self.sampled: list[int] = []
 
     def copy_pages(self, pairs: list[tuple[int, int]]) -> None:
         for source, target in pairs:
@@ -57,23 +57,25 @@ class FakeKv:
 
     def compute(self, plan: StepPlan) -> list[tuple[Sequence, list[int]]]:
         """Write the step's tokens, check that the pages hold the true prefix, draw for each choice."""
-        drawn: list[tuple[Sequence, list[int]]] = []
+        sampled: list[tuple[Sequence, list[int]]] = []
         for sequence in plan.decodes:
             assert sequence.pending_tokens == 1
-            drawn.append((sequence, self._row(sequence, sequence.computed_tokens, 1, sequence.choices)))
+            sampled.append((sequence, self._row(sequence, sequence.computed_tokens, 1, sequence.choices)))
         for chunk in plan.chunks:
-            drawn.append((chunk.sequence, self._row(chunk.sequence, chunk.start, chunk.count, chunk.draws)))
-        self.drawn = [token for _, tokens in drawn for token in tokens]
-        return drawn
+            sampled.append(
+                (chunk.sequence, self._row(chunk.sequence, chunk.start, chunk.count, chunk.samples))
+            )
+        self.sampled = [token for _, tokens in sampled for token in tokens]
+        return sampled
 
-    def _row(self, sequence: Sequence, start: int, count: int, draws: Iterable[int]) -> list[int]:
+    def _row(self, sequence: Sequence, start: int, count: int, samples: Iterable[int]) -> list[int]:
         tokens = list(sequence.tokens)
         if tokens[-1] == PENDING:
-            tokens[-1] = self.drawn[sequence.draw]
+            tokens[-1] = self.sampled[sequence.draw]
         assert PENDING not in tokens
         new = tokens[start : start + count]
         assert len(new) == count
         self.write(sequence.pages, start, new)
         prefix = self.read(sequence.pages, start + count)
         assert prefix == tokens[: start + count], f"request {sequence.work.request_id}"
-        return [next_token(tokens, choice) for choice in draws]
+        return [next_token(tokens, choice) for choice in samples]

@@ -33,9 +33,9 @@ class Pair:
 
     def prefill_step(self) -> bool:
         plan = self.prefill.schedule()
-        drawn = self.prefill_kv.compute(plan)
+        sampled = self.prefill_kv.compute(plan)
         self.prefill.launched(plan)
-        for sequence, tokens in drawn:
+        for sequence, tokens in sampled:
             if tokens:
                 self._first_tokens(sequence.work.request_id, sequence.choices, tokens)
                 sequence.choices = []
@@ -70,9 +70,9 @@ class Pair:
     def decode_step(self) -> bool:
         self.decode_kv.copy_pages(self.decode.start())
         plan = self.decode.schedule()
-        drawn = self.decode_kv.compute(plan)
+        sampled = self.decode_kv.compute(plan)
         self.decode.launched(plan)
-        for sequence, tokens in drawn:
+        for sequence, tokens in sampled:
             if tokens:
                 key = (sequence.work.request_id, sequence.choices[0])
                 sequence.settle(tokens[0])
@@ -140,7 +140,7 @@ def test_an_unconfirmed_prompt_gives_its_pages_to_a_confirmed_one_and_is_not_dra
     scheduler = PrefillScheduler(pool, 4, 16)
     first = scheduler.add(work(1, [1] * 12))
     plan = scheduler.schedule()
-    assert plan.chunks[0].draws
+    assert plan.chunks[0].samples
     scheduler.launched(plan)
     first.choices = []  # the role has reported its first token
     assert first.state is State.HOLDING
@@ -154,7 +154,7 @@ def test_an_unconfirmed_prompt_gives_its_pages_to_a_confirmed_one_and_is_not_dra
     assert not scheduler.schedule(), "nothing to gain from computing it before it is confirmed"
     scheduler.confirm(1)
     plan = scheduler.schedule()
-    assert [(one.sequence.work.request_id, one.draws) for one in plan.chunks] == [(1, ())]
+    assert [(one.sequence.work.request_id, one.samples) for one in plan.chunks] == [(1, ())]
     scheduler.launched(plan)
     scheduler.end(1)
     assert pool.counts().used == 0

@@ -33,9 +33,9 @@ def drive(
             break
         assert plan.tokens == len(plan.decodes) + sum(one.count for one in plan.chunks)
         assert len(plan.decodes) <= max_batch and plan.tokens <= max(chunk, max_batch)
-        drawn = kv.compute(plan)
+        sampled = kv.compute(plan)
         scheduler.launched(plan)
-        settled, flight = (flight, drawn) if overlap else (drawn, [])
+        settled, flight = (flight, sampled) if overlap else (sampled, [])
         for sequence, tokens in settled:
             if tokens and sequence.state is not State.ENDED:
                 take(scheduler, kv, sequence, tokens, out)
@@ -52,7 +52,7 @@ def take(
     tokens: list[int],
     out: dict[tuple[int, int], list[int]],
 ) -> None:
-    """A sequence's drawn tokens become known."""
+    """A sequence's sampled tokens become known."""
     request_id = sequence.work.request_id
     if len(sequence.tokens) > sequence.prompt_tokens:
         choice = sequence.choices[0]
@@ -185,9 +185,9 @@ def test_ending_anything_at_any_time_leaves_nothing(
         scheduler.add(work(i + 1, prompt, count, choices))
     for _ in range(data.draw(st.integers(0, 12))):
         plan = scheduler.schedule()
-        drawn = kv.compute(plan)
+        sampled = kv.compute(plan)
         scheduler.launched(plan)
-        for sequence, tokens in drawn:
+        for sequence, tokens in sampled:
             if tokens and len(sequence.tokens) == sequence.prompt_tokens:
                 firsts = [FirstToken(c, t) for c, t in zip(sequence.choices, tokens, strict=True)]
                 kv.copy_pages(scheduler.fork(sequence, firsts))

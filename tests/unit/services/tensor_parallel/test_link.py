@@ -8,16 +8,25 @@ import pytest
 
 from services.config import WorkerConfig
 from services.tensor_parallel.link import RankLink, RankLost
-from services.tensor_parallel.messages import Answer, Copied, CopyPages, Done, Grown, Order, Step, StepRow
+from services.tensor_parallel.messages import (
+    Answer,
+    Copied,
+    CopyPages,
+    Done,
+    Grown,
+    RankCommand,
+    Step,
+    StepRow,
+)
 from services.tensor_parallel.rank_config import decode_config, encode_config
 
-Links = tuple[RankLink[Answer, Order], RankLink[Order, Answer], socket.socket]
+Links = tuple[RankLink[Answer, RankCommand], RankLink[RankCommand, Answer], socket.socket]
 
 
 @pytest.fixture
 def links() -> Iterator[Links]:
     ours, theirs = socket.socketpair()
-    yield RankLink(ours, Answer, Order), RankLink(theirs, Order, Answer), ours
+    yield RankLink(ours, Answer, RankCommand), RankLink(theirs, RankCommand, Answer), ours
     ours.close()
     theirs.close()
 

@@ -4,12 +4,12 @@ from random import Random
 
 import pytest
 
-from services.engine.batch import Draw, Row
+from services.engine.batch import Row, SampleSpec
 from services.protocol.messages import Sampling
 from services.tensor_parallel.messages import Grown, Step
 from services.tensor_parallel.page_tables import PageTableBook, PageTables
 
-DRAW = Draw(0, 1, Sampling(max_tokens=1, seed=7), [], [])
+DRAW = SampleSpec(0, 1, Sampling(max_tokens=1, seed=7), [], [])
 
 
 def test_ranks_see_the_leaders_pages_in_lists_that_last() -> None:
@@ -28,8 +28,8 @@ def test_ranks_see_the_leaders_pages_in_lists_that_last() -> None:
         step, own = book.step(rows)
         there = rank.rows(step)
         assert [row.pages for row in own] == [row.pages for row in there] == [lists[at] for at in chosen]
-        assert [row.draws for row in own] == [[DRAW]] * len(rows)
-        assert [len(row.draws) for row in there] == [1] * len(rows)
+        assert [row.samples for row in own] == [[DRAW]] * len(rows)
+        assert [len(row.samples) for row in there] == [1] * len(rows)
         sent_pages += sum(len(one.pages) for one in step.grown)
         again, own_again = book.step(rows)
         assert again.grown == []

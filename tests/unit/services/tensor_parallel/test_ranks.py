@@ -54,7 +54,7 @@ def lead(tmp_path: Path, rank: str, then: str) -> tuple[int, str]:
         ),
         (
             OBEDIENT,
-            "ranks.tell(LoadWeights())\nranks.answers(0.2)",
+            "ranks.send(LoadWeights())\nranks.answers(0.2)",
             "RankError: rank 1 of one: no word from it for 0.2 s",
         ),
         (

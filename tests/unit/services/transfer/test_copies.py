@@ -69,7 +69,7 @@ class FakeMoves(FakeDevice):
     def passed_step(self) -> int:
         return self.passed
 
-    def hold_steps(self, move: FakeMove) -> None:
+    def fence(self, move: FakeMove) -> None:
         self.held.append(move)
 
     def done(self, *numbers: int) -> None:
@@ -107,7 +107,7 @@ def opened(push: KvPush, sequence: Sequence, transfer_id: int, grants: int) -> N
     push.granted(SendGranted(transfer_id, grants))
 
 
-def lent(*slots: int, generation: int = 1) -> list[SlotUse]:
+def assigned(*slots: int, generation: int = 1) -> list[SlotUse]:
     return [SlotUse(slot, generation) for slot in slots]
 
 
@@ -115,7 +115,7 @@ def pushing(sequence: Sequence, slots: int, grants: int = 8) -> tuple[KvPush, Fa
     engine, client = FakeMoves(), FakeClient()
     push = KvPush(engine, client, lambda: 0.0, Spans())  # type: ignore[arg-type]
     opened(push, sequence, 7, grants)
-    push.lend(lent(*range(slots)))
+    push.assign(assigned(*range(slots)))
     client.said.clear()
     return push, engine, client
 
@@ -132,7 +132,7 @@ def test_a_slot_is_handed_over_when_its_pack_is_done() -> None:
     compute(sequence, 12, 1)
     engine.passed = 1
     assert push.pack() == 8 and push.deliver() == 0 and client.said == [] and push.in_flight
-    push.lend(lent(2))
+    push.assign(assigned(2))
     assert push.pack() == 4
     engine.done(1)
     assert push.deliver() == 0, "the packs end in their order"
@@ -159,13 +159,13 @@ def test_tokens_are_packed_as_their_step_is_done_and_take_no_slot_before() -> No
         packed.append(engine.moves[-1].runs)
     assert packed[:2] == [[(0, 4, 0), (4, 2, 1)], [(6, 4, 2), (10, 2, 3)]]
     assert packed[2] == packed[1], "no slot was left for the third"
-    push.lend(lent(4))
+    push.assign(assigned(4))
     assert push.pack() == 4 and engine.moves[-1].runs == [(12, 4, 4)]
     assert not client.said
 
 
 def test_a_slot_goes_to_the_oldest_request_with_computed_tokens_and_a_grant() -> None:
-    """Whatever the slots were lent for: an older one whose step is still running takes none."""
+    """Whatever the slots were assigned for: an older one whose step is still running takes none."""
     oldest, middle, youngest = running(16, 1), running(8, 2), running(8, 3)
     push, engine, _ = pushing(oldest, 0)
     opened(push, youngest, 9, 8)
@@ -174,12 +174,12 @@ def test_a_slot_goes_to_the_oldest_request_with_computed_tokens_and_a_grant() ->
     compute(youngest, 8, 2)
     compute(oldest, 16, 3)
     engine.passed = 2
-    push.lend(lent(0, 1))
+    push.assign(assigned(0, 1))
     assert push.pack() == 8
     assert engine.moves[-1].runs == [(0, 4, 0), (0, 4, 1)]
     assert [one.next_token for one in push._outgoing.values()] == [0, 4, 4]
     engine.passed = 3
-    push.lend(lent(2, 3, 4, 5, 6, 7))
+    push.assign(assigned(2, 3, 4, 5, 6, 7))
     assert push.pack() == 20
     assert [run[0] for run in engine.moves[-1].runs] == [0, 4, 8, 12, 4], "four of the oldest's first"
 
@@ -188,12 +188,12 @@ def test_slots_that_nobody_can_use_go_back() -> None:
     first, second = running(8, 1), running(8, 2)
     push, engine, client = pushing(first, 3)
     assert push.pack() == 0
-    assert client.said == [("freed", lent(2))], "two are for what is being computed"
+    assert client.said == [("freed", assigned(2))], "two are for what is being computed"
     opened(push, second, 8, 1)
-    push.lend(lent(4))
+    push.assign(assigned(4))
     client.said.clear()
     push.close(7)
-    assert push.pack() == 0 and client.said == [("freed", lent(4, 1))]
+    assert push.pack() == 0 and client.said == [("freed", assigned(4, 1))]
     compute(second, 8, 1)
     engine.passed = 1
     assert push.pack() == 4 and engine.moves[-1].runs == [(0, 4, 0)]
@@ -225,7 +225,7 @@ def test_a_transfer_that_ends_under_its_packs_keeps_pages_and_slots_until_they_a
     compute(sequence, 8, 1)
     engine.passed = 1
     push.pack()
-    push.lend(lent(1))
+    push.assign(assigned(1))
     push.pack()
     if how == "aborted":
         push.close(7, abort_reason="gone")
@@ -238,7 +238,7 @@ def test_a_transfer_that_ends_under_its_packs_keeps_pages_and_slots_until_they_a
     client.said.clear()
     assert push.deliver() == 0 and not push.in_flight
     push.pack()
-    expected = [("freed", lent(1, 0))] if how == "aborted" else []
+    expected = [("freed", assigned(1, 0))] if how == "aborted" else []
     assert client.said == expected, "slots of a process that is gone are nobody's"
 
 

@@ -7,8 +7,8 @@ from services.scheduler.pages import PagePool
 from tests.unit.services.transfer.test_copies import (
     SOURCE,
     arrived,
+    assigned,
     compute,
-    lent,
     opened,
     pulling,
     pushing,
@@ -24,7 +24,7 @@ def test_what_is_computed_is_packed_together_whatever_transfer_it_is_of() -> Non
     compute(second, 6, 2)
     compute(first, 8, 3)
     engine.passed = 2
-    push.lend(lent(0, 1, 2, 3, 4, 5))
+    push.assign(assigned(0, 1, 2, 3, 4, 5))
     assert push.pack() == 10
     assert [move.runs for move in engine.moves] == [[(0, 4, 0), (0, 4, 1), (4, 2, 2)]]
     engine.passed = 3
@@ -38,7 +38,7 @@ def test_what_is_computed_is_packed_together_whatever_transfer_it_is_of() -> Non
     assert [(said[1], [(one.slot, one.start_token) for one in said[2]]) for said in client.said] == [
         (7, [(0, 0), (3, 4), (4, 8)]),
     ]
-    assert push.pack() == 0 and client.said[1:] == [("freed", lent(2, 1))], "one is kept for the third"
+    assert push.pack() == 0 and client.said[1:] == [("freed", assigned(2, 1))], "one is kept for the third"
     assert not push.in_flight
 
 

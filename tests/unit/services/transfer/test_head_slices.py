@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from kvtransfer.client import SlotsLent, TransferLost
+from kvtransfer.client import SlotsAssigned, TransferLost
 from kvtransfer.messages import (
     Aborted,
     Arrived,
@@ -83,7 +83,7 @@ def test_a_push_opens_the_other_parts_when_it_knows_them() -> None:
     for part in (first, second):
         slots = [SlotUse(at + part.destination_rank * 3, 1) for at in range(3)]
         assert pushing.push.join(SendGranted(part.part_id, 3)) is None
-        assert pushing.push.join(SlotsLent(slots)) is None
+        assert pushing.push.join(SlotsAssigned(slots)) is None
     assert pushing.push.pack() == 2 * TOKENS
     assert pushing.push.deliver() == 6
     assert {move.heads for move in pushing.moves[0].made} == {range(2), range(2, 4)}

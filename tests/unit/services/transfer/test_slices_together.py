@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kvtransfer.client import SlotsLent, TransferClient
+from kvtransfer.client import SlotsAssigned, TransferClient
 from kvtransfer.messages import (
     Abort,
     Aborted,
@@ -97,8 +97,8 @@ class Rank:
         kept: list[Any] = []
         for event in heard:
             if isinstance(event, SendSlots):
-                if self.book.lent(event.slots):
-                    kept.append(SlotsLent(event.slots, self.rank))
+                if self.book.assigned(event.slots):
+                    kept.append(SlotsAssigned(event.slots, self.rank))
             elif self.book.follow(event):  # type: ignore[arg-type]
                 kept.append(event)
         if self.book.freed:
@@ -138,7 +138,7 @@ class Rank:
     def passed_step(self) -> int:
         return 0
 
-    def hold_steps(self, move: Copy) -> None: ...
+    def fence(self, move: Copy) -> None: ...
 
 
 class Pair:

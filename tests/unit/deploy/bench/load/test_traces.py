@@ -103,6 +103,6 @@ def test_prompts_repeat_where_the_hash_ids_do_and_nowhere_else() -> None:
 
 def test_unique_prompts() -> None:
     prompts = Prompts(seed=1, stream=0, low=256, high=1023)
-    drawn = [tuple(prompts.unique(number, 16).tolist()) for number in range(500)]
-    assert len(set(drawn)) == 500
-    assert tuple(prompts.unique(7, 16).tolist()) == drawn[7]
+    sampled = [tuple(prompts.unique(number, 16).tolist()) for number in range(500)]
+    assert len(set(sampled)) == 500
+    assert tuple(prompts.unique(7, 16).tolist()) == sampled[7]
