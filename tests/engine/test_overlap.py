@@ -154,7 +154,7 @@ def test_a_row_goes_on_from_a_draw_of_the_launch_before(engine: Engine) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (Row([-1], 1, [0], sampled_by=1), "wants draw 1 of 1"),
+        (Row([-1], 1, [0], sampled_by=1), "wants sample 1 of 1"),
         (Row([1, 2], 1, [0], sampled_by=0), "row of 2 tokens"),
     ],
 )

@@ -109,7 +109,7 @@ class Seams:
             (kvtransfer.process, "time", clock),
             (kvtransfer.stats, "os", SimpleNamespace(getpid=lambda: 1)),
             (kvtransfer.peers.sources, "Link", self._link),
-            (kvtransfer.peers.sources, "LifeProbe", partial(SimProbe, self.network)),
+            (kvtransfer.peers.sources, "IncarnationProbe", partial(SimProbe, self.network)),
             (kvtransfer.client, "Link", self._link),
             (kvtransfer.client, "receive_staging", self._receive_staging),
             (services.worker, "Server", self._server),
