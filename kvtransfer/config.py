@@ -7,8 +7,8 @@ from typing import Literal
 from kvtransfer.errors import TransferConfigError
 
 Device = Literal["cpu", "cuda"]
-MoverName = Literal["auto", "nixl", "cuda_ipc", "nccl"]
-
+AUTO = "auto"
+"""The mover that leaves the choice to the process."""
 
 DEFAULT_SHARE = 0.75
 """Of the slots, that one transfer may hold. What is left is for whoever comes next."""
@@ -32,7 +32,8 @@ class TransferConfig:
     device_index: int = 0
     slots: int = 32
     slot_bytes: int = 8 << 20
-    mover: MoverName = "auto"
+    mover: str = AUTO
+    """A registered mover's name, or AUTO; `choose_mover` refuses any other."""
     checksum: bool = False
     key_dir: Path | None = None
     transfer_timeout_s: float = 60.0

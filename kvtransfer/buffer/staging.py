@@ -20,8 +20,8 @@ from typing import Protocol
 from uuid import UUID
 
 from kvtransfer.buffer.cuda import CudaDevice, CudaError
+from kvtransfer.buffer.region import Region
 from kvtransfer.errors import TransferConfigError
-from kvtransfer.movers.base import Region
 from kvtransfer.net.keys import require_private_directory
 
 log = logging.getLogger(__name__)

@@ -10,17 +10,9 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol, runtime_checkable
 
+from kvtransfer.buffer.region import Region
+
 Handle = int
-
-
-@dataclass(frozen=True, slots=True)
-class Region:
-    """A staging buffer as movers see it: `byte_count` bytes at `address`, on host or device memory."""
-
-    address: int
-    byte_count: int
-    device_id: int = 0
-    on_device: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,8 +21,10 @@ from typing import Any, Protocol
 import msgspec
 
 from kvtransfer.buffer.cuda import CudaError, GpuName
-from kvtransfer.errors import MoverBroken, MoverError
-from kvtransfer.movers.base import Handle, PieceOfWrite, Progress, Region
+from kvtransfer.buffer.region import Region
+from kvtransfer.errors import MoverBroken, MoverError, MoverUnavailable
+from kvtransfer.movers.base import Handle, PieceOfWrite, Progress
+from kvtransfer.movers.spec import HostFacts, MoverSetup, MoverSpec, needs_device_memory
 
 log = logging.getLogger(__name__)
 
@@ -240,3 +242,29 @@ class CudaIpcMover:
 
     def _forget(self, handle: Handle) -> None:
         self._events.append(self._posted.pop(handle).event)
+
+
+def unreachable(facts: HostFacts) -> str | None:
+    if not facts.unreachable_gpus:
+        return None
+    gpus = ", ".join(map(str, facts.unreachable_gpus))
+    return (
+        f"no peer access from this GPU to GPU {gpus}; leave those out of CUDA_VISIBLE_DEVICES, or take "
+        "--mover nixl for all"
+    )
+
+
+def build(setup: MoverSetup) -> CudaIpcMover:
+    if setup.cuda_ipc_handle is None:
+        raise MoverUnavailable("--mover cuda_ipc: the staging buffer has no CUDA IPC handle")
+    return CudaIpcMover(setup.agent_name, setup.gpu, setup.cuda_ipc_handle)
+
+
+MOVER = MoverSpec(
+    name=CudaIpcMover.name,
+    preference=30,
+    automatic=lambda facts: facts.device == "cuda" and facts.same_host,
+    why_not=needs_device_memory,
+    unreachable=unreachable,
+    build=build,
+)

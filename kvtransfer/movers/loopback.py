@@ -7,8 +7,9 @@ test decides the order; failures, partial copies and stalls are injected per fab
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from kvtransfer.buffer.region import Region
 from kvtransfer.errors import MoverError, PeerLostError
-from kvtransfer.movers.base import Handle, PieceOfWrite, Progress, Region
+from kvtransfer.movers.base import Handle, PieceOfWrite, Progress
 
 
 @dataclass(slots=True)

@@ -4,13 +4,16 @@ Uses the native binding, not its Python wrapper: the wrapper fixes the progress 
 spins a whole core for each agent. Two flavours of the binding must never be loaded in one process.
 """
 
+import importlib.util
 import logging
 import os
 from collections.abc import MutableMapping
 from typing import Any
 
+from kvtransfer.buffer.region import Region
 from kvtransfer.errors import MoverError, MoverUnavailable, PeerLostError
-from kvtransfer.movers.base import Handle, PieceOfWrite, Progress, Region
+from kvtransfer.movers.base import Handle, PieceOfWrite, Progress
+from kvtransfer.movers.spec import HostFacts, MoverSetup, MoverSpec
 
 log = logging.getLogger(__name__)
 
@@ -156,3 +159,27 @@ class NixlMover:
             self._agent.invalidateRemoteMD(agent)
         except Exception as error:
             log.warning("peer %s cannot be removed: %r", agent, error)
+
+
+def missing() -> str | None:
+    """Only whether it is there: to load it is to choose it, and what fails then says why."""
+    if importlib.util.find_spec("nixl_cu13") is None:
+        return "the package nixl-cu13 is not installed"
+    return None
+
+
+def slow_network(facts: HostFacts) -> str | None:
+    if facts.device == "cpu" or facts.same_host or facts.rdma_cards:
+        return None
+    return (
+        "no RDMA card is visible (/sys/class/infiniband is empty): NIXL moves KV over TCP and through host "
+        "memory, far slower than cards would; in a container pass /dev/infiniband in"
+    )
+
+
+def build(setup: MoverSetup) -> NixlMover:
+    # Peers of host memory on this host: keep it off every network card.
+    return NixlMover(setup.agent_name, same_host=setup.same_host and setup.device is None)
+
+
+MOVER = MoverSpec(name=NixlMover.name, preference=20, missing=missing, drawback=slow_network, build=build)

@@ -10,8 +10,9 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from kvtransfer.buffer.region import Region
 from kvtransfer.errors import MoverError, ProtocolError
-from kvtransfer.movers.base import Mover, Region, two_sided
+from kvtransfer.movers.base import Mover, two_sided
 from kvtransfer.net.channel import Server
 from kvtransfer.peers.handshake import mismatch
 from kvtransfer.protocol.machine import TransferMachine

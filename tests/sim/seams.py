@@ -16,10 +16,10 @@ import kvtransfer.stats
 import services.protocol.client
 import services.protocol.connection
 import services.worker
+from kvtransfer.buffer.region import Region
 from kvtransfer.client import TransferClient
 from kvtransfer.config import TransferConfig
 from kvtransfer.errors import TransferConfigError
-from kvtransfer.movers.base import Region
 from tests.sim.fabric import Fabric, SimMover
 from tests.sim.kernel import World
 from tests.sim.network import Link, Network, Server

@@ -13,9 +13,10 @@ import msgspec
 import pytest
 
 from kvtransfer import process
+from kvtransfer.buffer.region import Region
 from kvtransfer.config import TransferConfig
 from kvtransfer.errors import MoverError
-from kvtransfer.movers.base import PieceOfWrite, Progress, Region, two_sided
+from kvtransfer.movers.base import PieceOfWrite, Progress, two_sided
 from kvtransfer.movers.nccl import Announce, JoinPair, NcclMover
 from kvtransfer.protocol.deferred import DeferredMessages
 from kvtransfer.protocol.peer_messages import Closed

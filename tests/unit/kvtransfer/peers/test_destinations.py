@@ -2,8 +2,8 @@
 
 from msgspec.structs import replace
 
+from kvtransfer.buffer.region import Region
 from kvtransfer.messages import OpenSend, SendConfirmed, SendGranted, SlotUse
-from kvtransfer.movers.base import Region
 from kvtransfer.movers.loopback import LoopbackFabric, LoopbackMover
 from kvtransfer.peers.destinations import TWO_HELLOS, Destinations, PeerServer
 from kvtransfer.peers.handshake import PEER_VERSION

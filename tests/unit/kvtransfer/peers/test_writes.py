@@ -2,9 +2,10 @@
 
 import pytest
 
+from kvtransfer.buffer.region import Region
 from kvtransfer.errors import MoverBroken, MoverError, PeerLostError
 from kvtransfer.messages import Aborted, Filled, OpenSend, Segment, SendReady, SendSlots, SlotUse
-from kvtransfer.movers.base import PieceOfWrite, Progress, Region
+from kvtransfer.movers.base import PieceOfWrite, Progress
 from kvtransfer.movers.loopback import LoopbackFabric, LoopbackMover
 from kvtransfer.peers.writes import Writes
 from kvtransfer.protocol.machine import TransferMachine
