@@ -114,10 +114,10 @@ class TransferClient:
         self._map: mmap.mmap | None = None
         self._view: memoryview | None = None
         self._commands: list[Command] = []
-        self._book = OpenTransfers()
+        self._transfers = OpenTransfers()
         self._lost: list[WorkerEvent] = []
         self._asked_at_s = float("-inf")
-        self._heard_at_s = 0.0
+        self._received_at_s = 0.0
         self._unanswered = 0
         self.refusal = ""
         """Why the last attempt to attach was refused, if it was."""
@@ -192,11 +192,11 @@ class TransferClient:
         deadline_s: float,
         kv_heads: int = 0,
     ) -> None:
-        self._book.open_receive(transfer_id)
+        self._transfers.open_receive(transfer_id)
         self._queue(OpenReceive(transfer_id, source, start_token, end_token, deadline_s, kv_heads))
 
     def open_send(self, transfer_id: int, deadline_s: float) -> None:
-        self._book.open_send(transfer_id)
+        self._transfers.open_send(transfer_id)
         self._queue(OpenSend(transfer_id, deadline_s))
 
     def send_ready(self, transfer_id: int) -> None:
@@ -211,17 +211,17 @@ class TransferClient:
     def freed(self, slots: list[SlotUse]) -> None:
         """Gives back receive slots, which must not be read any more, or assigned send slots, which must not
         be written any more."""
-        self._book.freed.extend(slots)
+        self._transfers.freed.extend(slots)
 
     def commit(self, transfer_id: int) -> None:
-        self._book.committed(transfer_id)
+        self._transfers.committed(transfer_id)
         self._queue(Commit(transfer_id))
 
     def abort(self, transfer_id: int, reason: str) -> None:
         """No event answers it, and none about this transfer comes any more. Slots of it that the worker
         has seen in `Arrived` must still be `freed`."""
         self._queue(Abort(transfer_id, reason[:1024]))
-        self._book.end(transfer_id)
+        self._transfers.end(transfer_id)
 
     def ask_spans(self, transfer_id: int) -> None:
         """What does the transfer process remember of a transfer? `TransferSpans` answers."""
@@ -233,11 +233,11 @@ class TransferClient:
             self._forget_commands()
             return
         # Freed slots go first: what follows in the frame may be given them.
-        frame: list[Command] = [*_freed(self._book.freed), *self._commands]
+        frame: list[Command] = [*_freed(self._transfers.freed), *self._commands]
         if frame and not self._link.send(frame):
             log.warning("the transfer process takes no commands: queue full")
             return
-        self._book.freed.clear()
+        self._transfers.freed.clear()
         self._commands.clear()
 
     # ------------------------------------------------------------ events
@@ -247,7 +247,7 @@ class TransferClient:
         that only grows, the same as for `tick`."""
         events, self._lost = self._lost, []
         for event in self._link.receive():
-            self._heard_at_s = now_s
+            self._received_at_s = now_s
             self._unanswered = 0
             if isinstance(event, Attached):
                 if self._is_other_incarnation(event.address.epoch):
@@ -268,9 +268,9 @@ class TransferClient:
                 else:
                     self.last_stats, self.last_stats_at_s = event, now_s
             elif isinstance(event, SendSlots):
-                if self._book.assigned(event.slots):
+                if self._transfers.assigned(event.slots):
                     events.append(SlotsAssigned(event.slots, self._rank))
-            elif isinstance(event, TransferSpans) or self._book.follow(event):
+            elif isinstance(event, TransferSpans) or self._transfers.follow(event):
                 events.append(event)
         return events
 
@@ -282,7 +282,7 @@ class TransferClient:
         if self._attached is None:
             if now_s - self._asked_at_s >= ATTACH_RETRY_S:
                 self._ask(now_s)
-        elif now_s - max(self._heard_at_s, self._asked_at_s) >= PING_S:
+        elif now_s - max(self._received_at_s, self._asked_at_s) >= PING_S:
             self._asked_at_s = now_s
             self._link.send([Ping(self._worker_epoch)])
             self._unanswered += 1
@@ -293,7 +293,7 @@ class TransferClient:
 
     def quiet_s(self, now_s: float) -> float:
         """How long nothing has been heard; statistics come every second from a live process."""
-        return now_s - self._heard_at_s
+        return now_s - self._received_at_s
 
     def close(self) -> None:
         """Leaves; the transfer process cancels what is open when it notices. Idempotent."""
@@ -302,7 +302,7 @@ class TransferClient:
         self._watch.close()
         self._link.close()
 
-    # ------------------------------------------------------------ inner moves
+    # ------------------------------------------------------------ internals
 
     def _queue(self, command: Command) -> None:
         self._commands.append(command)
@@ -353,7 +353,7 @@ class TransferClient:
         lost = TransferLost(self._attached.address.epoch, self._rank)
         self._attached = None
         self.last_stats = None
-        self._book.clear()
+        self._transfers.clear()
         self._forget_commands()
         self._unmap()
         return [lost]
@@ -371,7 +371,7 @@ class TransferClient:
 
     def _forget_commands(self) -> None:
         self._commands.clear()
-        self._book.freed.clear()
+        self._transfers.freed.clear()
 
     def _on_drop(self, reason: str) -> None:
         self._dropped[reason] = self._dropped.get(reason, 0) + 1

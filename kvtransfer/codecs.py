@@ -15,10 +15,10 @@ class PeerCodec(Codec[PeerMessage]):
     def decode(self, frame: bytes | memoryview) -> list[PeerMessage]:
         """As `Codec`. Raises ProtocolError too unless the first message, and no other, is
         `PeerConnection`."""
-        said = super().decode(frame)
-        if [at for at, message in enumerate(said) if isinstance(message, PeerConnection)] != [0]:
+        messages = super().decode(frame)
+        if [at for at, message in enumerate(messages) if isinstance(message, PeerConnection)] != [0]:
             raise ProtocolError("a frame does not begin with its connection")
-        return said
+        return messages
 
 
 WORKER_COMMANDS: Codec[Command] = Codec(Command, 64 << 20)

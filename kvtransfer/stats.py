@@ -13,7 +13,7 @@ from kvtransfer.protocol.machine import TransferMachine
 from kvtransfer.watched import Watched
 
 
-class Account:
+class StatsCollector:
     """`device` is None where the staging buffer is host memory. To be closed."""
 
     def __init__(
@@ -31,7 +31,7 @@ class Account:
             self._device_bytes = Watched(partial(device_bytes_of_this_process, device.uuid))
         self._process = psutil.Process()
 
-    def stats(self, peers: int, now_s: float) -> Stats:
+    def collect(self, peers: int, now_s: float) -> Stats:
         machine, writes = self._machine, self._writes
         return Stats(
             epoch=self._epoch,

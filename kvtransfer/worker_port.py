@@ -32,7 +32,7 @@ class WorkerPort:
 
     def receive(self) -> list[AttachWorker | Command]:
         """What the attached worker says. An `AttachWorker` is to be answered by `accept` or `refuse`."""
-        heard: list[AttachWorker | Command] = []
+        received: list[AttachWorker | Command] = []
         for identity, messages in self._server.receive():
             for message in messages:
                 if isinstance(message, AttachWorker):
@@ -41,13 +41,13 @@ class WorkerPort:
                         self._server.send(identity, [AttachRefused("another worker is attached")])
                     else:
                         self._identity = identity
-                        heard.append(message)
+                        received.append(message)
                 elif identity != self._identity or self._stale(message):
                     self._server.send(identity, [NotAttached(self._epoch)])
                     break
                 else:
-                    heard.append(message)
-        return heard
+                    received.append(message)
+        return received
 
     def accept(self, command: AttachWorker, reply: Attached) -> None:
         self.attached = command

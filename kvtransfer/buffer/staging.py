@@ -140,7 +140,7 @@ def device_bytes_of_this_process(uuid: str) -> int | None:
     return next((p.usedGpuMemory for p in processes if p.pid == os.getpid()), None)
 
 
-class StagingDoor:
+class StagingSocketServer:
     """The UNIX socket that hands the buffer's file descriptor to our own worker, and to no other user."""
 
     def __init__(self, path: Path, fd: int) -> None:
@@ -163,18 +163,18 @@ class StagingDoor:
         """Answers whoever waits; never blocks. Another user's process gets nothing."""
         while True:
             try:
-                guest, _ = self._socket.accept()
+                client, _ = self._socket.accept()
             except BlockingIOError:
                 return
-            with guest:
-                guest.setblocking(False)
-                credentials = guest.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+            with client:
+                client.setblocking(False)
+                credentials = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
                 pid, uid, _ = struct.unpack("3i", credentials)
                 if uid != os.getuid():
                     log.warning("staging buffer refused to process %d of user %d", pid, uid)
                     continue
                 try:
-                    socket.send_fds(guest, [b"staging"], [self._fd])
+                    socket.send_fds(client, [b"staging"], [self._fd])
                 except OSError as error:
                     log.warning("staging buffer not handed to process %d: %s", pid, error)
 
@@ -188,11 +188,11 @@ def receive_staging(path: Path, byte_count: int, timeout_s: float) -> mmap.mmap:
 
     Raises TransferConfigError if nobody answers within `timeout_s`, or with a buffer of another size.
     """
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as guest:
-        guest.settimeout(timeout_s)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+        client.settimeout(timeout_s)
         try:
-            guest.connect(str(path))
-            _, fds, _, _ = socket.recv_fds(guest, 16, 1)
+            client.connect(str(path))
+            _, fds, _, _ = socket.recv_fds(client, 16, 1)
         except OSError as error:
             raise TransferConfigError(f"staging_socket {path}: {error}") from error
     if len(fds) != 1:

@@ -69,19 +69,19 @@ class _CopyQueue:
     """One stream: what is queued on it ends in order."""
 
     stream: Any
-    queued: deque[Handle] = field(default_factory=deque)
+    handles: deque[Handle] = field(default_factory=deque)
 
 
 @dataclass(slots=True)
 class _IpcPeer:
     address: int
     byte_count: int
-    lanes: list[_CopyQueue]
+    queues: list[_CopyQueue]
 
 
 @dataclass(slots=True)
 class _IpcWrite:
-    lane: _CopyQueue
+    queue: _CopyQueue
     event: Any
     done: bool = False
     released: bool = False
@@ -145,22 +145,22 @@ class CudaIpcMover:
         if mapped_bytes is not None and mapped_bytes < region.byte_count:
             self._device.unmap(address)
             raise MoverError(f"the buffer of {peer} has {mapped_bytes} bytes, not {region.byte_count}")
-        lanes = [_CopyQueue(self._device.new_stream()) for _ in range(STREAMS_A_PEER)]
-        self._peers[peer] = _IpcPeer(address, region.byte_count, lanes)
+        queues = [_CopyQueue(self._device.new_stream()) for _ in range(STREAMS_A_PEER)]
+        self._peers[peer] = _IpcPeer(address, region.byte_count, queues)
 
     def remove_peer(self, peer: str) -> None:
         """Raises MoverBroken if a copy to it does not end."""
         lost = self._peers.get(peer)
         if lost is None:
             return
-        for lane in lost.lanes:
-            self._advance(lane)
-            if lane.queued:
+        for queue in lost.queues:
+            self._advance(queue)
+            if queue.handles:
                 raise MoverBroken(f"copies to {peer} do not end: the GPU or its link has failed")
         del self._peers[peer]
         try:
-            for lane in lost.lanes:
-                self._device.drop_stream(lane.stream)
+            for queue in lost.queues:
+                self._device.drop_stream(queue.stream)
             self._device.unmap(lost.address)
         except CudaError as error:
             log.warning("the buffer of %s is not unmapped: %s", peer, error)
@@ -173,25 +173,25 @@ class CudaIpcMover:
             ends = (piece.local_offset + piece.byte_count, piece.remote_offset + piece.byte_count)
             if ends[0] > ours.byte_count or ends[1] > theirs.byte_count:
                 raise MoverError("a piece lies outside its region")
-        lane = min(theirs.lanes, key=lambda candidate: len(candidate.queued))
+        queue = min(theirs.queues, key=lambda candidate: len(candidate.handles))
         try:
             event = self._events.pop() if self._events else self._device.new_event()
             for piece in pieces:
                 target, source = theirs.address + piece.remote_offset, ours.address + piece.local_offset
-                self._device.copy(target, source, piece.byte_count, lane.stream)
-            self._device.record(event, lane.stream)
+                self._device.copy(target, source, piece.byte_count, queue.stream)
+            self._device.record(event, queue.stream)
         except CudaError as error:
             # Some of its copies may be queued, and there is no event to tell their end.
             raise MoverBroken(f"write to {peer}: {error}") from error
         handle, self._next_handle = self._next_handle, self._next_handle + 1
-        self._posted[handle] = _IpcWrite(lane, event)
-        lane.queued.append(handle)
+        self._posted[handle] = _IpcWrite(queue, event)
+        queue.handles.append(handle)
         return handle
 
     def poll(self, handle: Handle) -> Progress:
         posted = self._posted[handle]
-        if not posted.done and posted.lane.queued[0] == handle:
-            self._advance(posted.lane)
+        if not posted.done and posted.queue.handles[0] == handle:
+            self._advance(posted.queue)
         return Progress.DONE if posted.done else Progress.PENDING
 
     def release(self, handle: Handle) -> None:
@@ -201,7 +201,7 @@ class CudaIpcMover:
         posted.released = True
         if posted.done:
             self._forget(handle)
-        # A copy cannot be cancelled: what is pending stays in its lane, for `remove_peer` to see.
+        # A copy cannot be cancelled: what is pending stays in its queue, for `remove_peer` to see.
 
     def close(self) -> None:
         for peer in list(self._peers):
@@ -226,17 +226,17 @@ class CudaIpcMover:
                 f"{NIXL_ELSE}"
             )
 
-    def _advance(self, lane: _CopyQueue) -> None:
+    def _advance(self, queue: _CopyQueue) -> None:
         """Marks what has ended, oldest first, up to the first that has not."""
-        while lane.queued:
-            posted = self._posted[lane.queued[0]]
+        while queue.handles:
+            posted = self._posted[queue.handles[0]]
             try:
                 if not self._device.reached(posted.event):
                     return
             except CudaError as error:
                 raise MoverBroken(str(error)) from error
             posted.done = True
-            handle = lane.queued.popleft()
+            handle = queue.handles.popleft()
             if posted.released:
                 self._forget(handle)
 

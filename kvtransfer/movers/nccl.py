@@ -192,15 +192,15 @@ class NcclMover:
         if peer not in self._sources:
             raise MoverError("a note before the greeting")
         try:
-            said = _NOTES.decode(note)
+            message = _NOTES.decode(note)
         except msgspec.MsgspecError as error:
             raise MoverError(f"a note that cannot be read: {error}") from error
         pair, ours = self._incoming.get(peer), self._region
-        if isinstance(said, JoinPair):
+        if isinstance(message, JoinPair):
             if pair is not None:
                 raise MoverError("joined twice")
             self._incoming[peer] = NcclPair(
-                self._library, self._device, said.unique_id, RECEIVER, self._aside
+                self._library, self._device, message.unique_id, RECEIVER, self._aside
             )
             return
         if pair is None or ours is None:
@@ -208,10 +208,10 @@ class NcclMover:
         batches = self._arriving.setdefault(peer, [])
         if len(batches) >= MAX_BATCHES_AHEAD:
             raise MoverError("too many announcements")
-        for offset, byte_count in said.pieces:
+        for offset, byte_count in message.pieces:
             if offset < 0 or byte_count <= 0 or offset + byte_count > ours.byte_count:
                 raise MoverError("an announced piece lies outside the buffer")
-        batch = Batch([(ours.address + offset, byte_count) for offset, byte_count in said.pieces])
+        batch = Batch([(ours.address + offset, byte_count) for offset, byte_count in message.pieces])
         pair.put(batch)
         self._announced[peer] += 1
         batches.append(batch)

@@ -29,7 +29,7 @@ class PairState(Enum):
     STOPPED = "stopped"
 
 
-MOVES: dict[PairState, frozenset[PairState]] = {
+TRANSITIONS: dict[PairState, frozenset[PairState]] = {
     PairState.JOINING: frozenset({PairState.READY, PairState.STOPPING}),
     PairState.READY: frozenset({PairState.ISSUING, PairState.STOPPING}),
     PairState.ISSUING: frozenset({PairState.READY, PairState.STOPPING}),
@@ -125,7 +125,7 @@ class NcclPair:
                 self._issued()
             while self.state is PairState.READY and self._waiting:
                 self._issuing = self._waiting.popleft()
-                self._move(PairState.ISSUING)
+                self._transition(PairState.ISSUING)
                 stream, sends = int(self._stream), self._rank == SENDER
                 if self._library.exchange(self._comm, self._rank, self._issuing.pieces, stream, sends=sends):
                     self._issued()
@@ -140,7 +140,7 @@ class NcclPair:
     def stop(self) -> None:
         """Begins to abort. Idempotent."""
         if self.state not in (PairState.STOPPING, PairState.STOPPED):
-            self._move(PairState.STOPPING)
+            self._transition(PairState.STOPPING)
             self._stopped = self._aside(lambda: self._library.abort(self._comm))
 
     def _issued(self) -> None:
@@ -149,7 +149,7 @@ class NcclPair:
             event = self._device.new_event()
             self._device.record(event, self._stream)
             self._flying.append((batch, event))
-        self._move(PairState.READY)
+        self._transition(PairState.READY)
 
     def _land(self) -> None:
         while self._flying and self._device.reached(self._flying[0][1]):
@@ -168,9 +168,9 @@ class NcclPair:
         self._waiting.clear()
         self._issuing = None
         self._device.drop_stream(self._stream)
-        self._move(PairState.STOPPED)
+        self._transition(PairState.STOPPED)
 
-    def _move(self, state: PairState) -> None:
-        if state not in MOVES[self.state]:
+    def _transition(self, state: PairState) -> None:
+        if state not in TRANSITIONS[self.state]:
             raise IllegalTransition(f"pair: {self.state.value} to {state.value}")
         self.state = state

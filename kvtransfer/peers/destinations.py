@@ -38,8 +38,8 @@ class _Peer:
     identity: bytes
     connection: PeerConnection
     hello: PeerHello
-    heard_at_s: float
-    said_at_s: float
+    received_at_s: float
+    sent_at_s: float
 
 
 class Destinations:
@@ -93,7 +93,7 @@ class Destinations:
                 elif peer.connection != connection:
                     self._machine.outbox.drops["other_connection"] += 1
                 else:
-                    peer.heard_at_s = now_s
+                    peer.received_at_s = now_s
                     if not isinstance(message, PeerPing):
                         epoch = peer.hello.epoch
                         self._machine.on_destination(epoch, message, peer.hello.slots, now_s)
@@ -103,7 +103,7 @@ class Destinations:
         if peer is None:
             self._machine.outbox.drops["to_lost_peer"] += len(messages)
         elif self._server.send(peer.identity, [peer.connection, *messages]):
-            peer.said_at_s = now_s
+            peer.sent_at_s = now_s
         else:
             self.lose(destination, "its connection is gone", now_s)
 
@@ -123,9 +123,9 @@ class Destinations:
             if destination is not None:
                 self._dismiss(destination, f"mover: {fault}"[:1000], now_s)
         for destination, peer in list(self._by_epoch.items()):
-            if now_s - peer.heard_at_s >= self._peer_timeout_s:
+            if now_s - peer.received_at_s >= self._peer_timeout_s:
                 self.lose(destination, f"silent for {self._peer_timeout_s} s", now_s)
-            elif now_s - peer.said_at_s >= self._heartbeat_s:
+            elif now_s - peer.sent_at_s >= self._heartbeat_s:
                 self.send(destination, [PeerPing(self._epoch)], now_s)
         for destination, agent in list(self._leaving.items()):
             if not self._machine.sender.uses(destination):
@@ -135,7 +135,7 @@ class Destinations:
     def next_deadline_s(self) -> float | None:
         return min(
             (
-                min(p.said_at_s + self._heartbeat_s, p.heard_at_s + self._peer_timeout_s)
+                min(p.sent_at_s + self._heartbeat_s, p.received_at_s + self._peer_timeout_s)
                 for p in self._by_epoch.values()
             ),
             default=None,

@@ -53,12 +53,12 @@ class _Source:
     probe: IncarnationProbe
     state: SourceState
     since_s: float
-    heard_at_s: float
-    said_at_s: float
+    received_at_s: float
+    sent_at_s: float
     probe_at_s: float
     agent: str = ""
     """Its mover's name, once it has greeted."""
-    held: DeferredMessages = field(default_factory=DeferredMessages)
+    deferred: DeferredMessages = field(default_factory=DeferredMessages)
 
 
 class Sources:
@@ -125,7 +125,7 @@ class Sources:
                     continue
                 if not ours:
                     continue
-                source.heard_at_s = now_s
+                source.received_at_s = now_s
                 if isinstance(message, PeerHello):
                     self._on_hello(source, message, now_s)
                 elif isinstance(message, PeerRefused):
@@ -135,7 +135,7 @@ class Sources:
                     self._machine.outbox.drops["peer_before_hello"] += 1
                 elif isinstance(message, MoverNote):
                     self._on_note(source, message, now_s)
-                elif not isinstance(message, PeerPing) and not self._hold(source, message):
+                elif not isinstance(message, PeerPing) and not self._defer(source, message):
                     self._machine.on_source(source.address, message, now_s)
 
     def send(self, address: TransferAddress, messages: list[PeerMessage], now_s: float) -> None:
@@ -143,7 +143,7 @@ class Sources:
         if source is None or source.state is not SourceState.READY:
             self._machine.outbox.drops["to_lost_peer"] += len(messages)
         elif source.link.send([source.connection, *messages]):
-            source.said_at_s = now_s
+            source.sent_at_s = now_s
         else:
             self._lose(source, "its queue is full", now_s)
 
@@ -155,7 +155,7 @@ class Sources:
                     self._machine.receiver.source_gone(source.address, "source is gone", now_s)
                     self._forget(source)
                 continue
-            quiet_s = now_s - source.heard_at_s
+            quiet_s = now_s - source.received_at_s
             if quiet_s >= 2 * self._heartbeat_s and now_s >= source.probe_at_s:
                 source.probe_at_s = now_s + self._heartbeat_s
                 if source.probe.proves_death():
@@ -163,8 +163,8 @@ class Sources:
                     continue
             if quiet_s >= self._peer_timeout_s and now_s - source.since_s >= self._peer_timeout_s:
                 self._lose(source, f"silent for {self._peer_timeout_s} s", now_s)
-            elif now_s - source.said_at_s >= self._heartbeat_s:
-                source.said_at_s = now_s
+            elif now_s - source.sent_at_s >= self._heartbeat_s:
+                source.sent_at_s = now_s
                 if source.state is SourceState.READY:
                     source.link.send([source.connection, PeerPing(self._epoch)])
 
@@ -174,8 +174,8 @@ class Sources:
                 s.since_s + SETTLE_S
                 if s.state is SourceState.SETTLING
                 else min(
-                    s.said_at_s + self._heartbeat_s,
-                    max(s.probe_at_s, s.heard_at_s + 2 * self._heartbeat_s),
+                    s.sent_at_s + self._heartbeat_s,
+                    max(s.probe_at_s, s.received_at_s + 2 * self._heartbeat_s),
                 )
                 for s in self._sources.values()
             ),
@@ -236,7 +236,7 @@ class Sources:
         self._unwatch(source.link)
         source.link.close()
         source.link, source.connection = self._new_link(source.address), _new_connection()
-        source.state, source.since_s, source.said_at_s = SourceState.GREETING, now_s, now_s
+        source.state, source.since_s, source.sent_at_s = SourceState.GREETING, now_s, now_s
         self._greet(source, now_s)
 
     def _over(self, source: _Source, reason: str, now_s: float) -> None:
@@ -257,11 +257,11 @@ class Sources:
         except MoverError as error:
             self._lose(source, f"mover: {error}"[:1000], now_s)
 
-    def _hold(self, source: _Source, message: PeerMessage) -> bool:
+    def _defer(self, source: _Source, message: PeerMessage) -> bool:
         if self._two_sided is None:
             return False
         announced, landed = self._two_sided.announced(source.agent), self._two_sided.landed(source.agent)
-        return source.held.hold(message, announced, landed)
+        return source.deferred.defer(message, announced, landed)
 
     def _at_rest(self, source: _Source) -> bool:
         """Whether nothing that the source has announced is on its way into our memory."""
@@ -277,12 +277,12 @@ class Sources:
             if source.state is SourceState.READY and source.agent in faults:
                 self._lose(source, f"mover: {faults[source.agent]}"[:1000], now_s)
                 continue
-            for message in source.held.release(self._two_sided.landed(source.agent)):
+            for message in source.deferred.release(self._two_sided.landed(source.agent)):
                 self._machine.on_source(source.address, message, now_s)
 
     def _leave(self, source: _Source) -> None:
         """What it said and is not believed yet falls with the connection."""
-        source.held.clear()
+        source.deferred.clear()
         if self._two_sided is not None:
             self._two_sided.leave_source(source.agent)
 

@@ -17,7 +17,7 @@ class DeferredMessages:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def hold(self, message: PeerMessage, announced: int, landed: int) -> bool:
+    def defer(self, message: PeerMessage, announced: int, landed: int) -> bool:
         """False: it may be believed now. True: it is kept, behind what is kept already."""
         if not self._waiting and landed >= announced:
             return False

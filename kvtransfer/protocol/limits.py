@@ -29,7 +29,7 @@ class TransferLimits:
     idle_slots_per_transfer: int
     receive_slots: int
     unready_slots: int
-    offer_hold_s: float
+    offer_timeout_s: float
     resend_s: float
     quarantine_s: float
     slot_bytes: int
@@ -58,7 +58,7 @@ class TransferLimits:
             idle_slots_per_transfer=min(2, per_transfer),
             receive_slots=max(1, slots - 1),
             unready_slots=max(1, slots - 1) // 2,
-            offer_hold_s=transfer_timeout_s,
+            offer_timeout_s=transfer_timeout_s,
             resend_s=1.0,
             quarantine_s=2 * transfer_timeout_s,
             slot_bytes=slot_bytes,
@@ -66,10 +66,10 @@ class TransferLimits:
             tp=tp,
         )
 
-    def before_data(self, free_slots: int, held_slots: int, transfers: int) -> int:
+    def before_data(self, free_slots: int, own_slots: int, transfers: int) -> int:
         """How many slots one of so many open transfers may hold before its first data, if it surely moves:
         its share of half of what is free. A prompt that is alone is packed and moved in one go."""
-        return min(self.slots_per_transfer, (free_slots + held_slots) // (2 * max(1, transfers)))
+        return min(self.slots_per_transfer, (free_slots + own_slots) // (2 * max(1, transfers)))
 
     def token_bytes_of(self, kv_heads: int) -> int:
         """Bytes of one token's KV of so many heads."""

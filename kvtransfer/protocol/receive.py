@@ -52,7 +52,7 @@ class IncomingSegments:
     resend_at_s: float = 0.0
     closing_since_s: float = 0.0
 
-    def move(self, state: ReceiveState) -> None:
+    def transition(self, state: ReceiveState) -> None:
         if state not in TRANSITIONS[self.state]:
             raise IllegalTransition(f"receive {self.transfer_id}: {self.state.value} to {state.value}")
         self.state = state

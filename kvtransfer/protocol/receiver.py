@@ -80,7 +80,7 @@ class Receiver:
             self._out.drops["commit_incomplete"] += 1
             self._fail(transfer, "committed before every token had arrived", now_s)
         elif transfer.state is ReceiveState.CONNECTING:
-            transfer.move(ReceiveState.COMMIT_PENDING)
+            transfer.transition(ReceiveState.COMMIT_PENDING)
         else:
             self._commit(transfer, now_s)
 
@@ -115,7 +115,7 @@ class Receiver:
         self._ready.add(source)
         for transfer in self._of(source):
             if transfer.state in CLOSING:
-                self._send_closing(transfer, now_s)
+                self._send_outcome(transfer, now_s)
             else:
                 self._offer(transfer, now_s)
 
@@ -190,7 +190,7 @@ class Receiver:
                 self._out.drops["quarantine_expired"] += len(transfer.granted)
                 self._end(transfer, now_s)
             elif now_s >= transfer.resend_at_s:
-                self._send_closing(transfer, now_s)
+                self._send_outcome(transfer, now_s)
 
     def next_deadline_s(self) -> float | None:
         return min(
@@ -208,10 +208,10 @@ class Receiver:
         unready_slots = sum(len(t.granted) for t in self._transfers.values() if not t.ready)
         open_transfers = sum(t.state is ReceiveState.OPEN for t in self._transfers.values()) if wanting else 0
         given: dict[int, list[SlotUse]] = {}
-        while wanting and pool.free and pool.held(Direction.RECEIVE) < limits.receive_slots:
+        while wanting and pool.free and pool.in_use(Direction.RECEIVE) < limits.receive_slots:
             transfer = min(wanting, key=lambda t: (not t.ready, len(t.granted)))
             full = not transfer.ready and unready_slots >= limits.unready_slots
-            if full or len(transfer.granted) >= self._may_hold(transfer, open_transfers):
+            if full or len(transfer.granted) >= self._slot_quota(transfer, open_transfers):
                 wanting.remove(transfer)
                 continue
             unready_slots += not transfer.ready
@@ -223,7 +223,7 @@ class Receiver:
         for transfer_id, uses in given.items():
             self._out.to_sources.append((self._transfers[transfer_id].source, Grant(transfer_id, uses)))
 
-    def _may_hold(self, transfer: IncomingSegments, open_transfers: int) -> int:
+    def _slot_quota(self, transfer: IncomingSegments, open_transfers: int) -> int:
         limits, free = self.limits, self._pool.free
         if transfer.arrived.tokens:
             return limits.slots_per_transfer
@@ -232,7 +232,7 @@ class Receiver:
             return few
         return max(few, limits.before_data(free, len(transfer.granted), open_transfers))
 
-    # ------------------------------------------------------------ inner moves
+    # ------------------------------------------------------------ internals
 
     def _of(self, source: TransferAddress) -> list[IncomingSegments]:
         return [t for t in self._transfers.values() if t.source == source]
@@ -262,12 +262,12 @@ class Receiver:
         if transfer.state is ReceiveState.COMMIT_PENDING:
             self._commit(transfer, now_s)
         else:
-            transfer.move(ReceiveState.OPEN)
+            transfer.transition(ReceiveState.OPEN)
 
     def _commit(self, transfer: IncomingSegments, now_s: float) -> None:
-        transfer.move(ReceiveState.COMMITTED)
-        self._start_closing(transfer, now_s)
-        self._send_closing(transfer, now_s)
+        transfer.transition(ReceiveState.COMMITTED)
+        self._begin_closing(transfer, now_s)
+        self._send_outcome(transfer, now_s)
 
     def _fail(
         self,
@@ -285,18 +285,18 @@ class Receiver:
         if transfer.state is not ReceiveState.OPEN:
             self._end(transfer, now_s)
             return
-        transfer.move(ReceiveState.CANCELLED)
-        self._start_closing(transfer, now_s)
+        transfer.transition(ReceiveState.CANCELLED)
+        self._begin_closing(transfer, now_s)
         if notify_source:
-            self._send_closing(transfer, now_s)
+            self._send_outcome(transfer, now_s)
 
-    def _start_closing(self, transfer: IncomingSegments, now_s: float) -> None:
+    def _begin_closing(self, transfer: IncomingSegments, now_s: float) -> None:
         transfer.closing_since_s = now_s
         transfer.resend_at_s = now_s + self.limits.resend_s
         for use in transfer.granted.values():
             self._pool.quarantine(use, now_s)
 
-    def _send_closing(self, transfer: IncomingSegments, now_s: float) -> None:
+    def _send_outcome(self, transfer: IncomingSegments, now_s: float) -> None:
         transfer.resend_at_s = now_s + self.limits.resend_s
         if transfer.source not in self._ready:
             return
@@ -308,7 +308,7 @@ class Receiver:
             )
 
     def _end(self, transfer: IncomingSegments, now_s: float) -> None:
-        transfer.move(ReceiveState.ENDED)
+        transfer.transition(ReceiveState.ENDED)
         for use in transfer.granted.values():
             self._pool.release(use, now_s)
         transfer.granted.clear()

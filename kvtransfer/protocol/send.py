@@ -32,7 +32,7 @@ TRANSITIONS: dict[SendState, frozenset[SendState]] = {
     SendState.CLOSING: frozenset({SendState.ENDED}),
     SendState.ENDED: frozenset(),
 }
-HELD_OFFERS = (SendState.OFFERED, SendState.EARLY_COMMITTED)
+UNOPENED = (SendState.OFFERED, SendState.EARLY_COMMITTED)
 
 
 @dataclass(slots=True)
@@ -57,7 +57,7 @@ class OutgoingTransfer:
     packed: TokenRanges = field(default_factory=TokenRanges)
     writes: set[int] = field(default_factory=set)
 
-    def move(self, state: SendState) -> None:
+    def transition(self, state: SendState) -> None:
         if state not in TRANSITIONS[self.state]:
             raise IllegalTransition(f"send {self.transfer_id}: {self.state.value} to {state.value}")
         self.state = state

@@ -32,7 +32,7 @@ from kvtransfer.messages import (
 from kvtransfer.protocol.limits import TransferLimits
 from kvtransfer.protocol.outbox import Destination, Outbox, SlotCopy, Write
 from kvtransfer.protocol.peer_messages import CancelTransfer, Closed, Grant, Offer, Ready, Written
-from kvtransfer.protocol.send import HELD_OFFERS, InFlightWrite, OutgoingTransfer, SendState, placed
+from kvtransfer.protocol.send import UNOPENED, InFlightWrite, OutgoingTransfer, SendState, placed
 from kvtransfer.protocol.slots import Direction, SlotPool
 
 REMEMBERED_ENDS = 8192
@@ -75,7 +75,7 @@ class Sender:
                 self._out.to_worker.append(Aborted(transfer_id, "the destination has given it up"))
             else:
                 self._transfers[transfer_id] = OutgoingTransfer(transfer_id, SendState.WAITING, deadline_s)
-        elif transfer.state in HELD_OFFERS:
+        elif transfer.state in UNOPENED:
             transfer.deadline_s = deadline_s
             self._confirm(transfer)
         else:
@@ -90,7 +90,7 @@ class Sender:
         elif not transfer.ready:
             transfer.ready = True
             if transfer.state is SendState.CONFIRMED:
-                self._say_ready(transfer)
+                self._send_ready(transfer)
 
     def filled(self, command: Filled, now_s: float) -> None:
         """Posts what the worker has packed; a segment that does not fit the transfer fails it."""
@@ -156,11 +156,11 @@ class Sender:
         if transfer is None:
             refusal = self._refusal(message)
             if refusal is not None:
-                self._say(destination, CancelTransfer(message.transfer_id, refusal))
-                self._say(destination, Closed(message.transfer_id))
+                self._send(destination, CancelTransfer(message.transfer_id, refusal))
+                self._send(destination, Closed(message.transfer_id))
                 return
             transfer = OutgoingTransfer(
-                message.transfer_id, SendState.OFFERED, now_s + self.limits.offer_hold_s
+                message.transfer_id, SendState.OFFERED, now_s + self.limits.offer_timeout_s
             )
             self._transfers[message.transfer_id] = transfer
         elif transfer.state is not SendState.WAITING or self._is_bad(message):
@@ -196,20 +196,20 @@ class Sender:
         if transfer is None:
             return
         if transfer.state is SendState.OFFERED:
-            transfer.move(SendState.EARLY_COMMITTED)
-            self._say(destination, Closed(transfer_id))
+            transfer.transition(SendState.EARLY_COMMITTED)
+            self._send(destination, Closed(transfer_id))
         elif transfer.state is SendState.EARLY_COMMITTED:
-            self._say(destination, Closed(transfer_id))
+            self._send(destination, Closed(transfer_id))
         elif transfer.state is SendState.CONFIRMED:
             self._out.to_worker.append(SendCommitted(transfer_id))
-            self._close(transfer, now_s)
+            self._finish(transfer, now_s)
 
     def on_cancel(self, destination: Destination, message: CancelTransfer, now_s: float) -> None:
         waiting = self._transfers.get(message.transfer_id)
         if waiting is not None and waiting.state is SendState.WAITING:
             # Its offer was lost. One that came later would name slots that `Closed` has made free.
             self._fail(waiting, message.reason, now_s)
-            self._say(destination, Closed(message.transfer_id))
+            self._send(destination, Closed(message.transfer_id))
             return
         transfer = self._find(destination, message.transfer_id, "cancel", closed_if_unknown=True)
         if transfer is None or transfer.state is SendState.CLOSING:
@@ -230,7 +230,7 @@ class Sender:
                 flight.transfer_id, "send", one.start_token, one.token_count, flight.filled_s, now_s
             )
         if transfer.state is SendState.CONFIRMED:
-            self._say(transfer.destination, Written(flight.transfer_id, list(flight.remote)))
+            self._send(transfer.destination, Written(flight.transfer_id, list(flight.remote)))
         elif not transfer.writes:
             self._end(transfer)
 
@@ -247,8 +247,8 @@ class Sender:
     def tick(self, now_s: float) -> None:
         for transfer in list(self._transfers.values()):
             if transfer.state is not SendState.CLOSING and now_s >= transfer.deadline_s:
-                held = transfer.state in HELD_OFFERS
-                self._fail(transfer, "no such request here" if held else "deadline", now_s)
+                unopened = transfer.state in UNOPENED
+                self._fail(transfer, "no such request here" if unopened else "deadline", now_s)
 
     def next_deadline_s(self) -> float | None:
         return min(
@@ -267,7 +267,7 @@ class Sender:
             self._assigned |= {use.slot: use for use in uses}
             self._out.to_worker.append(SendSlots(uses))
 
-    # ------------------------------------------------------------ inner moves
+    # ------------------------------------------------------------ internals
 
     def _find(
         self, destination: Destination, transfer_id: int, what: str, *, closed_if_unknown: bool = False
@@ -276,14 +276,14 @@ class Sender:
         if transfer is None:
             if closed_if_unknown:
                 self._remember(transfer_id)
-                self._say(destination, Closed(transfer_id))
+                self._send(destination, Closed(transfer_id))
             else:
                 self._out.drops[f"{what}_unknown"] += 1
             return None
         if transfer.destination != destination:
             self._out.drops[f"{what}_wrong_peer"] += 1
             if closed_if_unknown:  # True whatever else goes on: nothing of it is in flight to *this* peer.
-                self._say(destination, Closed(transfer_id))
+                self._send(destination, Closed(transfer_id))
             return None
         return transfer
 
@@ -311,17 +311,17 @@ class Sender:
         self._out.to_worker.append(confirmed)
         if transfer.state is SendState.EARLY_COMMITTED:
             self._out.to_worker.append(SendCommitted(transfer.transfer_id))
-            self._end(transfer, say_closed=False)
+            self._end(transfer, send_closed=False)
         else:
-            transfer.move(SendState.CONFIRMED)
+            transfer.transition(SendState.CONFIRMED)
             if transfer.grants:
                 self._out.to_worker.append(SendGranted(transfer.transfer_id, len(transfer.grants)))
             if transfer.ready:
-                self._say_ready(transfer)
+                self._send_ready(transfer)
 
-    def _say_ready(self, transfer: OutgoingTransfer) -> None:
+    def _send_ready(self, transfer: OutgoingTransfer) -> None:
         if transfer.end_token > transfer.start_token:  # else it may have ended there
-            self._say(transfer.destination, Ready(transfer.transfer_id))
+            self._send(transfer.destination, Ready(transfer.transfer_id))
 
     def _fail(
         self,
@@ -335,24 +335,24 @@ class Sender:
         if notify_worker and transfer.state in (SendState.WAITING, SendState.CONFIRMED):
             self._out.to_worker.append(Aborted(transfer.transfer_id, reason))
         if notify_destination and transfer.state in (SendState.OFFERED, SendState.CONFIRMED):
-            self._say(transfer.destination, CancelTransfer(transfer.transfer_id, reason))
-        self._close(transfer, now_s)
+            self._send(transfer.destination, CancelTransfer(transfer.transfer_id, reason))
+        self._finish(transfer, now_s)
 
-    def _close(self, transfer: OutgoingTransfer, now_s: float) -> None:
+    def _finish(self, transfer: OutgoingTransfer, now_s: float) -> None:
         """Ends the transfer as far as the worker goes; the destination hears `Closed` when it is true."""
         transfer.grants.clear()
         if not transfer.writes:
             self._end(transfer)
             return
-        transfer.move(SendState.CLOSING)
+        transfer.transition(SendState.CLOSING)
         for write_id in transfer.writes:
             for use in self._writes[write_id].local:
                 self._pool.quarantine(use, now_s)
 
-    def _end(self, transfer: OutgoingTransfer, *, say_closed: bool = True) -> None:
-        if say_closed and transfer.state in (SendState.OFFERED, SendState.CONFIRMED, SendState.CLOSING):
-            self._say(transfer.destination, Closed(transfer.transfer_id))
-        transfer.move(SendState.ENDED)
+    def _end(self, transfer: OutgoingTransfer, *, send_closed: bool = True) -> None:
+        if send_closed and transfer.state in (SendState.OFFERED, SendState.CONFIRMED, SendState.CLOSING):
+            self._send(transfer.destination, Closed(transfer.transfer_id))
+        transfer.transition(SendState.ENDED)
         del self._transfers[transfer.transfer_id]
         self._remember(transfer.transfer_id)
 
@@ -387,5 +387,5 @@ class Sender:
         if len(self._ended) > REMEMBERED_ENDS:
             self._ended.popitem(last=False)
 
-    def _say(self, destination: Destination, message: CancelTransfer | Closed | Ready | Written) -> None:
+    def _send(self, destination: Destination, message: CancelTransfer | Closed | Ready | Written) -> None:
         self._out.to_destinations.append((destination, message))

@@ -66,7 +66,7 @@ class Script:
         heard, self.heard = self.heard, []
         return heard
 
-    def say(self, *events: Event) -> None:
+    def send(self, *events: Event) -> None:
         assert self.server.send(self.peer, list(events))
 
     def attach(self, epoch: int = 70) -> None:
@@ -74,7 +74,7 @@ class Script:
             self.hear()
         self.heard.clear()
         address = TransferAddress(HERE.endpoint, epoch)
-        self.say(Attached(address, "nixl", 4, 64, True, None, b"handle", 0))
+        self.send(Attached(address, "nixl", 4, 64, True, None, b"handle", 0))
 
 
 class Scene:
@@ -88,7 +88,7 @@ class Scene:
 
     def hear(self, *events: Event) -> list[WorkerEvent]:
         """What the client makes of these events."""
-        self.script.say(*events)
+        self.script.send(*events)
         assert self.client.socket.poll(WAIT_MS)
         return self.client.receive(self.now_s)
 
@@ -250,7 +250,7 @@ def test_refusal_is_told() -> None:
 
         def refuse() -> None:
             script.hear()
-            script.say(AttachRefused("no room"))
+            script.send(AttachRefused("no room"))
 
         helper = threading.Thread(target=refuse)
         helper.start()

@@ -215,14 +215,14 @@ def test_one_gpu_is_refused_with_the_way_out() -> None:
 
 
 def test_messages_wait_for_what_was_announced_before_them() -> None:
-    held = DeferredMessages()
-    assert not held.hold(Closed(1), announced=2, landed=2)
-    assert held.hold(Closed(2), announced=3, landed=2)
-    assert held.hold(Closed(3), announced=4, landed=2)
-    assert held.release(2) == []
-    assert held.release(3) == [Closed(2)]
-    assert held.hold(Closed(4), announced=4, landed=4), "never before what came before it"
-    assert held.release(4) == [Closed(3), Closed(4)] and len(held) == 0
+    deferred = DeferredMessages()
+    assert not deferred.defer(Closed(1), announced=2, landed=2)
+    assert deferred.defer(Closed(2), announced=3, landed=2)
+    assert deferred.defer(Closed(3), announced=4, landed=2)
+    assert deferred.release(2) == []
+    assert deferred.release(3) == [Closed(2)]
+    assert deferred.defer(Closed(4), announced=4, landed=4), "never before what came before it"
+    assert deferred.release(4) == [Closed(3), Closed(4)] and len(deferred) == 0
 
 
 # ---------------------------------------------------------------- two transfer processes
