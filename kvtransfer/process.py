@@ -1,14 +1,15 @@
-"""The transfer process, one beside every worker rank. Its life:
+"""The transfer process, one beside every worker rank. Its life cycle:
 
     1. allocate the staging buffer, and register it with the mover
     2. listen: for the worker, for peers that receive from us, and to hand out the buffer
-    3. the worker attaches; only then do we know the KV's shape, and greet peers
+    3. the worker attaches; only then does the process know the KV's shape, and greet peers
     4. serve: take in what has come, tick the state machines, hand out free slots, carry out what they ask;
        sleep until the next message or deadline, briefly only while a write is in flight
-    5. the worker's life ends: its transfers are cancelled, the next worker may attach
+    5. the worker is gone: its transfers are cancelled, the next worker may attach
     6. SIGTERM: cancel everything, wait a moment for writes in flight, release, remove, deregister, unlink
 
-All decisions are the pure state machines' (`machine.py`); here is only what touches the world. One thread.
+The pure state machines (`protocol/machine.py`) take all decisions; this file does what touches the world. One
+thread.
 """
 
 import logging
@@ -60,7 +61,7 @@ STATS_S = 1.0
 LONGEST_SLEEP_S = 30.0
 SHUTDOWN_S = 1.0
 SPIN_S = 0.0005
-"""A quick mover's write is looked after without sleeping for so long: many times what a slot takes."""
+"""For so long the process polls a quick mover's write without sleeping: many times what a slot takes."""
 BROKEN_EXIT_CODE = 1
 
 
@@ -81,7 +82,7 @@ def run(config: TransferConfig) -> None:
 
 
 class TransferProcess:
-    """Everything that a life holds; see the module for its phases."""
+    """One incarnation of a transfer process; see the module for its life cycle."""
 
     def __init__(self, config: TransferConfig) -> None:
         self.config = config
@@ -172,7 +173,7 @@ class TransferProcess:
         self._shut_down()
 
     def step(self, now_s: float) -> None:
-        """Takes in whatever is there and carries out whatever follows. Never waits."""
+        """Receives whatever is there and carries out whatever follows. Never waits."""
         if self._staging_server is not None:
             self._staging_server.serve()
         for command in self._worker.receive():
@@ -343,7 +344,7 @@ class TransferProcess:
     # ------------------------------------------------------------ 6. the end
 
     def _shut_down(self) -> None:
-        """Tells everybody, and gives writes in flight a moment, so that peers hear `Closed`."""
+        """Notifies worker and peers, and gives writes in flight a moment, so that peers receive `Closed`."""
         log.info("%s ends", self.config.name)
         now_s = time.monotonic()
         until_s = now_s + SHUTDOWN_S
@@ -358,7 +359,8 @@ class TransferProcess:
             self._carry_out(now_s)
 
     def close(self) -> None:
-        """Idempotent. First nobody can reach us, then the mover lets go, then the memory goes."""
+        """Frees everything: first nobody can reach this process, then the mover lets go, then the memory
+        goes. Idempotent."""
         if self._stop is not None:
             self._stop.close()
             self._stop = None
@@ -373,5 +375,5 @@ class TransferProcess:
 
 
 def _shape(worker: AttachWorker) -> tuple[KvGeometry, int, int]:
-    """What peers were told of a worker in their greeting."""
+    """What this process's hello has sent to peers about a worker."""
     return worker.geometry, worker.rank, worker.tp

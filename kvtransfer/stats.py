@@ -1,4 +1,4 @@
-"""What a transfer process tells its worker about itself."""
+"""The statistics that a transfer process sends to its worker."""
 
 import os
 from functools import partial
@@ -14,7 +14,8 @@ from kvtransfer.watched import Watched
 
 
 class StatsCollector:
-    """`device` is None where the staging buffer is host memory. To be closed."""
+    """Collects `Stats` from every part of one transfer process. `device` is None where the staging buffer is
+    host memory. To be closed."""
 
     def __init__(
         self,
@@ -51,6 +52,6 @@ class StatsCollector:
         )
 
     def close(self) -> None:
-        """Idempotent."""
+        """Ends the thread that asks the driver for figures. Idempotent."""
         if self._device_bytes is not None:
             self._device_bytes.close()

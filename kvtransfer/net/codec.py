@@ -1,8 +1,8 @@
 """The framing of every ZMQ edge: one byte of protocol version, then a msgpack list of tagged structs. Between
 the two, a sealed frame has the CRC-32 of the list, in little-endian order.
 
-A list, so that a step costs one message however many things it says. Decoding is strict: types, bounds and
-list lengths are checked while decoding, and nothing but `ProtocolError` comes out of it.
+A frame is a list so that a step costs one message, whatever it has to send. Decoding is strict: it checks
+types, bounds and list lengths, and raises nothing but `ProtocolError`.
 """
 
 import zlib
@@ -20,7 +20,8 @@ SEAL_BYTES = 4
 
 Message = TypeVar("Message")
 OnBad = Callable[[object, str], None]
-"""What a message that is not allowed says (None: it cannot be read at all), and what is wrong with it."""
+"""Called with the content of a message that is not allowed (None: it cannot be read), and what is wrong with
+it."""
 _MALFORMED = (msgspec.MsgspecError, ValueError, OverflowError, RecursionError)
 """Beside msgspec's own errors, bad UTF-8 raises ValueError and deep nesting RecursionError."""
 
@@ -28,8 +29,8 @@ _MALFORMED = (msgspec.MsgspecError, ValueError, OverflowError, RecursionError)
 class Codec(Generic[Message]):
     """Encodes and decodes frames of one union of tagged structs: `Codec[Command](Command)`.
 
-    `max_frame_bytes` bounds what is decoded, and what the socket accepts at all. `sealed`: no frame that was
-    changed on its way is taken for another that could have been said.
+    `max_frame_bytes` bounds what is decoded, and what the socket accepts at all. `sealed`: a frame that was
+    changed on its way is never taken for another that could have been sent.
     """
 
     def __init__(self, union: Any, max_frame_bytes: int = MAX_FRAME_BYTES, sealed: bool = False) -> None:

@@ -1,12 +1,12 @@
-"""The peers that send to us: we connect to them, greet, and watch them until they are lost.
+"""The peers that send to this process: it connects to them, greets, and watches them until they are lost.
 
     GREETING → fits → READY → silent or refused → GREETING again, while quarantined slots hang on it
-    any      → its life is proved over → SETTLING → its slots are free → forgotten
+    any      → its incarnation has ended → SETTLING → its slots are free → forgotten
 
-A lost source is asked again for as long as slots are in quarantine on its account: one that was only
-stopped will then say `Closed`; one that was restarted answers in another life, and a dead one's endpoint
-refuses connections. In the last two cases what was on the way gets a moment to land. Each connection has a
-number of its own, and what is heard on it under another was said before.
+This process greets a lost source again for as long as slots are in quarantine because of it: one that was
+only stopped will then send `Closed`; one that was restarted answers in another incarnation, and a dead one's
+endpoint refuses connections. In the last two cases what was on the way gets a moment to land. Each connection
+has a number of its own, and what arrives on it under another number was sent before.
 """
 
 import logging
@@ -62,8 +62,9 @@ class _Source:
 
 
 class Sources:
-    """`hello(epoch)` gives our greeting to the source in that life, or None while no worker is attached.
-    `watch` and `unwatch` are told of every socket that comes and goes."""
+    """The table of sources, by address. `hello(epoch)` gives our greeting to the source in that incarnation,
+    or None while no worker is attached. `watch` and `unwatch` are called with every socket that comes and
+    goes."""
 
     def __init__(
         self,
@@ -117,7 +118,7 @@ class Sources:
             link, ours = source.link, False
             for message in link.receive():
                 if source.link is not link or self._sources.get(source.address) is not source:
-                    break  # What is left was said on a connection that an earlier message has ended.
+                    break  # What is left was sent on a connection that an earlier message has ended.
                 if isinstance(message, PeerConnection):
                     ours = message == source.connection
                     if not ours:
@@ -240,7 +241,7 @@ class Sources:
         self._greet(source, now_s)
 
     def _over(self, source: _Source, reason: str, now_s: float) -> None:
-        """That life has ended. What it had already sent may still be landing."""
+        """That incarnation has ended. What it had already sent may still be landing."""
         log.warning("source %s is over: %s", source.address.endpoint, reason)
         self._leave(source)
         self._machine.receiver.source_lost(source.address, f"source lost: {reason}", now_s)
@@ -281,7 +282,7 @@ class Sources:
                 self._machine.on_source(source.address, message, now_s)
 
     def _leave(self, source: _Source) -> None:
-        """What it said and is not believed yet falls with the connection."""
+        """Ends a source's connection. Messages that are still deferred end with it."""
         source.deferred.clear()
         if self._two_sided is not None:
             self._two_sided.leave_source(source.agent)

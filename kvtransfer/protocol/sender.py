@@ -1,18 +1,19 @@
-"""Outgoing transfers: slots assigned to the worker, writes posted to the mover, reports of them sent.
+"""The state machine of outgoing transfers: it assigns slots to the worker, posts writes to the mover, and
+reports them to the destination.
 
     1. `open` and `on_offer`, in either order       WAITING or OFFERED → CONFIRMED
-    2. `on_grant`          remote slots that may be written, kept first come first served; the worker hears
-                           how many
+    2. `on_grant`          remote slots that may be written, kept first come first served; the worker is
+                           notified how many
     3. `assign`            the worker has as many local slots as prompts with pages have grants: what is
                            assigned will be packed, and what is packed can be moved. An assigned slot belongs
                            to no transfer before it is packed: none waits for tokens that are still being
                            computed, and no two transfers can ever wait for each other's slots
     4. `filled`            packed segments are paired with grants and posted, a few to a write
-    5. `write_done`        local slots are free, the destination is told what lies where
-    6. `on_committed`      the worker may let its KV go                              CONFIRMED → ENDED
+    5. `write_done`        local slots are free, the destination is notified what lies where
+    6. `on_committed`      the worker may free its KV                                CONFIRMED → ENDED
 
 A failure at any point leads to ENDED, through CLOSING while a write is in flight: local slots stay in
-quarantine until the mover is done with them, and only then does the destination hear `Closed`. A slot that
+quarantine until the mover is done with them, and only then is `Closed` sent to the destination. A slot that
 the worker has packed for a transfer that has ended stays assigned to the worker.
 """
 
@@ -50,7 +51,7 @@ class Sender:
         self._writes: dict[int, InFlightWrite] = {}
         self._next_write_id = 1
         self._assigned: dict[int, SlotUse] = {}
-        """With the worker, by slot: neither filled nor given back."""
+        """By slot, what the worker has been assigned and has neither filled nor given back."""
         self._ended: OrderedDict[int, None] = OrderedDict()
         """Lately ended transfers, so that an offer that comes too late is refused at once."""
 
@@ -142,7 +143,8 @@ class Sender:
         return True
 
     def worker_gone(self, reason: str, now_s: float) -> None:
-        """Nobody waits for anything any more, and nobody packs: assigned slots are free at once."""
+        """The worker is gone. Nobody waits for anything any more, and nobody packs: assigned slots are free
+        at once."""
         for transfer in list(self._transfers.values()):
             if transfer.state is not SendState.CLOSING:
                 self._fail(transfer, reason, now_s, notify_worker=False)
@@ -172,7 +174,7 @@ class Sender:
             self._confirm(transfer)
 
     def on_grant(self, destination: Destination, message: Grant, remote_slots: int) -> None:
-        """`remote_slots` is how many slots the destination said it has."""
+        """Records a grant. `remote_slots` is how many slots the destination has, by its hello."""
         transfer = self._find(destination, message.transfer_id, "grant")
         if transfer is None:
             return
@@ -257,7 +259,7 @@ class Sender:
         )
 
     def assign(self, now_s: float) -> None:
-        """Lends free slots, in all as many as there are grants that could be used at once."""
+        """Assigns free slots to the worker, in all as many as there are grants that could be used at once."""
         pool = self._pool
         if not pool.free:
             return
@@ -339,7 +341,7 @@ class Sender:
         self._finish(transfer, now_s)
 
     def _finish(self, transfer: OutgoingTransfer, now_s: float) -> None:
-        """Ends the transfer as far as the worker goes; the destination hears `Closed` when it is true."""
+        """Ends the transfer as far as the worker goes; sends `Closed` to the destination when it is true."""
         transfer.grants.clear()
         if not transfer.writes:
             self._end(transfer)
@@ -378,7 +380,7 @@ class Sender:
         self._out.writes.append(Write(write_id, transfer.destination, transfer.transfer_id, tuple(pieces)))
 
     def _abandon(self, local: list[SlotUse], now_s: float) -> None:
-        """Packed, but never posted."""
+        """Frees slots that are packed and will not be posted."""
         for use in local:
             self._pool.release(use, now_s)
 

@@ -1,14 +1,14 @@
-"""The slots of one staging buffer: who has which, in what state, in which generation.
+"""The slot pool of one staging buffer: the owner, the state and the generation of each slot.
 
 One pool serves both directions. A slot is
 
-    FREE         nobody's
+    FREE         without an owner
     GRANTED      receiving: a remote sender may write it once. sending: assigned to our worker, to pack into
     FILLED       receiving: data arrived, the worker is to unpack it. sending: packed, being written out
     QUARANTINED  its transfer has ended, but somebody may still write it or read it
 
 and `free + granted + filled + quarantined == slots` at all times. Each use has a new generation, so that a
-late message about a former use is recognised for what it is.
+late message about an earlier use is recognised.
 """
 
 from collections import deque
@@ -50,7 +50,7 @@ class _Slot:
 
 @dataclass(frozen=True, slots=True)
 class SlotHolder:
-    """Who holds a slot that is not free, and since when it is in its state."""
+    """The transfer that has a slot which is not free, and since when the slot is in its state."""
 
     state: SlotState
     generation: int
@@ -60,7 +60,8 @@ class SlotHolder:
 
 
 class SlotPool:
-    """Bookkeeping only: knows no memory and no messages. Raises SlotError / IllegalTransition on misuse."""
+    """The pool's bookkeeping; it knows no memory and no messages. Raises SlotError / IllegalTransition on
+    misuse."""
 
     def __init__(self, slots: int) -> None:
         if slots < 1:
@@ -125,7 +126,7 @@ class SlotPool:
         self._transition(use.slot, SlotState.QUARANTINED, now_s)
 
     def release(self, use: SlotUse, now_s: float) -> None:
-        """Any state but FREE → FREE. Nobody may touch the slot's memory for this use any more."""
+        """Any state but FREE → FREE. Nothing may touch the slot's memory for this use any more."""
         self._check(use)
         self._transition(use.slot, SlotState.FREE, now_s)
         self._in_use[self._slots[use.slot].direction] -= 1
