@@ -1,9 +1,9 @@
 """The transfer process, one beside every worker rank. Its life cycle:
 
     1. allocate the staging buffer, and register it with the mover
-    2. listen: for the worker, for peers that receive from us, and to hand out the buffer
+    2. listen: for the worker, for peers that receive from here, and to hand out the buffer
     3. the worker attaches; only then does the process know the KV's shape, and greet peers
-    4. serve: take in what has come, tick the state machines, hand out free slots, carry out what they ask;
+    4. serve: receive, tick the state machines, hand out free slots, carry out the actions they ask for;
        sleep until the next message or deadline, briefly only while a write is in flight
     5. the worker is gone: its transfers are cancelled, the next worker may attach
     6. SIGTERM: cancel everything, wait a moment for writes in flight, release, remove, deregister, unlink

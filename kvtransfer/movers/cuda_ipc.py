@@ -1,10 +1,10 @@
-"""Copies between two staging buffers on the GPUs of one host, by the copy engines.
+"""The mover `cuda_ipc`: copies between two staging buffers on the GPUs of one host, by the copy engines.
 
     register   the staging buffer has been exported by CUDA IPC when it was allocated
-    describe   its handle travels to peers with our GPU's UUID
+    describe   its handle travels to peers with the own GPU's UUID
     prepare    a peer's buffer is mapped into this process; its GPU must be visible here and reachable
     post       one asynchronous copy for each piece, on one of the peer's streams, and one event behind them
-    check      the event is asked; within a stream only the oldest one
+    check      the event is queried; within a stream only the oldest one
     release    the event goes back; the mapping stays until the peer is removed
 
 A mapping keeps the memory of a dead peer taken, so a lost peer is removed, and its mapping closed, as soon as
@@ -35,7 +35,7 @@ NIXL_ELSE = "or force NIXL on both sides by --mover nixl"
 
 
 class IpcDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a peer needs to map our buffer, and to say why it cannot."""
+    """What a peer needs to map this buffer, and to name the reason why it cannot."""
 
     agent_name: str
     host: str
@@ -66,7 +66,7 @@ class Device(Protocol):
 
 @dataclass(slots=True)
 class _CopyQueue:
-    """One stream: what is queued on it ends in order."""
+    """One stream, with the writes queued on it, which end in order."""
 
     stream: Any
     handles: deque[Handle] = field(default_factory=deque)
@@ -88,7 +88,7 @@ class _IpcWrite:
 
 
 def this_host() -> str:
-    """Names the running kernel, the same in all of its containers."""
+    """The id of the running kernel, the same in all of its containers."""
     return BOOT_ID.read_text().strip()
 
 
@@ -181,7 +181,7 @@ class CudaIpcMover:
                 self._device.copy(target, source, piece.byte_count, queue.stream)
             self._device.record(event, queue.stream)
         except CudaError as error:
-            # Some of its copies may be queued, and there is no event to tell their end.
+            # Some of its copies may be queued, and there is no event behind them.
             raise MoverBroken(f"write to {peer}: {error}") from error
         handle, self._next_handle = self._next_handle, self._next_handle + 1
         self._posted[handle] = _IpcWrite(queue, event)

@@ -1,16 +1,16 @@
-"""NCCL between two staging buffers, for hosts where nothing else is set up. It runs kernels on the GPU, which
-slow the worker's steps: last in the order of choice.
+"""The mover `nccl`: NCCL between two staging buffers, for hosts where nothing else is set up. It runs kernels
+on the GPU, which slow the worker's steps: last in the order of choice.
 
 Sends need receives, so both sides take part (`TwoSidedMover`). One communicator a pair and direction:
 
     add_peer (sender)        note Join(unique id) ──>   the receiver joins as rank 1
     post                     note Announce(pieces) ──>  the receiver checks them and posts the receives
-    the send's event         the sender's slots are free, and it says `Written` on the same channel
-    the receive's event      only now does the receiver believe that `Written`: what a peer says after an
-                             announcement waits until that batch has landed
+    the send's event         the sender's slots are free, and it sends `Written` on the same channel
+    the receive's event      only now does the receiver accept that `Written`: it defers a peer's messages
+                             after an announcement until that batch has landed
 
 Either side ends a pair by aborting its communicator, and loses the connection with it, so that both do. A
-batch is over when it has landed, or when the abort has ended; until then its slots are in somebody's hands.
+batch has ended when it has landed, or when the abort has ended; until then its slots are in use.
 """
 
 from collections import Counter
@@ -51,7 +51,7 @@ class JoinPair(msgspec.Struct, frozen=True, tag="join", forbid_unknown_fields=Tr
 
 
 class Announce(msgspec.Struct, frozen=True, tag="announce", forbid_unknown_fields=True):
-    """`(offset, byte_count)` in the receiver's buffer, in the order of the sends."""
+    """The receives to post: `(offset, byte_count)` in the receiver's buffer, in the order of the sends."""
 
     pieces: list[tuple[int, int]]
 
@@ -60,7 +60,7 @@ _NOTES = msgspec.msgpack.Decoder(JoinPair | Announce)
 
 
 class NcclMover:
-    """A `TwoSidedMover`. `aside` runs what may take a while."""
+    """A `Mover`, and a `TwoSidedMover`, for device memory. `aside` runs what may take a while."""
 
     name = "nccl"
     quick = False
@@ -188,7 +188,7 @@ class NcclMover:
             self._leaving.append((peer, pair))
 
     def on_note(self, peer: str, note: bytes) -> None:
-        """Raises MoverError for what makes no sense: the peer is to be lost."""
+        """Handles a source's note. Raises MoverError for what makes no sense: the source has to be lost."""
         if peer not in self._sources:
             raise MoverError("a note before the greeting")
         try:

@@ -1,4 +1,4 @@
-"""One communicator of two processes: rank 0 sends, rank 1 receives, batch after batch in the same order.
+"""One NCCL communicator of two processes: rank 0 sends, rank 1 receives, batch after batch in the same order.
 
     JOINING ──> READY <──> ISSUING      a batch is handed to NCCL, which may take some calls
        └──────────┴──────────┴──> STOPPING ──> STOPPED
@@ -39,7 +39,7 @@ TRANSITIONS: dict[PairState, frozenset[PairState]] = {
 
 
 class PairLibrary(Protocol):
-    """What is needed of `NcclLibrary`."""
+    """The part of `NcclLibrary` that a pair needs."""
 
     def unique_id(self) -> bytes: ...
     def join(self, unique_id: bytes, rank: int) -> int: ...
@@ -51,7 +51,7 @@ class PairLibrary(Protocol):
 
 
 class Streams(Protocol):
-    """What is needed of `CudaDevice`."""
+    """The part of `CudaDevice` that a pair needs."""
 
     uuid: str
 
@@ -64,7 +64,7 @@ class Streams(Protocol):
 
 
 Aside = Callable[[Callable[[], None]], Callable[[], bool]]
-"""Begins some work and gives what tells whether it has ended."""
+"""Begins some work and returns a function that answers whether it has ended."""
 
 
 def in_thread(work: Callable[[], None]) -> Callable[[], bool]:
@@ -75,14 +75,14 @@ def in_thread(work: Callable[[], None]) -> Callable[[], bool]:
 
 @dataclass(slots=True, eq=False)
 class Batch:
-    """`(address, byte_count)` of our own memory, and what has become of them."""
+    """The pieces of one write: `(address, byte_count)` of the own memory, and how far they are."""
 
     pieces: list[tuple[int, int]]
     progress: Progress = Progress.PENDING
 
 
 class NcclPair:
-    """Raises MoverError if the pair cannot begin to join."""
+    """One end of a communicator, with its batches. Raises MoverError if the pair cannot begin to join."""
 
     def __init__(
         self, library: PairLibrary, device: Streams, unique_id: bytes, rank: int, aside: Aside = in_thread
@@ -100,7 +100,7 @@ class NcclPair:
 
     @property
     def idle(self) -> bool:
-        """Nothing to look after."""
+        """Whether there is nothing to advance."""
         if self.state is PairState.STOPPED:
             return True
         return self.state is PairState.READY and not (self._waiting or self._flying)
@@ -112,7 +112,7 @@ class NcclPair:
         self.advance()
 
     def advance(self) -> None:
-        """Moves everything on as far as it goes without waiting. Raises MoverBroken for a failed device."""
+        """Advances everything as far as it goes without waiting. Raises MoverBroken for a failed device."""
         if self.state is PairState.STOPPED:
             return
         if self.state is PairState.STOPPING:

@@ -1,6 +1,6 @@
-"""The default mover: NIXL over UCX (RDMA, TCP, shared memory, NVLink), for host and device memory.
+"""The mover `nixl`: NIXL over UCX (RDMA, TCP, shared memory, NVLink), for host and device memory.
 
-Uses the native binding, not its Python wrapper: the wrapper fixes the progress thread's pause at 0, which
+It uses the native binding, not its Python wrapper: the wrapper fixes the progress thread's pause at 0, which
 spins a whole core for each agent. Two flavours of the binding must never be loaded in one process.
 """
 
@@ -22,8 +22,8 @@ HOST_ENVIRONMENT = {"UCX_TLS": "tcp,cma,self", "UCX_NET_DEVICES": "lo"}
 
 
 def prepare_environment(environment: MutableMapping[str, str], *, same_host: bool) -> None:
-    """UCX's transports for host memory, unless the user has chosen: left alone it would also listen on the
-    machine's outward address, and shared memory without `tcp` cannot notice a peer's death."""
+    """Sets UCX's transports for host memory, unless the user has chosen: left alone it would also listen on
+    the machine's outward address, and shared memory without `tcp` cannot notice a peer's death."""
     if not same_host:
         return
     for name, value in HOST_ENVIRONMENT.items():
@@ -33,7 +33,8 @@ def prepare_environment(environment: MutableMapping[str, str], *, same_host: boo
 
 
 class NixlMover:
-    """A `Mover` over one NIXL agent. `agent_name` must never have been used before by any life.
+    """A `Mover` over one NIXL agent. `agent_name` must never have been used before by any
+    incarnation.
 
     `same_host` restricts UCX to what works inside one machine. Raises MoverUnavailable if the library or
     its UCX backend cannot be used here.
@@ -162,7 +163,8 @@ class NixlMover:
 
 
 def missing() -> str | None:
-    """Only whether it is there: to load it is to choose it, and what fails then says why."""
+    """Looks only whether the package is there: to load it is to choose it, and what fails then gives the
+    reason."""
     if importlib.util.find_spec("nixl_cu13") is None:
         return "the package nixl-cu13 is not installed"
     return None

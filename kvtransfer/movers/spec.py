@@ -1,4 +1,4 @@
-"""What a mover's file says of its mover.
+"""The description that every mover's file gives of its mover.
 
 A mover is one file of this folder: its class, and a `MoverSpec` called `MOVER`, which the registry finds. No
 other file names it. A spec loads no library of its mover: a command line that only lists names, and a worker
@@ -18,11 +18,11 @@ NOT_ON_HOST = "it moves device memory, and this staging buffer is on the host (s
 
 @dataclass(frozen=True, slots=True)
 class HostFacts:
-    """What a mover's usefulness depends on, of one transfer process on its host."""
+    """The facts about one transfer process and its host that the choice of a mover depends on."""
 
     device: Device
     same_host: bool
-    """Every peer is on this host, as far as the endpoint tells: UNIX sockets, or the loopback network."""
+    """Every peer is on this host, as far as the endpoint shows: UNIX sockets, or the loopback network."""
     missing: Mapping[str, str] = field(default_factory=dict)
     """Movers whose libraries are not here, by name, each with what is missing."""
     unreachable_gpus: tuple[int, ...] = ()
@@ -60,7 +60,7 @@ def _nothing(facts: HostFacts) -> str | None:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoverSpec:
     """One mover: when it is chosen, what it costs, how it is built. Questions about the host are answered by
-    one clause of a message, or None where there is nothing to say."""
+    one clause of a message, or None where nothing has to be added."""
 
     name: str
     """The value of `--mover`, and what peers compare: the `name` of what `build` gives."""

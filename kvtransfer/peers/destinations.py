@@ -1,4 +1,4 @@
-"""The peers that receive from us: they connect, say who they are, and are watched until they are lost.
+"""The peers that receive from this process: they connect and greet, and are watched until they are lost.
 
     UNKNOWN connection → PeerHello fits → GREETED → silent, unreachable or replaced → forgotten
 
@@ -43,7 +43,8 @@ class _Peer:
 
 
 class Destinations:
-    """`hello(None)` gives our own greeting, or None while no worker is attached."""
+    """The table of connected destinations, by epoch. `hello(None)` gives this process's own hello, or None
+    while no worker is attached."""
 
     def __init__(
         self,
@@ -63,7 +64,7 @@ class Destinations:
         self._by_identity: dict[bytes, _Peer] = {}
         self._by_epoch: dict[Destination, _Peer] = {}
         self._leaving: dict[Destination, str] = {}
-        """Lost peers by epoch, with their agents: removed from the mover once nothing is in flight."""
+        """Lost peers by epoch, with their agents: the mover forgets them once nothing is in flight."""
 
     def __len__(self) -> int:
         return len(self._by_epoch)
@@ -88,7 +89,7 @@ class Destinations:
                     self._greet(identity, connection, message, now_s)
                 elif peer is None:
                     self._machine.outbox.drops["peer_before_hello"] += 1
-                    self._server.send(identity, [connection, PeerRefused("say hello first")])
+                    self._server.send(identity, [connection, PeerRefused("send hello first")])
                     break
                 elif peer.connection != connection:
                     self._machine.outbox.drops["other_connection"] += 1
@@ -108,7 +109,7 @@ class Destinations:
             self.lose(destination, "its connection is gone", now_s)
 
     def send_notes(self, now_s: float) -> None:
-        """What the mover has to say, before anything that is said about the same writes."""
+        """Sends the mover's notes, before any message about the same writes."""
         if self._two_sided is None:
             return
         for agent, note in self._two_sided.notes():
@@ -117,7 +118,7 @@ class Destinations:
                 self.send(destination, [MoverNote(note)], now_s)
 
     def tick(self, now_s: float) -> None:
-        """Heartbeats and silence; takes leave of lost peers."""
+        """Sends heartbeats, loses silent peers, and removes lost ones from the mover."""
         for agent, fault in [] if self._two_sided is None else self._two_sided.faults():
             destination = self._named(agent)
             if destination is not None:
@@ -168,8 +169,8 @@ class Destinations:
         ours = self._hello(None)
         former = self._by_identity.get(identity)
         if former is not None and (former.connection, former.hello.epoch) != (connection, theirs.epoch):
-            # One of the two hellos was said elsewhere, and nobody can say which. Whoever is at the other end
-            # is told so on both accounts, and greets again on another connection.
+            # One of the two hellos was sent elsewhere, and nobody knows which. The other end is notified on
+            # both connections, and greets again on another one.
             self._dismiss(former.hello.epoch, TWO_HELLOS, now_s)
             self._refuse(identity, connection, theirs, TWO_HELLOS, [])
             return
@@ -178,11 +179,11 @@ class Destinations:
             return
         reason = mismatch(ours, theirs)
         if theirs.expected_epoch != ours.epoch:
-            reason = "another life was meant"
+            reason = "another incarnation was meant"
         if reason is None:
             reason = self._introduce(theirs)
         if reason is not None:
-            # Our hello goes first: from it the other side learns that the life it meant is over.
+            # Our hello goes first: by it the other side learns that the incarnation it meant has ended.
             self._refuse(identity, connection, theirs, reason, [ours])
             return
         former = self._by_epoch.get(theirs.epoch)

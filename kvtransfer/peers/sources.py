@@ -62,7 +62,7 @@ class _Source:
 
 
 class Sources:
-    """The table of sources, by address. `hello(epoch)` gives our greeting to the source in that incarnation,
+    """The table of sources, by address. `hello(epoch)` gives the hello to the source in that incarnation,
     or None while no worker is attached. `watch` and `unwatch` are called with every socket that comes and
     goes."""
 
@@ -90,7 +90,7 @@ class Sources:
         return sum(source.state is SourceState.READY for source in self._sources.values())
 
     def connect(self, address: TransferAddress, now_s: float) -> None:
-        """Starts to greet, unless that is under way. A bad endpoint ends the transfers at once."""
+        """Connects and greets, unless that is under way. A bad endpoint ends the transfers at once."""
         if address in self._sources:
             return
         try:
@@ -265,7 +265,7 @@ class Sources:
         return source.deferred.defer(message, announced, landed)
 
     def _at_rest(self, source: _Source) -> bool:
-        """Whether nothing that the source has announced is on its way into our memory."""
+        """Whether nothing that the source has announced is on its way into this process's memory."""
         return self._two_sided is None or (
             self._two_sided.announced(source.agent) == self._two_sided.landed(source.agent)
         )

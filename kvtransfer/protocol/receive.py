@@ -43,7 +43,7 @@ class IncomingSegments:
     kv_heads: int
     token_bytes: int
     segment_tokens: int
-    """The most tokens of one segment, as far as our own slots go."""
+    """The most tokens of one segment, as far as this side's slots go."""
     state: ReceiveState = ReceiveState.CONNECTING
     arrived: TokenRanges = field(default_factory=TokenRanges)
     ready: bool = False

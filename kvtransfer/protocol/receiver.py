@@ -1,7 +1,7 @@
-"""Incoming transfers: offers and grants out, reports of writes in.
+"""The state machine of incoming transfers: it offers and grants, and checks the reports of writes.
 
     1. `open`           the worker has pages: connect to the source, then offer            CONNECTING → OPEN
-    2. `grant`          free slots go to the open transfers, fewest-holding first
+    2. `grant`          free slots go to the open transfers, those with fewest first
     3. `on_written`     each segment is checked against its grant, then given to the worker
     4. `commit`         all there: notify the source, void what is left of the grants      OPEN → COMMITTED
     5. `on_closed`      the source has nothing in flight: quarantined slots are free       → ENDED

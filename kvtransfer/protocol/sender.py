@@ -38,8 +38,8 @@ from kvtransfer.protocol.slots import Direction, SlotPool
 
 REMEMBERED_ENDS = 8192
 PIECES_A_WRITE = 2
-"""The other side unpacks, and our slots come back, while the next write runs; fewer would cost more to begin
-and to end than the link takes to move them."""
+"""The other side unpacks, and local slots come back, while the next write runs; fewer would cost more to
+begin and to end than the link takes to move them."""
 
 
 class Sender:

@@ -3,7 +3,7 @@
 One pool serves both directions. A slot is
 
     FREE         without an owner
-    GRANTED      receiving: a remote sender may write it once. sending: assigned to our worker, to pack into
+    GRANTED      receiving: a remote sender may write it once. sending: assigned to the worker, to pack into
     FILLED       receiving: data arrived, the worker is to unpack it. sending: packed, being written out
     QUARANTINED  its transfer has ended, but somebody may still write it or read it
 

@@ -181,7 +181,7 @@ def test_a_killed_side_is_survived_and_replaced(both: Both, victim: str) -> None
     drive(
         [both.prefill, both.decode],
         lambda: bool(killed.lost) and killed.client.ready and 2 in survivor.aborted,
-        "the survivor notices, the other is attached to the next life",
+        "the survivor notices, the other is attached to the next incarnation",
     )
     both.prefill.paused = False
     killed.map_staging()
@@ -220,7 +220,11 @@ def test_killed_destinations_leave_no_memory_behind(device: CudaDevice) -> None:
                 used_bytes.append(settled_bytes())
                 sides.start("decode")
                 both: list[Worker] = [sides.prefill, sides.decode]
-                drive(both, lambda: bool(sides.decode.lost) and sides.decode.client.ready, "the next life")
+                drive(
+                    both,
+                    lambda: bool(sides.decode.lost) and sides.decode.client.ready,
+                    "the next incarnation",
+                )
                 sides.decode.map_staging()
         finally:
             sides.close()

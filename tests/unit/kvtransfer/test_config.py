@@ -1,4 +1,5 @@
-"""Bad settings are named; two processes that do not fit say why; a death is told from a silence."""
+"""Bad settings are named; two processes that do not fit give the reason; a death is distinguished from a
+silence."""
 
 import os
 import socket

@@ -1,4 +1,4 @@
-"""Which mover a host gets, and what it says about it."""
+"""Which mover a host gets, and with which warning."""
 
 from dataclasses import replace
 from pathlib import Path

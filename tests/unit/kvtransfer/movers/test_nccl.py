@@ -331,11 +331,11 @@ def test_kv_goes_both_ways_survives_a_fault_and_a_restart(threads: Threads) -> N
     drive(sides, lambda: 9 in decode.aborted, "its end is noticed")
     threads.wire.running = True
     threads.start("prefill")
-    drive(sides, lambda: bool(prefill.lost) and prefill.client.ready, "the next life")
+    drive(sides, lambda: bool(prefill.lost) and prefill.client.ready, "the next incarnation")
     all_free(*sides)
     decode.receive(10, prefill, 300)
     prefill.send(10, content_of(300, 10))
-    drive(sides, lambda: 10 in prefill.committed, "the next life serves")
+    drive(sides, lambda: 10 in prefill.committed, "the next incarnation serves")
     assert decode.got[10] == content_of(300, 10)
     for worker in sides:
         worker.client.close()

@@ -59,18 +59,18 @@ class Scene:
 
     def hear(self) -> list[PeerMessage]:
         assert self.server.socket.poll(WAIT_MS)
-        heard: list[PeerMessage] = []
+        received: list[PeerMessage] = []
         for peer, (connection, *messages) in self.server.receive():
             assert isinstance(connection, PeerConnection)
             self.peer, self.connection = peer, connection
-            heard.extend(messages)
-        return heard
+            received.extend(messages)
+        return received
 
     def send(self, message: PeerMessage, now_s: float) -> None:
         self.send_at_once([message], now_s)
 
     def send_at_once(self, messages: list[PeerMessage], now_s: float) -> None:
-        """In one frame, on the connection that was heard last."""
+        """In one frame, on the connection that the last frame came on."""
         assert self.server.send(self.peer, [self.connection, *messages])
         assert self.sources._sources[self.address].link.socket.poll(WAIT_MS)
         self.sources.receive(now_s)
@@ -140,7 +140,7 @@ def test_heartbeats_keep_it(scene: Scene) -> None:
 
 def test_another_life_at_the_same_address_proves_the_former_over(scene: Scene) -> None:
     scene.ready()
-    scene.send(PeerRefused("say hello first"), 1.0)  # What a reborn source says to an old connection.
+    scene.send(PeerRefused("send hello first"), 1.0)  # What a restarted source sends on an old connection.
     assert scene.machine.pool.counts().quarantined == 2
     while not any(isinstance(message, PeerHello) for message in scene.hear()):
         pass
@@ -160,8 +160,9 @@ def test_a_refused_connection_proves_death(scene: Scene) -> None:
 
 
 def test_what_was_said_on_another_connection_is_dropped(scene: Scene) -> None:
-    """A hello of a life before, heard again, must not prove the present one over: slots in quarantine would
-    be free while it may still write. A `Closed` that is heard again would free them likewise."""
+    """A hello of an earlier incarnation, received again, must not prove the present one dead: slots in
+    quarantine would be free while it may still write. A `Closed` that is received again would free them
+    likewise."""
     scene.ready()
     former = scene.connection
     scene.sources.tick(TIMEOUT_S)
@@ -196,7 +197,7 @@ def test_two_refusals_at_once_are_one(scene: Scene) -> None:
 def test_what_was_said_on_an_ended_connection_does_not_count_for_the_next(scene: Scene) -> None:
     scene.ready()
     former = scene.sources._sources[scene.address].link
-    scene.send_at_once([PeerRefused("say hello first"), THEIRS, PeerRefused("again")], 1.0)
+    scene.send_at_once([PeerRefused("send hello first"), THEIRS, PeerRefused("again")], 1.0)
     renewed = scene.sources._sources[scene.address].link
     assert renewed is not former and scene.sockets == [renewed]
     assert len(scene.sources) == 0  # The new connection has not been greeted yet.

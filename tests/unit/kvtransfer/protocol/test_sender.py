@@ -1,4 +1,4 @@
-"""What a worker and a destination may say to the sending side and what is made of it."""
+"""The messages of a worker and a destination to the sending side, and what follows from each."""
 
 import pytest
 
@@ -338,5 +338,5 @@ def test_what_is_packed_at_once_goes_out_in_small_writes() -> None:
     assert [piece.remote_slot for write in writes for piece in write.pieces] == list(range(5))
     machine.sender.write_done(writes[2].write_id, 0.0)
     assert machine.pool.free == 6, "each write's end frees its own slots"
-    _, (_, said) = machine.outbox.to_destinations
-    assert isinstance(said, Written) and [s.slot for s in said.segments] == [4]
+    _, (_, written) = machine.outbox.to_destinations
+    assert isinstance(written, Written) and [s.slot for s in written.segments] == [4]
