@@ -24,11 +24,11 @@ from kvtransfer.movers.nccl_library import NcclError, NcclLibrary, find_nccl
 from kvtransfer.movers.nccl_pair import (
     RECEIVER,
     SENDER,
-    Aside,
     Batch,
     NcclPair,
     PairLibrary,
     PairState,
+    RunInBackground,
     Streams,
     in_thread,
 )
@@ -60,16 +60,20 @@ _NOTES = msgspec.msgpack.Decoder(JoinPair | Announce)
 
 
 class NcclMover:
-    """A `Mover`, and a `TwoSidedMover`, for device memory. `aside` runs what may take a while."""
+    """A `Mover`, and a `TwoSidedMover`, for device memory. `run_in_background` runs what may take a while."""
 
     name = "nccl"
     quick = False
 
     def __init__(
-        self, agent_name: str, library: PairLibrary, device: Streams, aside: Aside = in_thread
+        self,
+        agent_name: str,
+        library: PairLibrary,
+        device: Streams,
+        run_in_background: RunInBackground = in_thread,
     ) -> None:
         self.agent_name = agent_name
-        self._library, self._device, self._aside = library, device, aside
+        self._library, self._device, self._run_in_background = library, device, run_in_background
         self._region: Region | None = None
         self._regions: dict[str, Region] = {}
         self._outgoing: dict[str, NcclPair] = {}
@@ -106,7 +110,9 @@ class NcclMover:
         if theirs.gpu_uuid == self._device.uuid:
             raise MoverError("nccl takes no two processes on one GPU: --mover cuda_ipc does, on both sides")
         unique_id = self._library.unique_id()
-        self._outgoing[peer] = NcclPair(self._library, self._device, unique_id, SENDER, self._aside)
+        self._outgoing[peer] = NcclPair(
+            self._library, self._device, unique_id, SENDER, self._run_in_background
+        )
         self._regions[peer] = region
         self._notes.append((peer, msgspec.msgpack.encode(JoinPair(unique_id))))
 
@@ -200,7 +206,7 @@ class NcclMover:
             if pair is not None:
                 raise MoverError("joined twice")
             self._incoming[peer] = NcclPair(
-                self._library, self._device, message.unique_id, RECEIVER, self._aside
+                self._library, self._device, message.unique_id, RECEIVER, self._run_in_background
             )
             return
         if pair is None or ours is None:

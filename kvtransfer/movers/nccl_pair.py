@@ -63,7 +63,7 @@ class Streams(Protocol):
     def reached(self, event: Any) -> bool: ...
 
 
-Aside = Callable[[Callable[[], None]], Callable[[], bool]]
+RunInBackground = Callable[[Callable[[], None]], Callable[[], bool]]
 """Begins some work and returns a function that answers whether it has ended."""
 
 
@@ -85,9 +85,15 @@ class NcclPair:
     """One end of a communicator, with its batches. Raises MoverError if the pair cannot begin to join."""
 
     def __init__(
-        self, library: PairLibrary, device: Streams, unique_id: bytes, rank: int, aside: Aside = in_thread
+        self,
+        library: PairLibrary,
+        device: Streams,
+        unique_id: bytes,
+        rank: int,
+        run_in_background: RunInBackground = in_thread,
     ) -> None:
-        self._library, self._device, self._rank, self._aside = library, device, rank, aside
+        self._library, self._device, self._rank = library, device, rank
+        self._run_in_background = run_in_background
         self.state = PairState.JOINING
         self.fault: str | None = None
         """Why it was stopped, if by itself."""
@@ -141,7 +147,7 @@ class NcclPair:
         """Begins to abort. Idempotent."""
         if self.state not in (PairState.STOPPING, PairState.STOPPED):
             self._transition(PairState.STOPPING)
-            self._stopped = self._aside(lambda: self._library.abort(self._comm))
+            self._stopped = self._run_in_background(lambda: self._library.abort(self._comm))
 
     def _issued(self) -> None:
         batch, self._issuing = self._issuing, None

@@ -278,7 +278,7 @@ class Sources:
             if source.state is SourceState.READY and source.agent in faults:
                 self._lose(source, f"mover: {faults[source.agent]}"[:1000], now_s)
                 continue
-            for message in source.deferred.release(self._two_sided.landed(source.agent)):
+            for message in source.deferred.take_due(self._two_sided.landed(source.agent)):
                 self._machine.on_source(source.address, message, now_s)
 
     def _leave(self, source: _Source) -> None:

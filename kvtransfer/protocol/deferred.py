@@ -25,7 +25,7 @@ class DeferredMessages:
         self._waiting.append((announced, message))
         return True
 
-    def release(self, landed: int) -> list[PeerMessage]:
+    def take_due(self, landed: int) -> list[PeerMessage]:
         """The messages that count now, oldest first."""
         free: list[PeerMessage] = []
         while self._waiting and self._waiting[0][0] <= landed:

@@ -37,8 +37,8 @@ class Node:
         self.buffer = (ctypes.c_char * SIZE)()
         self.library = FakeNccl(wire)
         self.device = FakeStreams(self.library, gpu)
-        self.aside = inline
-        self.mover = NcclMover(name, self.library, self.device, lambda work: self.aside(work))
+        self.run_in_background = inline
+        self.mover = NcclMover(name, self.library, self.device, lambda work: self.run_in_background(work))
         self.region = Region(ctypes.addressof(self.buffer), SIZE, 0, on_device=True)
         self.mover.register(self.region)
 
@@ -122,7 +122,7 @@ def test_a_stopped_pair_ends_its_batches_only_when_the_abort_has(side: str) -> N
         waiting.append(work)
         return lambda: bool(done)
 
-    two.a.aside = two.b.aside = later
+    two.a.run_in_background = two.b.run_in_background = later
     if side == "a":
         two.a.mover.cut("b")
     else:
@@ -219,10 +219,10 @@ def test_messages_wait_for_what_was_announced_before_them() -> None:
     assert not deferred.defer(Closed(1), announced=2, landed=2)
     assert deferred.defer(Closed(2), announced=3, landed=2)
     assert deferred.defer(Closed(3), announced=4, landed=2)
-    assert deferred.release(2) == []
-    assert deferred.release(3) == [Closed(2)]
+    assert deferred.take_due(2) == []
+    assert deferred.take_due(3) == [Closed(2)]
     assert deferred.defer(Closed(4), announced=4, landed=4), "never before what came before it"
-    assert deferred.release(4) == [Closed(3), Closed(4)] and len(deferred) == 0
+    assert deferred.take_due(4) == [Closed(3), Closed(4)] and len(deferred) == 0
 
 
 # ---------------------------------------------------------------- two transfer processes
