@@ -234,8 +234,9 @@ def missing() -> str | None:
 
 
 def build(setup: MoverSetup) -> NcclMover:
+    device = setup.gpu
     try:
-        return NcclMover(setup.agent_name, NcclLibrary(same_host=setup.same_host), setup.gpu)
+        return NcclMover(setup.agent_name, NcclLibrary(same_host=setup.same_host), device)
     except NcclError as error:
         raise MoverUnavailable(f"--mover nccl: {error}") from error
 

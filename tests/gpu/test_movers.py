@@ -170,7 +170,7 @@ def test_both_ways_at_once(both: Both) -> None:
 @pytest.mark.parametrize("victim", ["prefill", "decode"])
 def test_a_killed_side_is_survived_and_replaced(both: Both, victim: str) -> None:
     both.move(1)
-    both.prefill.paused = True  # Grants are out, and slots are lent: the middle of a transfer.
+    both.prefill.paused = True  # Grants are out, and slots are assigned: the middle of a transfer.
     both.decode.receive(2, both.prefill, TOKENS)
     both.prefill.send(2, content_of(TOKENS, 2))
     drive([both.prefill, both.decode], lambda: _granted(both.decode) > 0, "slots are granted")
