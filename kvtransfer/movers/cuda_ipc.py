@@ -44,7 +44,7 @@ class IpcDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ipc_handle: bytes
 
 
-class Device(Protocol):
+class CopyDevice(Protocol):
     """What the mover needs of `kvtransfer.buffer.cuda.CudaDevice`."""
 
     index: int
@@ -103,7 +103,7 @@ class CudaIpcMover:
     name = "cuda_ipc"
     quick = True
 
-    def __init__(self, agent_name: str, device: Device, ipc_handle: bytes) -> None:
+    def __init__(self, agent_name: str, device: CopyDevice, ipc_handle: bytes) -> None:
         self.agent_name = agent_name
         self._device = device
         self._description = IpcDescription(
