@@ -1,11 +1,11 @@
 """ZMQ sockets for every edge: `Server` (ROUTER, bound) and `Link` (DEALER, connected).
 
-Nothing here ever blocks, and nothing that arrives ever raises: frames that do not decode are dropped and
-reported through `on_drop(reason)`. `ipc://` paths lie in a directory of mode 0700 that is ours; `tcp://`
+Nothing here ever blocks, and nothing that arrives ever raises: a socket drops frames that do not decode, and
+reports them through `on_drop(reason)`. `ipc://` paths lie in a directory of mode 0700 that is ours; `tcp://`
 is refused without CURVE keys and an allow-list (see keys.py).
 
 Both poll with `zmq.Poller` on `.socket`. A `Link` reconnects by itself and keeps up to its high-water mark
-of frames for a server that is not there: whoever uses one must cope with a reborn server (epochs do that).
+of frames for a server that is not there: its user must cope with a restarted server (epochs do that).
 """
 
 import contextlib
@@ -116,8 +116,8 @@ class Server(Generic[In, Out]):
         on_bad: Callable[[bytes, object, str], None] | None = None,
     ) -> None:
         """`refusal(why)` answers a frame of another protocol version: its sender cannot read the answer, but
-        sees our version in front of it. `on_bad(peer, message, why)` takes messages that are not allowed out
-        of frames whose others count; without it such a frame is dropped as a whole."""
+        sees our version in front of it. `on_bad(peer, message, why)` gets messages that are not allowed, and
+        the others of their frame count; without it such a frame is dropped as a whole."""
         scheme, address, _ = _split_endpoint(endpoint)
         self._receives, self._sends, self._on_drop, self._refusal = receives, sends, on_drop, refusal
         self._on_bad = on_bad
@@ -146,7 +146,7 @@ class Server(Generic[In, Out]):
         self.endpoint: str = f"{bound}#{keys.name}" if scheme == "tcp" and keys is not None else bound
 
     def receive(self) -> list[tuple[bytes, list[In]]]:
-        """What has arrived, as `(peer, messages)`, oldest first; at most 256 frames a call."""
+        """The messages that have arrived, as `(peer, messages)`, oldest first; at most 256 frames a call."""
         arrived: list[tuple[bytes, list[In]]] = []
         for _ in range(FRAMES_PER_RECEIVE):
             try:

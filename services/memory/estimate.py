@@ -6,6 +6,7 @@ start and the ledger shows both.
 
 from dataclasses import dataclass
 
+from kvtransfer.movers.registry import mover_context_bytes
 from kvtransfer.protocol.layout import rank_slot_bytes
 from services.config import Device, Dtype, WorkerConfig
 from services.engine.checkpoint.model_config import ModelConfig, dtype_bytes
@@ -16,8 +17,6 @@ from services.memory.inputs import PlanInput
 _MIB = 1 << 20
 _CPU_ATTENTION_COPIES = 2
 """Scores and their softmax, which the torch reference holds whole and in float32."""
-
-NCCL_CONTEXT_BYTES = 1024 * _MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +40,8 @@ def contexts(device: Device, tp: int = 1) -> Contexts:
 
 
 def transfer_context_bytes(device: Device, mover: str) -> int:
-    """What the transfer process takes besides its buffer. NCCL loads kernels and keeps buffers for each
-    communicator: about 1000 MiB were measured on H200 with one, context included."""
-    return NCCL_CONTEXT_BYTES if mover == "nccl" else contexts(device).transfer_bytes
+    """What the transfer process takes besides its buffer: a context, and what its mover's library adds."""
+    return contexts(device).transfer_bytes + mover_context_bytes(mover)
 
 
 def estimate_activation_bytes(

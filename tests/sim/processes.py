@@ -74,7 +74,7 @@ class TransferHost(Process):
         process, incarnation = self.process, self.incarnation
 
         def end() -> None:
-            process._farewell()
+            process._shut_down()
             process.close()
 
         self._run(end)
