@@ -1,4 +1,4 @@
-"""The engine of a worker's rank 0: whatever it is called to do, the other ranks are told first."""
+"""The engine of a worker's rank 0: it sends whatever it is called to do to the other ranks first."""
 
 import contextlib
 import tempfile
@@ -26,7 +26,7 @@ from services.tensor_parallel.messages import (
     RankMemory,
     ReportMemory,
 )
-from services.tensor_parallel.page_tables import PageTableBook
+from services.tensor_parallel.page_tables import SentPageTables
 from services.tensor_parallel.rank_pool import START_TIMEOUT_S, STEP_TIMEOUT_S, RankError, Ranks
 
 _IPC = "ipc://"
@@ -53,7 +53,7 @@ class LeadingEngine(Engine):
         self._store = store
         self.limit_bytes = 1 << 62
         """What every rank's allocator is capped at, with the pool."""
-        self._book = PageTableBook(TABLES_PER_SEQUENCE * config.max_batch)
+        self._page_tables = SentPageTables(TABLES_PER_SEQUENCE * config.max_batch)
 
     # ------------------------------------------------------------ start
 
@@ -86,7 +86,7 @@ class LeadingEngine(Engine):
     def launch(self, rows: list[Row]) -> Launched:
         if not rows:
             return super().launch(rows)
-        step, own = self._book.step(rows)
+        step, own = self._page_tables.step(rows)
         self.ranks.send(step)
         try:
             with self.ranks.within(STEP_TIMEOUT_S, "a step"):
@@ -113,9 +113,9 @@ class LeadingEngine(Engine):
             with contextlib.suppress(FileNotFoundError):
                 self._store.parent.rmdir()
 
-    def _together(self, order: RankCommand, own: Callable[[], int]) -> int:
-        self.ranks.send(order)
-        what = f"{type(order).__name__} of the ranks"
+    def _together(self, command: RankCommand, own: Callable[[], int]) -> int:
+        self.ranks.send(command)
+        what = f"{type(command).__name__} of the ranks"
         with self.ranks.within(START_TIMEOUT_S, what):
             mine = own()
             answers = self.ranks.answers(START_TIMEOUT_S)

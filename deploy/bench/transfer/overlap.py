@@ -23,6 +23,7 @@ from services.config import Device, WorkerConfig
 from services.engine.batch import Row, SampleSpec
 from services.engine.checkpoint.model_config import read_model_config
 from services.engine.engine import Engine
+from services.engine.events import NOW
 from services.engine.kv.copies import Copy
 from services.engine.kv.run_table import SlotRun
 from services.engine.kv.segments import SlotBuffer
@@ -134,10 +135,10 @@ def measure(engine: Engine, arguments: argparse.Namespace) -> list[OverlapFigure
         return [SlotRun(tables[at], one * tokens, tokens, first + one, heads) for one in range(together)]
 
     def pack(at: int) -> Copy:
-        return engine.pack(runs(at), buffer, False, 0)
+        return engine.pack(runs(at), buffer, False, NOW)
 
     def unpack(at: int) -> Copy:
-        return engine.unpack(runs(at), buffer, False, 0)
+        return engine.unpack(runs(at), buffer, False, NOW)
 
     found: list[OverlapFigures] = []
     for kind, queue in (("pack", pack), ("unpack", unpack)):
