@@ -24,7 +24,7 @@ from services.memory.estimate import plan_input_for, transfer_context_bytes
 from services.memory.measure import NotMeasurable, gpu_facts, gpu_process_bytes, host_phase, resident_bytes
 from services.memory.plan import Measured, MemoryPlan, plan_memory
 from services.protocol.messages import Ledger
-from services.tensor_parallel.leader_engine import LeadingEngine
+from services.tensor_parallel.leader_engine import LeaderEngine
 from services.tensor_parallel.messages import RankMemory
 from services.transfer.copies import KvCopier, OwnCopier, RankCopier
 from services.transfer.links import TransferRanks
@@ -77,7 +77,7 @@ def prepare(config: WorkerConfig, worker_epoch: int, progress: Callable[[int, in
     plan = plan_memory(plan_input_for(config, model, device_name=device_name, device_bytes=device_bytes))
 
     config = replace(config, max_model_len=plan.inputs.max_model_len)
-    engine = Engine(config, model) if config.tp == 1 else LeadingEngine(config, model)
+    engine = Engine(config, model) if config.tp == 1 else LeaderEngine(config, model)
     transfer, copiers = None, []
     if config.transfers:
         transfer = _attach(config, engine, worker_epoch)
@@ -112,7 +112,7 @@ def prepare(config: WorkerConfig, worker_epoch: int, progress: Callable[[int, in
         graphs_bytes=None if on_cpu else graphs_bytes,
         worker_context_bytes=context_bytes if on_cpu else None,
     )
-    others = engine.rank_memory() if isinstance(engine, LeadingEngine) else []
+    others = engine.rank_memory() if isinstance(engine, LeaderEngine) else []
     return PreparedWorker(
         config,
         model,
@@ -159,7 +159,7 @@ def _copiers(config: WorkerConfig, engine: Engine, transfer: TransferRanks) -> l
     staging = StagingSlots(first, config.device_index)
     staging.open()
     copiers: list[KvCopier] = [OwnCopier(engine, staging)]
-    if isinstance(engine, LeadingEngine):
+    if isinstance(engine, LeaderEngine):
         for rank, client in enumerate(others, 1):
             copier = RankCopier(engine, rank, client, config.page_size_tokens)
             copier.map_staging()

@@ -27,14 +27,14 @@ from services.tensor_parallel.messages import (
     ReportMemory,
 )
 from services.tensor_parallel.page_tables import SentPageTables
-from services.tensor_parallel.rank_pool import START_TIMEOUT_S, STEP_TIMEOUT_S, RankError, Ranks
+from services.tensor_parallel.rank_pool import START_TIMEOUT_S, STEP_TIMEOUT_S, RankError, RankPool
 
 _IPC = "ipc://"
 TABLES_PER_SEQUENCE = 4
 """Of the sequences a batch holds: those that wait, or were preempted, come back."""
 
 
-class LeadingEngine(Engine):
+class LeaderEngine(Engine):
     """Of sizes, it returns the largest of all ranks'. An error in any rank is the worker's end."""
 
     def __init__(self, config: WorkerConfig, model: ModelConfig) -> None:
@@ -42,7 +42,7 @@ class LeadingEngine(Engine):
         Raises `RankError`, `RankGroupError`."""
         store = _meeting_place(config.listen)
         store.unlink(missing_ok=True)
-        self.ranks = Ranks(config, store)
+        self.ranks = RankPool(config, store)
         try:
             with self.ranks.within(START_TIMEOUT_S, "the meeting of the ranks"):
                 group = DistributedGroup(config, store)
@@ -58,14 +58,14 @@ class LeadingEngine(Engine):
     # ------------------------------------------------------------ start
 
     def load(self, progress: Callable[[int, int], None]) -> int:
-        return self._together(LoadWeights(), lambda: super(LeadingEngine, self).load(progress))
+        return self._together(LoadWeights(), lambda: super(LeaderEngine, self).load(progress))
 
     def measure_activations(self) -> int:
         return self._together(MeasureActivations(), super().measure_activations)
 
     def allocate_pool(self, pages: int) -> int:
         return self._together(
-            AllocatePool(pages, self.limit_bytes), lambda: super(LeadingEngine, self).allocate_pool(pages)
+            AllocatePool(pages, self.limit_bytes), lambda: super(LeaderEngine, self).allocate_pool(pages)
         )
 
     def capture_graphs(self) -> int:
@@ -137,7 +137,7 @@ def _meeting_place(listen: str) -> Path:
 class _Watched:
     """A step's event whose wait the watcher sees, and which does not stay away for ever."""
 
-    def __init__(self, event: Event, ranks: Ranks) -> None:
+    def __init__(self, event: Event, ranks: RankPool) -> None:
         self._event, self._ranks = event, ranks
         self._launched_s = time.monotonic()
 

@@ -12,8 +12,6 @@ from msgspec import Meta, Struct
 
 from services.config import WorkerConfig
 
-Rank = Annotated[int, Meta(ge=1, lt=1024)]
-
 
 class StartRank(Struct, frozen=True, tag="start", forbid_unknown_fields=True):
     """First of all. `config` is the rank's `WorkerConfig` in JSON, `store` the file where ranks meet."""

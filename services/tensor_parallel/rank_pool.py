@@ -54,7 +54,7 @@ class RankError(Exception):
 class CopyAnswer:
     """A pack or unpack of another rank, asked like an event of a device, and like checksums on their way."""
 
-    def __init__(self, ranks: "Ranks", rank: int) -> None:
+    def __init__(self, ranks: "RankPool", rank: int) -> None:
         self._ranks, self._rank = ranks, rank
         self.sent_s = time.monotonic()
         self._is_done = False
@@ -77,7 +77,7 @@ class CopyAnswer:
         return self._checksums
 
 
-class Ranks:
+class RankPool:
     """Ranks 1 ... `config.tp` - 1, each a process with a link of its own."""
 
     def __init__(self, config: WorkerConfig, store: Path) -> None:

@@ -66,7 +66,7 @@ def run(end: socket.socket) -> int:
         if not isinstance(start, StartRank):
             raise RankLost(f"the first command is {start!r}")
         config = decode_config(start.config)
-        Rank(config, Path(start.store), link).serve()
+        RankProcess(config, Path(start.store), link).serve()
     except RankLost as error:
         log.info("leaving: the leading rank is gone: %s", error)
         return 1
@@ -79,7 +79,7 @@ def run(end: socket.socket) -> int:
     return 0
 
 
-class Rank:
+class RankProcess:
     def __init__(self, config: WorkerConfig, store: Path, link: RankLink[RankCommand, Answer]) -> None:
         self._link = link
         self._context_bytes = resident_bytes()

@@ -8,7 +8,7 @@ from services.engine.engine import Engine
 from services.engine.events import NOW
 from services.engine.kv.copies import Copy
 from services.engine.kv.run_table import SlotRun
-from services.tensor_parallel.leader_engine import LeadingEngine
+from services.tensor_parallel.leader_engine import LeaderEngine
 from services.tensor_parallel.messages import CopyKv, CopyRun, FenceSteps, MapStaging
 from services.transfer.staging import StagingSlots
 
@@ -61,7 +61,7 @@ class RankCopier:
     is about to pass there, and its device waits for that."""
 
     def __init__(
-        self, engine: LeadingEngine, rank: int, client: TransferClient, page_size_tokens: int
+        self, engine: LeaderEngine, rank: int, client: TransferClient, page_size_tokens: int
     ) -> None:
         self._engine, self._ranks, self._rank, self._client = engine, engine.ranks, rank, client
         self._head_bytes = engine.geometry.token_bytes // engine.geometry.kv_heads

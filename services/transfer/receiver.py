@@ -73,6 +73,8 @@ class IncomingSlice:
     rank: ReceivingRank
     missing_tokens: int
     first_arrival_s: float | None = None
+    last_copy: Copy | None = None
+    """The latest that unpacks some of it."""
 
 
 @dataclass(slots=True)
@@ -194,12 +196,10 @@ class KvReceiver:
         """The transfer process of a rank was restarted: no transfer gets all its slices any more. Returns
         those that end. The former slots are gone, and none is freed."""
         rank, ended = self._ranks[lost_rank], list(self._transfers)
-        lost = [one for one in self._slices.values() if one.rank is rank]
-        self._fence(rank, lost)
+        for one in [one for one in self._slices.values() if one.rank is rank]:
+            self._end_slice(one)  # nobody is there to be asked
         rank.arrived.clear()
         rank.unpacking.clear()
-        for one in lost:
-            self._end_slice(one)  # nobody is there to be asked
         for transfer_id in ended:
             self.end(transfer_id, abort_reason=LOST_ELSEWHERE)
         self._just_aborted = {one: of for one, of in self._just_aborted.items() if of is not rank}
@@ -215,18 +215,14 @@ class KvReceiver:
         self._spans.note(slice_id, "commit", sequence.cached_tokens, moved_tokens, now_s, now_s)
 
     def _end_slice(self, one: IncomingSlice, abort_reason: str | None = None) -> None:
-        slice_id = one.heads.slice_id
+        """Its pages may be given away now, and written by a step that must not overtake the unpacks."""
+        slice_id, copy = one.heads.slice_id, one.last_copy
         del self._slices[slice_id], one.transfer.slices[slice_id]
-        self._fence(one.rank, [one])
+        if copy is not None and not copy.is_done:
+            one.rank.copier.fence(copy)
         if abort_reason is not None:
             self._just_aborted[slice_id] = one.rank
             one.rank.client.abort(slice_id, abort_reason)
-
-    def _fence(self, rank: ReceivingRank, ended: list[IncomingSlice]) -> None:
-        """Their pages may be given away now, and written by a step that must not overtake the unpacks."""
-        running = [one.copy for one in rank.unpacking if any(run[0] in ended for run in one.runs)]
-        if running:
-            rank.copier.fence(running[-1])
 
     # ------------------------------------------------------------ one rank's slots
 
@@ -263,6 +259,8 @@ class KvReceiver:
             ],
             with_checksums,
         )
+        for run in runs:
+            run[0].last_copy = copy
         rank.unpacking.append(Unpacking(runs, copy, self._clock()))
 
     def _take_unpacked(self, done: Unpacking, freed: list[SlotUse], settled: Settled) -> None:

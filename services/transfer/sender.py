@@ -61,7 +61,6 @@ class OutgoingTransfer:
     deadline_s: float
     slices: dict[int, "OutgoingSlice"] = field(default_factory=dict)
     """Those that are open, by id."""
-    unconfirmed: set[int] = field(default_factory=set)
     confirmed_tokens: tuple[int, int] | None = None
     """The range that the first slice was asked for; all are asked for the same."""
 
@@ -194,7 +193,7 @@ class KvSender:
                 one.grants += segments
             case SendCommitted():
                 self._end_slice(one)
-                if not transfer.slices and not transfer.unconfirmed:
+                if not transfer.slices:
                     self._forget(transfer)
                     return SendCommitted(transfer.transfer_id)
             case Aborted(reason=reason):
@@ -218,8 +217,7 @@ class KvSender:
             return Aborted(transfer.transfer_id, reason)
         one.next_token, one.end_token = tokens
         one.segment_tokens = event.segment_tokens
-        transfer.unconfirmed.discard(event.transfer_id)
-        if transfer.unconfirmed:
+        if not all(one.end_token for one in transfer.slices.values()):
             return None
         return SendConfirmed(transfer.transfer_id, *tokens, self._kv_heads, event.segment_tokens, event.tp)
 
@@ -236,7 +234,6 @@ class KvSender:
     def _open_slice(self, transfer: OutgoingTransfer, heads: HeadSlice) -> None:
         one = OutgoingSlice(transfer, heads, self._ranks[heads.source_rank])
         self._slices[heads.slice_id] = transfer.slices[heads.slice_id] = one
-        transfer.unconfirmed.add(heads.slice_id)
         one.rank.client.open_send(heads.slice_id, transfer.deadline_s)
 
     def _end_slice(self, one: OutgoingSlice, abort_reason: str | None = None) -> None:

@@ -21,7 +21,7 @@ logging.basicConfig(level=logging.WARNING)
 services.tensor_parallel.rank_pool.sys.executable = sys.argv[1]
 services.tensor_parallel.rank_pool.STEP_TIMEOUT_S = services.tensor_parallel.rank_pool.VERDICT_S = 0.2
 config = WorkerConfig("one", "decode", Path("m"), "ipc:///none", tp=3)
-ranks = services.tensor_parallel.rank_pool.Ranks(config, Path("none"))
+ranks = services.tensor_parallel.rank_pool.RankPool(config, Path("none"))
 blocked = threading.Event()
 """
 

@@ -186,7 +186,7 @@ def test_nothing_missing_is_committed_in_every_slice() -> None:
 
 
 def test_slots_that_were_taken_in_before_their_transfer_ended_are_freed() -> None:
-    """The clients are read one after the other, so an arrival of one slice may stand behind the end of another.
+    """The clients are read one after the other, so an arrival of one slice may stand behind another's end.
     For the same turn only: the client itself frees what it reads later."""
     receiving = Receiving(2)
     first, second = receiving.slices
