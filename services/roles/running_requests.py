@@ -54,7 +54,7 @@ class Requests:
         return transfer_id in self._by_transfer
 
     def rename_transfer(self, running: RunningRequest, transfer_id: int | None) -> None:
-        """The request's KV moves under another id from now on; None: under none."""
+        """From now on the request's KV is transferred under another id; None: under none."""
         if running.transfer_id is not None:
             self._by_transfer.pop(running.transfer_id, None)
         running.transfer_id = transfer_id

@@ -140,7 +140,7 @@ class Copied(Struct, frozen=True, tag="moved", forbid_unknown_fields=True):
 
 
 class RankMemory(Struct, frozen=True, tag="memory", forbid_unknown_fields=True):
-    """What the rank measured of its own lines of the ledger; None where nobody tells."""
+    """What the rank measured of its own lines of the ledger; None where the driver does not know."""
 
     weights_bytes: int
     kv_pool_bytes: int

@@ -126,15 +126,30 @@ class KvSender:
     def on_event(self, event: WorkerEvent) -> WorkerEvent | None:
         """What an event about a slice means for its transfer; None: nothing yet, or nothing any more. An
         event that is about no slice is returned as it is."""
+        if isinstance(event, SlotsAssigned):
+            self._ranks[event.rank].slots.extend(event.slots)
+            return None
+        if not isinstance(event, SendConfirmed | SendGranted | SendCommitted | Aborted):
+            return event
+        one = self._slices.get(event.transfer_id)
+        if one is None:
+            return None
+        transfer = one.transfer
         match event:
-            case SlotsAssigned(slots=slots, rank=rank):
-                self._ranks[rank].slots.extend(slots)
-                return None
-            case SendConfirmed() | SendGranted() | SendCommitted() | Aborted():
-                one = self._slices.get(event.transfer_id)
-                return None if one is None else self._follow(one, event)
-            case _:
-                return event
+            case SendConfirmed():
+                return self._confirm(one, event)
+            case SendGranted(segments=segments):
+                one.grants += segments
+            case SendCommitted():
+                self._end_slice(one)
+                if not transfer.slices:
+                    self._forget(transfer)
+                    return SendCommitted(transfer.transfer_id)
+            case Aborted(reason=reason):
+                self._end_slice(one)
+                self.end(transfer.transfer_id, abort_reason=reason)
+                return Aborted(transfer.transfer_id, reason)
+        return None
 
     def ready(self, transfer_id: int) -> None:
         """A confirmed transfer's sequence has its pages, and nothing takes them away."""
@@ -181,26 +196,6 @@ class KvSender:
             self.end(transfer_id, abort_reason=LOST_ELSEWHERE)
 
     # ------------------------------------------------------------ slices
-
-    def _follow(
-        self, one: OutgoingSlice, event: SendConfirmed | SendGranted | SendCommitted | Aborted
-    ) -> WorkerEvent | None:
-        transfer = one.transfer
-        match event:
-            case SendConfirmed():
-                return self._confirm(one, event)
-            case SendGranted(segments=segments):
-                one.grants += segments
-            case SendCommitted():
-                self._end_slice(one)
-                if not transfer.slices:
-                    self._forget(transfer)
-                    return SendCommitted(transfer.transfer_id)
-            case Aborted(reason=reason):
-                self._end_slice(one)
-                self.end(transfer.transfer_id, abort_reason=reason)
-                return Aborted(transfer.transfer_id, reason)
-        return None
 
     def _confirm(self, one: OutgoingSlice, event: SendConfirmed) -> SendConfirmed | Aborted | None:
         transfer, tokens = one.transfer, (event.start_token, event.end_token)

@@ -95,11 +95,11 @@ def run_ahead(engine: Engine, sequences: list[Sequence], output_tokens: int) -> 
     """Like `run_together`, but every step is launched before the one before it is collected."""
     left = {sequence: output_tokens - len(sequence.output) for sequence in sequences}
     sample_of: dict[Sequence, int] = {}
-    flight: tuple[list[Sequence], Launched] | None = None
-    while flight is not None or any(left.values()):
+    in_flight: tuple[list[Sequence], Launched] | None = None
+    while in_flight is not None or any(left.values()):
         running = [sequence for sequence in sequences if left[sequence]]
         rows = [one.row_after(sample_of[one]) if one in sample_of else one.next_row() for one in running]
-        before, flight = flight, (running, engine.launch(rows)) if rows else None
+        before, in_flight = in_flight, (running, engine.launch(rows)) if rows else None
         sampled_rows = [sequence for sequence, row in zip(running, rows, strict=True) if row.samples]
         sample_of = {sequence: number for number, sequence in enumerate(sampled_rows)}
         for sequence in sampled_rows:

@@ -48,9 +48,9 @@ def _bytes(buffer: SlotBuffer, slot: int) -> bytes:
 
 
 def _pack(pool: KvPool, buffer: SlotBuffer, *runs: SlotRun) -> Copy:
-    move = CopyStream(pool, 8, StepEvents()).pack(runs, buffer, True, NOW)
-    assert move.is_done
-    return move
+    copy = CopyStream(pool, 8, StepEvents()).pack(runs, buffer, True, NOW)
+    assert copy.is_done
+    return copy
 
 
 def _canonical(pool: KvPool, run: SlotRun) -> bytes:
@@ -195,9 +195,9 @@ def test_impossible_segments_are_refused(run: SlotRun, message: str) -> None:
     """And none of those beside it is moved."""
     pool, memory = _pool(4), bytearray(8192)
     before = pool.data.clone()
-    for move in (CopyStream(pool, 8, StepEvents()).pack, CopyStream(pool, 8, StepEvents()).unpack):
+    for copy in (CopyStream(pool, 8, StepEvents()).pack, CopyStream(pool, 8, StepEvents()).unpack):
         with pytest.raises(SegmentError, match=message):
-            move([_run([3], 0, 1, slot=0), run], _buffer(memory, slots=2), False, NOW)
+            copy([_run([3], 0, 1, slot=0), run], _buffer(memory, slots=2), False, NOW)
     assert not any(memory) and torch.equal(pool.data, before)
     with pytest.raises(SegmentError, match="no runs"):
         CopyStream(pool, 8, StepEvents()).pack([], _buffer(memory), False, NOW)

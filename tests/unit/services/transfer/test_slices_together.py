@@ -108,7 +108,7 @@ class Rank:
         self.machine.on_command(command, 0.0)
         self.machine.settle(0.0)
 
-    # ------------------------------------------------------------ as the rank's moves
+    # ------------------------------------------------------------ as the rank's copier
 
     def pack(self, runs: Sequence[SlotRun], with_checksums: bool) -> Copy:
         byte_counts = []
