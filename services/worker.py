@@ -56,10 +56,8 @@ from services.scheduler.pages import PagePool
 from services.startup import PreparedWorker, ledgers_now, prepare
 from services.tracing import Tracing
 from services.transfer.links import TransferRanks, total_counts
-from services.transfer.pull import KvPull
-from services.transfer.pull_parts import PullParts
-from services.transfer.push import KvPush
-from services.transfer.push_parts import PushParts
+from services.transfer.receiver import KvReceiver
+from services.transfer.sender import KvSender
 
 log = logging.getLogger(__name__)
 
@@ -218,7 +216,7 @@ class Worker:
             return
         self.role.on_transfer(event)
         if isinstance(event, TransferLost):
-            self.prepared.moves[event.rank].let_go()
+            self.prepared.copiers[event.rank].unmap_staging()
 
     def _on_bad(self, router: bytes, said: object, why: str) -> None:
         """A message that is no request. If it says which one it would be, its router need not wait for it."""
@@ -378,15 +376,13 @@ class Worker:
 
 
 def _build_role(parts: WorkerContext, prepared: PreparedWorker) -> Role:
-    role, transfer, moves = prepared.config.role, prepared.transfer, prepared.moves
+    role, transfer = prepared.config.role, prepared.transfer
     kv_heads = prepared.model.kv_heads
     if role == "unified":
         return UnifiedRole(parts)
     if transfer is None:
         raise ValueError(f"--transfer: a {role} worker needs the address of its transfer process")
-    both = list(zip(moves, transfer.clients, strict=True))
+    ranks = zip(prepared.copiers, transfer.clients, strict=True)
     if role == "prefill":
-        lanes = [KvPush(move, client, parts.clock, parts.spans) for move, client in both]
-        return PrefillRole(parts, PushParts(lanes, kv_heads))
-    pulls = [KvPull(move, client, parts.clock, parts.spans) for move, client in both]
-    return DecodeRole(parts, PullParts(pulls, kv_heads))
+        return PrefillRole(parts, KvSender(ranks, kv_heads, parts.clock, parts.spans))
+    return DecodeRole(parts, KvReceiver(ranks, kv_heads, parts.clock, parts.spans))

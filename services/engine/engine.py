@@ -1,4 +1,4 @@
-"""The engine of one worker rank: weights, the KV pool, one forward pass a step, and the pool's moves.
+"""The engine of one worker rank: weights, the KV pool, one forward pass a step, and the pool's copies.
 
 Life cycle, in this order, each step once:
 
@@ -9,7 +9,7 @@ Life cycle, in this order, each step once:
 5. `launch`, `copy_pages`, `pack`, `unpack`   for as long as the worker lives
 
 Everything runs on the caller's thread, which waits for the device only where it collects a step. On a GPU
-steps are queued on one stream and moves between pages and slots on another (moves.py): a step is done when
+steps are queued on one stream and copies between pages and slots on another (copies.py): a step is done when
 its `Launched` says so, a pack or an unpack when its `Copy` does, which comes before a slot is handed over.
 """
 
@@ -28,6 +28,7 @@ from services.engine.checkpoint.files import model_digest
 from services.engine.checkpoint.model_config import ModelConfig
 from services.engine.decode_graphs import DecodeGraphs
 from services.engine.errors import EngineStateError
+from services.engine.events import ALL_QUEUED_STEPS, StartAfter
 from services.engine.host_copy import fill_pinned_pool
 from services.engine.kv.copies import Copy, CopyStream
 from services.engine.kv.pool import KvPool
@@ -92,8 +93,8 @@ class Engine:
         self._steps: Steps | None = None
         self._kv_scales: Tensor | None = None
         self._pool: KvPool | None = None
-        self._moves: CopyStream | None = None
-        self._step_marks = StepEvents()
+        self._copies: CopyStream | None = None
+        self._step_events = StepEvents()
         self._graphs: DecodeGraphs | None = None
         self._geometry: KvGeometry | None = None
         if self.device.type == "cuda":
@@ -175,18 +176,16 @@ class Engine:
         widest = windows.index(None) if None in windows else 0
         layers = min(self.model.layers, max(2, widest + 1))
 
-        moves, slot = (
-            CopyStream(scratch, 1),
-            torch.empty(self.page_bytes, dtype=torch.uint8, device=self.device),
-        )
+        copies = CopyStream(scratch, 1, self._step_events)
+        slot = torch.empty(self.page_bytes, dtype=torch.uint8, device=self.device)
         buffer, run = SlotBuffer(slot, self.page_bytes), SlotRun([0], 0, 1, 0, range(self.layout.kv_heads))
 
         def launch_all(worst: list[Row]) -> None:
-            """No request waits for kernels to be compiled; and the moves' stream keeps a little memory."""
+            """No request waits for kernels to be compiled; and the copies' stream keeps a little memory."""
             for step in (worst, *([row] for row in sample_rows())):
                 self.steps.launch(step, scratch, layers=layers)
-            for move in (moves.pack, moves.unpack):
-                move([run], buffer, True, moves.mark()).wait()
+            for copy in (copies.pack, copies.unpack):
+                copy([run], buffer, True, ALL_QUEUED_STEPS).wait()
 
         def work() -> None:
             if self.device.type == "cuda":
@@ -212,7 +211,7 @@ class Engine:
         """Allocate the KV pool, zeroed; returns its bytes."""
         self._move(EngineState.SERVING)
         self._pool = KvPool(self.layout, pages, self.kv_dtype, self.device, self._kv_scales)
-        self._moves = CopyStream(self._pool, self.config.staging_slots)
+        self._copies = CopyStream(self._pool, self.config.staging_slots, self._step_events)
         fill_pinned_pool(self.device)
         return self._pool.byte_count
 
@@ -260,14 +259,14 @@ class Engine:
         pool = self.pool
         launched = self.steps.launch(rows, pool, self._graphs)
         if rows:
-            self._step_marks.add(launched.done)
+            self._step_events.add(launched.done)
         return launched
 
     def execute(self, rows: list[Row]) -> list[RowResult]:
         """`launch`, and wait for its results, which come in the rows' order."""
         return self.launch(rows).collect()
 
-    # ------------------------------------------------------------ the pool's moves
+    # ------------------------------------------------------------ the pool's copies
 
     @torch.inference_mode()
     def copy_pages(self, pairs: list[tuple[int, int]]) -> None:
@@ -275,16 +274,16 @@ class Engine:
         `SegmentError`."""
         self.pool.copy_pages(pairs)
         if pairs:
-            self._step_marks.add(self.moves.mark())
+            self._step_events.add(self.copies.steps_event())
 
     @property
     def queued_step(self) -> int:
         """The number of the newest step, or copy of pages, that was queued; the first is number 1."""
-        return self._step_marks.queued
+        return self._step_events.queued
 
     def passed_step(self) -> int:
         """The number of the newest one that the device is done with. Does not wait for it."""
-        return self._step_marks.passed()
+        return self._step_events.passed()
 
     @torch.inference_mode()
     def pack(
@@ -292,11 +291,11 @@ class Engine:
         runs: Sequence[SlotRun],
         buffer: SlotBuffer,
         with_checksums: bool,
-        after_step: int,
+        after: StartAfter,
     ) -> Copy:
-        """Queue the gathering of runs of sequences' tokens into slots by one launch, after the steps up to
-        `after_step`. No two runs may share a slot. Raises `SegmentError`."""
-        return self.moves.pack(runs, buffer, with_checksums, self._step_marks.of(after_step))
+        """Queue the gathering of runs of sequences' tokens into slots by one launch. No two runs may share a
+        slot. Raises `SegmentError`."""
+        return self.copies.pack(runs, buffer, with_checksums, after)
 
     @torch.inference_mode()
     def unpack(
@@ -304,14 +303,14 @@ class Engine:
         runs: Sequence[SlotRun],
         buffer: SlotBuffer,
         with_checksums: bool,
-        after_step: int,
+        after: StartAfter,
     ) -> Copy:
         """Queue the scattering of slots into sequences' pages likewise. Raises `SegmentError`."""
-        return self.moves.unpack(runs, buffer, with_checksums, self._step_marks.of(after_step))
+        return self.copies.unpack(runs, buffer, with_checksums, after)
 
-    def fence(self, move: Copy) -> None:
-        """Steps and copies queued from now on wait for a move, on the device: its pages are given away."""
-        self.moves.fence(move)
+    def fence(self, copy: Copy) -> None:
+        """What is queued from now on waits for a pack or unpack, on the device: its pages are given away."""
+        self.copies.fence(copy)
 
     def synchronize(self) -> None:
         """Wait for all that is queued. On a CPU nothing is."""
@@ -348,10 +347,10 @@ class Engine:
         return self._pool
 
     @property
-    def moves(self) -> CopyStream:
-        if self._moves is None:
+    def copies(self) -> CopyStream:
+        if self._copies is None:
             raise EngineStateError("allocate the pool first")
-        return self._moves
+        return self._copies
 
     def _move(self, target: EngineState) -> None:
         if MOVES[self.state] is not target:

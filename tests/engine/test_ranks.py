@@ -17,7 +17,7 @@ from services.engine.models.sharding import TensorParallelError, allowed_tp, ran
 from services.engine.rank_group import RankGroup
 from services.memory.estimate import plan_input_for
 from services.protocol.messages import Sampling
-from services.tensor_parallel.leader_engine import LeadingEngine
+from services.tensor_parallel.leader_engine import LeaderEngine
 from tests.checkpoints import make_checkpoint
 from tests.engine.harness import Sequence, prompt_of, run_ahead, run_together, scattered_pages, start_engine
 
@@ -26,10 +26,10 @@ SAMPLED = Sampling(max_tokens=1, seed=11, temperature=0.9, top_p=0.95)
 
 
 @contextmanager
-def two_ranks(model_dir: Path, directory: Path, **config: Any) -> Iterator[LeadingEngine]:
+def two_ranks(model_dir: Path, directory: Path, **config: Any) -> Iterator[LeaderEngine]:
     values = {"page_size_tokens": 4, "max_batch": 8, "max_chunk_tokens": 64, "tp": 2} | config
     worker = WorkerConfig("worker", "unified", model_dir, f"ipc://{directory}/worker", **values)
-    engine = LeadingEngine(worker, read_model_config(model_dir))
+    engine = LeaderEngine(worker, read_model_config(model_dir))
     try:
         engine.load(lambda done_bytes, total_bytes: None)
         engine.measure_activations()

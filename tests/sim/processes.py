@@ -185,7 +185,7 @@ class WorkerHost(Process):
             engine=self.engine,
             model=SimpleNamespace(kv_heads=GEOMETRY.kv_heads),
             transfer=None if client is None else TransferRanks([client]),
-            moves=[] if client is None else [OwnCopier(engine, StagingSlots(client, 0))],
+            copiers=[] if client is None else [OwnCopier(engine, StagingSlots(client, 0))],
             plan=plan,
             measured=[Measured()],
             devices=None,

@@ -69,7 +69,7 @@ class Asked:
     def until_at_rest(self, ended: int) -> None:
         deadline_s = time.monotonic() + DEADLINE_S
         done = 0
-        while done < ended or self.worker.parts.requests._live:
+        while done < ended or self.worker.parts.requests._running:
             assert time.monotonic() < deadline_s, (self.failed, self.tokens)
             self.worker.turn()
             for report in self.link.receive():
