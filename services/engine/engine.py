@@ -37,7 +37,6 @@ from services.engine.launched import Launched
 from services.engine.models.kv_scales import kv_scales
 from services.engine.models.layers import Decoder
 from services.engine.models.parameters import Parameters
-from services.engine.models.registry import make_decoder
 from services.engine.models.sharding import rank_shape
 from services.engine.models.weights import fill_dummy, load_safetensors
 from services.engine.ops.fp8 import FP8
@@ -143,11 +142,12 @@ class Engine:
         """Allocate and fill the weights; returns their bytes. `progress(done_bytes, total_bytes)` is called
         as they come. Raises `CheckpointError`."""
         self._move(EngineState.LOADED)
-        parameters = Parameters(self.dtype, self.device, self.config.quantization, self.group)
+        specs = self.model.tensor_specs()
+        parameters = Parameters(specs, self.dtype, self.device, self.config.quantization, self.group)
         shape = rank_shape(self.model, self.group.size)
-        decoder = make_decoder(shape, parameters)
+        decoder = Decoder(shape, parameters)
         if self.config.load_format == "dummy":
-            fill_dummy(self.model, parameters, progress)
+            fill_dummy(parameters, progress)
         else:
             load_safetensors(self.model, parameters, progress)
         if self.config.kv_dtype == "fp8":
@@ -206,7 +206,8 @@ class Engine:
         steps += mixed_steps(self.config, self.layout.kv_heads, self.max_model_len, processors(self.device))
         for step in steps:
             self.steps.launch(step, scratch, layers=layers)
-        self._decode_graphs(scratch).warm_up(layers)
+        if self.model.family.captures_graphs:
+            self._decode_graphs(scratch).warm_up(layers)
 
     def allocate_pool(self, pages: int) -> int:
         """Allocate the KV pool, zeroed; returns its bytes."""
@@ -218,8 +219,9 @@ class Engine:
 
     @torch.inference_mode()
     def capture_graphs(self) -> int:
-        """Record decode steps for every batch size of the ladder; returns the bytes they hold. 0 on a CPU."""
-        if self.device.type != "cuda":
+        """Record decode steps for every batch size of the ladder; returns the bytes they hold. 0 on a CPU,
+        and for a family whose steps no graph can hold."""
+        if self.device.type != "cuda" or not self.model.family.captures_graphs:
             return 0
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()  # what earlier work left behind would be used again unnoticed

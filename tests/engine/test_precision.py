@@ -18,9 +18,10 @@ from services.engine.checkpoint.safetensors_files import SINGLE_NAME
 from services.engine.engine import Engine
 from services.engine.errors import CheckpointError
 from services.engine.models.kv_scales import kv_scales
+from services.engine.models.layers import Decoder
 from services.engine.models.linear import DenseLinear, Fp8Linear, make_linear
 from services.engine.models.parameters import FILL_ELEMENTS, Parameters
-from services.engine.models.registry import make_decoder
+from services.engine.models.tensor_specs import Axis, linear_tensors
 from services.engine.models.weights import fill_dummy, load_safetensors
 from services.engine.ops.fp8 import FP8, FP8_MAX, quantise_rows
 from services.engine.precision import PrecisionError, check_capability, check_precision
@@ -46,8 +47,8 @@ def _ignore(done_bytes: int, total_bytes: int) -> None:
 
 def _load(model_dir: Path, quantization: Any = "fp8", dtype: torch.dtype = torch.float32) -> Parameters:
     model = read_model_config(model_dir)
-    parameters = Parameters(dtype, CPU, quantization)
-    make_decoder(model, parameters)
+    parameters = Parameters(model.tensor_specs(), dtype, CPU, quantization)
+    Decoder(model, parameters)
     with torch.inference_mode():
         load_safetensors(model, parameters, _ignore)
     return parameters
@@ -61,8 +62,13 @@ def _random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def _linear(quantization: Any, rows: dict[str, int], columns: int) -> tuple[Any, dict[str, Tensor]]:
-    parameters = Parameters(torch.float32, CPU, quantization)
-    layer = make_linear(parameters, rows, columns, True)
+    specs = [
+        spec
+        for name, count in rows.items()
+        for spec in linear_tensors(name, 0, Axis(count, "rows"), Axis(columns, "columns"), bias=True)
+    ]
+    parameters = Parameters(specs, torch.float32, CPU, quantization)
+    layer = make_linear(parameters, *rows)
     stored = {f"{name}.weight": _random(count, columns, seed=count) for name, count in rows.items()}
     stored |= {f"{name}.bias": _random(count, seed=count + 1) for name, count in rows.items()}
     for name, values in stored.items():
@@ -116,8 +122,11 @@ def test_only_linear_layers_are_quantised_and_all_bytes_are_counted(
     for dtype, name in ((torch.float32, "float32"), (torch.bfloat16, "bfloat16")):
         parameters = _load(tmp_path, dtype=dtype)
         assert parameters.byte_count == model.parameter_bytes(name, "fp8")  # type: ignore[arg-type]
+    kept = {"model.embed_tokens.weight", "lm_head.weight"}
     matrices = {name for name, shape in model.tensor_shapes().items() if len(shape) == 2}
-    assert set(parameters.scales) == matrices - {"model.embed_tokens.weight", "lm_head.weight"}
+    assert set(parameters.scales) == {
+        name for name in matrices - kept if not name.endswith("mlp.gate.weight")
+    }
     for name, stored in load_file(tmp_path / SINGLE_NAME).items():
         found = parameters.values(name)
         if name in parameters.scales:
@@ -132,9 +141,9 @@ def test_dummy_weights_are_those_of_the_model_without_quantization(tmp_path: Pat
     model = read_model_config(tmp_path)
     filled = []
     for quantization in ("none", "fp8"):
-        parameters = Parameters(torch.bfloat16, CPU, quantization)  # type: ignore[arg-type]
-        make_decoder(model, parameters)
-        fill_dummy(model, parameters, _ignore)
+        parameters = Parameters(model.tensor_specs(), torch.bfloat16, CPU, quantization)  # type: ignore[arg-type]
+        Decoder(model, parameters)
+        fill_dummy(parameters, _ignore)
         filled.append(parameters)
     plain, quantised = filled
     for name, view in plain.views.items():
@@ -165,7 +174,7 @@ def test_no_input_exceeds_its_scale_and_the_worst_comes_close(
         gain = parameters.values(prefix + "input_layernorm.weight")
         weight = parameters.values(prefix + "self_attn.v_proj.weight")
         bias = torch.zeros(weight.shape[0], dtype=torch.float64)
-        if model.qkv_bias:
+        if parameters.has(prefix + "self_attn.v_proj.bias"):
             bias = parameters.values(prefix + "self_attn.v_proj.bias")
         # each row's own direction, which Cauchy and Schwarz say is the worst, and some that are not
         worst = weight * gain * bias.sign().where(bias != 0, 1.0)[:, None]

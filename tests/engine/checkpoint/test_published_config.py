@@ -9,8 +9,9 @@ import pytest
 from transformers import AutoConfig
 
 from services.engine.checkpoint.model_config import read_model_config
-from services.engine.checkpoint.published_config import FAMILIES, published_config
+from services.engine.checkpoint.published_config import published_config
 from services.engine.errors import CheckpointError
+from services.engine.models.registry import FAMILIES
 
 VALUES: dict[str, list[Any]] = {
     "vocab_size": [700],
@@ -53,7 +54,7 @@ COMPARED = sorted(VALUES.keys() - {"rope_theta", "rope_scaling", "rope_parameter
 
 
 def write(directory: Path, architecture: str, **fields: Any) -> dict[str, Any]:
-    raw = {"architectures": [architecture], "model_type": FAMILIES[architecture][0], **fields}
+    raw = {"architectures": [architecture], "model_type": FAMILIES[architecture].model_type, **fields}
     (directory / "config.json").write_text(json.dumps(raw))
     return raw
 
@@ -61,7 +62,7 @@ def write(directory: Path, architecture: str, **fields: Any) -> dict[str, Any]:
 def check(directory: Path, architecture: str, **fields: Any) -> None:
     raw = write(directory, architecture, **fields)
     theirs = AutoConfig.from_pretrained(directory, local_files_only=True)
-    ours = published_config(raw, architecture)
+    ours = published_config(raw, FAMILIES[architecture].config)
     known = theirs.to_dict()
     for name in COMPARED:
         if name not in known or (name == "sliding_window" and architecture == "LlamaForCausalLM"):
