@@ -2,10 +2,11 @@
 
 from typing import Any
 
-from services.engine.models import llama, mistral, qwen2, qwen3
+from services.engine.models import llama, mistral, qwen2, qwen3, qwen3_moe
 from services.engine.models.family import Family
 
 FAMILIES: dict[str, Family[Any]] = {
-    family.architecture: family for family in (llama.FAMILY, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY)
+    family.architecture: family
+    for family in (llama.FAMILY, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY, qwen3_moe.FAMILY)
 }
 """By architecture."""

@@ -20,11 +20,13 @@ from transformers import (
     MistralConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from services.engine.checkpoint import config_keys as keys
 from services.engine.checkpoint.model_config import read_model_config
 from services.engine.errors import CheckpointError
+from services.engine.models.registry import FAMILIES as REGISTERED
 from services.engine.models.rope import inverse_frequencies
 from tests.checkpoints import FAMILIES, make_checkpoint
 from tests.engine.harness import Sequence, prompt_of, run_together, scattered_pages, start_engine
@@ -34,7 +36,10 @@ PROMPT_TOKENS, OUTPUT_TOKENS, LAYERS = 40, 5, 2
 # ---------------------------------------------------------------- the tables are whole
 
 READING = (
-    *(f"models.{name}.modeling_{name}" for name in ("llama", "mistral", "ministral", "qwen2", "qwen3")),
+    *(
+        f"models.{name}.modeling_{name}"
+        for name in ("llama", "mistral", "ministral", "qwen2", "qwen3", "qwen3_moe")
+    ),
     "masking_utils",
     "cache_utils",
     "modeling_rope_utils",
@@ -66,7 +71,8 @@ def _read_attributes(module: str) -> Iterator[str]:
 
 def test_every_key_of_the_configuration_classes_is_in_a_table() -> None:
     known = keys.OBEYED.keys() | keys.HARMLESS.keys() | keys.ONLY.keys()
-    for kind in (LlamaConfig, MistralConfig, MinistralConfig, Qwen2Config, Qwen3Config):
+    known |= {key for family in REGISTERED.values() for key in family.config.own_keys()}
+    for kind in (LlamaConfig, MistralConfig, MinistralConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig):
         assert {field.name for field in dataclasses.fields(kind)} | kind().to_dict().keys() <= known, kind
     read = {name for module in READING for name in _read_attributes(module)} - NOT_KEYS
     assert len(read) > 20
@@ -171,6 +177,13 @@ OTHER: dict[str, list[Any]] = {
     "mtp_num_hidden_layers": [1],
     "num_mtp_layers": [1],
     "mtp_layer_types": [["full_attention"]],
+    "num_experts": [8, 0, None],
+    "num_local_experts": [5, None],
+    "num_experts_per_tok": [1, 4, 7, 0],
+    "moe_intermediate_size": [40],
+    "norm_topk_prob": [True, None],
+    "decoder_sparse_step": [2, 0],
+    "mlp_only_layers": [[0], [7], [], None, [-1]],
 }
 """Of the keys that are obeyed, values that change the model, or would."""
 TOGETHER: list[dict[str, Any]] = [
@@ -242,6 +255,12 @@ def variant(base: Path, directory: Path, changes: dict[str, Any]) -> Path:
 
 def family_of(model_dir: Path) -> Any:
     return json.loads((model_dir / "config.json").read_text())["model_type"]
+
+
+def refused_by(model_dir: Path) -> dict[str, tuple[Any, ...]]:
+    """Those of `ONLY` that are not keys of the family's own."""
+    own_keys = read_model_config(model_dir).family.config.own_keys()
+    return {key: values for key, values in keys.ONLY.items() if key not in own_keys}
 
 
 def theirs(model_dir: Path) -> list[int]:
@@ -329,6 +348,7 @@ SHAPES = {
         "hidden_size",
     ),
     *("intermediate_size", "attention_bias", "mlp_bias"),
+    *("num_experts", "num_local_experts", "moe_intermediate_size", "decoder_sparse_step", "mlp_only_layers"),
 }
 NEVER_SERVED = SHAPES | {"model_type"}
 """No other value goes with the weights."""
@@ -358,7 +378,7 @@ def test_harmless_keys_change_no_token(base: Path, tmp_path: Path) -> None:
 
 
 def test_a_key_that_is_off_is_as_good_as_absent(base: Path, tmp_path: Path) -> None:
-    off = {key: values[0] for key, values in keys.ONLY.items()}
+    off = {key: values[0] for key, values in refused_by(base).items()}
     off |= {key: values[0] for key, values in keys.GENERATION_ONLY.items()}
     model_dir = variant(base, tmp_path, off)
     (model_dir / "generation_config.json").write_text(
@@ -369,7 +389,7 @@ def test_a_key_that_is_off_is_as_good_as_absent(base: Path, tmp_path: Path) -> N
 
 
 def test_a_key_that_nobody_obeys_is_refused_by_its_name(base: Path, tmp_path: Path) -> None:
-    for key, values in keys.ONLY.items():
+    for key, values in refused_by(base).items():
         assert "odd" not in values
         variant(base, tmp_path, {key: "odd"})
         with pytest.raises(
