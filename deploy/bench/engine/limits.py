@@ -134,7 +134,8 @@ class ModelCost:
 
     def _read_bytes(self, tokens: float) -> float:
         """Weights that a step of so many tokens reads."""
-        return self.weights_bytes - self.expert_bytes * (1.0 - self.expert_share) ** tokens
+        unread: float = self.expert_bytes * (1.0 - self.expert_share) ** tokens
+        return self.weights_bytes - unread
 
     def _products(self, read_bytes: float, tokens: int, samples: int) -> RooflinePhase:
         layers, output = 2.0 * tokens * self.layer_weights, 2.0 * samples * self.output_weights

@@ -96,14 +96,15 @@ def make_linears(parameters: Parameters, groups: Sequence[Sequence[str]]) -> lis
     names = [name for group in groups for name in group]
     weights = [f"{name}.weight" for name in names]
     biases: list[Tensor | None] = [None] * len(groups)
+    scales: list[Tensor | None] = [None] * len(groups)
     if parameters.is_quantised(weights):
-        weight, scale = parameters.quantised(*weights)
-        parts = list(zip(weight.chunk(len(groups)), scale.chunk(len(groups)), strict=True))
+        whole, scale = parameters.quantised(*weights)
+        scales = list(scale.chunk(len(groups)))
     else:
-        parts = [(part, None) for part in parameters.fused(*weights).chunk(len(groups))]
+        whole = parameters.fused(*weights)
     if parameters.has(f"{names[0]}.bias"):
         biases = list(parameters.fused(*(f"{name}.bias" for name in names)).chunk(len(groups)))
     return [
         DenseLinear(weight, bias) if scale is None else Fp8Linear(weight, scale, bias)
-        for (weight, scale), bias in zip(parts, biases, strict=True)
+        for weight, scale, bias in zip(whole.chunk(len(groups)), scales, biases, strict=True)
     ]

@@ -119,7 +119,7 @@ class SparseMlp:
             weights = weights / weights.sum(dim=-1, keepdim=True)
         weights = weights.to(x.dtype)
         total = x.new_zeros(x.shape)
-        for expert in experts.unique().tolist():
+        for expert in sorted(set(experts.flatten().tolist())):
             tokens, places = (experts == expert).nonzero(as_tuple=True)
             product = self.gate_up[expert].forward_gated(x.index_select(0, tokens))
             product = self.down[expert].forward(product) * weights[tokens, places, None]
