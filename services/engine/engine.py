@@ -40,7 +40,7 @@ from services.engine.models.parameters import Parameters
 from services.engine.models.sharding import rank_shape
 from services.engine.models.weights import fill_dummy, load_safetensors
 from services.engine.ops.fp8 import FP8
-from services.engine.ops.launch_cache import compiling_ahead
+from services.engine.ops.launch_cache import compiling_ahead, warn_if_slow
 from services.engine.ops.processors import processors
 from services.engine.peak_memory import peak_bytes
 from services.engine.precision import check_capability
@@ -98,6 +98,7 @@ class Engine:
         if self.device.type == "cuda":
             check_capability(config, torch.cuda.get_device_capability(self.device))
             torch.cuda.set_device(self.device)
+            warn_if_slow()
         else:
             torch.set_num_threads(max(1, cpu_threads() // self.group.size))
 
@@ -142,7 +143,7 @@ class Engine:
         """Allocate and fill the weights; returns their bytes. `progress(done_bytes, total_bytes)` is called
         as they come. Raises `CheckpointError`."""
         self._move(EngineState.LOADED)
-        specs = self.model.tensor_specs()
+        specs = self.model.tensors
         parameters = Parameters(specs, self.dtype, self.device, self.config.quantization, self.group)
         shape = rank_shape(self.model, self.group.size)
         decoder = Decoder(shape, parameters)

@@ -27,7 +27,7 @@ def check_precision(config: WorkerConfig, model: ModelConfig) -> None:
     ranks."""
     check_flags(config)
     if config.quantization == "fp8" and config.device == "cuda":
-        matrices = [spec for spec in model.tensor_specs() if spec.quantisable]
+        matrices = [spec for spec in model.tensors if spec.quantisable]
         for axis in dict.fromkeys(axis for spec in matrices for axis in spec.axes):
             name, size = axis.key, axis.rank_size(config.tp)
             if size % FP8_ALIGNMENT:

@@ -45,7 +45,7 @@ def _ignore(done_bytes: int, total_bytes: int) -> None:
 
 def _load(model_dir: Path, quantization: Any = "fp8", dtype: torch.dtype = torch.float32) -> Parameters:
     model = read_model_config(model_dir)
-    parameters = Parameters(model.tensor_specs(), dtype, CPU, quantization)
+    parameters = Parameters(model.tensors, dtype, CPU, quantization)
     Decoder(model, parameters)
     with torch.inference_mode():
         load_safetensors(model, parameters, _ignore)
@@ -88,7 +88,7 @@ def test_dummy_weights_are_those_of_the_model_without_quantization(tmp_path: Pat
     model = read_model_config(tmp_path)
     filled = []
     for quantization in ("none", "fp8"):
-        parameters = Parameters(model.tensor_specs(), torch.bfloat16, CPU, quantization)  # type: ignore[arg-type]
+        parameters = Parameters(model.tensors, torch.bfloat16, CPU, quantization)  # type: ignore[arg-type]
         Decoder(model, parameters)
         fill_dummy(parameters, _ignore)
         filled.append(parameters)

@@ -164,7 +164,7 @@ def model_cost(
 ) -> ModelCost:
     """`weights_bytes` and `kv_token_bytes` as they lie in memory, all layers together."""
     embedding = model.vocab_size * model.hidden_size
-    matrices = [spec for spec in model.tensor_specs() if spec.layer is not None and len(spec.axes) == 2]
+    matrices = [spec for spec in model.tensors if spec.layer is not None and len(spec.axes) == 2]
     experts = [spec for spec in matrices if spec.token_share < 1.0]
     return ModelCost(
         weights_bytes=weights_bytes - (0 if model.tied_embeddings else embedding * dtype_bytes(dtype)),

@@ -1,6 +1,6 @@
 """Every key of `config.json` and `generation_config.json` that transformers reads for the families that are
 served, and what becomes of it: obeyed, harmless, or refused unless its value changes nothing. Keys that one
-family alone has are the fields of its configuration (services/engine/models/).
+family alone has are in its file (services/engine/models/).
 
 A test holds these tables against transformers' configuration classes. A key in none of them is not read by
 transformers either; it is named when the model is loaded. For tokenizer_config.json there is
@@ -8,7 +8,7 @@ router/text/tokenizer_keys.py.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,6 @@ HARMLESS = {
     "embd_pdrop": _TRAINING,
     "mlp_dropout": _TRAINING,
     "gradient_checkpointing": _TRAINING,
-    "router_aux_loss_coef": _TRAINING,
     "use_cache": _HOW,
     "pretraining_tp": _HOW,
     "chunk_size_feed_forward": _HOW,
@@ -88,7 +87,6 @@ HARMLESS = {
     "return_dict": _OUTPUT,
     "output_attentions": _OUTPUT,
     "output_hidden_states": _OUTPUT,
-    "output_router_logits": _OUTPUT,
     "tie_last_hidden_states": _OUTPUT,
     "tie_encoder_decoder": "for encoder-decoders",
     "cross_attention_hidden_size": "for encoder-decoders",
@@ -244,10 +242,10 @@ GENERATION_ONLY: dict[str, tuple[Any, ...]] = {
 }
 
 
-def check_config_keys(raw: Mapping[str, Any], own_keys: Iterable[str], path: Path) -> list[str]:
+def check_config_keys(raw: Mapping[str, Any], own_keys: Collection[str], path: Path) -> list[str]:
     """The keys of config.json that nobody reads. Raises CheckpointError for one that is not supported.
 
-    `own_keys` are obeyed by the model's family, whatever the tables say. Old files hold keys of
+    `own_keys` are those that the model's family alone has, whatever the tables say. Old files hold keys of
     generation_config.json too, which some versions of transformers obey.
     """
     raw = {key: value for key, value in raw.items() if key not in own_keys}

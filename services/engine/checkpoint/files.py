@@ -93,7 +93,7 @@ def model_digest(
             digest.update(f"{field.name}={getattr(model, field.name)!r}\n".encode())
     for name in model.family.config.own_keys():
         digest.update(f"{name}={getattr(model.published, name)!r}\n".encode())
-    for spec in model.tensor_specs():
+    for spec in model.tensors:
         digest.update(f"{spec.name}={spec.shape}\n".encode())
     digest.update(f"dtype={dtype} quantization={quantization}\n".encode())
     if load_format == "dummy":

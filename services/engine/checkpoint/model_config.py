@@ -7,6 +7,7 @@ from the values before anything is loaded.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,11 @@ SILU = ("silu", "swish")
 """The names that transformers has for it."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ModelConfig:
-    """Shape of one decoder. `windows[i]` is layer i's sliding window in tokens, None for full attention.
+    """Shape of one decoder, and the family that it is of.
 
+    `windows[i]` is layer i's sliding window in tokens, None for full attention.
     `tied_as_head`: the files hold the one tied matrix under the head's name. `mtp_layers` lie in the files
     behind the others and are not loaded. `notes` say, a line each, what of the files is passed over.
     `published` is the file's own text, for what the family's layers alone have to know.
@@ -59,28 +61,29 @@ class ModelConfig:
     mtp_layers: int = 0
     notes: tuple[str, ...] = ()
 
-    def tensor_specs(self) -> list[TensorSpec]:
+    @cached_property
+    def tensors(self) -> tuple[TensorSpec, ...]:
         """Every tensor of the whole model that is loaded."""
         embedding, norm, output = outer_tensors(self.vocab_size, self.hidden_size)
         found = [embedding]
         for layer in range(self.layers):
             found += self.family.layer_tensors(self.published, layer)
-        return [*found, norm] if self.tied_embeddings else [*found, norm, output]
+        return (*found, norm) if self.tied_embeddings else (*found, norm, output)
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Their shapes by their names in the checkpoint."""
-        return {spec.name: spec.shape for spec in self.tensor_specs()}
+        return {spec.name: spec.shape for spec in self.tensors}
 
     def parameter_count(self) -> int:
         """Parameters as they lie in memory: a tied output matrix counts once, the vector that normalises
         query or key heads once for each head."""
-        return sum(spec.rank_bytes(1, fp8=False) for spec in self.tensor_specs())
+        return sum(spec.rank_bytes(1, fp8=False) for spec in self.tensors)
 
     def parameter_bytes(self, dtype: Dtype, quantization: Quantization = "none") -> int:
         """All parameters in `dtype`; with fp8, each matrix of a linear layer as one byte a number and one
         float32 a row."""
         number_bytes, fp8 = dtype_bytes(dtype), quantization == "fp8"
-        return sum(spec.rank_bytes(number_bytes, fp8) for spec in self.tensor_specs())
+        return sum(spec.rank_bytes(number_bytes, fp8) for spec in self.tensors)
 
     def kv_token_bytes(self, dtype: Dtype, kv_dtype: KvDtype = "auto") -> int:
         """Keys and values of one token over all layers."""
@@ -102,7 +105,7 @@ def read_model_config(model_dir: Path) -> ModelConfig:
     raw = read_json(path)
     family = _family(raw, path)
     check_quantization(raw, path)
-    notes = _unread(path, check_config_keys(raw, family.config.own_keys(), path))
+    notes = _unread(path, check_config_keys(raw, family.own_keys, path))
     if raw.get("auto_map"):
         notes.append("config.json: auto_map names code of the checkpoint, which is not run")
     generation_path = model_dir / "generation_config.json"

@@ -4,8 +4,8 @@
 so what its layers need of torch is imported where a layer is made.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from services.engine.checkpoint.published_config import PublishedConfig
@@ -56,6 +56,8 @@ class Family(Generic[Config]):
     tokenizer_class: Callable[[Any, bool], str] = named_tokenizer
     """The class that transformers takes, by the one that the files name and whether there is a
     tokenizer.json; empty where it has no default of its own."""
+    harmless_keys: Mapping[str, str] = field(default_factory=dict)
+    """Keys of config.json that this family alone has and that change no token, and why."""
     full_attention_only: bool = False
     """Refuses sliding windows."""
     captures_graphs: bool = True
@@ -64,3 +66,8 @@ class Family(Generic[Config]):
     @property
     def name(self) -> str:
         return self.architecture.removesuffix("ForCausalLM")
+
+    @property
+    def own_keys(self) -> set[str]:
+        """Keys of config.json that this family alone has."""
+        return {*self.config.own_keys(), *self.harmless_keys}

@@ -144,5 +144,9 @@ FAMILY = Family(
     make_layer,
     feed_forward_width,
     tokenizer_class,
+    harmless_keys={
+        "output_router_logits": "what else transformers' models give out",
+        "router_aux_loss_coef": "training only",
+    },
     captures_graphs=False,
 )

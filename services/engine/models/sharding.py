@@ -37,7 +37,7 @@ def check_tp(model: ModelConfig, tp: int) -> None:
 
 def _divided(model: ModelConfig) -> list[Units]:
     """What the ranks divide, each once, the layers' first."""
-    layers_first = sorted(model.tensor_specs(), key=lambda spec: spec.layer is None)
+    layers_first = sorted(model.tensors, key=lambda spec: spec.layer is None)
     found = (axis.units for spec in layers_first for axis in spec.axes)
     return list(dict.fromkeys(units for units in found if units is not None))
 
@@ -50,4 +50,4 @@ def rank_shape(model: ModelConfig, tp: int) -> ModelConfig:
 def rank_parameter_bytes(model: ModelConfig, tp: int, dtype: Dtype, quantization: Quantization) -> int:
     """Bytes of the parameters on one of `tp` ranks. `model` is whole."""
     number_bytes, fp8 = dtype_bytes(dtype), quantization == "fp8"
-    return sum(spec.rank_bytes(number_bytes, fp8, tp) for spec in model.tensor_specs())
+    return sum(spec.rank_bytes(number_bytes, fp8, tp) for spec in model.tensors)

@@ -26,7 +26,7 @@ def _ignore(done_bytes: int, total_bytes: int) -> None:
 
 def _load(model_dir: Path) -> Parameters:
     model = read_model_config(model_dir)
-    parameters = Parameters(model.tensor_specs(), torch.float32, torch.device("cpu"))
+    parameters = Parameters(model.tensors, torch.float32, torch.device("cpu"))
     Decoder(model, parameters)
     with torch.inference_mode():
         load_safetensors(model, parameters, _ignore)
@@ -88,7 +88,7 @@ def test_harmless_extra_tensors_are_ignored(tmp_path: Path) -> None:
 def test_progress_grows_to_the_total(tmp_path: Path) -> None:
     make_checkpoint("mistral", tmp_path, sharded=True)
     model = read_model_config(tmp_path)
-    parameters = Parameters(model.tensor_specs(), torch.bfloat16, torch.device("cpu"))
+    parameters = Parameters(model.tensors, torch.bfloat16, torch.device("cpu"))
     Decoder(model, parameters)
     seen: list[tuple[int, int]] = []
     load_safetensors(model, parameters, lambda done, total: seen.append((done, total)))
@@ -104,7 +104,7 @@ def test_dummy_weights_are_the_same_every_time_and_finite(tmp_path: Path) -> Non
     model = read_model_config(tmp_path)
     filled = []
     for _ in range(2):
-        parameters = Parameters(model.tensor_specs(), torch.bfloat16, torch.device("cpu"))
+        parameters = Parameters(model.tensors, torch.bfloat16, torch.device("cpu"))
         Decoder(model, parameters)
         fill_dummy(parameters, _ignore)
         filled.append(parameters.views)

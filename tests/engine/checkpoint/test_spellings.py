@@ -231,7 +231,7 @@ SCALES = {
 
 def _load(model_dir: Path) -> tuple[Any, Parameters]:
     model = read_model_config(model_dir)
-    parameters = Parameters(model.tensor_specs(), torch.float32, torch.device("cpu"))
+    parameters = Parameters(model.tensors, torch.float32, torch.device("cpu"))
     Decoder(model, parameters)
     with torch.inference_mode():
         load_safetensors(model, parameters, lambda done, total: None)

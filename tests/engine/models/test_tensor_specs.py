@@ -79,7 +79,7 @@ def test_the_ranks_parts_are_the_whole_tensor(family: Family, tmp_path: Path) ->
     make_checkpoint(family, tmp_path, kv_heads=4, layers=1)
     model, stored = read_model_config(tmp_path), load_file(tmp_path / "model.safetensors")
     assert 4 in allowed_tp(model) or family == "qwen3_moe"
-    for spec in model.tensor_specs():
+    for spec in model.tensors:
         whole = stored[spec.name]
         assert spec.shape == tuple(whole.shape)
         parts = [whole[part] for rank in range(2) if (part := spec.part(rank, 2)) is not None]
@@ -103,7 +103,7 @@ def test_experts_are_divided_by_their_own_size(tmp_path: Path) -> None:
     whole, half = (rank_parameter_bytes(model, tp, "float32", "none") for tp in (1, 2))
     everywhere = sum(
         spec.rank_bytes(4, False)
-        for spec in model.tensor_specs()
+        for spec in model.tensors
         if all(axis.units is None for axis in spec.axes) and spec.heads is None
     )
     assert (half - everywhere) * 2 == whole - everywhere
