@@ -163,7 +163,7 @@ class Engine:
     def measure_activations(self) -> int:
         """Peak bytes beyond the weights of one forward at `max_chunk_tokens` and `max_batch`, sampling with
         every filter on. A few pages stand in for the pool; contexts as long as the model allows read them
-        over and over. Two layers run: every further one reuses their memory."""
+        over and over. Only the first layers run: every further one reuses their memory."""
         if self.state is not EngineState.LOADED:
             raise EngineStateError(
                 f"activations are measured between load and allocate_pool, not when {self.state}"
@@ -172,9 +172,7 @@ class Engine:
         rows = profile_rows(
             self.config, self.layout, self.limits, scratch.pages, self.max_model_len, PROMPT_LOGPROB_ROWS
         )
-        windows = self.model.windows
-        widest = windows.index(None) if None in windows else 0
-        layers = min(self.model.layers, max(2, widest + 1))
+        layers = self.model.layers_of_every_kind()
 
         moves, slot = (
             CopyStream(scratch, 1),

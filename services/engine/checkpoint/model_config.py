@@ -70,6 +70,15 @@ class ModelConfig:
             found += self.family.layer_tensors(self.published, layer)
         return (*found, norm) if self.tied_embeddings else (*found, norm, output)
 
+    def layers_of_every_kind(self) -> int:
+        """How many of the first layers hold one of each kind that takes memory of its own in a step: by their
+        tensors, and with full attention if any has it. At least two, where there are two."""
+        first: dict[tuple[tuple[int, ...], ...], int] = {}
+        for layer in range(self.layers):
+            first.setdefault(tuple(spec.shape for spec in self.tensors if spec.layer == layer), layer)
+        full = self.windows.index(None) if None in self.windows else 0
+        return min(self.layers, max(1, full, *first.values()) + 1)
+
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Their shapes by their names in the checkpoint."""
         return {spec.name: spec.shape for spec in self.tensors}
