@@ -38,11 +38,10 @@ from services.engine.launched import Launched
 from services.engine.models.kv_scales import kv_scales
 from services.engine.models.layers import Decoder
 from services.engine.models.parameters import Parameters
-from services.engine.models.registry import make_decoder
 from services.engine.models.sharding import rank_shape
 from services.engine.models.weights import fill_dummy, load_safetensors
 from services.engine.ops.fp8 import FP8
-from services.engine.ops.launch_cache import compiling_ahead
+from services.engine.ops.launch_cache import compiling_ahead, warn_if_slow
 from services.engine.ops.processors import processors
 from services.engine.peak_memory import peak_bytes
 from services.engine.precision import check_capability
@@ -100,6 +99,7 @@ class Engine:
         if self.device.type == "cuda":
             check_capability(config, torch.cuda.get_device_capability(self.device))
             torch.cuda.set_device(self.device)
+            warn_if_slow()
         else:
             torch.set_num_threads(max(1, cpu_threads() // self.group.size))
 
@@ -144,11 +144,12 @@ class Engine:
         """Allocate and fill the weights; returns their bytes. `progress(done_bytes, total_bytes)` is called
         as they come. Raises `CheckpointError`."""
         self._move(EngineState.LOADED)
-        parameters = Parameters(self.dtype, self.device, self.config.quantization, self.group)
+        specs = self.model.tensors
+        parameters = Parameters(specs, self.dtype, self.device, self.config.quantization, self.group)
         shape = rank_shape(self.model, self.group.size)
-        decoder = make_decoder(shape, parameters)
+        decoder = Decoder(shape, parameters)
         if self.config.load_format == "dummy":
-            fill_dummy(self.model, parameters, progress)
+            fill_dummy(parameters, progress)
         else:
             load_safetensors(self.model, parameters, progress)
         if self.config.kv_dtype == "fp8":
@@ -163,7 +164,7 @@ class Engine:
     def measure_activations(self) -> int:
         """Peak bytes beyond the weights of one forward at `max_chunk_tokens` and `max_batch`, sampling with
         every filter on. A few pages stand in for the pool; contexts as long as the model allows read them
-        over and over. Two layers run: every further one reuses their memory."""
+        over and over. Only the first layers run: every further one reuses their memory."""
         if self.state is not EngineState.LOADED:
             raise EngineStateError(
                 f"activations are measured between load and allocate_pool, not when {self.state}"
@@ -172,9 +173,7 @@ class Engine:
         rows = profile_rows(
             self.config, self.layout, self.limits, scratch.pages, self.max_model_len, PROMPT_LOGPROB_ROWS
         )
-        windows = self.model.windows
-        widest = windows.index(None) if None in windows else 0
-        layers = min(self.model.layers, max(2, widest + 1))
+        layers = self.model.layers_of_every_kind()
 
         copies = CopyStream(scratch, 1, self._step_events)
         slot = torch.empty(self.page_bytes, dtype=torch.uint8, device=self.device)
@@ -205,7 +204,8 @@ class Engine:
         steps += mixed_steps(self.config, self.layout.kv_heads, self.max_model_len, processors(self.device))
         for step in steps:
             self.steps.launch(step, scratch, layers=layers)
-        self._decode_graphs(scratch).warm_up(layers)
+        if self.model.family.captures_graphs:
+            self._decode_graphs(scratch).warm_up(layers)
 
     def allocate_pool(self, pages: int) -> int:
         """Allocate the KV pool, zeroed; returns its bytes."""
@@ -217,8 +217,9 @@ class Engine:
 
     @torch.inference_mode()
     def capture_graphs(self) -> int:
-        """Record decode steps for every batch size of the ladder; returns the bytes they hold. 0 on a CPU."""
-        if self.device.type != "cuda":
+        """Record decode steps for every batch size of the ladder; returns the bytes they hold. 0 on a CPU,
+        and for a family whose steps no graph can hold."""
+        if self.device.type != "cuda" or not self.model.family.captures_graphs:
             return 0
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()  # what earlier work left behind would be used again unnoticed

@@ -47,12 +47,14 @@ def sequences_of(sampling: Sampling) -> list[Sequence]:
     ]
 
 
-@pytest.mark.parametrize("family", ["qwen3", "llama"])
+@pytest.mark.parametrize("family", ["qwen3", "llama", "qwen3_moe"])
 def test_two_ranks_give_the_tokens_of_one(family: Any, tmp_path: Path) -> None:
-    """qwen3: norms of heads, an output matrix; llama: a tied one, and biases that only one rank may add."""
+    """qwen3: norms of heads, an output matrix; llama: a tied one, and biases that only one rank may add;
+    qwen3_moe: a router that must choose alike."""
     special: dict[str, Any] = {
         "qwen3": {},
         "llama": {"attention_bias": True, "mlp_bias": True, "sharded": True, "tied": True},
+        "qwen3_moe": {"decoder_sparse_step": 2, "layers": 3, "norm_topk_prob": True},
     }[family]
     model_dir = make_checkpoint(family, tmp_path / "model", seed=4, eos=False, kv_heads=4, **special)
     one = start_engine(model_dir, pages=PAGES)

@@ -17,7 +17,15 @@ from services.engine.errors import CheckpointError
 
 DUMMY_SEED = 20240229
 _LOADABLE = ("F32", "BF16", "F16", "F64")
-_NOT_SHAPE_GIVING = {"model_dir", "eos_token_ids", "max_model_len", "mtp_layers", "notes"}
+_NOT_SHAPE_GIVING = {
+    "model_dir",
+    "family",
+    "published",
+    "eos_token_ids",
+    "max_model_len",
+    "mtp_layers",
+    "notes",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +85,16 @@ def model_digest(
     quantization: Quantization = "none",
 ) -> str:
     """SHA-256 that two workers must share before KV may pass between them: the shape-giving configuration,
-    the dtype, the quantization, and every weight file's header and size (for dummy weights: their seed).
-    The dtype of the KV cache has a field of its own in the handshake."""
+    the tensors, the dtype, the quantization, and every weight file's header and size (for dummy weights:
+    their seed). The dtype of the KV cache has a field of its own in the handshake."""
     digest = hashlib.sha256()
     for field in fields(model):
         if field.name not in _NOT_SHAPE_GIVING:
             digest.update(f"{field.name}={getattr(model, field.name)!r}\n".encode())
+    for name in model.family.config.own_keys():
+        digest.update(f"{name}={getattr(model.published, name)!r}\n".encode())
+    for spec in model.tensors:
+        digest.update(f"{spec.name}={spec.shape}\n".encode())
     digest.update(f"dtype={dtype} quantization={quantization}\n".encode())
     if load_format == "dummy":
         digest.update(f"dummy={DUMMY_SEED}\n".encode())

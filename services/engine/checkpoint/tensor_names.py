@@ -3,8 +3,8 @@
 import re
 
 from services.engine.checkpoint.model_config import ModelConfig
+from services.engine.models.tensor_specs import EMBEDDING, OUTPUT
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _BASE = "model."
 _LAYER = re.compile(r"(?:model\.)?layers\.(?P<layer>\d{1,4})\.")
 _MTP = re.compile(r"(?:model\.)?mtp(?:_layers)?\.")
@@ -20,17 +20,17 @@ _OTHER_SCALE = re.compile(r".*\.self_attn\.(?:(?:q_proj|attn)\.)?(?:q|prob|prob_
 def own_name(stored: str, model: ModelConfig) -> str:
     """The model's name for a stored tensor. Like transformers: with or without the base model's prefix, and a
     tied matrix under either of its names."""
-    if model.tied_as_head and stored in (HEAD, _BASE + HEAD):
+    if model.tied_as_head and stored in (OUTPUT, _BASE + OUTPUT):
         return EMBEDDING
-    if stored == _BASE + HEAD:
-        return HEAD
-    return stored if stored.startswith((_BASE, HEAD)) else _BASE + stored
+    if stored == _BASE + OUTPUT:
+        return OUTPUT
+    return stored if stored.startswith((_BASE, OUTPUT)) else _BASE + stored
 
 
 def is_passed_over(stored: str, model: ModelConfig) -> bool:
     """Old exporters stored the rotary table, and a copy of a tied output matrix; some store scales for a KV
     cache of fp8, which is not always asked for, and layers that predict further tokens."""
-    if own_name(stored, model) == HEAD:
+    if own_name(stored, model) == OUTPUT:
         return model.tied_embeddings
     if stored.endswith("rotary_emb.inv_freq") or _OTHER_SCALE.fullmatch(stored):
         return True
