@@ -17,7 +17,6 @@ from deploy.bench.load.plan import (
 )
 from deploy.bench.load.prompts import Prompts
 from deploy.bench.load.traces import TracedRequest, TraceError, read_trace
-from deploy.bench.serving.statistics import SloLimits
 from deploy.errors import UserError
 
 DEFAULT_RATE = 1.0
@@ -104,7 +103,3 @@ def rates_of(settings: LoadSettings) -> Rates:
     if settings.rates is None and settings.arrivals != "trace":
         raise UserError(f"--rates is missing: --arrivals {settings.arrivals} needs it; or --arrivals trace")
     return Rates(settings, trace, settings.rates or (None,))
-
-
-def limits_of(settings: LoadSettings) -> SloLimits:
-    return SloLimits(settings.slo_ttft_ms, settings.slo_tpot_ms, settings.slo_itl_ms)

@@ -25,7 +25,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from deploy.bench.router.http_client import GET_VERSION, HttpConnection, PromptBodies, Stamps, completion
+from deploy.bench.router.http_client import GET_VERSION, KeepAliveConnection, PromptBodies, Stamps, completion
 from deploy.bench.router.router_process import Cluster, Cores, cluster
 
 PROMPT_CHARACTERS = 960
@@ -59,7 +59,7 @@ class Arrivals:
         self._is_even = spacing == "even"
         self._random = random.Random(1)
         self._seeds = 0
-        self._idle: list[HttpConnection] = []
+        self._idle: list[KeepAliveConnection] = []
         self._open = 0
 
     def warm_up(self) -> None:
@@ -92,7 +92,7 @@ class Arrivals:
         self._open += 1
         connection.ask(raw, stamps, self._ended)
 
-    def _ended(self, connection: HttpConnection) -> None:
+    def _ended(self, connection: KeepAliveConnection) -> None:
         self._open -= 1
         self._idle.append(connection)
 
@@ -151,7 +151,7 @@ def measure_streaming(cores: Cores, streams: int, offered: int) -> Streamed:
         connections = [one.connect() for _ in range(streams)]
         left = streams
 
-        def ended(connection: HttpConnection) -> None:
+        def ended(connection: KeepAliveConnection) -> None:
             nonlocal left
             left -= 1
 

@@ -11,15 +11,15 @@ import uvloop
 
 from deploy.bench.load.errors import LoadError
 from deploy.bench.load.options import LaunchedSettings, Layout
-from deploy.bench.load.rates import Rates, limits_of, rates_of
+from deploy.bench.load.rates import Rates, rates_of
 from deploy.bench.load.target import served_model, target_of
 from deploy.bench.serving import report
 from deploy.bench.serving.chart import check_matplotlib
 from deploy.bench.serving.launched import SystemCandidate, SystemEnded, with_launched
 from deploy.bench.serving.measure import measure
-from deploy.bench.serving.statistics import RateFigures, System
-from deploy.commands.serve import checked_slots
+from deploy.bench.serving.statistics import RateFigures, System, limits_of
 from deploy.errors import UserError
+from deploy.launcher.preflight import checked_slots
 from deploy.launcher.readiness import claim_port
 from deploy.settings.options import EngineSettings, MoverSettings, ServeSettings, StagingSettings
 from deploy.settings.schema import settings_of

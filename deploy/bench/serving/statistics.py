@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from msgspec import Struct
 
+from deploy.bench.load.options import LoadSettings
 from deploy.bench.load.outcome import Outcome
 from deploy.bench.load.plan import PlannedLoad
 from deploy.bench.serving.exposed import Exposed
@@ -25,6 +26,10 @@ class SloLimits(Struct, frozen=True):
     def text(self) -> str:
         named = (("TTFT", self.ttft_ms), ("TPOT", self.tpot_ms), ("ITL", self.itl_ms))
         return ", ".join(f"{name} <= {limit:g} ms" for name, limit in named if limit is not None)
+
+
+def limits_of(settings: LoadSettings) -> SloLimits:
+    return SloLimits(settings.slo_ttft_ms, settings.slo_tpot_ms, settings.slo_itl_ms)
 
 
 class Spread(Struct, frozen=True):

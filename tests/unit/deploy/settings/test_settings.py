@@ -93,7 +93,7 @@ def test_a_list_in_a_variable_is_split_at_commas_alone(monkeypatch: pytest.Monke
     assert parse(["serve", "m"]).api_key == ("a  b", "c")
 
 
-def test_a_list_in_the_file_replaces_none_of_the_flags(tmp_path: Path) -> None:
+def test_a_list_in_the_file_gives_way_to_flags(tmp_path: Path) -> None:
     for text in ("api-key: e", "api-key: [e]"):
         file = written(tmp_path, text)
         assert parse(["serve", "m", "--config", file]).api_key == ("e",)
