@@ -1,7 +1,7 @@
 """What the router adds, without any model: `python -m deploy.bench.router.router`.
 
 Two processes: the router on a core of its own, and this one on another, with the clients and with workers
-that answer at once, all in one thread (`router_client.py`, `router_worker.py`). Measured:
+that answer at once, all in one thread (`http_client.py`, `fake_worker.py`). Measured:
 
 - latency at 200 requests a second, at random times (Poisson), where requests meet, and evenly spaced.
   `GET /version` shows what HTTP and the machine cost without any of ours; the first token's time is from the
