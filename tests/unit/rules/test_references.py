@@ -82,8 +82,11 @@ def lost_links(document: Path, text: str) -> list[str]:
     """Relative links to a file, or to a heading of one, that is not there."""
     found = []
     for match in LINK.finditer(text):
-        target = (document.parent / match[1]).resolve() if match[1] else document
-        if not target.exists() or (match[2] and match[2] not in anchors(target.read_text(encoding="utf-8"))):
+        target = document.parent / match[1]
+        is_there = not match[1] or target.exists()
+        if is_there and match[2]:
+            is_there = match[2] in anchors(target.read_text(encoding="utf-8") if match[1] else text)
+        if not is_there:
             found.append(match[0].removeprefix("]"))
     return found
 
