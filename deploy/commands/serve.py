@@ -8,7 +8,7 @@ import typer
 from deploy.errors import UserError
 from deploy.launcher import run_directory
 from deploy.launcher.children import child_specs, worker_endpoints
-from deploy.launcher.control import taking_orders
+from deploy.launcher.control import control_server
 from deploy.launcher.launcher import Launcher
 from deploy.launcher.output import Screen
 from deploy.launcher.preflight import checked_slots
@@ -23,7 +23,7 @@ from services.memory.measure import gpu_count
 
 
 async def _serve(launcher: Launcher, scaling: Scaling, control: Path) -> int:
-    async with taking_orders(control, scaling.scale):
+    async with control_server(control, scaling.scale):
         return await launcher.run()
 
 

@@ -1,4 +1,4 @@
-"""What is checked of a system before anything of it is started."""
+"""Checks of a system before anything of it is started."""
 
 from deploy.errors import UserError
 from deploy.launcher.children import WorkerSlot, worker_configs, worker_slots
@@ -16,8 +16,8 @@ from services.memory.measure import gpu_count
 
 
 def checked_slots(settings: ServeSettings) -> tuple[Device, list[WorkerSlot], ModelConfig]:
-    """Who there will be, on what, and of which model. Raises UserError for whatever can be known before
-    anything starts."""
+    """The device, the workers and the model of a system. Raises UserError for whatever can be known to be
+    wrong before anything starts."""
     check_model_dir(settings.model_dir)
     model = check_checkpoint(settings.model_dir, settings.load_format)
     device = resolve_device(settings.device)

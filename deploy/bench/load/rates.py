@@ -24,7 +24,7 @@ DEFAULT_RATE = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """`rates` holds None where a trace goes at its own speed."""
+    """The loads of a run. `rates` holds None where a trace goes at its own speed."""
 
     settings: LoadSettings
     trace: tuple[TracedRequest, ...]
@@ -89,7 +89,10 @@ MOST_TRACE_REQUESTS = 1_000_000
 
 
 def rates_of(settings: LoadSettings) -> Rates:
-    """Raises UserError where settings do not go together, or the trace cannot be read."""
+    """The loads that settings ask for.
+
+    Raises UserError where settings do not go together, or the trace cannot be read.
+    """
     if settings.trace is None:
         if settings.arrivals == "trace":
             raise UserError("--arrivals trace: --trace is missing, the file that has them")

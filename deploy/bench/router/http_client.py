@@ -46,7 +46,7 @@ class HttpLoop:
         at: Callable[[float], float] | None = None,
         rest_s: float = 0.0,
     ) -> None:
-        """Until `done`. `at(now_s)` is called when its time has come and returns the next one (monotonic).
+        """Runs until `done`. `at(now_s)` is called when its time has come and returns the next (monotonic).
 
         It sleeps `rest_s` between two looks: not at all where times are taken, a little where only the sum
         counts, since looking for every single frame costs more than reading it.
@@ -146,7 +146,7 @@ class PromptBodies:
         self._words = [word for word in " ".join(texts).split() if word.isascii()]
         self._characters, self._random = characters, random.Random(seed)
 
-    def draw(self) -> str:
+    def sample(self) -> str:
         words: list[str] = []
         left = self._characters
         while left > 0:

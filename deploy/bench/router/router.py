@@ -86,7 +86,7 @@ class Arrivals:
         if self._prompts is not None:
             self._seeds += 1
             self._cluster.stamps[self._seeds] = stamps
-            raw = completion(self._prompts.draw(), 2, self._seeds)
+            raw = completion(self._prompts.sample(), 2, self._seeds)
         self._idle = [connection for connection in self._idle if not connection.closed]
         connection = self._idle.pop() if self._idle else self._cluster.connect()
         self._open += 1

@@ -108,7 +108,7 @@ def _router(config: RouterConfig, cores: Cores) -> None:
 
 @contextlib.contextmanager
 def cluster(kind: str, cores: Cores, of_each: int = 1) -> Iterator[Cluster]:
-    """With so many workers of each role. Raises HttpBenchError if the router does not become ready."""
+    """A router with so many workers of each role. Raises HttpBenchError if the router does not get ready."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)

@@ -6,7 +6,7 @@ Meanwhile a client sends the largest bodies that are allowed, one after the othe
 without an end on four. The longest answer in each of these times is what the event loop stood still for,
 and the machine's own delays: the first line is the same without any such client. On a busy machine they are
 most of it; so the time that the router's thread had the processor while the neighbour waited is shown too, by
-the kernel's account (`schedstat`): the event loop cannot have stood still at its own work for longer.
+the kernel's statistics (`schedstat`): the event loop cannot have stood still at its own work for longer.
 
 The router and the processes that prepare bodies for it have one core, all else has another.
 """
@@ -146,12 +146,12 @@ def _attack(name: str, port: int, count: int, results: Connection) -> None:
 
 
 def _neighbour(port: int, router_pid: int, results: Connection) -> None:
-    """Until it is told to end: when each question was asked, how long its answer took, and how much of this
-    the router's main thread ran."""
-    account = Path(f"/proc/{router_pid}/task/{router_pid}/schedstat")
+    """Asks until its pipe says to end, and notes when each question was asked, how long its answer took, and
+    how much of this the router's main thread ran."""
+    schedstat = Path(f"/proc/{router_pid}/task/{router_pid}/schedstat")
 
     def ran_s() -> float:
-        return int(account.read_bytes().split()[0]) / 1e9
+        return int(schedstat.read_bytes().split()[0]) / 1e9
 
     times: list[Wait] = []
     with socket.create_connection(("127.0.0.1", port), TIMEOUT_S) as connection:

@@ -29,7 +29,10 @@ INTERRUPTED = 130
 
 
 def measured(settings: LaunchedSettings, layouts: Sequence[Layout]) -> list[System]:
-    """Everything is checked before the first is started. Raises UserError, and typer.Exit if one ends."""
+    """The figures of each layout. Everything is checked before the first is started.
+
+    Raises UserError, and typer.Exit if one ends.
+    """
     report.check_writable(out=settings.out, chart=settings.chart, log=settings.log)
     if settings.chart is not None:
         check_matplotlib()
@@ -68,7 +71,7 @@ def _candidates(settings: LaunchedSettings, layouts: Sequence[Layout]) -> list[S
 async def _measure_all(
     candidates: Sequence[SystemCandidate], settings: LaunchedSettings, rates: Rates, log: TextIO
 ) -> list[System]:
-    """Figures are printed as they come."""
+    """Measures layouts one after the other, and prints figures as they come."""
     limits = limits_of(settings)
     systems: list[System] = []
     for candidate in candidates:
