@@ -1,8 +1,8 @@
 """Workers of a running `baton serve` are started and drained, as `baton scale` asks.
 
 1. Who joins and who leaves (scale_plan.py), and whether the GPUs have room: refused before anything happens.
-2. Join: the transfer processes and workers start; the router reads them from its workers file, and
-   gives them work as soon as they are ready. One that cannot live is taken back, with all that joined at the same command.
+2. Join: the transfer processes and workers start; the router reads them from its workers file, and gives
+   them work as soon as they are ready. One that cannot live is taken back, with all that joined beside it.
 3. Leave, highest number first: the router reads it there, gives a leaving worker nothing more, and drops it
    when its requests have ended. Then SIGTERM to the worker, and to its transfer processes after it; each
    within its share of the drain timeout. What has not ended by then goes on elsewhere, as after its death.
