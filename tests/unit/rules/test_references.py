@@ -31,30 +31,35 @@ MODULE = re.compile(rf"(?<![\w./-])((?:{'|'.join(PACKAGES)}|tests)(?:\.[a-z_]\w*
 
 
 def names_of_files() -> set[str]:
+    """All files, and the folders that hold one; what the interpreter leaves behind makes no folder."""
     folders = (*PACKAGES, "tests", "docs", "docker")
-    found = {relative(path) for folder in folders for path in (ROOT / folder).rglob("*")}
-    return found | {path.name for path in ROOT.iterdir()}
-
-
-EXISTING = names_of_files()
+    paths = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
+    files = [Path(relative(path)) for path in paths if path.parent.name != "__pycache__"]
+    parents = {parent.as_posix() for path in files for parent in path.parents}
+    return {path.as_posix() for path in files} | parents | {path.name for path in ROOT.iterdir()}
 
 
 def lost_files(text: str) -> list[str]:
     """`line: name` of files, also by the end of their path, and of folders that are not there."""
-    ends = {name[start:] for name in EXISTING for start in starts(name)}
     found = [
         f"{number}: {match[1]}"
         for number, line in enumerate(text.splitlines(), 1)
-        for pattern, known in ((FILE, ends), (FOLDER, EXISTING))
+        for pattern, known in ((FILE, ENDS), (FOLDER, EXISTING))
         for match in pattern.finditer(line)
         if match[1] not in known and f"{match[1]}.py" not in known
     ]
     return list(dict.fromkeys(found))
 
 
-def starts(name: str) -> Iterator[int]:
-    yield 0
-    yield from (index + 1 for index, character in enumerate(name) if character == "/")
+def ends_of(name: str) -> Iterator[str]:
+    """The name, and what follows each of its slashes."""
+    while name:
+        yield name
+        name = name.partition("/")[2]
+
+
+EXISTING = names_of_files()
+ENDS = {end for name in EXISTING for end in ends_of(name)}
 
 
 def lost_modules(text: str) -> list[str]:
