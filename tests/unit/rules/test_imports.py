@@ -7,7 +7,12 @@ import pytest
 from tests.unit.rules.syntax import PACKAGES, Module, code_files, module, parse, relative
 
 ALLOWED_IMPORTS: dict[str, tuple[str, ...]] = {
-    "router": ("router", "services.protocol.messages", "services.protocol.client"),
+    "router": (
+        "router",
+        "services.protocol.messages",
+        "services.protocol.client",
+        "services.protocol.worker_status",
+    ),
     "services": ("services", "kvtransfer"),
     "kvtransfer": ("kvtransfer",),
     "deploy": PACKAGES,
