@@ -49,7 +49,7 @@ test: $(STAMP)
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/unit/test_rules.py
+	$(BIN)/python -m pytest -q tests/unit/rules
 
 chaos: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos --seconds $(CHAOS_S) $(if $(CHAOS_SEED),--seed $(CHAOS_SEED))

@@ -72,10 +72,10 @@ def _run(settings: BenchEngineSettings, device: Device, directory: Path) -> int:
     checked_plan(config, settings.device_memory)
     facts = device_facts(device, 0, settings.device_memory)
 
-    from deploy.bench.engine.engine import BenchOrder
+    from deploy.bench.engine.engine import BenchRequest
     from deploy.bench.engine.engine import run as run_bench
 
-    order = BenchOrder(
+    request = BenchRequest(
         config=config,
         worker_flags=_worker_flags(config),
         model_name=settings.model_config,
@@ -101,7 +101,7 @@ def _run(settings: BenchEngineSettings, device: Device, directory: Path) -> int:
         out=settings.out,
         trace=settings.trace,
     )
-    return run_bench(order)
+    return run_bench(request)
 
 
 def _worker_flags(config: WorkerConfig) -> tuple[str, ...]:

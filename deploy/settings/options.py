@@ -99,7 +99,7 @@ class MoverSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ChildSettings:
-    """What a process of a fleet gets from the launcher."""
+    """What the launcher gives to every child."""
 
     run_dir: Path | None = setting(None, path, "Directory to leave empty behind us.", internal=True)
     parent_pid: int | None = setting(None, integer(1, 1 << 31), "Launcher to end with.", internal=True)

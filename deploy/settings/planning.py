@@ -1,4 +1,4 @@
-"""From settings to what a worker is told: the "auto" values, and the ledger check before anything starts."""
+"""A worker's configuration from its settings: the "auto" values, and the ledger check before the start."""
 
 import json
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ class DeviceFacts:
 
 
 def resolve_device(device: str) -> Device:
-    """`auto` is cuda where the driver shows a GPU, else cpu."""
+    """The device to run on: `auto` is cuda where the driver shows a GPU, else cpu."""
     if device == "auto":
         return "cuda" if gpu_count() else "cpu"
     return cast(Device, device)
@@ -144,7 +144,10 @@ def worker_config(
     drain_timeout_s: float = 30.0,
     key_dir: Path | None = None,
 ) -> WorkerConfig:
-    """Every "auto" replaced by what it means here. Raises UserError for options that cannot be combined."""
+    """A worker's configuration, each "auto" replaced by what it means here.
+
+    Raises UserError for options that cannot be combined.
+    """
     device = resolve_device(settings.device)
     defaults = DEFAULTS[device]
     config = WorkerConfig(

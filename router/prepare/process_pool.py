@@ -1,4 +1,4 @@
-"""Large bodies, prepared beside the event loop by a few processes (preparer.py).
+"""Large bodies, prepared beside the event loop by a few processes (process.py).
 
 A process starts when a body needs it, and stays. It prepares one body at a time; more wait in order, as many
 bytes as there is room for. If one dies, another gets the body that it had, once: preparing leaves no trace. A

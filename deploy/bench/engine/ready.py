@@ -1,4 +1,4 @@
-"""From the start of a worker process to its first answer.
+"""The time from the start of a worker process to its first answer.
 
 Everything a user waits for is in it: the interpreter, imports, weights, the measured forward, the pool, the
 graphs, and, with an empty kernel cache, compiling.

@@ -193,7 +193,7 @@ def test_one_line_and_code_2(
     def no_gpu(device_index: int) -> None:
         raise NotMeasurable("no NVIDIA driver")
 
-    monkeypatch.setattr("deploy.commands.serve.gpu_count", lambda: 0)
+    monkeypatch.setattr("deploy.launcher.preflight.gpu_count", lambda: 0)
     monkeypatch.setattr("deploy.settings.planning.gpu_facts", no_gpu)
     places["MODEL/config.json"] = f"{model_dir}/config.json"
     code = run([places.get(argument, argument) for argument in arguments])
