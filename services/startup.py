@@ -18,8 +18,8 @@ from kvtransfer.client import TransferClient
 from kvtransfer.net.channel import ChannelKeys
 from kvtransfer.watched import Watched
 from services.config import WorkerConfig
-from services.engine.checkpoint.model_config import ModelConfig, read_model_config
 from services.engine.engine import Engine
+from services.engine.models.model_config import ModelConfig, read_model_config
 from services.memory.estimate import plan_input_for, transfer_context_bytes
 from services.memory.measure import NotMeasurable, gpu_facts, gpu_process_bytes, host_phase, resident_bytes
 from services.memory.plan import Measured, MemoryPlan, plan_memory

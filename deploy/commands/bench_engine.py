@@ -18,8 +18,8 @@ from deploy.settings.planning import (
     resolve_mem_fraction,
 )
 from services.config import Device, KvDtype, Quantization, WorkerConfig
-from services.engine.checkpoint.model_config import read_model_config
 from services.engine.errors import CheckpointError
+from services.engine.models.model_config import read_model_config
 
 CPU_SHRINK = 64
 MAX_QUEUE = 1 << 16

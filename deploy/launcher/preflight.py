@@ -11,7 +11,7 @@ from deploy.settings.planning import (
     resolve_device,
 )
 from services.config import Device
-from services.engine.checkpoint.model_config import ModelConfig
+from services.engine.models.model_config import ModelConfig
 from services.memory.measure import gpu_count
 
 

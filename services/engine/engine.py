@@ -22,21 +22,22 @@ from torch import Tensor
 
 from kvtransfer.messages import KvGeometry
 from services.config import WorkerConfig
-from services.engine.attention.plan import CPU_LIMITS, CUDA_LIMITS, KvLayout
+from services.engine.attention.plan import CPU_LIMITS, CUDA_LIMITS
 from services.engine.batch import Row, RowResult
 from services.engine.checkpoint.files import model_digest
-from services.engine.checkpoint.model_config import ModelConfig
 from services.engine.decode_graphs import DecodeGraphs
 from services.engine.errors import EngineStateError
 from services.engine.events import ALL_QUEUED_STEPS, StartAfter
 from services.engine.host_copy import fill_pinned_pool
 from services.engine.kv.copies import Copy, CopyStream
+from services.engine.kv.layout import KvLayout
 from services.engine.kv.pool import KvPool
 from services.engine.kv.run_table import SlotRun
 from services.engine.kv.segments import SlotBuffer
 from services.engine.launched import Launched
 from services.engine.models.kv_scales import kv_scales
 from services.engine.models.layers import Decoder
+from services.engine.models.model_config import ModelConfig
 from services.engine.models.parameters import Parameters
 from services.engine.models.sharding import rank_shape
 from services.engine.models.weights import fill_dummy, load_safetensors

@@ -1,7 +1,7 @@
 """Which precision options go together: what is refused at start, by name and with what is supported."""
 
 from services.config import WorkerConfig
-from services.engine.checkpoint.model_config import ModelConfig
+from services.engine.models.model_config import ModelConfig
 
 FP8_CAPABILITY = (8, 9)
 """The first NVIDIA generation that converts and multiplies fp8."""

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from services.engine.attention.backend import SpanAttention, StepAttention, kernel_attention, kernel_columns
-from services.engine.attention.plan import AttentionSequence, IntArray, KvLayout, SpanLimits, plan_spans
+from services.engine.attention.plan import AttentionSequence, SpanLimits, plan_spans
 from services.engine.batch import Row
-from services.engine.checkpoint.model_config import ModelConfig
 from services.engine.errors import RowError
 from services.engine.host_copy import Column, to_device
+from services.engine.kv.layout import IntArray, KvLayout
+from services.engine.models.model_config import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from kvtransfer.movers.registry import mover_context_bytes
 from kvtransfer.protocol.layout import rank_slot_bytes
 from services.config import Device, Dtype, WorkerConfig
-from services.engine.checkpoint.model_config import ModelConfig, dtype_bytes
+from services.engine.models.model_config import ModelConfig, dtype_bytes
 from services.engine.models.sharding import check_tp, rank_parameter_bytes, rank_shape
 from services.engine.precision import check_precision
 from services.memory.inputs import PlanInput

@@ -10,10 +10,10 @@ import torch
 
 from services.config import WorkerConfig
 from services.engine.batch import Row
-from services.engine.checkpoint.model_config import ModelConfig
 from services.engine.engine import Engine
 from services.engine.events import Event
 from services.engine.launched import Launched
+from services.engine.models.model_config import ModelConfig
 from services.engine.rank_group import DistributedGroup
 from services.tensor_parallel.messages import (
     AllocatePool,

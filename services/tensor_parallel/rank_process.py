@@ -18,11 +18,11 @@ from collections import deque
 from pathlib import Path
 
 from services.config import WorkerConfig
-from services.engine.checkpoint.model_config import read_model_config
 from services.engine.engine import Engine
 from services.engine.events import StepsUpTo
 from services.engine.kv.copies import Copy
 from services.engine.kv.run_table import SlotRun
+from services.engine.models.model_config import read_model_config
 from services.engine.rank_group import DistributedGroup
 from services.memory.measure import NotMeasurable, gpu_process_bytes, host_phase, resident_bytes
 from services.tensor_parallel.link import RankLink, RankLost

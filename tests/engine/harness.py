@@ -7,12 +7,12 @@ import torch
 
 from services.config import WorkerConfig
 from services.engine.batch import Row, RowResult, SampleSpec
-from services.engine.checkpoint.model_config import read_model_config
 from services.engine.engine import Engine
 from services.engine.events import ALL_QUEUED_STEPS
 from services.engine.kv.run_table import SlotRun
 from services.engine.kv.segments import Memory, SlotBuffer
 from services.engine.launched import Launched
+from services.engine.models.model_config import read_model_config
 from services.protocol.messages import Sampling
 
 GREEDY = Sampling(max_tokens=1, seed=1, temperature=0.0)

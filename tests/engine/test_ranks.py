@@ -11,8 +11,8 @@ import torch
 
 from services.config import WorkerConfig
 from services.engine.batch import Row, SampleSpec
-from services.engine.checkpoint.model_config import read_model_config
 from services.engine.engine import Engine
+from services.engine.models.model_config import read_model_config
 from services.engine.models.sharding import TensorParallelError, allowed_tp, rank_parameter_bytes
 from services.engine.rank_group import RankGroup
 from services.memory.estimate import plan_input_for

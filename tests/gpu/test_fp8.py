@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from services.engine.attention.plan import KvLayout
+from services.engine.kv.layout import KvLayout
 from services.engine.models.linear import Fp8Linear, fp8_product
 from services.engine.ops.fp8 import FP8, quantise_rows_kernel, quantise_rows_reference
 from services.protocol.messages import Sampling

@@ -23,7 +23,7 @@ from msgspec import Struct
 
 from deploy.bench.engine.workload import Offline, PrefillRow
 from services.config import Dtype
-from services.engine.checkpoint.model_config import ModelConfig, dtype_bytes
+from services.engine.models.model_config import ModelConfig, dtype_bytes
 
 FORMULA = (
     "limit = max((weights + KV bytes) / read bandwidth, (products + attention FLOP) / matmul rate)\n"

@@ -26,13 +26,13 @@ from deploy.bench.machine import cpu_name, versions
 from kvtransfer.client import SlotsAssigned, TransferClient
 from kvtransfer.messages import Arrived, Segment, SendConfirmed, SendGranted, SlotUse
 from kvtransfer.spans import Spans
-from services.engine.attention.plan import KvLayout
-from services.engine.checkpoint.model_config import read_model_config
 from services.engine.events import NOW
 from services.engine.kv.copies import Copy, CopyStream
+from services.engine.kv.layout import KvLayout
 from services.engine.kv.pool import KvPool
 from services.engine.kv.run_table import RunTables, SlotRun
 from services.engine.kv.segments import SlotBuffer
+from services.engine.models.model_config import read_model_config
 from services.engine.step_events import StepEvents
 from services.protocol.messages import Sampling, SequenceRequest, WorkerTransferAddress
 from services.scheduler.sequence import Sequence as Prompt

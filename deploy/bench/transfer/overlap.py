@@ -21,13 +21,13 @@ from rich.table import Table
 from deploy.bench.engine.shapes import write_shape
 from services.config import Device, WorkerConfig
 from services.engine.batch import Row, SampleSpec
-from services.engine.checkpoint.model_config import read_model_config
 from services.engine.engine import Engine
 from services.engine.events import NOW
 from services.engine.kv.copies import Copy
 from services.engine.kv.run_table import SlotRun
 from services.engine.kv.segments import SlotBuffer
 from services.engine.launched import Launched
+from services.engine.models.model_config import read_model_config
 from services.protocol.messages import Sampling
 
 RATES_BYTES_PER_S = (0.0, 6e9, 25e9, 50e9, 100e9, 340e9)

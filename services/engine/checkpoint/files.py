@@ -5,15 +5,15 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from services.config import Dtype, Quantization
-from services.engine.checkpoint.model_config import ModelConfig
 from services.engine.checkpoint.safetensors_files import (
     INDEX_NAME,
     StoredFile,
     StoredTensor,
     read_checkpoint_files,
 )
-from services.engine.checkpoint.tensor_names import is_passed_over, own_name
 from services.engine.errors import CheckpointError
+from services.engine.models.model_config import ModelConfig
+from services.engine.models.tensor_names import is_passed_over, own_name
 
 DUMMY_SEED = 20240229
 _LOADABLE = ("F32", "BF16", "F16", "F64")

@@ -12,8 +12,8 @@ from services.engine.checkpoint.published_config import PublishedConfig
 from services.engine.models.tensor_specs import TensorSpec
 
 if TYPE_CHECKING:
-    from services.engine.checkpoint.model_config import ModelConfig
     from services.engine.models.layers import DecoderLayer
+    from services.engine.models.model_config import ModelConfig
     from services.engine.models.parameters import Parameters
 
 Config = TypeVar("Config", bound=PublishedConfig)

@@ -22,12 +22,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from services.engine.checkpoint.model_config import ModelConfig
 from services.engine.checkpoint.safetensors_files import read_checkpoint_files
-from services.engine.checkpoint.tensor_names import kv_scales_of
 from services.engine.errors import CheckpointError
+from services.engine.models.model_config import ModelConfig
 from services.engine.models.parameters import Parameters
 from services.engine.models.rope import inverse_frequencies
+from services.engine.models.tensor_names import kv_scales_of
 from services.engine.ops.fp8 import FP8_MAX
 from services.engine.rank_group import RankGroup
 

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from services.engine.checkpoint.model_config import ModelConfig
 from services.engine.kv.pool import KvPool
 from services.engine.models.linear import make_linear
+from services.engine.models.model_config import ModelConfig
 from services.engine.models.parameters import Parameters
 from services.engine.models.rope import inverse_frequencies, rotation
 from services.engine.models.tensor_specs import EMBEDDING, FINAL_NORM, OUTPUT

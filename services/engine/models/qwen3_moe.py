@@ -25,8 +25,8 @@ from services.engine.models.tensor_specs import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from services.engine.checkpoint.model_config import ModelConfig
     from services.engine.models.layers import DecoderLayer
+    from services.engine.models.model_config import ModelConfig
     from services.engine.models.parameters import Parameters
 
 LayerNumber = Annotated[int, msgspec.Meta(ge=0)]

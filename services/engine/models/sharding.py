@@ -10,7 +10,7 @@ from dataclasses import replace
 from math import gcd
 
 from services.config import Dtype, Quantization
-from services.engine.checkpoint.model_config import ModelConfig, dtype_bytes
+from services.engine.models.model_config import ModelConfig, dtype_bytes
 from services.engine.models.tensor_specs import Units
 
 

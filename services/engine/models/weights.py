@@ -8,9 +8,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from services.engine.checkpoint.files import DUMMY_SEED, Located, check_tensors
-from services.engine.checkpoint.model_config import ModelConfig
 from services.engine.checkpoint.safetensors_files import read_checkpoint_files
 from services.engine.errors import CheckpointError
+from services.engine.models.model_config import ModelConfig
 from services.engine.models.parameters import Parameters
 
 Progress = Callable[[int, int], None]

@@ -12,8 +12,8 @@ from transformers import (
 )
 
 from services.engine.checkpoint import config_keys as keys
-from services.engine.checkpoint.model_config import read_model_config
 from services.engine.errors import CheckpointError
+from services.engine.models.model_config import read_model_config
 from services.engine.models.rope import inverse_frequencies
 from tests.checkpoints import FAMILIES, make_checkpoint
 from tests.engine.harness import Sequence, prompt_of, run_together, scattered_pages, start_engine

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from services.engine.checkpoint.model_config import read_model_config
 from services.engine.checkpoint.published_config import published_config
 from services.engine.errors import CheckpointError
+from services.engine.models.model_config import read_model_config
 from services.engine.models.registry import FAMILIES
 
 VALUES: dict[str, list[Any]] = {

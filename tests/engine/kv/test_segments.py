@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.engine.attention.plan import KvLayout
 from services.engine.errors import ChecksumMismatch, SegmentError
 from services.engine.events import NOW
 from services.engine.kv.checksum import BLOCK_WORDS, checksum, queue_checksums
 from services.engine.kv.copies import Copy, CopyStream
+from services.engine.kv.layout import KvLayout
 from services.engine.kv.pool import KvPool
 from services.engine.kv.run_table import RUN_FIELDS, RunTable, SlotRun
 from services.engine.kv.segments import SlotBuffer

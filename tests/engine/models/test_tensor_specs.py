@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from services.config import WorkerConfig
-from services.engine.checkpoint.model_config import ModelConfig, read_model_config
 from services.engine.engine import Engine
+from services.engine.models.model_config import ModelConfig, read_model_config
 from services.engine.models.registry import FAMILIES
 from services.engine.models.sharding import allowed_tp, rank_parameter_bytes
 from services.engine.rank_group import RankGroup

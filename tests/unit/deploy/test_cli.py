@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from deploy.cli import run
-from services.engine.checkpoint.model_config import read_model_config
+from services.engine.models.model_config import read_model_config
 from services.memory.measure import NotMeasurable
 from services.memory.sizes import parse_bytes
 

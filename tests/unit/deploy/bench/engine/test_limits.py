@@ -20,7 +20,7 @@ from deploy.bench.engine.limits import (
 from deploy.bench.engine.shapes import SHAPES, write_shape
 from deploy.bench.engine.workload import Offline, PrefillRow
 from deploy.errors import UserError
-from services.engine.checkpoint.model_config import read_model_config
+from services.engine.models.model_config import read_model_config
 
 H200 = Ceilings(4.49e12, 4.25e12, 781e12, 8192, "bfloat16", 1 << 32)
 EVEN = Ceilings(1e9, 1e9, 1e9, 1, "float32", 1)

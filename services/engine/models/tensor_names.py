@@ -2,7 +2,7 @@
 
 import re
 
-from services.engine.checkpoint.model_config import ModelConfig
+from services.engine.models.model_config import ModelConfig
 from services.engine.models.tensor_specs import EMBEDDING, OUTPUT
 
 _BASE = "model."

@@ -124,7 +124,9 @@ def read_model_config(model_dir: Path) -> ModelConfig:
         config = published_config(raw, family.config)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    ends, passed_over = read_end_tokens(model_dir, family, config.vocab_size, config.eos_token_id, generation)
+    ends, passed_over = read_end_tokens(
+        model_dir, family.tokenizer_class, config.vocab_size, config.eos_token_id, generation
+    )
     return _from_published(model_dir, family, config, ends, [*notes, *passed_over])
 
 
@@ -172,7 +174,7 @@ def _from_published(
         rms_norm_eps=config.rms_norm_eps,
         tied_embeddings=config.tie_word_embeddings and head != "other",
         max_model_len=config.max_position_embeddings,
-        windows=read_windows(family, config, path),
+        windows=read_windows(config, path, family.name, family.full_attention_only),
         rope=read_rope(config.rope(), path),
         eos_token_ids=ends,
         tied_as_head=head == "only",
