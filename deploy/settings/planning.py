@@ -9,11 +9,11 @@ from deploy.errors import UserError
 from deploy.settings.options import EngineSettings
 from kvtransfer.protocol.layout import rank_slot_bytes
 from services.config import Device, Dtype, KvDtype, Quantization, WorkerConfig
-from services.engine.checkpoint.files import check_tensors
 from services.engine.checkpoint.model_directory import hint
 from services.engine.checkpoint.safetensors_files import read_checkpoint_files
 from services.engine.errors import CheckpointError
 from services.engine.models.model_config import ModelConfig, read_model_config
+from services.engine.models.stored_tensors import check_tensors
 from services.engine.precision import PrecisionError, check_flags
 from services.memory.estimate import contexts, plan_input_for
 from services.memory.measure import NotMeasurable, gpu_count, gpu_facts

@@ -24,7 +24,6 @@ from kvtransfer.messages import KvGeometry
 from services.config import WorkerConfig
 from services.engine.attention.plan import CPU_LIMITS, CUDA_LIMITS
 from services.engine.batch import Row, RowResult
-from services.engine.checkpoint.files import model_digest
 from services.engine.decode_graphs import DecodeGraphs
 from services.engine.errors import EngineStateError
 from services.engine.events import ALL_QUEUED_STEPS, StartAfter
@@ -40,6 +39,7 @@ from services.engine.models.layers import Decoder
 from services.engine.models.model_config import ModelConfig
 from services.engine.models.parameters import Parameters
 from services.engine.models.sharding import rank_shape
+from services.engine.models.stored_tensors import model_digest
 from services.engine.models.weights import fill_dummy, load_safetensors
 from services.engine.ops.fp8 import FP8
 from services.engine.ops.launch_cache import compiling_ahead, warn_if_slow

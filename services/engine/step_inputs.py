@@ -1,6 +1,7 @@
 """Turns the rows of one engine step into the tensors every layer shares."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -12,7 +13,6 @@ from services.engine.batch import Row
 from services.engine.errors import RowError
 from services.engine.host_copy import Column, to_device
 from services.engine.kv.layout import IntArray, KvLayout
-from services.engine.models.model_config import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +57,19 @@ def check_row(row: Row, vocab_size: int, samples_before: int) -> None:
             raise RowError(f"draw names a token out of range: the vocabulary has {vocab_size}")
 
 
+class AttendingModel(Protocol):
+    """What a step's tensors depend on of a model; `windows` has each layer's sliding window."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def heads(self) -> int: ...
+
+    @property
+    def windows(self) -> tuple[int | None, ...]: ...
+
+
 def with_sampled(tokens: Tensor, sampled: Tensor, source: Tensor) -> Tensor:
     """int64 `[tokens]`: each from where `source` says, counted through `sampled` and then through
     `tokens`."""
@@ -67,7 +80,7 @@ def build_step(
     rows: list[Row],
     sampled: Tensor,
     sampled_at: list[int],
-    model: ModelConfig,
+    model: AttendingModel,
     layout: KvLayout,
     pages: int,
     limits: SpanLimits,

@@ -285,7 +285,7 @@ class Failed(Struct, frozen=True, array_like=True, tag="f"):
     retryable: bool
 
 
-class PageCounts(Struct, frozen=True, array_like=True):
+class PageUsage(Struct, frozen=True, array_like=True):
     """`free + cached + used == total`; cached pages hold reusable prefixes and no request."""
 
     total: int
@@ -356,7 +356,7 @@ class Status(Struct, frozen=True, array_like=True, tag="status"):
     running: int
     reserved: int
     holding: int
-    pages: PageCounts
+    pages: PageUsage
     slots: Slots | None
     slots_age_s: float
     open_sends: int

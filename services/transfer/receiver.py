@@ -56,7 +56,7 @@ class ReceivingRank:
 
 
 @dataclass(slots=True, eq=False)
-class IncomingTransfer:
+class SlicedReceive:
     """`transfer_s` is how long the slowest slice took from its first arrival until it was whole."""
 
     transfer_id: int
@@ -68,7 +68,7 @@ class IncomingTransfer:
 
 @dataclass(slots=True, eq=False)
 class IncomingSlice:
-    transfer: IncomingTransfer
+    transfer: SlicedReceive
     heads: HeadSlice
     rank: ReceivingRank
     missing_tokens: int
@@ -82,7 +82,7 @@ class Settled:
     """Transfers that are whole now, and those that turned out broken, with the reason; the latter are
     still open, for the caller to end."""
 
-    whole: list[IncomingTransfer] = field(default_factory=list)
+    whole: list[SlicedReceive] = field(default_factory=list)
     broken: list[tuple[int, str]] = field(default_factory=list)
 
 
@@ -100,7 +100,7 @@ class KvReceiver:
         self._kv_heads = kv_heads
         self._clock = clock
         self._spans = spans
-        self._transfers: dict[int, IncomingTransfer] = {}
+        self._transfers: dict[int, SlicedReceive] = {}
         self._slices: dict[int, IncomingSlice] = {}
         """All that are not whole yet, of any transfer."""
         self._just_aborted: dict[int, ReceivingRank] = {}
@@ -130,7 +130,7 @@ class KvReceiver:
         if self._kv_heads % len(sources):
             raise ValueError(f"{len(sources)} ranks of the source do not divide {self._kv_heads} KV heads")
         start_token, end_token = sequence.cached_tokens, sequence.prompt_tokens
-        transfer = IncomingTransfer(transfer_id, sequence)
+        transfer = SlicedReceive(transfer_id, sequence)
         self._transfers[transfer_id] = transfer
         for heads in slices_of(transfer_id, self._kv_heads, len(sources), len(self._ranks)):
             slice_id, rank = heads.slice_id, self._ranks[heads.destination_rank]

@@ -55,7 +55,7 @@ class SendingRank:
 
 
 @dataclass(slots=True, eq=False)
-class OutgoingTransfer:
+class SlicedSend:
     transfer_id: int
     sequence: Sequence
     deadline_s: float
@@ -71,7 +71,7 @@ class OutgoingSlice:
     slot, are set once confirmed. `grants` is how many more segments the destination has room for, `ready`
     whether the sequence has pages that nobody takes away. `last_copy` is the latest that packs some of it."""
 
-    transfer: OutgoingTransfer
+    transfer: SlicedSend
     heads: HeadSlice
     rank: SendingRank
     next_token: int = 0
@@ -103,8 +103,8 @@ class KvSender:
         self._kv_heads = kv_heads
         self._clock = clock
         self._spans = spans
-        self._transfers: dict[int, OutgoingTransfer] = {}
-        self._of_request: dict[int, OutgoingTransfer] = {}
+        self._transfers: dict[int, SlicedSend] = {}
+        self._of_request: dict[int, SlicedSend] = {}
         self._slices: dict[int, OutgoingSlice] = {}
         """All that are open, of any transfer."""
 
@@ -117,7 +117,7 @@ class KvSender:
         return any(rank.packing for rank in self._ranks)
 
     def open(self, sequence: Sequence, transfer_id: int, deadline_s: float) -> None:
-        transfer = OutgoingTransfer(transfer_id, sequence, deadline_s)
+        transfer = SlicedSend(transfer_id, sequence, deadline_s)
         self._transfers[transfer_id] = transfer
         self._of_request[sequence.work.request_id] = transfer
         # Its heads are known once the other side's ranks are; it needs them to pack, not to open.
@@ -226,7 +226,7 @@ class KvSender:
             else:
                 self._open_slice(first.transfer, heads)
 
-    def _open_slice(self, transfer: OutgoingTransfer, heads: HeadSlice) -> None:
+    def _open_slice(self, transfer: SlicedSend, heads: HeadSlice) -> None:
         one = OutgoingSlice(transfer, heads, self._ranks[heads.source_rank])
         self._slices[heads.slice_id] = transfer.slices[heads.slice_id] = one
         one.rank.client.open_send(heads.slice_id, transfer.deadline_s)
@@ -240,7 +240,7 @@ class KvSender:
         if abort_reason is not None:
             one.rank.client.abort(slice_id, abort_reason)
 
-    def _forget(self, transfer: OutgoingTransfer) -> None:
+    def _forget(self, transfer: SlicedSend) -> None:
         del self._transfers[transfer.transfer_id]
         request_id = transfer.sequence.work.request_id
         if self._of_request.get(request_id) is transfer:

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from services.config import WorkerConfig
-from services.engine.checkpoint.files import model_digest
 from services.engine.checkpoint.safetensors_files import SINGLE_NAME
 from services.engine.engine import Engine
 from services.engine.errors import CheckpointError
@@ -20,6 +19,7 @@ from services.engine.models.kv_scales import kv_scales
 from services.engine.models.layers import Decoder
 from services.engine.models.model_config import read_model_config
 from services.engine.models.parameters import Parameters
+from services.engine.models.stored_tensors import model_digest
 from services.engine.models.weights import fill_dummy, load_safetensors
 from services.engine.ops.fp8 import FP8, FP8_MAX, quantise_rows
 from services.engine.precision import PrecisionError, check_capability, check_precision

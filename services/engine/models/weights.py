@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from services.engine.checkpoint.files import DUMMY_SEED, Located, check_tensors
 from services.engine.checkpoint.safetensors_files import read_checkpoint_files
 from services.engine.errors import CheckpointError
 from services.engine.models.model_config import ModelConfig
 from services.engine.models.parameters import Parameters
+from services.engine.models.stored_tensors import DUMMY_SEED, Located, check_tensors
 
 Progress = Callable[[int, int], None]
 

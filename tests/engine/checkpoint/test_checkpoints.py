@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from services.engine.checkpoint.files import model_digest
 from services.engine.checkpoint.safetensors_files import INDEX_NAME, SINGLE_NAME
 from services.engine.errors import CheckpointError
 from services.engine.models.layers import Decoder
 from services.engine.models.model_config import read_model_config
 from services.engine.models.parameters import Parameters
+from services.engine.models.stored_tensors import model_digest
 from services.engine.models.weights import fill_dummy, load_safetensors
 from tests.checkpoints import FAMILIES, YARN_ROPE, make_checkpoint
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from services.engine.batch import Row
-from services.engine.checkpoint.files import model_digest
 from services.engine.errors import CheckpointError
 from services.engine.models.model_config import read_model_config
 from services.engine.models.qwen3_moe import SparseMlp
+from services.engine.models.stored_tensors import model_digest
 from tests.checkpoints import make_checkpoint
 from tests.engine.harness import Sequence, new_engine, prompt_of, run_together, start_engine
 

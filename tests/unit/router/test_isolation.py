@@ -24,7 +24,7 @@ from services.protocol.messages import (
     Cancel,
     DecodeStarted,
     Ledger,
-    PageCounts,
+    PageUsage,
     Prefill,
     PrefillDone,
     Report,
@@ -114,7 +114,7 @@ class World:
         client.hello = WorkerHello(VERSION, role, role, 1, "m", 320, 1024, 1024, 16, 64, address)
         client._move(ClientState.READY, "ready")
         client.status = Status(
-            None, 1, role, role, "ready", 1, None, 0, 0, 0, 0, PageCounts(64, 64, 0, 0), None, 0.0, 0, 0, 0.0,
+            None, 1, role, role, "ready", 1, None, 0, 0, 0, 0, PageUsage(64, 64, 0, 0), None, 0.0, 0, 0, 0.0,
             0.0, {}, Ledger("cpu", 1, 0.5, []),
         )  # fmt: skip
 

@@ -44,7 +44,6 @@ LAYERS = (
     "services.engine.rank_group",
     "services.engine.ops",
     "services.engine.checkpoint",
-    "services.engine.precision",
     "services.engine.kv",
     "services.engine.attention",
     "services.engine.sampling",

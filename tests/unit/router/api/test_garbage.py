@@ -30,7 +30,7 @@ from services.protocol.messages import (
     DecodeStarted,
     Failed,
     Ledger,
-    PageCounts,
+    PageUsage,
     Prefill,
     PrefillDone,
     Report,
@@ -95,7 +95,7 @@ def connect(client: WorkerClient, role: Role, answer: Callable[[Request], list[R
     client.hello = WorkerHello(VERSION, role, role, 1, "m", 320, 1024, 1024, 16, 64, address)
     client._move(ClientState.READY, "ready")
     client.status = Status(
-        None, 1, role, role, "ready", 1, None, 0, 0, 0, 0, PageCounts(64, 64, 0, 0), None, 0.0, 0, 0, 0.0,
+        None, 1, role, role, "ready", 1, None, 0, 0, 0, 0, PageUsage(64, 64, 0, 0), None, 0.0, 0, 0, 0.0,
         0.0, {}, Ledger("cpu", 1, 0.5, []),
     )  # fmt: skip
 
