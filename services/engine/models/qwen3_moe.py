@@ -92,6 +92,8 @@ def feed_forward_width(config: Qwen3MoeConfig, tp: int) -> int:
     """One expert is computed at a time, in the worst case for all tokens: its input and output besides gate,
     up and product, and the sum of all experts; and the router's probabilities, in float32 and twice."""
     sparse = 3 * config.moe_intermediate_size // tp + 3 * config.hidden_size + 4 * config.experts()
+    if all(config.is_sparse(layer) for layer in range(config.num_hidden_layers)):
+        return sparse
     return max(sparse, dense_width(config, tp))
 
 

@@ -1,8 +1,10 @@
 """The tensors that a family declares: what is loaded, counted and divided follows from them alone."""
 
+import json
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,28 @@ import torch
 from safetensors.torch import load_file
 
 from services.config import WorkerConfig
+from services.engine.checkpoint.published_config import PublishedConfig
+from services.engine.checkpoint.safetensors_files import read_checkpoint_files
 from services.engine.engine import Engine
+from services.engine.errors import CheckpointError
+from services.engine.models.family import Family
 from services.engine.models.model_config import ModelConfig, read_model_config
 from services.engine.models.registry import FAMILIES
 from services.engine.models.sharding import allowed_tp, rank_parameter_bytes
+from services.engine.models.stored_tensors import check_tensors
+from services.engine.models.tensor_specs import (
+    TensorSpec,
+    attention_tensors,
+    feed_forward_axis,
+    gated_mlp_tensors,
+    norm_tensors,
+)
 from services.engine.rank_group import RankGroup
 from services.memory.estimate import plan_input_for
 from tests.checkpoints import FAMILIES as TESTED
-from tests.checkpoints import Family, make_checkpoint
+from tests.checkpoints import Family as FamilyName
+from tests.checkpoints import make_checkpoint
+from tests.engine.harness import Sequence, prompt_of, run_together, start_engine
 
 OPTIONS: dict[str, list[Any]] = {
     "tied": [False, True],
@@ -57,7 +73,7 @@ def test_every_family_is_tested() -> None:
 
 
 @pytest.mark.parametrize("family", TESTED)
-def test_the_ledger_counts_what_is_loaded(family: Family, tmp_path: Path) -> None:
+def test_the_ledger_counts_what_is_loaded(family: FamilyName, tmp_path: Path) -> None:
     """Whatever the model, the precision and the number of ranks."""
     chance = random.Random(family)
     for case in range(5):
@@ -75,7 +91,7 @@ def test_the_ledger_counts_what_is_loaded(family: Family, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("family", TESTED)
-def test_the_ranks_parts_are_the_whole_tensor(family: Family, tmp_path: Path) -> None:
+def test_the_ranks_parts_are_the_whole_tensor(family: FamilyName, tmp_path: Path) -> None:
     make_checkpoint(family, tmp_path, kv_heads=4, layers=1)
     model, stored = read_model_config(tmp_path), load_file(tmp_path / "model.safetensors")
     assert 4 in allowed_tp(model) or family == "qwen3_moe"
@@ -126,3 +142,35 @@ def test_a_plan_does_without_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+class DoubledConfig(PublishedConfig, frozen=True, kw_only=True):
+    mlp_factor: int = 1
+
+
+def doubled_tensors(config: DoubledConfig, layer: int) -> Iterator[TensorSpec]:
+    """A Llama without biases whose feed-forward is a multiple of what its configuration says."""
+    inner = feed_forward_axis(config.mlp_factor * config.intermediate_size, "intermediate_size")
+    yield from norm_tensors(config, layer)
+    yield from attention_tensors(config, layer)
+    yield from gated_mlp_tensors(config, layer, f"model.layers.{layer}.mlp.", inner)
+
+
+def test_a_family_in_the_registry_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing else has to know it: it is read, checked, planned, loaded and run."""
+    path = make_checkpoint("llama", tmp_path, intermediate=96, eos=False) / "config.json"
+    prompt = prompt_of(20)
+    wanted = run_together(start_engine(tmp_path), [Sequence(prompt, list(range(9)))], 8)
+    changes = {"architectures": ["DoubledForCausalLM"], "model_type": "doubled", "intermediate_size": 48}
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes | {"mlp_factor": 2}))
+    with pytest.raises(CheckpointError, match="DoubledForCausalLM"):
+        read_model_config(tmp_path)
+    family = Family("DoubledForCausalLM", "doubled", DoubledConfig, doubled_tensors)
+    monkeypatch.setitem(FAMILIES, family.architecture, family)
+    model = read_model_config(tmp_path)
+    assert model.notes == () and allowed_tp(model) == [1, 2]
+    check_tensors(model, read_checkpoint_files(tmp_path))
+    config = config_of(tmp_path, quantization="fp8")
+    planned = plan_input_for(config, model, device_name="cpu", device_bytes=1 << 30)
+    assert loaded_bytes(model, 0, config) == planned.weights_bytes
+    assert run_together(start_engine(tmp_path), [Sequence(prompt, list(range(9)))], 8) == wanted
