@@ -23,8 +23,9 @@ import zmq
 
 from kvtransfer.client import TransferLost, WorkerEvent
 from kvtransfer.messages import TransferSpans
-from kvtransfer.net.channel import ChannelKeys, Codec, Server
+from kvtransfer.net.channel import ChannelKeys
 from services.config import WorkerConfig
+from services.protocol.frame_server import open_server
 from services.protocol.messages import (
     VERSION,
     Failed,
@@ -33,7 +34,6 @@ from services.protocol.messages import (
     PageUsage,
     Prefill,
     Refusal,
-    Report,
     RepushKv,
     Request,
     ReserveKv,
@@ -102,14 +102,14 @@ class Worker:
         self.transfer: TransferRanks | None = prepared.transfer
         pool = PagePool(prepared.plan.pages, config.page_size_tokens, config.prefix_cache)
         keys = None if config.key_dir is None else ChannelKeys.load(config.key_dir)
-        self.server: Server[Request, Report] = Server(
+        self._lost_routers: list[bytes] = []
+        """Their connections have ended, their requests are still here."""
+        self.server = open_server(
             config.listen,
-            Codec(Request),
-            Codec(Report),
-            keys=keys,
+            keys,
             on_drop=self._count_drop,
-            refusal=Refusal,
             on_bad=self._on_bad,
+            on_end=self._lost_routers.append,
         )
         limits = WorkerLimits(
             vocab_size=engine.vocab_size,
@@ -209,6 +209,8 @@ class Worker:
                     self._accept(router, request)
                 except Exception as error:
                     self._refuse(router, request, error)
+        while self._lost_routers:
+            self._drop_router(self._lost_routers.pop())
 
     def _on_event(self, event: WorkerEvent) -> None:
         if isinstance(event, TransferSpans):

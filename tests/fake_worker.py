@@ -1,5 +1,5 @@
-"""A worker without a model: a real ZMQ peer that speaks `services/protocol/messages.py` and answers from a
-script.
+"""A worker without a model: a real peer on a UNIX socket that speaks `services/protocol/messages.py` and
+answers from a script.
 
 For tests of the router. One thread owns the socket; a test changes the `Script`, looks at what came by `of`
 and `wait_for`, and has things done in that thread by `act`. To answer a message and to note it is one act:
@@ -16,7 +16,8 @@ from typing import TypeVar
 
 import zmq
 
-from kvtransfer.net.channel import Codec, Server
+from kvtransfer.net.codec import Codec
+from services.protocol.frame_server import FrameServer
 from services.protocol.messages import (
     VERSION,
     Cancel,
@@ -190,7 +191,7 @@ class FakeWorker:
     # -- the thread
 
     def _run(self) -> None:
-        server: Server[Request, Report] = Server(
+        server: FrameServer[Request, Report] = FrameServer(
             self.endpoint, Codec[Request](Request), Codec[Report](Report), on_drop=lambda reason: None
         )
         self._server = server

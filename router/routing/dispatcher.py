@@ -34,7 +34,7 @@ from services.protocol.messages import (
     KvLeaseExpiring,
     KvTransferFailed,
     PrefillDone,
-    Report,
+    RequestReport,
     SequenceRequest,
     Tokens,
     TraceReply,
@@ -307,7 +307,7 @@ class Dispatcher:
 
     # -- reports
 
-    def _on_reports(self, client: WorkerClient, reports: list[Report]) -> None:
+    def _on_reports(self, client: WorkerClient, reports: list[RequestReport]) -> None:
         worker, now_s = client.endpoint, self._clock()
         before_tokens = self._metrics.generation_tokens
         for report in reports:
@@ -319,8 +319,8 @@ class Dispatcher:
             self._metrics.rate.add(self._metrics.generation_tokens - before_tokens, now_s)
         self._outbox.flush()
 
-    def _on_report(self, worker: str, report: Report, now_s: float) -> None:
-        attempt = self._attempts.get(report.request_id)  # type: ignore[union-attr]
+    def _on_report(self, worker: str, report: RequestReport, now_s: float) -> None:
+        attempt = self._attempts.get(report.request_id)
         if attempt is None:
             self._on_unknown(worker, report)
             return
@@ -358,7 +358,7 @@ class Dispatcher:
     def _end_crashed(self, routed: RoutedRequest, now_s: float) -> None:
         self._end(routed, crashed(committed=routed.times.first_token_s is not None), now_s)
 
-    def _on_unknown(self, worker: str, report: Report) -> None:
+    def _on_unknown(self, worker: str, report: RequestReport) -> None:
         """Of an attempt that has ended here: who still holds KV for it need not."""
         if isinstance(report, TraceReply):
             self.traces.on_reply(report)

@@ -18,11 +18,11 @@ from router.routing.policy import Candidate, Pairing, place, place_decode, spare
 from router.routing.prefix_index import PrefixIndex, prefix_blocks
 from router.routing.routed_request import Branch
 from services.protocol.client import ClientConfigError, ClientState, WorkerClient, load_keys
-from services.protocol.messages import Report, Request, SequenceRequest
+from services.protocol.messages import Request, RequestReport, SequenceRequest
 
 logger = logging.getLogger(__name__)
 
-OnReports = Callable[[WorkerClient, list[Report]], None]
+OnReports = Callable[[WorkerClient, list[RequestReport]], None]
 OnState = Callable[[WorkerClient, ClientState, ClientState], None]
 
 

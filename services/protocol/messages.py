@@ -1,8 +1,8 @@
 """What a router and a worker say to each other.
 
-The router asks (`Request`), the worker reports (`Report`). A frame carries a list, so that a step of a
-worker costs one message for each router, however many tokens it made. Token ids are bounded by the
-worker against its vocabulary; everything that has a fixed bound has it here.
+The router asks (`Request`), the worker reports (`ConnectionReport`, `RequestReport`). A frame carries a list,
+so that a step of a worker costs one message for each router, however many tokens it made. Token ids are
+bounded by the worker against its vocabulary; everything that has a fixed bound has it here.
 
 A request is named by `request_id`, an integer the router draws at random: what a client calls its
 request is a label and stays in the router.
@@ -381,15 +381,11 @@ class TraceReply(Struct, frozen=True, array_like=True, tag="trace"):
     spans: SpanList
 
 
-Report = (
-    WorkerHello
-    | Refusal
-    | Tokens
-    | PrefillDone
-    | DecodeStarted
-    | KvTransferFailed
-    | KvLeaseExpiring
-    | Failed
-    | Status
-    | TraceReply
+ConnectionReport = WorkerHello | Refusal | Status
+"""What concerns the connection: the router's client (client.py) takes it in."""
+RequestReport = (
+    Tokens | PrefillDone | DecodeStarted | KvTransferFailed | KvLeaseExpiring | Failed | TraceReply
 )
+"""What concerns one request, whose `request_id` it names: the client hands it on."""
+Report = ConnectionReport | RequestReport
+"""What a frame from a worker may hold."""

@@ -15,6 +15,7 @@ import kvtransfer.process
 import kvtransfer.stats
 import services.protocol.client
 import services.protocol.connection
+import services.protocol.frame_server
 import services.worker
 from kvtransfer.buffer.region import Region
 from kvtransfer.client import TransferClient
@@ -112,10 +113,10 @@ class Seams:
             (kvtransfer.peers.sources, "IncarnationProbe", partial(SimProbe, self.network)),
             (kvtransfer.client, "Link", self._link),
             (kvtransfer.client, "receive_staging", self._receive_staging),
-            (services.worker, "Server", self._server),
+            (services.protocol.frame_server, "FrameServer", self._server),
             (services.worker, "time", clock),
             (services.worker, "os", SimpleNamespace(getpid=lambda: 1)),
-            (services.protocol.client, "open_wire", services.protocol.connection.ZmqWire),
+            (services.protocol.client, "open_connection", services.protocol.connection.ZmqConnection),
             (services.protocol.connection, "Link", self._link),
         ]
         with ExitStack() as stack:
@@ -135,6 +136,7 @@ class Seams:
         on_drop: Any,
         refusal: Any = None,
         on_bad: Any = None,
+        on_end: Any = None,
     ) -> Server:
         return Server(self.network, endpoint, receives, sends, on_drop)
 

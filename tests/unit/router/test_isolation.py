@@ -56,9 +56,6 @@ class Wire:
         self.sent += messages
         return True
 
-    def poll(self) -> None:
-        """Nothing ever waits."""
-
     def close(self) -> None:
         """There is nothing to close."""
 
@@ -108,11 +105,11 @@ class World:
     def connect(self, client: WorkerClient, role: Role) -> None:
         self.wires[client.endpoint] = wire = Wire()
         client._loop = asyncio.get_running_loop()
-        client._wire = wire
-        client._move(ClientState.CONNECTING, "connecting")
+        client._connection = wire
+        client._transition(ClientState.CONNECTING, "connecting")
         address = WorkerTransferAddress(client.endpoint, 1)
         client.hello = WorkerHello(VERSION, role, role, 1, "m", 320, 1024, 1024, 16, 64, address)
-        client._move(ClientState.READY, "ready")
+        client._transition(ClientState.READY, "ready")
         client.status = Status(
             None, 1, role, role, "ready", 1, None, 0, 0, 0, 0, PageUsage(64, 64, 0, 0), None, 0.0, 0, 0, 0.0,
             0.0, {}, Ledger("cpu", 1, 0.5, []),
@@ -387,7 +384,7 @@ def test_a_report_on_the_connection_that_fails_costs_no_tokens(
         client = Client()
         request_id = world.submit(client)
         worker = world.dispatcher.clients[PREFILL]
-        monkeypatch.setattr(WorkerClient, "_on_own", lambda worker, report: 1 / 0)
+        monkeypatch.setattr(WorkerClient, "_on_connection_report", lambda worker, report: 1 / 0)
         status = worker.status
         assert status is not None
         world.report(PREFILL, status, Tokens(request_id, 0, [7]), status)

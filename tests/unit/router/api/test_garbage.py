@@ -59,9 +59,6 @@ class PlayedWire:
             asyncio.get_running_loop().call_soon(self._client._on_arrived, reports)
         return True
 
-    def poll(self) -> None:
-        """Nothing ever waits."""
-
     def close(self) -> None:
         """There is nothing to close."""
 
@@ -90,10 +87,10 @@ def failures(message: Request) -> list[Report]:
 def connect(client: WorkerClient, role: Role, answer: Callable[[Request], list[Report]]) -> None:
     address = WorkerTransferAddress(client.endpoint, 1)
     client._loop = asyncio.get_running_loop()
-    client._wire = PlayedWire(client, answer)
-    client._move(ClientState.CONNECTING, "connecting")
+    client._connection = PlayedWire(client, answer)
+    client._transition(ClientState.CONNECTING, "connecting")
     client.hello = WorkerHello(VERSION, role, role, 1, "m", 320, 1024, 1024, 16, 64, address)
-    client._move(ClientState.READY, "ready")
+    client._transition(ClientState.READY, "ready")
     client.status = Status(
         None, 1, role, role, "ready", 1, None, 0, 0, 0, 0, PageUsage(64, 64, 0, 0), None, 0.0, 0, 0, 0.0,
         0.0, {}, Ledger("cpu", 1, 0.5, []),

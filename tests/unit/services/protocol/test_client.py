@@ -1,14 +1,15 @@
 """A router's connection to a worker: what it refuses to start with, and whom it refuses."""
 
 import asyncio
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import zmq
 
 from services.protocol.client import ClientConfigError, ClientState, WorkerClient, load_keys
+from services.protocol.framing import LENGTH_BYTES, with_length
 from tests.patience import patient
 
 DEADLINE_S = patient(30.0)
@@ -51,16 +52,18 @@ def test_tcp_without_keys_and_open_directories_are_refused(directory: Path) -> N
 
 def test_a_worker_of_another_protocol_is_refused_with_both_versions(directory: Path) -> None:
     async def meet() -> str:
-        with zmq.Context() as context, context.socket(zmq.ROUTER) as worker:
-            worker.bind(f"ipc://{directory}/w")
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(f"{directory}/w")
+            listener.listen()
             moved = asyncio.Event()
             client = new_client(f"ipc://{directory}/w", moved)
             client.start()
             try:
-                peer, hello = await asyncio.to_thread(worker.recv_multipart)
-                assert hello[0] == 1
-                worker.send_multipart([peer, b"\x09\x90"])
-                await asyncio.wait_for(moved.wait(), DEADLINE_S)
+                peer, _ = await asyncio.to_thread(listener.accept)
+                with peer:
+                    assert (await asyncio.to_thread(peer.recv, 5))[LENGTH_BYTES] == 1
+                    peer.sendall(with_length(b"\x09\x90"))
+                    await asyncio.wait_for(moved.wait(), DEADLINE_S)
                 assert client.state is ClientState.REFUSED
                 return client.message
             finally:
