@@ -30,7 +30,6 @@ from services.protocol.messages import (
     Failed,
     Generate,
     KvTransferFailed,
-    PageCounts,
     Prefill,
     Refusal,
     Report,
@@ -38,13 +37,12 @@ from services.protocol.messages import (
     Request,
     ReserveKv,
     RouterHello,
-    Slots,
-    Status,
     StatusRequest,
     TraceRequest,
     WorkerHello,
     WorkerTransferAddress,
 )
+from services.protocol.worker_status import PageCounts, Slots, Status
 from services.rates import Rate
 from services.roles.decode import DecodeRole
 from services.roles.limits import WorkerLimits, named_request

@@ -25,9 +25,6 @@ from services.protocol.messages import (
     FinishReason,
     FirstToken,
     Generate,
-    Ledger,
-    LedgerEntry,
-    PageCounts,
     Prefill,
     PrefillDone,
     Refusal,
@@ -37,9 +34,7 @@ from services.protocol.messages import (
     Role,
     RouterHello,
     SequenceRequest,
-    Slots,
     StartDecode,
-    Status,
     StatusRequest,
     TokenLogprob,
     Tokens,
@@ -47,6 +42,7 @@ from services.protocol.messages import (
     WorkerHello,
     WorkerTransferAddress,
 )
+from services.protocol.worker_status import Ledger, LedgerEntry, PageCounts, Slots, Status
 from tests.patience import patient
 
 DEADLINE_S = patient(30.0)

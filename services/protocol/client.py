@@ -23,10 +23,10 @@ from services.protocol.messages import (
     Report,
     Request,
     RouterHello,
-    Status,
     StatusRequest,
     WorkerHello,
 )
+from services.protocol.worker_status import Status
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,12 @@ PACKAGES = ("router", "services", "kvtransfer", "deploy")
 MAX_LINES = 400
 
 ALLOWED_IMPORTS: dict[str, tuple[str, ...]] = {
-    "router": ("router", "services.protocol.messages", "services.protocol.client"),
+    "router": (
+        "router",
+        "services.protocol.messages",
+        "services.protocol.client",
+        "services.protocol.worker_status",
+    ),
     "services": ("services", "kvtransfer"),
     "kvtransfer": ("kvtransfer",),
     "deploy": PACKAGES,
@@ -21,6 +26,7 @@ ALLOWED_IMPORTS: dict[str, tuple[str, ...]] = {
 
 PURE_MODULES = (
     "services/protocol/messages.py",
+    "services/protocol/worker_status.py",
     "services/config.py",
     "services/engine/batch.py",
     "kvtransfer/spans.py",

@@ -9,7 +9,7 @@ import pytest
 
 from router.api.openai_format import Usage, prompt_logprobs
 from router.api.responses import Echo, ResponseHeader, StreamSheet, WholeSheet
-from router.routing.metrics import Histogram, Metrics, Snapshot, TokenRate, exposition
+from router.routing.metrics import Metrics, Snapshot, TokenHistogram, TokenRate, exposition
 from router.text.choice import LogprobEntry
 from router.text.tokenizer import TextTokenizer
 from services.protocol.messages import TokenLogprob, TopLogprob
@@ -106,7 +106,7 @@ def test_choices_are_in_order_whatever_ends_first(tokenizer: TextTokenizer) -> N
 
 
 def test_histograms_count_each_value_once() -> None:
-    histogram = Histogram([0.1, 1.0])
+    histogram = TokenHistogram([0.1, 1.0])
     for value_s in (0.05, 0.1, 0.5, 2.0):
         histogram.observe(value_s)
     assert histogram.counts == [2, 1, 1]
