@@ -174,7 +174,7 @@ class Status(Struct, frozen=True, array_like=True, tag="status"):
     """A worker's status, sent about once a second and in answer to `StatusRequest`.
 
     Slots and open transfers are the transfer process's own account, `slots_age_s` old; with several ranks,
-    those of all together. `counters` only grow.
+    those of all together. `counters` only grow, except `oldest_grant_age_s`.
     """
 
     ask_id: int | None

@@ -4,7 +4,7 @@ import pytest
 
 from deploy.bench.load.target import target_of
 from deploy.bench.serving.exposed import Buckets, Exposed, exposed_buckets, exposed_ms
-from router.routing.metrics import Metrics, Snapshot, TokenHistogram, exposition
+from router.routing.metrics import Histogram, Metrics, Snapshot, exposition
 from tests.unit.deploy.bench.serving.test_busy import answering
 
 INF = float("inf")
@@ -21,7 +21,7 @@ def test_only_what_came_between_the_two_looks_counts() -> None:
 
 
 def test_quantiles_lie_where_the_values_do() -> None:
-    histogram = TokenHistogram([0.001 * one for one in range(1, 101)])
+    histogram = Histogram("baton_x_seconds", "X", [0.001 * one for one in range(1, 101)])
     values = [0.0005 + 0.001 * one for one in range(100)]
     for value in values:
         histogram.observe(value)
