@@ -187,16 +187,26 @@ class Status(Struct, frozen=True, array_like=True, tag="status"):
         int | None,
         _field("its transfer process", page="transfer pid {}", absent="no transfer process"),
     ]
-    queued: Annotated[int, _field("not begun", REQUESTS.of("queued"), unit="requests", page="{} queued")]
+    queued: Annotated[
+        int, _field("waiting for their first step", REQUESTS.of("queued"), unit="requests", page="{} queued")
+    ]
     running: Annotated[
-        int, _field("in the steps", REQUESTS.of("running"), unit="requests", page="{} running")
+        int, _field("in steps of the engine", REQUESTS.of("running"), unit="requests", page="{} running")
     ]
     reserved: Annotated[
         int,
-        _field("with pages, waiting for KV", REQUESTS.of("reserved"), unit="requests", page="{} reserved"),
+        _field(
+            "with pages reserved, waiting for KV",
+            REQUESTS.of("reserved"),
+            unit="requests",
+            page="{} reserved",
+        ),
     ]
     holding: Annotated[
-        int, _field("held for a decode worker", REQUESTS.of("holding"), unit="requests", page="{} holding")
+        int,
+        _field(
+            "whose KV is kept for a decode worker", REQUESTS.of("holding"), unit="requests", page="{} holding"
+        ),
     ]
     pages: Annotated[
         PageCounts, _field("the KV pages", UTILISATION.each(_utilisation), unit="pages", page="KV pages ({})")
@@ -220,8 +230,8 @@ class Status(Struct, frozen=True, array_like=True, tag="status"):
     counters: Annotated[
         dict[str, float],
         _field(
-            "tokens, requests by outcome, prefix-cache queries and hits, transfer bytes, dropped messages by "
-            "reason ...",
+            "sums since the start: tokens, requests by outcome, prefix-cache queries and hits, "
+            "transfer bytes, dropped messages by reason",
             EVENTS.each(_events),
             NONFINITE.each(_nonfinite),
         ),
