@@ -23,7 +23,7 @@ from services.engine.models.model_config import ModelConfig, read_model_config
 from services.memory.estimate import plan_input_for, transfer_context_bytes
 from services.memory.measure import NotMeasurable, gpu_facts, gpu_process_bytes, host_phase, resident_bytes
 from services.memory.plan import Measured, MemoryPlan, plan_memory
-from services.protocol.messages import Ledger
+from services.protocol.worker_status import Ledger
 from services.tensor_parallel.leader_engine import LeaderEngine
 from services.tensor_parallel.messages import RankMemory
 from services.transfer.copies import KvCopier, OwnCopier, RankCopier

@@ -31,20 +31,18 @@ from services.protocol.messages import (
     Failed,
     Generate,
     KvTransferFailed,
-    PageUsage,
     Prefill,
     Refusal,
     RepushKv,
     Request,
     ReserveKv,
     RouterHello,
-    Slots,
-    Status,
     StatusRequest,
     TraceRequest,
     WorkerHello,
     WorkerTransferAddress,
 )
+from services.protocol.worker_status import PageUsage, Slots, Status
 from services.rates import Rate
 from services.roles.decode import DecodeRole
 from services.roles.limits import WorkerLimits, named_request

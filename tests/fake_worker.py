@@ -26,9 +26,6 @@ from services.protocol.messages import (
     FinishReason,
     FirstToken,
     Generate,
-    Ledger,
-    LedgerEntry,
-    PageUsage,
     Prefill,
     PrefillDone,
     Refusal,
@@ -38,9 +35,7 @@ from services.protocol.messages import (
     Role,
     RouterHello,
     SequenceRequest,
-    Slots,
     StartDecode,
-    Status,
     StatusRequest,
     TokenLogprob,
     Tokens,
@@ -48,6 +43,7 @@ from services.protocol.messages import (
     WorkerHello,
     WorkerTransferAddress,
 )
+from services.protocol.worker_status import Ledger, LedgerEntry, PageUsage, Slots, Status
 from tests.patience import patient
 
 DEADLINE_S = patient(30.0)

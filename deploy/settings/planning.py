@@ -18,7 +18,8 @@ from services.engine.precision import PrecisionError, check_flags
 from services.memory.estimate import contexts, plan_input_for
 from services.memory.measure import NotMeasurable, gpu_count, gpu_facts
 from services.memory.plan import MemoryPlan, plan_memory
-from services.protocol.messages import Role, share_of
+from services.protocol.messages import Role
+from services.protocol.worker_status import share_of
 
 CPU_DEVICE_BYTES = 2 << 30
 

@@ -1,4 +1,4 @@
-"""What both APIs share on the wire: SSE frames, usage, log probabilities. Pure.
+"""The parts of an answer that completions and chats share: SSE frames, usage, log probabilities. Pure.
 
 Frames of a stream differ in little but their text, so everything before and after the text is encoded once
 for each choice, and a token costs one string encoding and one concatenation of bytes.
@@ -27,7 +27,7 @@ def frame(body: bytes) -> bytes:
 
 @dataclass(slots=True)
 class Usage:
-    """Summed over the prompts of a request; `cached_tokens` of the prompts came from a prefix cache."""
+    """Token counts of a request, all prompts together; `cached_tokens` of them came from a prefix cache."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -94,8 +94,8 @@ def prompt_logprobs(
     alternatives: int,
     special: bool = False,
 ) -> dict[str, Any]:
-    """The same for an echoed prompt, whose first token has no probability. `special`: special tokens are part
-    of its text."""
+    """The log probabilities of an echoed prompt, as in a completion; its first token has none. `special`: its
+    text has special tokens."""
     offsets: list[int] = []
     length = seen = 0
     detokenizer = tokenizer.detokenizer(special)

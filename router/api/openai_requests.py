@@ -1,7 +1,7 @@
-"""Request bodies as they may come: types and bounds, checked while decoding. What becomes of each field is in
-request_fields.py; fields that are refused have no place here, `BodyDecoder` adds them.
+"""The bodies of requests: types and bounds, which decoding checks.
 
-`None` is what OpenAI's clients send for "not given", so every optional field takes it.
+request_fields.py says what becomes of each field. `BodyDecoder` adds those that are refused. `None` is what
+OpenAI's clients send for "not given", so every optional field takes it.
 """
 
 from typing import Annotated, Any, TypeVar
@@ -39,7 +39,7 @@ class ResponseFormat(Struct):
 
 
 class GenerationBody(Struct, kw_only=True):
-    """What completions and chats have in common."""
+    """The fields that completions and chats share."""
 
     model: Name | None = None
     stream: bool | None = None
@@ -130,7 +130,7 @@ class ChatBody(GenerationBody, kw_only=True):
 
 
 class TokenizeBody(Struct, kw_only=True):
-    """Whatever decides on a chat's prompt is here as in `ChatBody`."""
+    """A body of `/tokenize`. Every field that decides on a chat's prompt is as in `ChatBody`."""
 
     model: Name | None = None
     prompt: str | None = None
@@ -176,8 +176,8 @@ def _refuse_nested(body: GenerationBody) -> None:
         )
 
 
-class _Kind:
-    """One kind of body with a place of any type for everything that its endpoint refuses."""
+class _BodyKind:
+    """The decoder of one kind of body, with a field of any type for everything that its endpoint refuses."""
 
     def __init__(self, kind: type[Any]) -> None:
         endpoint = _ENDPOINTS[kind]
@@ -193,10 +193,10 @@ Body = TypeVar("Body")
 
 
 class BodyDecoder:
-    """JSON to one of the bodies above. Raises ApiError 400 that names the field."""
+    """The decoder of JSON to the bodies above. It raises ApiError 400 that names the field."""
 
     def __init__(self) -> None:
-        self._kinds = {kind: _Kind(kind) for kind in _ENDPOINTS}
+        self._kinds = {kind: _BodyKind(kind) for kind in _ENDPOINTS}
 
     def decode(self, kind: type[Body], raw: bytes | bytearray) -> Body:
         made = self._kinds[kind]
@@ -211,7 +211,7 @@ class BodyDecoder:
             _refuse_nested(body)
         return body
 
-    def _decoded(self, made: _Kind, raw: bytes | bytearray) -> Any:
+    def _decoded(self, made: _BodyKind, raw: bytes | bytearray) -> Any:
         try:
             return made.decoder.decode(raw)
         except msgspec.ValidationError:

@@ -1,4 +1,4 @@
-"""Every field that OpenAI's, vLLM's and SGLang's completions and chats have, and what becomes of it. Pure.
+"""The table of all request fields of OpenAI's, vLLM's and SGLang's APIs, and what becomes of each. Pure.
 
 `done` does what its name says. `harmless` is taken and changes nothing; `why` says why nothing is missed.
 `refused` is a 400, except for null and the values of `nothing`, which ask for what happens anyway: a falsy

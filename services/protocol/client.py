@@ -25,10 +25,10 @@ from services.protocol.messages import (
     Request,
     RequestReport,
     RouterHello,
-    Status,
     StatusRequest,
     WorkerHello,
 )
+from services.protocol.worker_status import Status
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,8 @@ from router.routing.dispatcher import Dispatcher
 from router.routing.metrics import Metrics
 from services.config import WorkerConfig
 from services.memory.plan import Measured
-from services.protocol.messages import Ledger, Role
+from services.protocol.messages import Role
+from services.protocol.worker_status import Ledger
 from services.transfer.copies import OwnCopier
 from services.transfer.links import TransferRanks
 from services.transfer.staging import StagingSlots

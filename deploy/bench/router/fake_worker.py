@@ -17,8 +17,6 @@ from services.protocol.messages import (
     Cancel,
     DecodeStarted,
     Generate,
-    Ledger,
-    PageUsage,
     Prefill,
     PrefillDone,
     Report,
@@ -26,12 +24,12 @@ from services.protocol.messages import (
     Role,
     RouterHello,
     StartDecode,
-    Status,
     StatusRequest,
     Tokens,
     WorkerHello,
     WorkerTransferAddress,
 )
+from services.protocol.worker_status import Ledger, PageUsage, Status
 
 TOKEN = 65
 """What every answer is made of: a byte of every byte-level vocabulary."""

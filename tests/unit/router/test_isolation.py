@@ -23,8 +23,6 @@ from services.protocol.messages import (
     VERSION,
     Cancel,
     DecodeStarted,
-    Ledger,
-    PageUsage,
     Prefill,
     PrefillDone,
     Report,
@@ -33,11 +31,11 @@ from services.protocol.messages import (
     Role,
     Sampling,
     StartDecode,
-    Status,
     Tokens,
     WorkerHello,
     WorkerTransferAddress,
 )
+from services.protocol.worker_status import Ledger, PageUsage, Status
 from tests.patience import patient
 
 PREFILL, DECODE = "ipc:///r/p", "ipc:///r/d"

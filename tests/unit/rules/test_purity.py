@@ -26,6 +26,7 @@ PURE = (
     "services/config.py",
     "services/rates.py",
     "services/protocol/messages.py",
+    "services/protocol/worker_status.py",
     "services/scheduler/*.py",
     "services/engine/batch.py",
     "services/engine/precision.py",

@@ -29,19 +29,17 @@ from services.protocol.messages import (
     VERSION,
     DecodeStarted,
     Failed,
-    Ledger,
-    PageUsage,
     Prefill,
     PrefillDone,
     Report,
     Request,
     Role,
     StartDecode,
-    Status,
     Tokens,
     WorkerHello,
     WorkerTransferAddress,
 )
+from services.protocol.worker_status import Ledger, PageUsage, Status
 from tests.checkpoints import write_tokenizer
 
 ENDPOINTS: dict[Role, str] = {"prefill": "ipc:///p", "decode": "ipc:///d"}

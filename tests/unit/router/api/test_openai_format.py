@@ -106,15 +106,17 @@ def test_choices_are_in_order_whatever_ends_first(tokenizer: TextTokenizer) -> N
 
 
 def test_histograms_count_each_value_once() -> None:
-    histogram = Histogram([0.1, 1.0])
+    histogram = Histogram("baton_x_seconds", "X", [0.1, 1.0])
     for value_s in (0.05, 0.1, 0.5, 2.0):
         histogram.observe(value_s)
     assert histogram.counts == [2, 1, 1]
     metrics = Metrics()
-    metrics.inter_token = histogram
+    for value_s in (0.05, 0.1, 0.5, 20.0):
+        metrics.inter_token.observe(value_s)
     metrics.count_outcome("completed")
     text = exposition(metrics, Snapshot(1, 2, [("ipc:///a", "ready", True)], [], 5.0)).decode()
     assert 'baton_inter_token_latency_seconds_bucket{le="0.1"} 2.0' in text
+    assert 'baton_inter_token_latency_seconds_bucket{le="10.0"} 3.0' in text
     assert 'baton_inter_token_latency_seconds_bucket{le="+Inf"} 4.0' in text
     assert 'baton_requests_total{outcome="completed"} 1.0' in text
     assert 'baton_worker_ready{connection="ready",endpoint="ipc:///a"} 1.0' in text
