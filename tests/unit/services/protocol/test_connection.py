@@ -1,4 +1,4 @@
-"""A router's connection over a UNIX socket beside the worker's own server, on asyncio's loop and uvloop's."""
+"""A router's connection over a UNIX socket, on asyncio's loop and on uvloop's."""
 
 import asyncio
 import itertools
