@@ -14,7 +14,7 @@ from typing import Any
 import jinja2
 
 from router.chat.content_form import Study, study
-from router.chat.template_budget import TemplateTooLarge
+from router.chat.template_budget import TemplateTooLarge, joined_pieces
 from router.chat.template_sandbox import Sandbox, TemplateRefusal, TemplateTimeout
 from router.config import RouterConfigError
 from router.errors import ApiError, invalid
@@ -104,16 +104,9 @@ class Program:
 
     def run(self, messages: list[dict[str, Any]], names: Mapping[str, Any], at_least_s: float = 0.0) -> str:
         """Raises whatever a template can raise."""
-        parts: list[str] = []
-        characters = 0
         given = {"tools": None, "documents": None, **names, **self._names, "messages": messages}
         self._sandbox.begin(at_least_s)
-        for part in self._template.generate(given):
-            characters += len(part)
-            if characters > MAX_PROMPT_CHARACTERS:
-                raise invalid("The chat template made a prompt that is too long.", "messages")
-            parts.append(part)
-        return "".join(parts)
+        return joined_pieces(self._template.generate(given), MAX_PROMPT_CHARACTERS)
 
     def _try(self, messages: list[dict[str, Any]], names: dict[str, Any]) -> str | None:
         try:
