@@ -22,6 +22,7 @@ from router.text.checkpoint import read_json
 
 MAX_PROMPT_CHARACTERS = 64 << 20
 MAX_TIME_FORMAT = 256
+_WIDE = re.compile(r"%[^%A-Za-z]*\d{3}")
 TIME_LIMIT_S = 1.0
 """Those of known models need microseconds."""
 
@@ -82,7 +83,7 @@ def _special_tokens(model_dir: Path, settings: dict[str, Any]) -> dict[str, Any]
 
 def _time_as(form: str, moment: datetime.datetime) -> str:
     """C's strftime takes widths, of any size."""
-    if len(form) > MAX_TIME_FORMAT or re.search(r"%[^%A-Za-z]*\d{3}", form):
+    if len(form) > MAX_TIME_FORMAT or _WIDE.search(form):
         raise TemplateTooLarge("a time in a format that is too long")
     return moment.strftime(form)
 
@@ -106,7 +107,8 @@ class Program:
         """Raises whatever a template can raise."""
         given = {"tools": None, "documents": None, **names, **self._names, "messages": messages}
         self._sandbox.begin(at_least_s)
-        return joined_pieces(self._template.generate(given), MAX_PROMPT_CHARACTERS)
+        template = self._template  # its `generate` would pass each piece on for the sake of tracebacks
+        return joined_pieces(template.root_render_func(template.new_context(given)), MAX_PROMPT_CHARACTERS)
 
     def _try(self, messages: list[dict[str, Any]], names: dict[str, Any]) -> str | None:
         try:
@@ -143,7 +145,7 @@ class ChatTemplate:
         for name, (path, source) in _sources(model_dir, settings).items():
             try:
                 self._programs[name] = Program(sandbox, source, self._names)
-            except jinja2.TemplateError as error:
+            except Exception as error:  # Python's compiler, too, refuses what nests too deep
                 raise RouterConfigError(f"{path}: the chat template does not compile: {error}") from error
 
     @property

@@ -51,7 +51,9 @@ class Budget:
 
     def made(self, value: Any) -> Any:
         """Counts a text or container that was just made, without what is inside. Returns it."""
-        if isinstance(value, str):
+        if type(value) is str and len(value) <= self._left and len(value) <= MAX_VALUE:
+            self._left -= len(value)
+        elif isinstance(value, str):
             self.spend(len(value))
         elif isinstance(value, (*_SEVERAL, Mapping)):
             self.spend(ENTRY * len(value))
@@ -64,8 +66,8 @@ class Budget:
         return value
 
     def added(self, left: Any, right: Any) -> Any:
-        """`left + right`. Of two lists the shorter is counted to the bottom: so what any list holds was either
-        counted or given."""
+        """`left + right`. Of two lists the shorter is counted to the bottom: so what any list holds was
+        either counted or given."""
         if isinstance(left, list | tuple) and isinstance(right, list | tuple):
             self.spend(size_of(min(left, right, key=len)))
         return self.made(left + right)
@@ -108,31 +110,27 @@ def size_of(value: Any) -> int:
     Raises TemplateTooLarge as soon as that is over `MAX_VALUE`, also for what contains itself.
     """
     size, waiting = 0, [value]
-    while waiting:
-        one = waiting.pop()
+    for one in waiting:  # which grows
+        kind = type(one)
         size += ENTRY
-        if isinstance(one, str):
+        if kind is str:
             size += len(one)
+        elif kind is dict:
+            waiting.extend(one)
+            waiting.extend(one.values())
         elif isinstance(one, int):
             size += one.bit_length() // 3
-        else:
-            inside = _inside(one)
-            if len(inside) <= MAX_ENTRIES:
-                waiting.extend(inside)
-            size += len(inside)
-        if size > MAX_VALUE:
+        elif isinstance(one, str):
+            size += len(one)
+        elif isinstance(one, Namespace):
+            waiting.append(object.__getattribute__(one, "_Namespace__attrs"))
+        elif isinstance(one, Mapping):
+            waiting.append(dict(one))
+        elif isinstance(one, _SEVERAL):
+            waiting.extend(one)
+        if size > MAX_VALUE or len(waiting) > 2 * MAX_ENTRIES:
             raise TemplateTooLarge(f"a value of more than {MAX_VALUE} characters")
     return size
-
-
-def _inside(value: Any) -> list[Any] | tuple[Any, ...]:
-    if isinstance(value, (list, tuple)):
-        return value
-    if isinstance(value, Namespace):
-        value = object.__getattribute__(value, "_Namespace__attrs")
-    if isinstance(value, Mapping):
-        return [*value.keys(), *value.values()]
-    return list(value) if isinstance(value, _SEVERAL) else ()
 
 
 # ------------------------------------------------------------ before something is made

@@ -35,9 +35,10 @@ MAX_FACTOR_BITS = 1 << 16
 MAX_INDENT = 1 << 6
 MAX_TERMS = 4
 """Of a sum of texts that is counted as a whole."""
-SHORT = 1 << 16
-"""Characters of a text that is printed without being counted by itself."""
-MAX_TURNS = 64
+SHORT = 1 << 12
+"""Characters of a text that is printed, or kept in a variable, without being counted by itself."""
+TURNS, MAX_TURNS = 8, 64
+"""Further ones of a loop between two looks, at first and at most."""
 QUICK_S = 1e-4
 """The longest time between two looks of a loop after which the next one is put off further."""
 DROPPED = ("pprint", "striptags", "urlize", "wordwrap", "xmlattr")
@@ -76,7 +77,9 @@ def _terms(node: nodes.Expr) -> list[nodes.Expr]:
 
 
 def _is_text(node: nodes.Expr) -> bool:
-    """Whether a sum can only be a text: one of its terms is."""
+    """Whether this can only be a text: a sum with a text among its terms, or the copy of one."""
+    if isinstance(node, nodes.Filter):
+        return node.name in COPYING
     return any(isinstance(one, nodes.Const) and isinstance(one.value, str) for one in _terms(node))
 
 
@@ -120,12 +123,12 @@ class _Bounds(jinja2.visitor.NodeTransformer):
         return (node, count + more) if count + more <= MAX_TERMS else (self._call("made", node), 1)
 
     def _term(self, node: nodes.Expr) -> nodes.Expr:
-        is_copy = isinstance(node, nodes.Filter) and node.name in COPYING
+        is_copy = isinstance(node, nodes.Filter) and _is_text(node)
         return self.generic_visit(node) if is_copy else self.visit(node)  # type: ignore[return-value]
 
     def visit_Filter(self, node: nodes.Filter) -> nodes.Node:
         self.generic_visit(node)
-        return self._call("made", node) if node.name in COPYING and node.node is not None else node
+        return self._call("made", node) if _is_text(node) and node.node is not None else node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
@@ -158,6 +161,11 @@ class _Code(jinja2.compiler.CodeGenerator):
         if not isinstance(node.node, nodes.EnvironmentAttribute):
             super().visit_Call(node, frame, forward_caller=forward_caller)
             return
+        if node.node.name == "made" and _is_text(node.args[0]):
+            self.write("(out if len(out := ")
+            self.visit(node.args[0], frame)
+            self.write(f") < {SHORT} else environment.made(out))")
+            return
         self.write(f"environment.{node.node.name}(")
         for argument in node.args:
             self.visit(argument, frame)
@@ -174,14 +182,16 @@ class _Code(jinja2.compiler.CodeGenerator):
             super()._output_child_pre(node, frame, finalize)
             self.write("environment.text(")
         else:
-            self.write("(out if type(out := ")
+            # A sum with a text in it is a text.
+            self.write("(out if len(out := " if _is_text(node) else "(out if type(out := ")
 
     def _output_child_post(self, node: nodes.Expr, frame: jinja2.compiler.Frame, finalize: Any) -> None:
         if frame.buffer is not None or frame.eval_ctx.volatile or frame.eval_ctx.autoescape:
             super()._output_child_post(node, frame, finalize)
             self.write(")")
         else:
-            self.write(f") is str and len(out) < {SHORT} else environment.text(out))")
+            self.write(")" if _is_text(node) else ") is str and len(out)")
+            self.write(f" < {SHORT} else environment.text(out))")
 
 
 class _Formatter(jinja2.sandbox.SandboxedFormatter):
@@ -245,14 +255,18 @@ class Sandbox(Budget, jinja2.sandbox.ImmutableSandboxedEnvironment):
     def watched(self, several: Iterable[Any]) -> Iterator[Any]:
         """The same, with looks at the clock: at each turn while turns are slow, more seldom while they are
         quick."""
+        if type(several) is list and len(several) <= TURNS:
+            self.look_at_clock()
+            return iter(several)
         return chain.from_iterable(self._turns(iter(several)))
 
-    def _turns(self, several: Iterator[Any]) -> Iterator[list[Any]]:
-        count, last_s = 1, self.look_at_clock()
-        while some := list(islice(several, count)):
-            yield some
+    def _turns(self, several: Iterator[Any]) -> Iterator[Iterable[Any]]:
+        count, last_s = TURNS, self.look_at_clock()
+        for one in several:
+            yield (one,)
+            yield islice(several, count)
             now_s = self.look_at_clock()
-            count = min(2 * count, MAX_TURNS) if now_s - last_s < QUICK_S else 1
+            count = min(2 * count + 1, MAX_TURNS) if now_s - last_s < QUICK_S else 0
             last_s = now_s
 
     def compiled(self, source: str) -> jinja2.Template:
@@ -263,7 +277,9 @@ class Sandbox(Budget, jinja2.sandbox.ImmutableSandboxedEnvironment):
     # ------------------------------------------------------------ what Jinja asks
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        return attr not in UNSAFE_METHODS and super().is_safe_attribute(obj, attr, value)
+        if attr in UNSAFE_METHODS:
+            return False
+        return not attr.startswith("_") if type(obj) is str else super().is_safe_attribute(obj, attr, value)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         if super().wrap_str_format(value) is None:
@@ -359,14 +375,21 @@ class Sandbox(Budget, jinja2.sandbox.ImmutableSandboxedEnvironment):
         sort_keys: bool = False,
     ) -> str:
         """Unlike Jinja's own this does not escape for HTML: the result is a prompt, not a page."""
-        if max([len(one) for one in separators or ()] + [indent or 0]) > MAX_INDENT:
-            raise TemplateTooLarge(f"an indent of more than {MAX_INDENT}")
+        encoder = _encoder(ensure_ascii, indent, tuple(separators) if separators else None, sort_keys)
         self.spend(template_budget.size_of(value))
-        encoder = json.JSONEncoder(
-            ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-        )
         # An indent takes as much as the value is deep, for each of its entries.
         return encoder.encode(value) if indent is None else self.concat(encoder.iterencode(value))
+
+
+@functools.lru_cache(16)
+def _encoder(
+    ensure_ascii: bool, indent: int | None, separators: tuple[str, str] | None, sort_keys: bool
+) -> json.JSONEncoder:
+    if max([len(one) for one in separators or ()] + [indent or 0]) > MAX_INDENT:
+        raise TemplateTooLarge(f"an indent of more than {MAX_INDENT}")
+    return json.JSONEncoder(
+        ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def _bits(value: Any) -> int:

@@ -16,7 +16,8 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ THINKING = """\
         {%- if message.reasoning_content is string %}
             {%- set thoughts = message.reasoning_content %}
         {%- elif '</think>' in content %}
-            {%- set thoughts = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}
+            {%- set thoughts = content.split('</think>')[0].split('<think>')[-1].strip('\\n') %}
             {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
         {%- endif %}
         {{- '<|im_start|>assistant\\n' }}
@@ -179,7 +180,7 @@ def ours(directory: Path, source: str) -> Callable[[list[dict[str, Any]]], str]:
     return lambda messages: template.render(messages, True, {"tools": [TOOL]})
 
 
-def times_us(sides: list[Callable[[], object]], rounds: int) -> list[float]:
+def times_us(sides: Sequence[Callable[[], object]], rounds: int) -> list[float]:
     """Microseconds of the processor for each side: the mean of its fastest round."""
     found: list[list[float]] = [[] for _ in sides]
     for _ in range(rounds):
@@ -208,10 +209,7 @@ def main() -> None:
                 messages = conversation(size)
                 if theirs(messages) != own(messages):
                     raise SystemExit(f"{name}: the two made different texts of {size} messages")
-                jinja_us, router_us = times_us(
-                    [lambda m=messages: theirs(m), lambda m=messages: own(m)],  # type: ignore[misc]
-                    rounds,
-                )
+                jinja_us, router_us = times_us([partial(theirs, messages), partial(own, messages)], rounds)
                 ratios.append(router_us / jinja_us)
                 cells = (str(size), f"{jinja_us:.0f}", f"{router_us:.0f}", f"{ratios[-1]:.2f}")
                 table.add_row(name, *cells)
