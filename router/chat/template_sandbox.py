@@ -322,7 +322,8 @@ class Sandbox(Budget, jinja2.sandbox.ImmutableSandboxedEnvironment):
             for count, several in ((left, right), (right, left)):
                 if isinstance(count, int) and isinstance(several, Sequence):
                     template_budget.check_numbers("*", (count * len(several),))
-                    self.spend(count * template_budget.size_of(several))
+                    each = len(several) if isinstance(several, str) else template_budget.size_of(several)
+                    self.spend(count * each)
             if _bits(left) + _bits(right) > MAX_FACTOR_BITS:
                 raise TemplateRefusal("it multiplies numbers that are too large")
         elif _bits(left) * (abs(right) if isinstance(right, int) else 1) > MAX_POWER_BITS:
