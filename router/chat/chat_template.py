@@ -11,8 +11,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from router.chat.content_form import Study, study
 from router.chat.template_budget import TemplateTooLarge, joined_pieces
 from router.chat.template_sandbox import Sandbox, TemplateRefusal, TemplateTimeout

@@ -141,34 +141,28 @@ def check_numbers(name: str, values: Iterable[Any]) -> None:
         raise TemplateTooLarge(f"{name} with a number that is too large")
 
 
-def replaced(text: str, old: str, new: str, count: int = -1) -> int:
-    return len(text) + text.count(old) * len(new)
+def _replaced(text: str, old: str, new: str, count: int = -1) -> int:
+    found = text.count(old)
+    return len(text) + len(new) * (found if count < 0 else min(found, count))
 
 
-def joined(separator: str, texts: Any) -> int:
+def _joined(separator: str, texts: Any) -> int:
     if not isinstance(texts, str | list | tuple | Mapping):
         raise TemplateTooLarge("a join of what cannot be counted; use the filter")
-    if isinstance(texts, str):
-        return len(texts) * (1 + len(separator))
-    return sum(len(one) for one in texts if isinstance(one, str)) + len(separator) * len(texts)
+    return len(separator) * len(texts) + sum(len(one) for one in texts if isinstance(one, str))
 
 
-def split(text: str, sep: str | None = None, maxsplit: int = -1) -> int:
-    if len(text) <= MAX_ENTRIES:
-        return 0
-    return ENTRY * (text.count(sep) if sep else sum(map(text.count, " \t" + _LINE_ENDS)))
-
-
-def split_lines(text: str, keepends: bool = False) -> int:
-    return ENTRY * sum(map(text.count, _LINE_ENDS)) if len(text) > MAX_ENTRIES else 0
+def _split(text: str, sep: str | None = None, maxsplit: int = -1) -> int:
+    found = sum(map(text.count, (sep,) if sep else " \t" + _LINE_ENDS)) if len(text) > MAX_ENTRIES else 0
+    return ENTRY * (found if maxsplit < 0 else min(found, maxsplit))
 
 
 SIZES_OF_METHODS: dict[str, Callable[..., int]] = {
-    "replace": replaced,
-    "join": joined,
-    "split": split,
-    "rsplit": split,
-    "splitlines": split_lines,
+    "replace": _replaced,
+    "join": _joined,
+    "split": _split,
+    "rsplit": _split,
+    "splitlines": lambda text, keepends=False: ENTRY * sum(map(text.count, _LINE_ENDS)),
 }
 """About what a text's method makes, by the text and the method's arguments."""
 

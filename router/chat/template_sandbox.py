@@ -4,12 +4,10 @@ A template is a program that came with a checkpoint, and the router renders it i
 everybody. Jinja has no `while`, but loops and macros nest: so loops and calls look at the clock now and then,
 and a render that is out of time ends with TemplateTimeout. Between two looks only single expressions run.
 
-What can grow is counted (template_budget.py), where the syntax tree says that it can: `+` and `~` of what is
-kept, literals, slices, calls, filters, captured output. What is only printed is counted when the output is
-joined. What can be large at one blow, such as `*`, `replace` or a padding, is counted before it is made.
+What can grow is counted (template_budget.py) where the compiler says so (template_compiler.py), and in calls
+and filters. What can be large at one blow, such as `*`, `replace` or a padding, is counted before it is made.
 """
 
-import contextlib
 import functools
 import json
 import time
@@ -17,34 +15,27 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 from typing import Any
 
-import jinja2.compiler
 import jinja2.ext
 import jinja2.filters
 import jinja2.parser
 import jinja2.runtime
 import jinja2.sandbox
-import jinja2.visitor
 import markupsafe
 from jinja2 import nodes
 
 from router.chat import template_budget
 from router.chat.template_budget import MAX_ENTRIES, Budget, TemplateTooLarge
+from router.chat.template_compiler import COPYING, CodeGenerator, Rewriter
 
 MAX_POWER_BITS = 1 << 12
 MAX_FACTOR_BITS = 1 << 16
 MAX_INDENT = 1 << 6
-MAX_TERMS = 4
-"""Of a sum of texts that is counted as a whole."""
-SHORT = 1 << 12
-"""Characters of a text that is printed, or kept in a variable, without being counted by itself."""
 TURNS, MAX_TURNS = 8, 64
 """Further ones of a loop between two looks, at first and at most."""
 QUICK_S = 1e-4
 """The longest time between two looks of a loop after which the next one is put off further."""
 DROPPED = ("pprint", "striptags", "urlize", "wordwrap", "xmlattr")
 """Filters that no chat needs, and that are long to run or hard to count."""
-COPYING = frozenset(("capitalize", "lower", "trim", "upper"))
-"""Filters that make about what they are given; counted where it is kept."""
 UNCOUNTED = COPYING | {"abs", "attr", "count", "d", "default", "first", "float", "last", "length", "random"}
 LINEAR = frozenset(
     ("e", "escape", "forceescape", "format", "indent", "int", "join", "replace", "reverse", "safe", "string")
@@ -72,128 +63,6 @@ class _GenerationTag(jinja2.ext.Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _terms(node: nodes.Expr) -> list[nodes.Expr]:
-    return [*_terms(node.left), *_terms(node.right)] if isinstance(node, nodes.Add) else [node]
-
-
-def _is_text(node: nodes.Expr) -> bool:
-    """Whether this can only be a text: a sum with a text among its terms, or the copy of one."""
-    if isinstance(node, nodes.Filter):
-        return node.name in COPYING
-    return any(isinstance(one, nodes.Const) and isinstance(one.value, str) for one in _terms(node))
-
-
-class _Bounds(jinja2.visitor.NodeTransformer):
-    """Puts the sandbox's counts and looks at the clock into a template's syntax tree."""
-
-    def __init__(self, environment: jinja2.Environment) -> None:
-        self._environment = environment
-
-    def visit_For(self, node: nodes.For) -> nodes.Node:
-        self.generic_visit(node)
-        node.iter = self._call("watched", node.iter)
-        if node.recursive or any(name.name == "loop" for name in node.find_all(nodes.Name)):
-            # What is iterated over is then not all that is: `loop` may call, or read ahead.
-            look = nodes.ExprStmt(self._call("look_at_clock"))
-            node.body.insert(0, look.set_lineno(node.lineno).set_environment(self._environment))
-        return node
-
-    def visit_Output(self, node: nodes.Output) -> nodes.Node:
-        node.nodes = [self._sum(one)[0] if _is_text(one) else self._term(one) for one in node.nodes]
-        return node
-
-    def visit_Add(self, node: nodes.Add) -> nodes.Node:
-        if _is_text(node):
-            whole, _ = self._sum(node)
-            return whole if isinstance(whole, nodes.Const) else self._call("made", whole)
-        if any(isinstance(one, nodes.Const) for one in _terms(node)):
-            return self.generic_visit(node)  # of numbers
-        return self._call("added", self.visit(node.left), self.visit(node.right))
-
-    def _sum(self, node: nodes.Expr) -> tuple[nodes.Expr, int]:
-        """A sum of texts, and how many of its terms are neither constant nor counted together."""
-        if not isinstance(node, nodes.Add):
-            return self._term(node), 0 if isinstance(node, nodes.Const) else 1
-        (left, count), (right, more) = self._sum(node.left), self._sum(node.right)
-        if isinstance(left, nodes.Const) and isinstance(right, nodes.Const):
-            with contextlib.suppress(TypeError):
-                value = nodes.Const(left.value + right.value)
-                return value.set_lineno(node.lineno).set_environment(self._environment), 0
-        node.left, node.right = left, right
-        return (node, count + more) if count + more <= MAX_TERMS else (self._call("made", node), 1)
-
-    def _term(self, node: nodes.Expr) -> nodes.Expr:
-        is_copy = isinstance(node, nodes.Filter) and _is_text(node)
-        return self.generic_visit(node) if is_copy else self.visit(node)  # type: ignore[return-value]
-
-    def visit_Filter(self, node: nodes.Filter) -> nodes.Node:
-        self.generic_visit(node)
-        return self._call("made", node) if _is_text(node) and node.node is not None else node
-
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
-        self.generic_visit(node)
-        return self._call("concatenated", *node.nodes)
-
-    def visit_List(self, node: nodes.List | nodes.Tuple | nodes.Dict) -> nodes.Node:
-        self.generic_visit(node)
-        items = [one.value if isinstance(one, nodes.Pair) else one for one in node.items]
-        fixed = all(isinstance(one, nodes.Const) for one in items) or getattr(node, "ctx", "load") != "load"
-        return node if fixed else self._call("held", node)
-
-    visit_Tuple = visit_Dict = visit_List
-
-    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
-        self.generic_visit(node)
-        return self._call("made", node) if isinstance(node.arg, nodes.Slice) else node
-
-    def _call(self, name: str, *arguments: nodes.Expr) -> nodes.Expr:
-        call = nodes.Call(nodes.EnvironmentAttribute(name), list(arguments), [], None, None)
-        call.set_lineno(1).set_environment(self._environment)
-        return call
-
-
-class _Code(jinja2.compiler.CodeGenerator):
-    """Calls the sandbox's own functions without asking the sandbox, and prints only what was counted."""
-
-    def visit_Call(
-        self, node: nodes.Call, frame: jinja2.compiler.Frame, forward_caller: bool = False
-    ) -> None:
-        if not isinstance(node.node, nodes.EnvironmentAttribute):
-            super().visit_Call(node, frame, forward_caller=forward_caller)
-            return
-        if node.node.name == "made" and _is_text(node.args[0]):
-            self.write("(out if len(out := ")
-            self.visit(node.args[0], frame)
-            self.write(f") < {SHORT} else environment.made(out))")
-            return
-        self.write(f"environment.{node.node.name}(")
-        for argument in node.args:
-            self.visit(argument, frame)
-            self.write(", ")
-        self.write(")")
-
-    def _output_child_to_const(self, node: nodes.Expr, frame: jinja2.compiler.Frame, finalize: Any) -> str:
-        if not isinstance(node, nodes.Const | nodes.TemplateData):
-            raise nodes.Impossible  # nothing is made before there is a count
-        return super()._output_child_to_const(node, frame, finalize)
-
-    def _output_child_pre(self, node: nodes.Expr, frame: jinja2.compiler.Frame, finalize: Any) -> None:
-        if frame.buffer is not None or frame.eval_ctx.volatile or frame.eval_ctx.autoescape:
-            super()._output_child_pre(node, frame, finalize)
-            self.write("environment.text(")
-        else:
-            # A sum with a text in it is a text.
-            self.write("(out if len(out := " if _is_text(node) else "(out if type(out := ")
-
-    def _output_child_post(self, node: nodes.Expr, frame: jinja2.compiler.Frame, finalize: Any) -> None:
-        if frame.buffer is not None or frame.eval_ctx.volatile or frame.eval_ctx.autoescape:
-            super()._output_child_post(node, frame, finalize)
-            self.write(")")
-        else:
-            self.write(")" if _is_text(node) else ") is str and len(out)")
-            self.write(f" < {SHORT} else environment.text(out))")
-
-
 class _Formatter(jinja2.sandbox.SandboxedFormatter):
     """`str.format`, of which each field is counted."""
 
@@ -215,7 +84,7 @@ class Sandbox(Budget, jinja2.sandbox.ImmutableSandboxedEnvironment):
     overlap: each runs to its end in one thread."""
 
     __slots__ = ("_clock", "_time_limit_s", "_until_s")  # past 30 attributes Python looks longer for all
-    code_generator_class = _Code
+    code_generator_class = CodeGenerator
     intercepted_binops = frozenset(("*", "**", "%"))
 
     def __init__(self, time_limit_s: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -271,7 +140,7 @@ class Sandbox(Budget, jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def compiled(self, source: str) -> jinja2.Template:
         """Raises TemplateError for a source that does not compile."""
-        tree = _Bounds(self).visit(self.parse(source))
+        tree = Rewriter(self).visit(self.parse(source))
         return self.template_class.from_code(self, self.compile(tree), self.make_globals(None))
 
     # ------------------------------------------------------------ what Jinja asks
@@ -308,11 +177,14 @@ class Sandbox(Budget, jinja2.sandbox.ImmutableSandboxedEnvironment):
             )
         names.pop("_loop_vars", None)
         names.pop("_block_vars", None)
-        template_budget.check_numbers(__called.__name__, (*arguments, *names.values()))
-        size_of_made = template_budget.SIZES_OF_METHODS.get(__called.__name__)
-        if size_of_made is not None:
-            __self.spend(size_of_made(owner, *arguments, **names))
-        return __self.made(__called(*arguments, **names))
+        return __self._of_text(__called, *arguments, **names)
+
+    def _of_text(self, method: Callable[..., Any], *arguments: Any, **names: Any) -> Any:
+        template_budget.check_numbers(method.__name__, (*arguments, *names.values()))
+        if method.__name__ in template_budget.SIZES_OF_METHODS:
+            size_of_made = template_budget.SIZES_OF_METHODS[method.__name__]
+            self.spend(size_of_made(getattr(method, "__self__", ""), *arguments, **names))
+        return self.made(method(*arguments, **names))
 
     def call_binop(self, context: jinja2.runtime.Context | None, operator: str, left: Any, right: Any) -> Any:
         if operator == "%":
@@ -344,6 +216,8 @@ class Sandbox(Budget, jinja2.sandbox.ImmutableSandboxedEnvironment):
                 raise TemplateTooLarge(f"{name} of a text of more than {MAX_ENTRIES} characters")
             if lazy:
                 arguments = (arguments[0], self.watched(arguments[1]), *arguments[2:])
+            if name == "map":
+                return map(self.made, function(*arguments, **names))
             return self.made(function(*arguments, **names))
 
         return bounded
@@ -351,14 +225,12 @@ class Sandbox(Budget, jinja2.sandbox.ImmutableSandboxedEnvironment):
     def _joined(self, value: Any, d: str = "", attribute: str | int | None = None) -> str:
         if attribute is not None:
             value = map(jinja2.filters.make_attrgetter(self, attribute), value)
-        texts = [self.text(one) for one in self.watched(value)]
-        self.spend(template_budget.joined(str(d), texts))
-        return str(d).join(texts)
+        made: str = self._of_text(str(d).join, [self.text(one) for one in self.watched(value)])
+        return made
 
     def _replaced(self, value: Any, old: str, new: str, count: int | None = None) -> str:
-        text = self.text(value)
-        self.spend(template_budget.replaced(text, old, new))
-        return text.replace(old, new, -1 if count is None else count)
+        made: str = self._of_text(self.text(value).replace, old, new, -1 if count is None else count)
+        return made
 
     def _indented(self, value: Any, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
         text = self.text(value)
