@@ -1,4 +1,4 @@
-"""The model's chat template, rendered in an immutable sandbox (sandbox.py) with a time limit.
+"""The model's chat template, rendered in an immutable sandbox (template_sandbox.py) with a time limit.
 
 Templates come with the checkpoint and never from a request. The sandbox has no access to attributes that
 begin with an underscore, to the file system or to other templates, and cannot change what it is given.
@@ -87,7 +87,7 @@ def _time_as(form: str, moment: datetime.datetime) -> str:
 
 
 class Program:
-    """One template of a checkpoint: compiled, and once it is asked for, studied."""
+    """One compiled template of a checkpoint. `study` finds out once what it takes."""
 
     def __init__(self, sandbox: Sandbox, source: str, names: Mapping[str, Any]) -> None:
         """Raises TemplateError for a source that does not compile."""

@@ -40,7 +40,7 @@ class Rewriter(jinja2.visitor.NodeTransformer):
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self.generic_visit(node)
-        node.iter = self._call("watched", node.iter)
+        node.iter = self._call("watched", cast(nodes.Expr, node.iter))
         if node.recursive or any(name.name == "loop" for name in node.find_all(nodes.Name)):
             # Its turns may come from elsewhere: `loop` calls, and reads ahead.
             look = nodes.ExprStmt(self._call("look_at_clock"))

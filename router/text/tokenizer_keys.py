@@ -27,7 +27,7 @@ OBEYED = {
     "pad_token": "_named_tokens, and the chat template",
     "cls_token": "_named_tokens, and the chat template",
     "mask_token": "_named_tokens, and the chat template",
-    "chat_template": "template.py",
+    "chat_template": "chat_template.py",
     "add_prefix_space": "by the conversion, where the class reads it",
     "legacy": "by the conversion, where the class reads it",
     "fix_mistral_regex": "by the conversion",
