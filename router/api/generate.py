@@ -41,7 +41,7 @@ from router.config import RouterConfig
 from router.errors import ApiError, crashed
 from router.ids import draw_name, draw_number
 from router.prepare.generation_config import SamplingDefaults
-from router.prepare.process_pool import Preparers
+from router.prepare.process_pool import ProcessPool
 from router.prepare.request import (
     BESIDE_BYTES,
     Kind,
@@ -90,7 +90,7 @@ class Service:
 
     config: RouterConfig
     kit: Kit
-    beside: Preparers
+    beside: ProcessPool
     dispatcher: Dispatcher
     metrics: Metrics
     draw_seed: Callable[[], int] = draw_number

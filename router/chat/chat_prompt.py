@@ -1,4 +1,4 @@
-"""From a chat's body to its prompt: what `/v1/chat/completions` runs and `/tokenize` counts. Pure.
+"""The prompt of a chat: what `/v1/chat/completions` runs and `/tokenize` counts. Pure.
 
 1. Names for the template are put together: tools, documents, reasoning effort, the request's own.
 2. The messages get the template's form and are rendered.

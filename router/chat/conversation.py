@@ -1,4 +1,4 @@
-"""A request's messages as a chat template takes them: with its form of content and of calls. Pure."""
+"""The conversation that a chat template gets: a request's messages in its form of content and calls. Pure."""
 
 import json
 from collections.abc import Iterable, Sequence

@@ -1,4 +1,4 @@
-"""One choice of one prompt: its tokens become text, its text is watched, its pieces are handed on. Pure."""
+"""One choice of one prompt: it detokenizes, looks for stop strings, and writes pieces of text. Pure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

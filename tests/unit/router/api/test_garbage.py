@@ -18,7 +18,7 @@ from router.api.generate import Service
 from router.api.openai_requests import BodyDecoder
 from router.chat.chat_template import ChatTemplate
 from router.config import RouterConfig
-from router.prepare.process_pool import Preparers
+from router.prepare.process_pool import ProcessPool
 from router.prepare.request import Kit
 from router.routing.dispatcher import Dispatcher
 from router.routing.metrics import Metrics
@@ -152,7 +152,7 @@ def test_nothing_is_left_to_the_collector(
     )
     metrics = Metrics(retries=RetryBudget(config.max_retries, config.retry_share, config.retry_burst))
     dispatcher = Dispatcher(config, metrics)
-    app = build_app(Service(config, kit, Preparers(tmp_path, "m", None), dispatcher, metrics))
+    app = build_app(Service(config, kit, ProcessPool(tmp_path, "m", None), dispatcher, metrics))
 
     async def request() -> Client:
         client = Client(body, leaves)

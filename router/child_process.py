@@ -1,4 +1,4 @@
-"""How a helper process ends with the router, however that ends."""
+"""The death signal of a child process: it ends with the router, however the router ends."""
 
 import ctypes
 import os
