@@ -23,7 +23,6 @@ from router.api.openai_requests import (
 from router.api.parameters import (
     PLAIN_SAMPLING,
     Options,
-    RequestLimits,
     check_model,
     check_tokens,
     check_total_choices,
@@ -36,6 +35,7 @@ from router.chat.chat_template import ChatTemplate
 from router.chat.template_sandbox import TemplateTimeout
 from router.errors import ApiError, invalid
 from router.prepare.generation_config import SamplingDefaults
+from router.routing.limits import RequestLimits
 from router.text.tokenizer import TextTokenizer
 
 MAX_TEXT_PARTS = 8192

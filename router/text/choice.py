@@ -1,8 +1,9 @@
-"""One choice of one prompt: its tokens become text, its text is watched, its pieces are handed on. Pure."""
+"""One choice of one prompt: tokens become text, and a stop string in the text ends it. Pure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+
+from msgspec import Struct
 
 from router.text.detokenizer import Detokenizer
 from router.text.stop_strings import StopScanner
@@ -19,13 +20,16 @@ class LogprobEntry:
     end: int
 
 
-class Writer(Protocol):
-    def write(self, text: str, entries: Sequence[LogprobEntry], finish: FinishReason | None) -> None:
-        """Takes a piece of the answer: frames for a stream, or parts of one body."""
+class TextDelta(Struct, frozen=True, gc=False):
+    """What an answer gets next of a choice; `finish` comes with the last delta."""
+
+    text: str
+    entries: Sequence[LogprobEntry] = ()
+    finish: FinishReason | None = None
 
 
 class Choice:
-    """Every choice ends with exactly one `finish`: the worker's, or "stop" at a stop string.
+    """The text of one choice. It ends with exactly one `finish`: the worker's, or "stop" at a stop string.
 
     The end token's own text is never part of the answer unless `include_stop` is set.
     """
@@ -39,25 +43,17 @@ class Choice:
         "_seen",
         "_stops",
         "_want_logprobs",
-        "_writer",
         "finish",
-        "last_token_s",
         "token_count",
     )
 
     def __init__(
-        self,
-        detokenizer: Detokenizer,
-        stops: Sequence[str],
-        include_stop: bool,
-        want_logprobs: bool,
-        writer: Writer,
+        self, detokenizer: Detokenizer, stops: Sequence[str], include_stop: bool, want_logprobs: bool
     ) -> None:
         self._detokenizer = detokenizer
         self._stops = StopScanner(stops, include_stop) if stops else None
         self._include_stop = include_stop
         self._want_logprobs = want_logprobs
-        self._writer = writer
         self._entries: list[LogprobEntry] = []
         self._length = 0
         self._seen = 0
@@ -65,12 +61,12 @@ class Choice:
         self._released = 0
         self.finish: FinishReason | None = None
         self.token_count = 0
-        self.last_token_s: float | None = None
 
-    def push(self, report: Tokens) -> bool:
-        """Takes what a worker made. False: this was the last of the choice."""
+    def push(self, report: Tokens) -> Sequence[TextDelta]:
+        """What a worker's tokens add to the answer. `finish` is set if they were the last of the choice."""
         if self._stops is None and not self._want_logprobs:
             return self._push_plain(report)
+        deltas: list[TextDelta] = []
         tokens, logprobs = report.tokens, report.logprobs
         for index, token in enumerate(tokens):
             self.token_count += 1
@@ -81,50 +77,48 @@ class Choice:
             start, self._seen = self._seen, max(self._seen, self._length + len(ahead))
             if self._want_logprobs and logprobs is not None and index < len(logprobs):
                 self._entries.append(LogprobEntry(token, logprobs[index], start, self._seen))
-            if self._pass_on(text):
-                return False
+            if self._scan(text, deltas):
+                return deltas
             if ahead and self._stops is not None and self._stops.completes(ahead):
-                self._pass_on(self._detokenizer.flush())
-                return False
+                self._scan(self._detokenizer.flush(), deltas)
+                return deltas
         if report.finish is None:
-            return True
+            return deltas
         rest = self._detokenizer.flush()
-        if rest and self._pass_on(rest):
-            return False
+        if rest and self._scan(rest, deltas):
+            return deltas
         held = self._stops.flush() if self._stops is not None else ""
-        self._release(held, report.finish)
-        return False
+        deltas.append(self._release(held, report.finish))
+        return deltas
 
-    def mute(self) -> None:
+    def mute(self) -> Sequence[TextDelta]:
         """Ends without any text: the caller wanted its prompt back and nothing else."""
-        self._release("", "length")
+        return (self._release("", "length"),)
 
-    def _push_plain(self, report: Tokens) -> bool:
+    def _push_plain(self, report: Tokens) -> Sequence[TextDelta]:
         tokens, finish = report.tokens, report.finish
         self.token_count += len(tokens)
         if finish is None:
             text = self._detokenizer.push(tokens)
-            if text:
-                self._writer.write(text, (), None)
-            return True
+            return (TextDelta(text),) if text else ()
         if finish == "stop" and not self._include_stop:
             tokens = tokens[:-1]
         self.finish = finish
-        self._writer.write(self._detokenizer.push(tokens) + self._detokenizer.flush(), (), finish)
-        return False
+        return (TextDelta(self._detokenizer.push(tokens) + self._detokenizer.flush(), (), finish),)
 
-    def _pass_on(self, text: str) -> bool:
-        """True: a stop string was hit, and the choice has ended."""
+    def _scan(self, text: str, deltas: list[TextDelta]) -> bool:
+        """Adds what of the text cannot be part of a stop string. True: one was hit, and the choice has
+        ended."""
         hit = False
         if self._stops is not None:
             text, hit = self._stops.push(text)
         if hit:
-            self._release(text, "stop")
+            deltas.append(self._release(text, "stop"))
         elif text:
-            self._release(text, None)
+            deltas.append(self._release(text, None))
         return hit
 
-    def _release(self, text: str, finish: FinishReason | None) -> None:
+    def _release(self, text: str, finish: FinishReason | None) -> TextDelta:
         self._released += len(text)
         out: list[LogprobEntry] = []
         if self._entries:
@@ -136,4 +130,4 @@ class Choice:
             self._entries = self._entries[len(out) :] if finish is None else []
         if finish is not None:
             self.finish = finish
-        self._writer.write(text, out, finish)
+        return TextDelta(text, out, finish)

@@ -8,7 +8,6 @@ import pytest
 from router.api.openai_requests import BodyDecoder, ChatBody, CompletionBody, GenerationBody
 from router.api.parameters import (
     Options,
-    RequestLimits,
     check_model,
     check_tokens,
     check_total_choices,
@@ -17,6 +16,7 @@ from router.api.parameters import (
     sampling_for,
 )
 from router.errors import ApiError
+from router.routing.limits import RequestLimits
 from services.protocol.messages import Sampling
 
 LIMITS = RequestLimits(

@@ -28,9 +28,10 @@ from router.api.openai_requests import (
     StreamOptions,
     TokenizeBody,
 )
-from router.api.parameters import RequestLimits, options_of
+from router.api.parameters import options_of
 from router.api.request_fields import FIELDS, Endpoint, Field
 from router.errors import ApiError
+from router.routing.limits import RequestLimits
 
 LIMITS = RequestLimits(320, 64, 100, 4, 3, 6)
 DECODER = BodyDecoder()

@@ -15,7 +15,6 @@ import pytest
 
 from router.api.asgi import ClientGone, attended
 from router.api.openai_requests import BodyDecoder
-from router.api.parameters import RequestLimits
 from router.chat.chat_template import ChatTemplate
 from router.errors import ApiError
 from router.prepare import process_pool as beside
@@ -29,6 +28,7 @@ from router.prepare.request import (
     TooMuchHere,
     prepare,
 )
+from router.routing.limits import RequestLimits
 from router.text.tokenizer import TextTokenizer
 from tests.checkpoints import write_tokenizer
 
