@@ -6,7 +6,6 @@ the response takes all that are ready whenever it wakes up. A slow client costs 
 """
 
 import asyncio
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -14,7 +13,8 @@ from router.api.openai_format import Echo, Usage, prompt_logprobs
 from router.api.parameters import Options
 from router.errors import ApiError
 from router.routing.metrics import Metrics
-from router.text.choice import Choice, TextDelta
+from router.text.choice import Choice
+from router.text.detokenizer import Detokenizer
 from router.text.tokenizer import TextTokenizer
 from services.protocol.messages import PrefillDone, Tokens
 
@@ -27,7 +27,7 @@ class ResponseBuilder(Protocol):
 
     frames: list[bytes]
 
-    def choice(self, call: "Call", index: int, text: Choice, echo: Echo) -> "ChoiceStream":
+    def choice(self, call: "Call", index: int, detokenizer: Detokenizer, echo: Echo) -> "ChoiceStream":
         """The output of one more choice."""
 
     def note_tokens(self, index: int, tokens: Sequence[int]) -> None:
@@ -121,18 +121,19 @@ class Call:
         return joined
 
 
-class ChoiceStream(ABC):
+class ChoiceStream(Choice):
     """One choice of an answer (a `ChoiceOutput` of routed_request.py): a worker's tokens in, frames out.
 
     A token passes from the worker's client over the dispatcher, its attempt and its request to here, where it
     becomes bytes of the client's stream.
     """
 
-    __slots__ = ("_annotates", "_call", "_index", "_last_token_s", "_muted", "_text", "frames")
+    __slots__ = ("_annotates", "_call", "_index", "_last_token_s", "_muted", "frames")
 
-    def __init__(self, call: Call, index: int, text: Choice) -> None:
+    def __init__(self, call: Call, index: int, detokenizer: Detokenizer) -> None:
         options = call.options
-        self._call, self._index, self._text = call, index, text
+        super().__init__(detokenizer, options.stops, options.include_stop, options.logprobs is not None)
+        self._call, self._index = call, index
         self.frames = call.builder.frames
         self._last_token_s: float | None = None
         self._muted = options.max_tokens == 0
@@ -140,26 +141,25 @@ class ChoiceStream(ABC):
             options.token_ids or options.prompt_text or options.continuous_usage
         )
 
-    @abstractmethod
-    def write(self, delta: TextDelta) -> None:
-        """Adds to the answer, in the format of its API."""
-
     def on_tokens(self, report: Tokens, now_s: float) -> bool:
         """Writes what the tokens add to the answer. False: the choice has ended."""
-        call, text, frames = self._call, self._text, self.frames
+        call, frames = self._call, self.frames
         if self._last_token_s is not None:
             call.metrics.inter_token.observe(now_s - self._last_token_s)
         self._last_token_s = now_s
-        tokens_before, frames_before = text.token_count, len(frames)
-        for delta in text.mute() if self._muted else text.push(report):
-            self.write(delta)
-        taken = text.token_count - tokens_before
+        tokens_before, frames_before = self.token_count, len(frames)
+        goes_on = False
+        if self._muted:
+            self.mute()
+        else:
+            goes_on = self.push(report)
+        taken = self.token_count - tokens_before
         call.count(taken)
         if call.options.token_ids:
             call.builder.note_tokens(self._index, report.tokens[:taken])
         if self._annotates:
             call.builder.annotate(frames_before, self._index, call.usage)
-        if text.finish is not None:
+        if not goes_on:
             call.choice_ended()
             return False
         if frames:
@@ -190,8 +190,7 @@ class PromptStream:
         self.choices: list[ChoiceStream] = []
         for index, one in enumerate(self._echoes, first_index):
             detokenizer = continuation.detokenizer(one.take_back)
-            choice = Choice(detokenizer, options.stops, options.include_stop, options.logprobs is not None)
-            self.choices.append(call.builder.choice(call, index, choice, one))
+            self.choices.append(call.builder.choice(call, index, detokenizer, one))
 
     def on_prefilled(self, report: PrefillDone) -> None:
         self._call.usage.cached_tokens += report.cached_tokens

@@ -18,7 +18,8 @@ from router.api.openai_format import (
     frame,
     joined_logprobs,
 )
-from router.text.choice import Choice, LogprobEntry, TextDelta
+from router.text.choice import LogprobEntry
+from router.text.detokenizer import Detokenizer
 from router.text.tokenizer import TextTokenizer
 from services.protocol.messages import FinishReason
 
@@ -55,13 +56,14 @@ class _ChatFrames(ChoiceStream):
 
     __slots__ = ("_content", "_opened", "_start", "_tokenizer")
 
-    def __init__(self, call: Call, index: int, text: Choice, start: bytes, tokenizer: TextTokenizer) -> None:
-        super().__init__(call, index, text)
+    def __init__(
+        self, call: Call, index: int, detokenizer: Detokenizer, start: bytes, tokenizer: TextTokenizer
+    ) -> None:
+        super().__init__(call, index, detokenizer)
         self._start, self._content = start, start + b'{"content":'
         self._tokenizer, self._opened = tokenizer, False
 
-    def write(self, delta: TextDelta) -> None:
-        text, entries, finish = delta.text, delta.entries, delta.finish
+    def write(self, text: str, entries: Sequence[LogprobEntry], finish: FinishReason | None) -> None:
         if not self._opened:
             self._opened = True
             self.frames.append(self._start + b'{"role":"assistant","content":""}' + _PLAIN_TAIL)
@@ -82,18 +84,18 @@ class _CompletionFrames(ChoiceStream):
         self,
         call: Call,
         index: int,
-        text: Choice,
+        detokenizer: Detokenizer,
         start: bytes,
         tokenizer: TextTokenizer,
         alternatives: int | None,
         echo: Echo,
     ) -> None:
-        super().__init__(call, index, text)
+        super().__init__(call, index, detokenizer)
         self._start, self._tokenizer, self._opened = start, tokenizer, False
         self._alternatives, self._echo = alternatives, echo
 
-    def write(self, delta: TextDelta) -> None:
-        text, entries, echo = delta.text, delta.entries, self._echo
+    def write(self, text: str, entries: Sequence[LogprobEntry], finish: FinishReason | None) -> None:
+        echo = self._echo
         logprobs: dict[str, Any] | None = None
         if self._alternatives is not None and entries:
             logprobs = completion_logprobs(entries, self._tokenizer, len(echo.text), self._alternatives)
@@ -102,7 +104,7 @@ class _CompletionFrames(ChoiceStream):
             text = echo.text + text
             if echo.logprobs is not None:
                 logprobs = joined_logprobs(echo.logprobs, logprobs) if logprobs else echo.logprobs
-        tail = _PLAIN_TAIL if delta.finish is None and logprobs is None else _tail(logprobs, delta.finish)
+        tail = _PLAIN_TAIL if finish is None and logprobs is None else _tail(logprobs, finish)
         self.frames.append(self._start + encode_json(text) + tail)
 
 
@@ -133,12 +135,12 @@ class StreamBuilder:
         self._echoes: dict[int, Echo] = {}
         self._token_ids: dict[int, list[int]] = {}
 
-    def choice(self, call: Call, index: int, text: Choice, echo: Echo) -> ChoiceStream:
+    def choice(self, call: Call, index: int, detokenizer: Detokenizer, echo: Echo) -> ChoiceStream:
         self._echoes[index] = echo
         if self._chat:
-            return _ChatFrames(call, index, text, self._open + b'%d,"delta":' % index, self._tokenizer)
+            return _ChatFrames(call, index, detokenizer, self._open + b'%d,"delta":' % index, self._tokenizer)
         start = self._open + b'%d,"text":' % index
-        return _CompletionFrames(call, index, text, start, self._tokenizer, self._logprobs, echo)
+        return _CompletionFrames(call, index, detokenizer, start, self._tokenizer, self._logprobs, echo)
 
     def note_tokens(self, index: int, tokens: Sequence[int]) -> None:
         self._token_ids.setdefault(index, []).extend(tokens)
@@ -183,14 +185,14 @@ class _Collected(ChoiceStream):
 
     __slots__ = ("_parts",)
 
-    def __init__(self, call: Call, text: Choice, parts: _ChoiceParts) -> None:
-        super().__init__(call, parts.index, text)
+    def __init__(self, call: Call, detokenizer: Detokenizer, parts: _ChoiceParts) -> None:
+        super().__init__(call, parts.index, detokenizer)
         self._parts = parts
 
-    def write(self, delta: TextDelta) -> None:
-        self._parts.texts.append(delta.text)
-        self._parts.entries.extend(delta.entries)
-        self._parts.finish = delta.finish
+    def write(self, text: str, entries: Sequence[LogprobEntry], finish: FinishReason | None) -> None:
+        self._parts.texts.append(text)
+        self._parts.entries.extend(entries)
+        self._parts.finish = finish
 
 
 class WholeBuilder:
@@ -205,9 +207,9 @@ class WholeBuilder:
         self._choices: list[_ChoiceParts] = []
         self._token_ids: dict[int, list[int]] = {}
 
-    def choice(self, call: Call, index: int, text: Choice, echo: Echo) -> ChoiceStream:
+    def choice(self, call: Call, index: int, detokenizer: Detokenizer, echo: Echo) -> ChoiceStream:
         self._choices.append(_ChoiceParts(index, echo))
-        return _Collected(call, text, self._choices[-1])
+        return _Collected(call, detokenizer, self._choices[-1])
 
     def note_tokens(self, index: int, tokens: Sequence[int]) -> None:
         self._token_ids.setdefault(index, []).extend(tokens)

@@ -1,9 +1,8 @@
 """One choice of one prompt: tokens become text, and a stop string in the text ends it. Pure."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-from msgspec import Struct
 
 from router.text.detokenizer import Detokenizer
 from router.text.stop_strings import StopScanner
@@ -20,16 +19,9 @@ class LogprobEntry:
     end: int
 
 
-class TextDelta(Struct, frozen=True, gc=False):
-    """What an answer gets next of a choice; `finish` comes with the last delta."""
-
-    text: str
-    entries: Sequence[LogprobEntry] = ()
-    finish: FinishReason | None = None
-
-
-class Choice:
-    """The text of one choice. It ends with exactly one `finish`: the worker's, or "stop" at a stop string.
+class Choice(ABC):
+    """The text of one choice, which a subclass writes into an answer. It ends with exactly one `finish`: the
+    worker's, or "stop" at a stop string.
 
     The end token's own text is never part of the answer unless `include_stop` is set.
     """
@@ -62,11 +54,14 @@ class Choice:
         self.finish: FinishReason | None = None
         self.token_count = 0
 
-    def push(self, report: Tokens) -> Sequence[TextDelta]:
-        """What a worker's tokens add to the answer. `finish` is set if they were the last of the choice."""
+    @abstractmethod
+    def write(self, text: str, entries: Sequence[LogprobEntry], finish: FinishReason | None) -> None:
+        """Adds to the answer: a frame of a stream, or a part of one body."""
+
+    def push(self, report: Tokens) -> bool:
+        """Writes what a worker's tokens add to the answer. False: they were the last of the choice."""
         if self._stops is None and not self._want_logprobs:
             return self._push_plain(report)
-        deltas: list[TextDelta] = []
         tokens, logprobs = report.tokens, report.logprobs
         for index, token in enumerate(tokens):
             self.token_count += 1
@@ -77,48 +72,50 @@ class Choice:
             start, self._seen = self._seen, max(self._seen, self._length + len(ahead))
             if self._want_logprobs and logprobs is not None and index < len(logprobs):
                 self._entries.append(LogprobEntry(token, logprobs[index], start, self._seen))
-            if self._scan(text, deltas):
-                return deltas
+            if self._scan(text):
+                return False
             if ahead and self._stops is not None and self._stops.completes(ahead):
-                self._scan(self._detokenizer.flush(), deltas)
-                return deltas
+                self._scan(self._detokenizer.flush())
+                return False
         if report.finish is None:
-            return deltas
+            return True
         rest = self._detokenizer.flush()
-        if rest and self._scan(rest, deltas):
-            return deltas
+        if rest and self._scan(rest):
+            return False
         held = self._stops.flush() if self._stops is not None else ""
-        deltas.append(self._release(held, report.finish))
-        return deltas
+        self._release(held, report.finish)
+        return False
 
-    def mute(self) -> Sequence[TextDelta]:
+    def mute(self) -> None:
         """Ends without any text: the caller wanted its prompt back and nothing else."""
-        return (self._release("", "length"),)
+        self._release("", "length")
 
-    def _push_plain(self, report: Tokens) -> Sequence[TextDelta]:
+    def _push_plain(self, report: Tokens) -> bool:
         tokens, finish = report.tokens, report.finish
         self.token_count += len(tokens)
         if finish is None:
             text = self._detokenizer.push(tokens)
-            return (TextDelta(text),) if text else ()
+            if text:
+                self.write(text, (), None)
+            return True
         if finish == "stop" and not self._include_stop:
             tokens = tokens[:-1]
         self.finish = finish
-        return (TextDelta(self._detokenizer.push(tokens) + self._detokenizer.flush(), (), finish),)
+        self.write(self._detokenizer.push(tokens) + self._detokenizer.flush(), (), finish)
+        return False
 
-    def _scan(self, text: str, deltas: list[TextDelta]) -> bool:
-        """Adds what of the text cannot be part of a stop string. True: one was hit, and the choice has
-        ended."""
+    def _scan(self, text: str) -> bool:
+        """Writes what cannot be part of a stop string. True: one was hit, and the choice has ended."""
         hit = False
         if self._stops is not None:
             text, hit = self._stops.push(text)
         if hit:
-            deltas.append(self._release(text, "stop"))
+            self._release(text, "stop")
         elif text:
-            deltas.append(self._release(text, None))
+            self._release(text, None)
         return hit
 
-    def _release(self, text: str, finish: FinishReason | None) -> TextDelta:
+    def _release(self, text: str, finish: FinishReason | None) -> None:
         self._released += len(text)
         out: list[LogprobEntry] = []
         if self._entries:
@@ -130,4 +127,4 @@ class Choice:
             self._entries = self._entries[len(out) :] if finish is None else []
         if finish is not None:
             self.finish = finish
-        return TextDelta(text, out, finish)
+        self.write(text, out, finish)

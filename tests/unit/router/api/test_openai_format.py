@@ -14,7 +14,7 @@ from router.api.parameters import options_of
 from router.api.responses import ResponseHeader, StreamBuilder, WholeBuilder
 from router.routing.limits import RequestLimits
 from router.routing.metrics import Histogram, Metrics, Snapshot, TokenRate, exposition
-from router.text.choice import Choice, LogprobEntry, TextDelta
+from router.text.choice import LogprobEntry
 from router.text.tokenizer import TextTokenizer
 from services.protocol.messages import TokenLogprob, TopLogprob
 from tests.checkpoints import write_tokenizer
@@ -33,7 +33,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
 def choice_of(builder: ResponseBuilder, tokenizer: TextTokenizer, index: int, echo: Echo) -> ChoiceStream:
     options = options_of(CompletionBody(prompt="a"), RequestLimits(320, 1024, 1024, 8, 8, 8), 1)
     call = Call(options, builder, tokenizer, Metrics())
-    return builder.choice(call, index, Choice(tokenizer.detokenizer(), (), False, False), echo)
+    return builder.choice(call, index, tokenizer.detokenizer(), echo)
 
 
 def frames(builder: StreamBuilder) -> list[Any]:
@@ -48,8 +48,8 @@ def frames(builder: StreamBuilder) -> list[Any]:
 def test_chat_frames(tokenizer: TextTokenizer, with_usage: bool) -> None:
     builder = StreamBuilder(HEADING, tokenizer, chat=True, logprobs=None, with_usage=with_usage)
     choice = choice_of(builder, tokenizer, 2, Echo())
-    choice.write(TextDelta(NASTY))
-    choice.write(TextDelta("", (), "stop"))
+    choice.write(NASTY, (), None)
+    choice.write("", (), "stop")
     builder.finish(Usage(3, 2, 1))
     found = frames(builder)
     assert found.pop() == "[DONE]"
@@ -84,8 +84,8 @@ def test_an_echo_comes_once_before_the_text(tokenizer: TextTokenizer) -> None:
     whole = WholeBuilder(HEADING, tokenizer, chat=False, logprobs=1)
     for one in (builder, whole):
         written = choice_of(one, tokenizer, 0, echoed)
-        written.write(TextDelta("c", [entry]))
-        written.write(TextDelta("d", [], "length"))
+        written.write("c", [entry], None)
+        written.write("d", [], "length")
     texts = [frame["choices"][0]["text"] for frame in frames(builder)]
     assert texts == ["abc", "d"]
     choice = json.loads(whole.body(Usage()))["choices"][0]
@@ -100,7 +100,7 @@ def test_chat_logprobs_have_bytes_and_alternatives(tokenizer: TextTokenizer) -> 
     half = next(token for token in range(tokenizer.size) if tokenizer.token_bytes(token) == b"\xc3")
     entry = LogprobEntry(half, TokenLogprob(-1.5, [TopLogprob(65, -0.5)]), 0, 0)
     whole = WholeBuilder(HEADING, tokenizer, chat=True, logprobs=1)
-    choice_of(whole, tokenizer, 0, Echo()).write(TextDelta("", [entry], "length"))
+    choice_of(whole, tokenizer, 0, Echo()).write("", [entry], "length")
     content = json.loads(whole.body(Usage()))["choices"][0]["logprobs"]["content"]
     assert content[0]["bytes"] == [0xC3]
     assert content[0]["token"] == "\N{REPLACEMENT CHARACTER}"
@@ -110,7 +110,7 @@ def test_chat_logprobs_have_bytes_and_alternatives(tokenizer: TextTokenizer) -> 
 def test_choices_are_in_order_whatever_ends_first(tokenizer: TextTokenizer) -> None:
     whole = WholeBuilder(HEADING, tokenizer, chat=False, logprobs=None)
     for index, text, finish in ((1, "b", "stop"), (0, "a", "length")):
-        choice_of(whole, tokenizer, index, Echo()).write(TextDelta(text, (), finish))
+        choice_of(whole, tokenizer, index, Echo()).write(text, (), finish)
     body = json.loads(whole.body(Usage(1, 2, 0)))
     assert [(choice["index"], choice["text"]) for choice in body["choices"]] == [(0, "a"), (1, "b")]
 

@@ -12,23 +12,20 @@ from services.protocol.messages import FinishReason, TokenLogprob, Tokens
 from tests.checkpoints import IM_END, write_tokenizer
 
 
-class Written:
-    """A choice, and all that it has given."""
+class Written(Choice):
+    """A choice, and all that it has written."""
 
-    def __init__(self, choice: Choice) -> None:
-        self.choice = choice
+    def __init__(self, tokenizer: TextTokenizer, stops: Sequence[str], include: bool, logprobs: bool) -> None:
+        super().__init__(tokenizer.detokenizer(), stops, include, logprobs)
         self.text = ""
         self.entries: list[LogprobEntry] = []
         self.finishes: list[FinishReason] = []
 
-    def push(self, report: Tokens) -> bool:
-        for delta in self.choice.push(report):
-            self.text += delta.text
-            self.entries += delta.entries
-            if delta.finish is not None:
-                self.finishes.append(delta.finish)
-        assert (self.choice.finish is None) == (not self.finishes)
-        return self.choice.finish is None
+    def write(self, text: str, entries: Sequence[LogprobEntry], finish: FinishReason | None) -> None:
+        self.text += text
+        self.entries += entries
+        if finish is not None:
+            self.finishes.append(finish)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +42,7 @@ def ids(tokenizer: TextTokenizer, text: str) -> list[int]:
 def make(
     tokenizer: TextTokenizer, stops: Sequence[str] = (), include: bool = False, logprobs: bool = False
 ) -> Written:
-    return Written(Choice(tokenizer.detokenizer(), stops, include, logprobs))
+    return Written(tokenizer, stops, include, logprobs)
 
 
 @pytest.mark.parametrize("stops", [(), ("never",)])
@@ -54,7 +51,7 @@ def test_an_end_token_counts_but_has_no_text(tokenizer: TextTokenizer, stops: tu
     end = tokenizer.encode(IM_END, False)
     assert written.push(Tokens(1, 0, ids(tokenizer, "ok")))
     assert not written.push(Tokens(1, 0, end, None, "stop"))
-    assert (written.text, written.finishes, written.choice.token_count) == ("ok", ["stop"], 3)
+    assert (written.text, written.finishes, written.token_count) == ("ok", ["stop"], 3)
 
 
 def test_an_end_token_that_is_no_special_token_has_no_text_either(tokenizer: TextTokenizer) -> None:
@@ -77,13 +74,13 @@ def test_a_stop_string_over_several_reports_wins_over_length(tokenizer: TextToke
     assert written.push(Tokens(1, 0, ids(tokenizer, "a EN")))
     assert written.text == "a "
     assert not written.push(Tokens(1, 0, ids(tokenizer, "D"), None, "length"))
-    assert (written.text, written.finishes, written.choice.finish) == ("a ", ["stop"], "stop")
+    assert (written.text, written.finishes, written.finish) == ("a ", ["stop"], "stop")
 
 
 def test_tokens_after_a_stop_string_do_not_count(tokenizer: TextTokenizer) -> None:
     written = make(tokenizer, stops=(".",), include=True)
     assert not written.push(Tokens(1, 0, ids(tokenizer, "a.bcd")))
-    assert (written.text, written.choice.token_count) == ("a.", 2)
+    assert (written.text, written.token_count) == ("a.", 2)
 
 
 def test_logprobs_leave_with_their_text_and_those_cut_off_stay(tokenizer: TextTokenizer) -> None:
@@ -128,7 +125,7 @@ def test_a_stop_string_ends_a_choice_before_more_bytes_could_change_it(llama: Te
     written = make(llama, stops=("a\n",))
     assert written.push(Tokens(1, 0, [1, 0]))
     assert not written.push(Tokens(1, 0, [LINE_END]))
-    assert (written.text, written.finishes, written.choice.token_count) == ("b ", ["stop"], 3)
+    assert (written.text, written.finishes, written.token_count) == ("b ", ["stop"], 3)
 
 
 def test_bytes_that_may_still_be_no_text_are_not_sent(llama: TextTokenizer) -> None:
