@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from router.api.openai_format import Echo, Usage, prompt_logprobs
-from router.api.parameters import Options
 from router.errors import ApiError
+from router.prepare.parameters import Options
 from router.routing.metrics import Metrics
 from router.text.choice import Choice
 from router.text.detokenizer import Detokenizer

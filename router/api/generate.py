@@ -30,12 +30,12 @@ from router.api.asgi import (
 )
 from router.api.call import Call, ResponseBuilder
 from router.api.openai_format import frame
-from router.api.parameters import PLAIN_SAMPLING, Options, sampling_for
 from router.api.responses import ResponseHeader, StreamBuilder, WholeBuilder
 from router.config import RouterConfig
 from router.errors import ApiError, crashed
 from router.ids import draw_name, draw_number
 from router.prepare.generation_config import SamplingDefaults
+from router.prepare.parameters import PLAIN_SAMPLING, Options, sampling_for
 from router.prepare.process_pool import Preparers
 from router.prepare.request import (
     BESIDE_BYTES,

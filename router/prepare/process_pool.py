@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from router.api.asgi import Body
 from router.errors import ApiError, invalid
 from router.prepare.process import (
     CPU_LIMIT_S,
@@ -60,7 +59,7 @@ class _Process:
     is_sound: bool = True
     """Between two bodies, and alive as far as anybody knows."""
 
-    async def prepare(self, ask: PrepareInput, raw: Body) -> PreparedRequest | list[bytes]:
+    async def prepare(self, ask: PrepareInput, raw: bytes | bytearray) -> PreparedRequest | list[bytes]:
         """Raises ApiError, _Ended. Never cancelled: what is asked is answered, or the process has ended."""
         self.is_sound = False
         try:
@@ -134,7 +133,7 @@ class Preparers:
     _all: set[_Process] = field(default_factory=set)
     _bytes: int = 0
 
-    async def prepare(self, ask: PrepareInput, raw: Body) -> PreparedRequest | list[bytes]:
+    async def prepare(self, ask: PrepareInput, raw: bytes | bytearray) -> PreparedRequest | list[bytes]:
         """As `prepare.prepare`; a whole answer comes in pieces. May be cancelled.
         Raises ApiError, with 429 where too much waits."""
         if self._bytes and self._bytes + len(raw) > MAX_WAITING_BYTES:
@@ -164,7 +163,9 @@ class Preparers:
             self._worker_loads.release()
             raise
 
-    async def _attend(self, process: _Process, ask: PrepareInput, raw: Body) -> PreparedRequest | list[bytes]:
+    async def _attend(
+        self, process: _Process, ask: PrepareInput, raw: bytes | bytearray
+    ) -> PreparedRequest | list[bytes]:
         loop = asyncio.get_running_loop()
         work = loop.create_task(process.prepare(ask, raw))
         work.add_done_callback(partial(self._back, process))

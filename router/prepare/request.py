@@ -8,11 +8,14 @@ thread would hold the interpreter's lock as long.
 from dataclasses import dataclass
 from typing import Literal
 
+import msgspec
 from msgspec import Struct
 
-from router.api.asgi import Body
-from router.api.openai_format import encode_json
-from router.api.openai_requests import (
+from router.chat.chat_prompt import chat_prompt
+from router.chat.chat_template import ChatTemplate
+from router.chat.template_sandbox import TemplateTimeout
+from router.errors import ApiError, invalid
+from router.openai.requests import (
     BodyDecoder,
     ChatBody,
     CompletionBody,
@@ -20,7 +23,8 @@ from router.api.openai_requests import (
     Message,
     TokenizeBody,
 )
-from router.api.parameters import (
+from router.prepare.generation_config import SamplingDefaults
+from router.prepare.parameters import (
     PLAIN_SAMPLING,
     Options,
     check_model,
@@ -30,11 +34,6 @@ from router.api.parameters import (
     prompts_of,
     sampling_for,
 )
-from router.chat.chat_prompt import chat_prompt
-from router.chat.chat_template import ChatTemplate
-from router.chat.template_sandbox import TemplateTimeout
-from router.errors import ApiError, invalid
-from router.prepare.generation_config import SamplingDefaults
 from router.routing.limits import RequestLimits
 from router.text.tokenizer import TextTokenizer
 
@@ -92,7 +91,7 @@ class Kit:
         return self.tokenizer.encode(text, add_special_tokens)
 
 
-def prepare(kit: Kit, ask: PrepareInput, raw: Body) -> PreparedRequest | bytes:
+def prepare(kit: Kit, ask: PrepareInput, raw: bytes | bytearray) -> PreparedRequest | bytes:
     """`bytes`: the JSON of the answer. Raises ApiError, and TooMuchHere."""
     _check_encoding(raw)
     try:
@@ -109,7 +108,7 @@ def prepare(kit: Kit, ask: PrepareInput, raw: Body) -> PreparedRequest | bytes:
         raise
 
 
-def _check_encoding(raw: Body) -> None:
+def _check_encoding(raw: bytes | bytearray) -> None:
     """JSON is UTF-8 (RFC 8259, 8.1); other encodings of its first characters all have a zero byte in them."""
     if raw.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")) or b"\0" in raw[:4]:
         raise invalid(
@@ -131,7 +130,7 @@ def check_parts(messages: list[Message]) -> None:
                 )
 
 
-def _generation(kit: Kit, ask: PrepareInput, raw: Body) -> PreparedRequest:
+def _generation(kit: Kit, ask: PrepareInput, raw: bytes | bytearray) -> PreparedRequest:
     body: ChatBody | CompletionBody
     if ask.kind == "chat":
         body = kit.bodies.decode(ChatBody, raw)
@@ -169,7 +168,7 @@ def _prompt(kit: Kit, given: str | list[int], echo: bool, special: bool) -> Prom
     return Prompt(given, kit.tokenizer.decode(given) if echo else None, of_ids=True)
 
 
-def _tokenize(kit: Kit, ask: PrepareInput, raw: Body) -> bytes:
+def _tokenize(kit: Kit, ask: PrepareInput, raw: bytes | bytearray) -> bytes:
     body = kit.bodies.decode(TokenizeBody, raw)
     check_model(body.model, kit.model)
     if (body.prompt is None) == (body.messages is None):
@@ -182,7 +181,7 @@ def _tokenize(kit: Kit, ask: PrepareInput, raw: Body) -> bytes:
     special = body.messages is None if body.add_special_tokens is None else body.add_special_tokens
     tokens = kit.encode(text, special)
     texts = [kit.tokenizer.token_text(token) for token in tokens] if body.return_token_strs else None
-    return encode_json(
+    return msgspec.json.encode(
         {
             "count": len(tokens),
             "max_model_len": ask.limits.context_tokens if ask.limits is not None else None,
@@ -192,9 +191,9 @@ def _tokenize(kit: Kit, ask: PrepareInput, raw: Body) -> bytes:
     )
 
 
-def _detokenize(kit: Kit, raw: Body) -> bytes:
+def _detokenize(kit: Kit, raw: bytes | bytearray) -> bytes:
     body = kit.bodies.decode(DetokenizeBody, raw)
     check_model(body.model, kit.model)
     if body.tokens:
         check_tokens(body.tokens, kit.tokenizer.size, "tokens")
-    return encode_json({"prompt": kit.tokenizer.decode(body.tokens)})
+    return msgspec.json.encode({"prompt": kit.tokenizer.decode(body.tokens)})

@@ -16,7 +16,7 @@ import msgspec
 from sentencepiece import SentencePieceProcessor
 
 from router.config import RouterConfigError
-from router.prepare.parent import die_with
+from router.parent import die_with
 from router.text.checkpoint import read_json
 from router.text.conversion import (
     MERGES_FILE,

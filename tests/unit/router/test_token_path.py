@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from router.api.call import Call
-from router.api.openai_requests import CompletionBody
-from router.api.parameters import options_of
 from router.api.responses import ResponseHeader, StreamBuilder
+from router.openai.requests import CompletionBody
+from router.prepare.parameters import options_of
 from router.routing.limits import RequestLimits
 from router.routing.routed_request import PromptRequest
 from router.text.tokenizer import TextTokenizer

@@ -9,9 +9,9 @@ from tokenizers import Tokenizer, decoders, models
 
 import router.api.call
 from router.api.call import Call, PromptStream, ResponseBuilder
-from router.api.openai_requests import BodyDecoder, ChatBody, CompletionBody
-from router.api.parameters import options_of
 from router.api.responses import ResponseHeader, StreamBuilder, WholeBuilder
+from router.openai.requests import BodyDecoder, ChatBody, CompletionBody
+from router.prepare.parameters import options_of
 from router.routing.limits import RequestLimits
 from router.routing.metrics import Metrics
 from router.text.tokenizer import TextTokenizer

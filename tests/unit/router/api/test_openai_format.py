@@ -9,9 +9,9 @@ import pytest
 
 from router.api.call import Call, ChoiceStream, ResponseBuilder
 from router.api.openai_format import Echo, Usage, prompt_logprobs
-from router.api.openai_requests import CompletionBody
-from router.api.parameters import options_of
 from router.api.responses import ResponseHeader, StreamBuilder, WholeBuilder
+from router.openai.requests import CompletionBody
+from router.prepare.parameters import options_of
 from router.routing.limits import RequestLimits
 from router.routing.metrics import Histogram, Metrics, Snapshot, TokenRate, exposition
 from router.text.choice import LogprobEntry

@@ -14,9 +14,9 @@ import psutil
 import pytest
 
 from router.api.asgi import ClientGone, attended
-from router.api.openai_requests import BodyDecoder
 from router.chat.chat_template import ChatTemplate
 from router.errors import ApiError
+from router.openai.requests import BodyDecoder
 from router.prepare import process_pool as beside
 from router.prepare.process_pool import Preparers
 from router.prepare.request import (

@@ -5,8 +5,8 @@ import math
 import msgspec
 from msgspec import Struct
 
-from router.api.openai_requests import ChatBody, CompletionBody, GenerationBody
 from router.errors import ApiError, invalid
+from router.openai.requests import ChatBody, CompletionBody, GenerationBody
 from router.prepare.generation_config import SamplingDefaults
 from router.routing.limits import RequestLimits
 from services.protocol.messages import Sampling
