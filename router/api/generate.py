@@ -1,11 +1,12 @@
-"""The two endpoints that generate: from a body to attempts, and from their frames to the response.
+"""The two endpoints that generate: from a body to routed requests, and from their frames to the response.
 
 1. The body is read (bounded); the time limit begins. Then it is decoded and checked, and the prompt rendered
-   and tokenized (prepare.py): a small one here, others in a process beside the event loop.
-2. One attempt for each prompt is sent off; a watch ends them if the client goes away or time is up.
+   and tokenized (prepare/request.py): a small one here, others in a process beside the event loop.
+2. Each prompt becomes a routed request (`Dispatcher.submit`); a watch ends them if the client goes away or
+   time is up.
 3. The response begins with the first result, so that a failure before it still has its own status.
 4. Frames are written as they come, all that are ready in one write.
-5. However it ends, attempts that still run are cancelled.
+5. However it ends, requests that still run are cancelled.
 """
 
 import asyncio
@@ -54,7 +55,7 @@ from router.routing.routed_request import PromptRequest, RoutedRequest
 
 WATCH_AFTER_S = 0.02
 TOKENS_A_TURN = 1 << 15
-"""Of prompts that are sent off at once."""
+"""Of prompts that are submitted in one turn of the event loop."""
 _STREAM_HEADERS = (
     (b"content-type", EVENT_STREAM),
     (b"cache-control", b"no-cache"),
@@ -246,7 +247,8 @@ class _Watch:
 
 
 async def _submit(dispatcher: Dispatcher, prompt_requests: list[PromptRequest]) -> list[RoutedRequest]:
-    """Sends them off, so many at a time that nobody waits long. Raises ApiError with none under way."""
+    """Submits the prompts, so many in a turn that no other request waits long. Raises ApiError with none
+    under way."""
     dispatcher.check_open(len(prompt_requests))
     routed_requests: list[RoutedRequest] = []
     first, tokens = 0, 0
