@@ -19,7 +19,7 @@ from router.text.tokenizer import TextTokenizer
 from services.protocol.messages import TokenLogprob, TopLogprob
 from tests.checkpoints import write_tokenizer
 
-HEADING = ResponseHeader("cmpl-1", 123, 'a "model"\n')
+HEADER = ResponseHeader("cmpl-1", 123, 'a "model"\n')
 NASTY = 'quote " back \\ line \n tab \t é 🙂 \x01 \u2028 data: [DONE]\n\n'
 
 
@@ -46,7 +46,7 @@ def frames(builder: StreamBuilder) -> list[Any]:
 
 @pytest.mark.parametrize("with_usage", [True, False])
 def test_chat_frames(tokenizer: TextTokenizer, with_usage: bool) -> None:
-    builder = StreamBuilder(HEADING, tokenizer, chat=True, logprobs=None, with_usage=with_usage)
+    builder = StreamBuilder(HEADER, tokenizer, chat=True, logprobs=None, with_usage=with_usage)
     choice = choice_of(builder, tokenizer, 2, Echo())
     choice.write(NASTY, (), None)
     choice.write("", (), "stop")
@@ -63,7 +63,7 @@ def test_chat_frames(tokenizer: TextTokenizer, with_usage: bool) -> None:
         assert all("usage" not in frame for frame in found)
     for frame in found:
         assert (frame["id"], frame["object"], frame["created"]) == ("cmpl-1", "chat.completion.chunk", 123)
-        assert frame["model"] == HEADING.model
+        assert frame["model"] == HEADER.model
     choices = [frame["choices"][0] for frame in found]
     assert [choice["delta"] for choice in choices] == [
         {"role": "assistant", "content": ""},
@@ -80,8 +80,8 @@ def test_an_echo_comes_once_before_the_text(tokenizer: TextTokenizer) -> None:
     assert first["top_logprobs"][0] is None
     entry = LogprobEntry(68, TokenLogprob(-math.inf, []), 0, 1)
     echoed = Echo("ab", first)
-    builder = StreamBuilder(HEADING, tokenizer, chat=False, logprobs=1, with_usage=False)
-    whole = WholeBuilder(HEADING, tokenizer, chat=False, logprobs=1)
+    builder = StreamBuilder(HEADER, tokenizer, chat=False, logprobs=1, with_usage=False)
+    whole = WholeBuilder(HEADER, tokenizer, chat=False, logprobs=1)
     for one in (builder, whole):
         written = choice_of(one, tokenizer, 0, echoed)
         written.write("c", [entry], None)
@@ -99,7 +99,7 @@ def test_an_echo_comes_once_before_the_text(tokenizer: TextTokenizer) -> None:
 def test_chat_logprobs_have_bytes_and_alternatives(tokenizer: TextTokenizer) -> None:
     half = next(token for token in range(tokenizer.size) if tokenizer.token_bytes(token) == b"\xc3")
     entry = LogprobEntry(half, TokenLogprob(-1.5, [TopLogprob(65, -0.5)]), 0, 0)
-    whole = WholeBuilder(HEADING, tokenizer, chat=True, logprobs=1)
+    whole = WholeBuilder(HEADER, tokenizer, chat=True, logprobs=1)
     choice_of(whole, tokenizer, 0, Echo()).write("", [entry], "length")
     content = json.loads(whole.body(Usage()))["choices"][0]["logprobs"]["content"]
     assert content[0]["bytes"] == [0xC3]
@@ -108,7 +108,7 @@ def test_chat_logprobs_have_bytes_and_alternatives(tokenizer: TextTokenizer) -> 
 
 
 def test_choices_are_in_order_whatever_ends_first(tokenizer: TextTokenizer) -> None:
-    whole = WholeBuilder(HEADING, tokenizer, chat=False, logprobs=None)
+    whole = WholeBuilder(HEADER, tokenizer, chat=False, logprobs=None)
     for index, text, finish in ((1, "b", "stop"), (0, "a", "length")):
         choice_of(whole, tokenizer, index, Echo()).write(text, (), finish)
     body = json.loads(whole.body(Usage(1, 2, 0)))
