@@ -22,10 +22,10 @@ import uvicorn
 from router.api.app import build_app
 from router.api.generate import Service
 from router.api.http_connection import connection_with
-from router.api.openai_requests import BodyDecoder
 from router.chat.chat_template import ChatTemplate
 from router.config import RouterConfig, RouterConfigError
 from router.errors import ApiError
+from router.openai.requests import BodyDecoder
 from router.prepare.generation_config import sampling_defaults
 from router.prepare.process_pool import ProcessPool
 from router.prepare.request import BESIDE_BYTES, BESIDE_TEMPLATE_S, Kit

@@ -34,10 +34,10 @@ from router.api.content_headers import check_content, check_expectations, is_pla
 from router.api.cors import Origins
 from router.api.generate import GenerateEndpoint, Service
 from router.api.openai_format import encode_json
-from router.api.parameters import check_model
 from router.api.status_json import cluster_values, memory_values
 from router.config import RouterConfig
 from router.errors import ApiError, crashed
+from router.prepare.parameters import check_model
 from router.prepare.request import Kind
 from router.routing.metrics import exposition
 from services.protocol.messages import VERSION

@@ -42,6 +42,26 @@ class Usage:
         }
 
 
+@dataclass(slots=True)
+class Echo:
+    """What a choice says of its prompt: the text and log probabilities that come before its own, the prompt's
+    token ids, and for a chat the text that the template made."""
+
+    text: str = ""
+    logprobs: dict[str, Any] | None = None
+    token_ids: list[int] | None = None
+    prompt_text: str | None = None
+
+    def shown(self) -> dict[str, Any]:
+        """Beside the choices of a chat, or in each choice of a completion."""
+        values = {"prompt_token_ids": self.token_ids, "prompt_text": self.prompt_text}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def take_back(self, text: str) -> None:
+        """The prompt's text ends in this no more, now that more tokens follow."""
+        self.text = self.text.removesuffix(text)
+
+
 def _bounded(logprob: float) -> float:
     # The comparison is false for NaN too.
     return logprob if logprob > LOWEST_LOGPROB else LOWEST_LOGPROB

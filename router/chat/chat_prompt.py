@@ -9,7 +9,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-from router.api.openai_requests import ChatBody, Message, TokenizeBody
 from router.chat.chat_template import ChatTemplate
 from router.chat.content_form import Study, mark
 from router.chat.conversation import conversation, marked
@@ -17,6 +16,7 @@ from router.chat.lost_text import first_lost
 from router.chat.template_budget import TemplateTooLarge
 from router.chat.template_sandbox import TemplateTimeout
 from router.errors import ApiError, invalid
+from router.openai.requests import ChatBody, Message, TokenizeBody
 
 REASONING_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 MAX_DEPTH = 32

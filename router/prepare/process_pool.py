@@ -33,7 +33,7 @@ from router.prepare.process import (
     decode_answer,
     framed,
 )
-from router.prepare.request import PreparedRequest, PrepareInput, Prompt, RawBody
+from router.prepare.request import PreparedRequest, PrepareInput, Prompt
 from router.text.conversion import Converted
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class _Process:
     is_sound: bool = True
     """Between two bodies, and alive as far as anybody knows."""
 
-    async def prepare(self, ask: PrepareInput, raw: RawBody) -> PreparedRequest | list[bytes]:
+    async def prepare(self, ask: PrepareInput, raw: bytes | bytearray) -> PreparedRequest | list[bytes]:
         """Raises ApiError, _Ended. Never cancelled: what is asked is answered, or the process has ended."""
         self.is_sound = False
         try:
@@ -136,7 +136,7 @@ class ProcessPool:
     _all: set[_Process] = field(default_factory=set)
     _bytes: int = 0
 
-    async def prepare(self, ask: PrepareInput, raw: RawBody) -> PreparedRequest | list[bytes]:
+    async def prepare(self, ask: PrepareInput, raw: bytes | bytearray) -> PreparedRequest | list[bytes]:
         """As `prepare.prepare`; a whole answer comes in pieces. May be cancelled.
         Raises ApiError, with 429 where too much waits."""
         if self._bytes and self._bytes + len(raw) > MAX_WAITING_BYTES:
@@ -166,7 +166,9 @@ class ProcessPool:
             self._capacity.release()
             raise
 
-    async def _run(self, process: _Process, ask: PrepareInput, raw: RawBody) -> PreparedRequest | list[bytes]:
+    async def _run(
+        self, process: _Process, ask: PrepareInput, raw: bytes | bytearray
+    ) -> PreparedRequest | list[bytes]:
         loop = asyncio.get_running_loop()
         work = loop.create_task(process.prepare(ask, raw))
         work.add_done_callback(partial(self._release, process))

@@ -11,7 +11,11 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
-from router.api.openai_requests import (
+from router.chat.chat_prompt import chat_prompt
+from router.chat.chat_template import ChatTemplate
+from router.chat.template_sandbox import TemplateTimeout
+from router.errors import ApiError, invalid
+from router.openai.requests import (
     BodyDecoder,
     ChatBody,
     CompletionBody,
@@ -19,10 +23,10 @@ from router.api.openai_requests import (
     Message,
     TokenizeBody,
 )
-from router.api.parameters import (
+from router.prepare.generation_config import SamplingDefaults
+from router.prepare.parameters import (
     PLAIN_SAMPLING,
     Options,
-    RequestLimits,
     check_model,
     check_tokens,
     check_total_choices,
@@ -30,11 +34,7 @@ from router.api.parameters import (
     prompts_of,
     sampling_for,
 )
-from router.chat.chat_prompt import chat_prompt
-from router.chat.chat_template import ChatTemplate
-from router.chat.template_sandbox import TemplateTimeout
-from router.errors import ApiError, invalid
-from router.prepare.generation_config import SamplingDefaults
+from router.routing.limits import RequestLimits
 from router.text.tokenizer import TextTokenizer
 
 MAX_TEXT_PARTS = 8192
@@ -44,8 +44,6 @@ BESIDE_BYTES = 8 << 10
 BESIDE_TEMPLATE_S = 0.02
 """What a chat template may take in the event loop; then the rendering begins anew beside it."""
 
-RawBody = bytes | bytearray
-_encode_json = msgspec.json.Encoder().encode
 
 Kind = Literal["chat", "completions", "tokenize", "detokenize"]
 
@@ -96,7 +94,7 @@ class Kit:
         return self.tokenizer.encode(text, add_special_tokens)
 
 
-def prepare(kit: Kit, ask: PrepareInput, raw: RawBody) -> PreparedRequest | bytes:
+def prepare(kit: Kit, ask: PrepareInput, raw: bytes | bytearray) -> PreparedRequest | bytes:
     """`bytes`: the JSON of the answer. Raises ApiError, and TooMuchHere."""
     _check_encoding(raw)
     try:
@@ -113,7 +111,7 @@ def prepare(kit: Kit, ask: PrepareInput, raw: RawBody) -> PreparedRequest | byte
         raise
 
 
-def _check_encoding(raw: RawBody) -> None:
+def _check_encoding(raw: bytes | bytearray) -> None:
     """JSON is UTF-8 (RFC 8259, 8.1); other encodings of its first characters all have a zero byte in them."""
     if raw.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")) or b"\0" in raw[:4]:
         raise invalid(
@@ -135,7 +133,7 @@ def check_parts(messages: list[Message]) -> None:
                 )
 
 
-def _generation(kit: Kit, ask: PrepareInput, raw: RawBody) -> PreparedRequest:
+def _generation(kit: Kit, ask: PrepareInput, raw: bytes | bytearray) -> PreparedRequest:
     body: ChatBody | CompletionBody
     if ask.kind == "chat":
         body = kit.bodies.decode(ChatBody, raw)
@@ -173,7 +171,7 @@ def _prompt(kit: Kit, given: str | list[int], echo: bool, special: bool) -> Prom
     return Prompt(given, kit.tokenizer.decode(given) if echo else None, of_ids=True)
 
 
-def _tokenize(kit: Kit, ask: PrepareInput, raw: RawBody) -> bytes:
+def _tokenize(kit: Kit, ask: PrepareInput, raw: bytes | bytearray) -> bytes:
     body = kit.bodies.decode(TokenizeBody, raw)
     check_model(body.model, kit.model)
     if (body.prompt is None) == (body.messages is None):
@@ -186,7 +184,7 @@ def _tokenize(kit: Kit, ask: PrepareInput, raw: RawBody) -> bytes:
     special = body.messages is None if body.add_special_tokens is None else body.add_special_tokens
     tokens = kit.encode(text, special)
     texts = [kit.tokenizer.token_text(token) for token in tokens] if body.return_token_strs else None
-    return _encode_json(
+    return msgspec.json.encode(
         {
             "count": len(tokens),
             "max_model_len": ask.limits.context_tokens if ask.limits is not None else None,
@@ -196,9 +194,9 @@ def _tokenize(kit: Kit, ask: PrepareInput, raw: RawBody) -> bytes:
     )
 
 
-def _detokenize(kit: Kit, raw: RawBody) -> bytes:
+def _detokenize(kit: Kit, raw: bytes | bytearray) -> bytes:
     body = kit.bodies.decode(DetokenizeBody, raw)
     check_model(body.model, kit.model)
     if body.tokens:
         check_tokens(body.tokens, kit.tokenizer.size, "tokens")
-    return _encode_json({"prompt": kit.tokenizer.decode(body.tokens)})
+    return msgspec.json.encode({"prompt": kit.tokenizer.decode(body.tokens)})

@@ -16,8 +16,7 @@ from router.routing.attempt import Attempt, AttemptPhase, IllegalAttemptTransiti
 from router.routing.discovery import LOOK_S, Discovery
 from router.routing.dispatcher import Dispatcher
 from router.routing.metrics import Metrics, exposition
-from router.routing.prompt_request import PromptRequest
-from router.routing.routed_request import RetryBudget, RoutedRequest
+from router.routing.routed_request import Decision, PromptRequest, RetryBudget, RoutedRequest
 from services.protocol.client import ClientState, WorkerClient
 from services.protocol.messages import (
     VERSION,
@@ -66,6 +65,10 @@ class Client:
         self.tokens: list[int] = []
         self.errors: list[ApiError] = []
         self.ended = False
+
+    @property
+    def choices(self) -> "list[Client]":
+        return [self]
 
     def _may_fail(self, at: str) -> None:
         if at == self._fails_at:
@@ -150,7 +153,6 @@ class World:
         return (
             dispatcher.live == 0
             and not dispatcher._attempts
-            and not dispatcher._branches
             and all(worker_load.empty and not worker_load.live_tokens for worker_load in worker_loads)
         )
 
@@ -199,19 +201,19 @@ def test_the_rest_of_a_frame_is_handled(
     play(scenario)
 
 
-def test_an_illegal_move_ends_the_request_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_illegal_transition_ends_its_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
         world = World(tmp_path)
         broken, other = Client(), Client()
         bad, good = world.submit(broken), world.submit(other)
-        move = Attempt._move
+        transition = Attempt._transition
 
         def fails(attempt: Attempt, phase: AttemptPhase) -> None:
             if attempt.work.request_id == bad:
                 raise IllegalAttemptTransition("a bug")
-            move(attempt, phase)
+            transition(attempt, phase)
 
-        monkeypatch.setattr(Attempt, "_move", fails)
+        monkeypatch.setattr(Attempt, "_transition", fails)
         world.report(PREFILL, Tokens(bad, 0, [7]), Tokens(good, 0, [7]))
         assert [error.status for error in broken.errors] == [500]
         assert world.cancelled(bad) == {PREFILL: 1, DECODE: 1}
@@ -249,17 +251,17 @@ def test_a_lost_worker_is_lost_for_every_request(tmp_path: Path, monkeypatch: py
         world = World(tmp_path, max_waiting=100)
         clients = [Client(), Client(), Client()]
         ids = [world.submit(client) for client in clients]
-        settle = RoutedRequest.settle
+        decide = RoutedRequest.decide
 
-        def fails_once(routed: RoutedRequest, branch: Any, now_s: float) -> Any:
+        def fails_once(routed: RoutedRequest, *given: Any) -> Decision:
             if routed.work.request_id == ids[1]:
                 raise RuntimeError("a bug")
-            return settle(routed, branch, now_s)
+            return decide(routed, *given)
 
-        monkeypatch.setattr(RoutedRequest, "settle", fails_once)
+        monkeypatch.setattr(RoutedRequest, "decide", fails_once)
         client = world.dispatcher.clients[DECODE]
         client._lose("gone")
-        monkeypatch.setattr(RoutedRequest, "settle", settle)
+        monkeypatch.setattr(RoutedRequest, "decide", decide)
         assert [error.code for error in clients[1].errors] == ["internal_error"]
         assert not clients[0].errors and not clients[2].errors
         assert world.counted("worker_lost")
@@ -281,14 +283,14 @@ def test_a_sweep_goes_on_behind_a_request_that_fails(tmp_path: Path, monkeypatch
         ids = [world.submit(client) for client in clients]
         client = world.dispatcher.clients[PREFILL]
         client._lose("gone")
-        seek = Dispatcher._seek
+        find_workers = Dispatcher._find_workers
 
-        def fails_once(dispatcher: Dispatcher, branch: Any, now_s: float) -> None:
-            if branch.routed.work.request_id == ids[0]:
+        def fails_once(dispatcher: Dispatcher, attempt: Attempt, now_s: float) -> None:
+            if attempt.routed.work.request_id == ids[0]:
                 raise RuntimeError("a bug")
-            seek(dispatcher, branch, now_s)
+            find_workers(dispatcher, attempt, now_s)
 
-        monkeypatch.setattr(Dispatcher, "_seek", fails_once)
+        monkeypatch.setattr(Dispatcher, "_find_workers", fails_once)
         world.connect(client, "prefill")
         deadline_s = asyncio.get_running_loop().time() + 10
         while len(world.sent(PREFILL, Prefill)) < 2:
@@ -302,20 +304,20 @@ def test_a_sweep_goes_on_behind_a_request_that_fails(tmp_path: Path, monkeypatch
     play(scenario)
 
 
-def test_prompts_of_one_request_depart_together_or_not_at_all(
+def test_prompts_of_one_request_start_together_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario() -> None:
         world = World(tmp_path)
-        depart = RoutedRequest.depart
+        start = RoutedRequest.start
         clients = [Client(), Client()]
 
         def fails(routed: RoutedRequest, *given: Any) -> Any:
             if routed.output is clients[1]:
                 raise RuntimeError("a bug")
-            return depart(routed, *given)
+            return start(routed, *given)
 
-        monkeypatch.setattr(RoutedRequest, "depart", fails)
+        monkeypatch.setattr(RoutedRequest, "start", fails)
         sampling = Sampling(max_tokens=9, seed=1)
         prompt_requests = [PromptRequest([1, 2], sampling, 1, b"", client) for client in clients]
         with pytest.raises(ApiError) as caught:

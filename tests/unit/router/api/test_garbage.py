@@ -15,9 +15,9 @@ import pytest
 import router.api.generate
 from router.api.app import build_app
 from router.api.generate import Service
-from router.api.openai_requests import BodyDecoder
 from router.chat.chat_template import ChatTemplate
 from router.config import RouterConfig
+from router.openai.requests import BodyDecoder
 from router.prepare.process_pool import ProcessPool
 from router.prepare.request import Kit
 from router.routing.dispatcher import Dispatcher

@@ -14,10 +14,9 @@ import psutil
 import pytest
 
 from router.api.asgi import ClientGone, attended
-from router.api.openai_requests import BodyDecoder
-from router.api.parameters import RequestLimits
 from router.chat.chat_template import ChatTemplate
 from router.errors import ApiError
+from router.openai.requests import BodyDecoder
 from router.prepare import process_pool as beside
 from router.prepare.process_pool import ProcessPool
 from router.prepare.request import (
@@ -29,6 +28,7 @@ from router.prepare.request import (
     TooMuchHere,
     prepare,
 )
+from router.routing.limits import RequestLimits
 from router.text.tokenizer import TextTokenizer
 from tests.checkpoints import write_tokenizer
 

@@ -20,7 +20,9 @@ from openai.types.chat import (
     completion_create_params as chat_params,
 )
 
-from router.api.openai_requests import (
+from router.errors import ApiError
+from router.openai.request_fields import FIELDS, Endpoint, Field
+from router.openai.requests import (
     BodyDecoder,
     ChatBody,
     CompletionBody,
@@ -28,9 +30,8 @@ from router.api.openai_requests import (
     StreamOptions,
     TokenizeBody,
 )
-from router.api.parameters import RequestLimits, options_of
-from router.api.request_fields import FIELDS, Endpoint, Field
-from router.errors import ApiError
+from router.prepare.parameters import options_of
+from router.routing.limits import RequestLimits
 
 LIMITS = RequestLimits(320, 64, 100, 4, 3, 6)
 DECODER = BodyDecoder()

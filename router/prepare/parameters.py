@@ -1,38 +1,19 @@
 """From a decoded body to what the workers are asked. Pure; raises ApiError 400 (404 for another model)."""
 
 import math
-from dataclasses import dataclass
 
 import msgspec
 from msgspec import Struct
 
-from router.api.openai_requests import ChatBody, CompletionBody, GenerationBody
 from router.errors import ApiError, invalid
+from router.openai.requests import ChatBody, CompletionBody, GenerationBody
 from router.prepare.generation_config import SamplingDefaults
+from router.routing.limits import RequestLimits
 from services.protocol.messages import Sampling
 
 DEFAULT_COMPLETION_TOKENS = 16
 MAX_TOKEN_ID_DIGITS = 10
 PLAIN_SAMPLING = SamplingDefaults()
-
-
-@dataclass(frozen=True, slots=True)
-class RequestLimits:
-    """What the workers can take (the smallest of all that are ready), and the router's own caps.
-
-    `max_sequence_tokens` is what a pool could ever hold for one sequence.
-    """
-
-    vocab_size: int
-    max_model_len: int
-    max_sequence_tokens: int
-    max_choices: int
-    max_prompts: int
-    max_total_choices: int
-
-    @property
-    def context_tokens(self) -> int:
-        return min(self.max_model_len, self.max_sequence_tokens)
 
 
 class Options(Struct, frozen=True):

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from router.api.openai_requests import BodyDecoder, ChatBody, CompletionBody, GenerationBody
-from router.api.parameters import (
+from router.errors import ApiError
+from router.openai.requests import BodyDecoder, ChatBody, CompletionBody, GenerationBody
+from router.prepare.parameters import (
     Options,
-    RequestLimits,
     check_model,
     check_tokens,
     check_total_choices,
@@ -16,7 +16,7 @@ from router.api.parameters import (
     prompts_of,
     sampling_for,
 )
-from router.errors import ApiError
+from router.routing.limits import RequestLimits
 from services.protocol.messages import Sampling
 
 LIMITS = RequestLimits(

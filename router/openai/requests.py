@@ -9,8 +9,8 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
-from router.api.request_fields import RESPONSE_FORMATS, Endpoint, Field, refuse, refused_on
 from router.errors import ApiError, from_decoding, invalid
+from router.openai.request_fields import RESPONSE_FORMATS, Endpoint, Field, refuse, refused_on
 
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 1024
