@@ -23,7 +23,7 @@ from router.routing.metrics import Metrics, Snapshot
 from router.routing.outbox import WorkerOutbox
 from router.routing.policy import Pairing, place
 from router.routing.retry_queue import SWEEP_S, RetryQueue
-from router.routing.routed_request import Offer, PromptRequest, RoutedRequest, Step
+from router.routing.routed_request import NextStep, PromptRequest, RoutedRequest, WorkersOffer
 from router.routing.traces import Traces
 from router.routing.worker_pool import WorkerPool
 from services.protocol.client import ClientState, WorkerClient
@@ -248,14 +248,14 @@ class Dispatcher:
         if attempt.ended:
             self._forget(attempt)
         match decision.step:
-            case Step.FINISH | Step.FAIL:
+            case NextStep.FINISH | NextStep.FAIL:
                 self._end(routed, None, now_s)
-            case Step.PAIR:
+            case NextStep.PAIR:
                 self._worker_loads.release_decode(attempt)
                 if attempt.decode_id != attempt.work.request_id:
                     self._attempts.pop(attempt.decode_id, None)
                 self._find_workers(attempt, now_s)
-            case Step.RETRY:
+            case NextStep.RETRY:
                 for one in [one for one in routed.attempts if one.phase is AttemptPhase.QUEUED]:
                     self._find_workers(one, now_s)
 
@@ -267,13 +267,13 @@ class Dispatcher:
         due = wait.not_before_s <= now_s
         blocks = self.worker_pool.blocks(routed.work) if due else ()
         pairing = self.worker_pool.pairing(attempt, len(routed.work.prompt), blocks) if due else None
-        decision = routed.decide(attempt, Offer(pairing, due, self._retry_queue.has_room(attempt)))
-        if decision.step is Step.START and pairing is not None:
+        decision = routed.decide(attempt, WorkersOffer(pairing, due, self._retry_queue.has_room(attempt)))
+        if decision.step is NextStep.START and pairing is not None:
             self._start(attempt, pairing, blocks, self._draw_id(), now_s)
-        elif decision.step is Step.WAIT:
+        elif decision.step is NextStep.WAIT:
             self._retry_queue.add(attempt)
             self._sweep_later()
-        elif decision.step is Step.FAIL:
+        elif decision.step is NextStep.FAIL:
             self._end(routed, decision.error, now_s)
 
     def _sweep_later(self) -> None:

@@ -90,7 +90,7 @@ class RetryBudget:
         self.counts[reason] = self.counts.get(reason, 0) + 1
 
 
-class Step(enum.Enum):
+class NextStep(enum.Enum):
     """What follows for a request from the state of one of its attempts."""
 
     GO_ON = "go_on"  # nothing: it runs, or waits, or is over while others of the request are not
@@ -105,12 +105,12 @@ class Step(enum.Enum):
 class Decision(Struct, frozen=True):
     """`denied` is the bound of the retry budget that a failure is due to."""
 
-    step: Step
+    step: NextStep
     error: ApiError | None = None
     denied: str | None = None
 
 
-class Offer(Struct, frozen=True):
+class WorkersOffer(Struct, frozen=True):
     """What there is for an attempt that waits. `due`: its back-off is over, and workers were looked for;
     `pairing` None: there are none. `room`: it may wait (on) in the queue."""
 
@@ -119,7 +119,7 @@ class Offer(Struct, frozen=True):
     room: bool
 
 
-_GO_ON = Decision(Step.GO_ON)
+_GO_ON = Decision(NextStep.GO_ON)
 
 
 @dataclass(slots=True, eq=False)
@@ -168,7 +168,7 @@ class RoutedRequest:
 
     # ------------------------------------------------------------ what follows
 
-    def decide(self, attempt: Attempt, offer: Offer | None = None) -> Decision:
+    def decide(self, attempt: Attempt, offer: WorkersOffer | None = None) -> Decision:
         """What follows from the state of an attempt: of one that has ended or lost its decode worker, or of
         one that waits for workers and has an `offer`. Changes nothing."""
         error, wait = attempt.error, attempt.wait
@@ -176,22 +176,24 @@ class RoutedRequest:
             case _ if self.ended or attempt not in self.attempts:
                 return _GO_ON
             case AttemptPhase.FINISHED:
-                return Decision(Step.FINISH) if len(self.attempts) == 1 else _GO_ON
+                return Decision(NextStep.FINISH) if len(self.attempts) == 1 else _GO_ON
             case AttemptPhase.QUEUED | AttemptPhase.UNPAIRED | AttemptPhase.HELD if wait is not None:
                 if offer is None:
                     return _GO_ON
                 if offer.pairing is not None:
-                    return Decision(Step.START)
+                    return Decision(NextStep.START)
                 hopeless = wait.strict and offer.due
-                return Decision(Step.FAIL, error) if hopeless or not offer.room else Decision(Step.WAIT)
+                return (
+                    Decision(NextStep.FAIL, error) if hopeless or not offer.room else Decision(NextStep.WAIT)
+                )
             case AttemptPhase.UNPAIRED | AttemptPhase.HELD | AttemptPhase.FAILED if error is not None:
                 if error.retry_reason is None:
-                    return Decision(Step.FAIL, error)
+                    return Decision(NextStep.FAIL, error)
                 denied = self.budget.denial(attempt.retries)
                 if denied is not None:
                     last = 0 < self.budget.max_retries <= attempt.retries
-                    return Decision(Step.FAIL, given_up(error, last), denied)
-                return Decision(Step.PAIR if attempt.phase in WITHOUT_DECODE else Step.RETRY)
+                    return Decision(NextStep.FAIL, given_up(error, last), denied)
+                return Decision(NextStep.PAIR if attempt.phase in WITHOUT_DECODE else NextStep.RETRY)
             case _:
                 return _GO_ON
 
@@ -203,17 +205,17 @@ class RoutedRequest:
             self.ignored += attempt.ignored
         if decision.denied is not None:
             self.budget.deny(decision.denied)
-        if decision.step is Step.FINISH:
+        if decision.step is NextStep.FINISH:
             self.phase = AttemptPhase.FINISHED
-        elif decision.step is Step.FAIL:
+        elif decision.step is NextStep.FAIL:
             return self.end(now_s, decision.error)
         elif error is not None and error.retry_reason is not None:
-            if decision.step is Step.PAIR:
+            if decision.step is NextStep.PAIR:
                 self.budget.spend(error.retry_reason)
                 attempt.avoid |= {attempt.decode}
                 attempt.retries += 1
                 attempt.wait = _wait(error, attempt.retries, now_s)
-            elif decision.step is Step.RETRY:
+            elif decision.step is NextStep.RETRY:
                 self.budget.spend(error.retry_reason)
                 self._retry(attempt, error, now_s)
         return ()

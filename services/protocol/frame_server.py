@@ -60,7 +60,7 @@ def open_server(
 
 
 @dataclass(slots=True, eq=False)
-class _Peer:
+class _FramePeer:
     name: bytes
     socket: sockets.socket
     frames: FrameSplitter
@@ -94,8 +94,8 @@ class FrameServer(Generic[In, Out]):
         self.endpoint = endpoint
         self._receives, self._sends = receives, sends
         self._on_drop, self._on_end, self._refusal, self._on_bad = on_drop, on_end, refusal, on_bad
-        self._peers: dict[bytes, _Peer] = {}
-        self._peer_at: dict[int, _Peer] = {}
+        self._peers: dict[bytes, _FramePeer] = {}
+        self._peer_at: dict[int, _FramePeer] = {}
         """By the descriptor of its socket."""
         self._peers_so_far = 0
         self._path = claim_ipc_path(split_endpoint(endpoint)[1])
@@ -162,11 +162,11 @@ class FrameServer(Generic[In, Out]):
             connection.setblocking(False)
             self._peers_so_far += 1
             name = self._peers_so_far.to_bytes(5, "big")
-            peer = _Peer(name, connection, FrameSplitter(self._receives.max_frame_bytes))
+            peer = _FramePeer(name, connection, FrameSplitter(self._receives.max_frame_bytes))
             self._peers[name] = self._peer_at[connection.fileno()] = peer
             self.socket.register(connection, select.EPOLLIN)
 
-    def _read(self, peer: _Peer, arrived: list[tuple[bytes, list[In]]]) -> None:
+    def _read(self, peer: _FramePeer, arrived: list[tuple[bytes, list[In]]]) -> None:
         taken_bytes = 0
         while taken_bytes < READ_BYTES_PER_TURN:
             try:
@@ -188,7 +188,7 @@ class FrameServer(Generic[In, Out]):
                 self._end(peer)
                 return
 
-    def _take_frame(self, peer: _Peer, frame: bytes, arrived: list[tuple[bytes, list[In]]]) -> None:
+    def _take_frame(self, peer: _FramePeer, frame: bytes, arrived: list[tuple[bytes, list[In]]]) -> None:
         mismatches: list[str] = []
         on_bad = None if self._on_bad is None else partial(self._on_bad, peer.name)
         messages = decode_frame(self._receives, [frame], self._on_drop, mismatches.append, on_bad)
@@ -197,16 +197,16 @@ class FrameServer(Generic[In, Out]):
         elif mismatches:
             self._refuse(peer, mismatches[0])
 
-    def _refuse(self, peer: _Peer, why: str) -> None:
+    def _refuse(self, peer: _FramePeer, why: str) -> None:
         if self._refusal is not None:
             self.send(peer.name, [self._refusal(why)])
 
-    def _send_unsent(self, peer: _Peer) -> None:
+    def _send_unsent(self, peer: _FramePeer) -> None:
         del peer.unsent[: _send_some(peer.socket, peer.unsent) or 0]
         if not peer.unsent:
             self.socket.modify(peer.socket, select.EPOLLIN)
 
-    def _end(self, peer: _Peer) -> None:
+    def _end(self, peer: _FramePeer) -> None:
         del self._peers[peer.name], self._peer_at[peer.socket.fileno()]
         peer.socket.close()  # which takes it out of the epoll set, too
         self._on_end(peer.name)

@@ -24,6 +24,8 @@ LAYERS = (
     "router.ids",
     "router.config",
     "router.isolation",
+    "router.child_process",
+    "router.openai",
     "router.text",
     "router.chat",
     "router.routing",

@@ -27,6 +27,7 @@ PURE = (
     "services/rates.py",
     "services/protocol/messages.py",
     "services/protocol/worker_status.py",
+    "services/protocol/framing.py",
     "services/scheduler/*.py",
     "services/engine/batch.py",
     "services/engine/precision.py",

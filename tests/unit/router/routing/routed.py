@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from router.errors import ApiError
 from router.routing.attempt import Attempt, Times, WorkerMessage
 from router.routing.policy import Pairing
-from router.routing.routed_request import Offer, RetryBudget, RoutedRequest, Step
+from router.routing.routed_request import NextStep, RetryBudget, RoutedRequest, WorkersOffer
 from services.protocol.messages import (
     Cancel,
     DecodeStarted,
@@ -122,8 +122,8 @@ class World:
                 pairing = Pairing(attempt.prefill, "d" + suffix, SOURCE)
             else:
                 pairing = Pairing("p" + suffix, "d" + suffix, SOURCE)
-            decision = self.routed.decide(attempt, Offer(pairing, due=True, room=True))
-            assert decision.step is Step.START
+            decision = self.routed.decide(attempt, WorkersOffer(pairing, due=True, room=True))
+            assert decision.step is NextStep.START
             request_id = first_id or self.new_id()
             self.deliver(self.routed.start(attempt, pairing, request_id, self.new_id(), self.now_s))
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from router.routing.attempt import Attempt, AttemptPhase, Wait
 from router.routing.policy import Pairing
 from router.routing.retry_queue import RetryQueue
-from router.routing.routed_request import FIRST_BACKOFF_S, Decision, Offer, RetryBudget, Step
+from router.routing.routed_request import FIRST_BACKOFF_S, Decision, NextStep, RetryBudget, WorkersOffer
 from services.protocol.messages import Failed
 from tests.unit.router.routing.routed import PROMPT, SOURCE, Client, World, expected
 
@@ -193,22 +193,31 @@ def waiting(client: Client, code: str) -> tuple[World, Attempt]:
 def test_what_waits_gets_workers_or_waits_on_or_fails() -> None:
     world, attempt = waiting(Client(), "internal")
     routed = world.routed
-    assert routed.decide(attempt) == Decision(Step.GO_ON), "it has been decided already"
-    assert routed.decide(attempt, Offer(Pairing("p0", "d0", SOURCE), True, False)).step is Step.START
+    assert routed.decide(attempt) == Decision(NextStep.GO_ON), "it has been decided already"
+    assert (
+        routed.decide(attempt, WorkersOffer(Pairing("p0", "d0", SOURCE), True, False)).step is NextStep.START
+    )
     for due in (True, False):
-        assert routed.decide(attempt, Offer(None, due, True)) == Decision(Step.WAIT)
-        assert routed.decide(attempt, Offer(None, due, False)) == Decision(Step.FAIL, attempt.error)
+        assert routed.decide(attempt, WorkersOffer(None, due, True)) == Decision(NextStep.WAIT)
+        assert routed.decide(attempt, WorkersOffer(None, due, False)) == Decision(
+            NextStep.FAIL, attempt.error
+        )
 
 
 def test_an_overloaded_cluster_is_not_waited_for() -> None:
     world, attempt = waiting(Client(), "overloaded")
     routed = world.routed
     assert attempt.wait == Wait(0.0, strict=True)
-    assert routed.decide(attempt, Offer(None, False, True)) == Decision(Step.WAIT), "not looked yet"
-    assert routed.decide(attempt, Offer(None, True, True)) == Decision(Step.FAIL, attempt.error)
+    assert routed.decide(attempt, WorkersOffer(None, False, True)) == Decision(NextStep.WAIT), (
+        "not looked yet"
+    )
+    assert routed.decide(attempt, WorkersOffer(None, True, True)) == Decision(NextStep.FAIL, attempt.error)
 
 
 def test_a_request_that_has_ended_decides_nothing_more() -> None:
     world, attempt = waiting(Client(), "internal")
     world.routed.end(1.0)
-    assert world.routed.decide(attempt, Offer(Pairing("p0", "d0", SOURCE), True, True)).step is Step.GO_ON
+    assert (
+        world.routed.decide(attempt, WorkersOffer(Pairing("p0", "d0", SOURCE), True, True)).step
+        is NextStep.GO_ON
+    )
