@@ -44,7 +44,7 @@ from services.engine.models.weights import fill_dummy, load_safetensors
 from services.engine.ops.fp8 import FP8
 from services.engine.ops.launch_cache import compiling_ahead, warn_if_slow
 from services.engine.ops.processors import processors
-from services.engine.peak_memory import peak_bytes
+from services.engine.peak_memory import ALLOCATOR_SLACK_BYTES, peak_bytes
 from services.engine.precision import check_capability
 from services.engine.profile_run import (
     mixed_steps,
@@ -197,7 +197,8 @@ class Engine:
             launch_all(rows)
             self.synchronize()
 
-        return peak_bytes(work, self.device)
+        slack_bytes = ALLOCATOR_SLACK_BYTES if self.device.type == "cuda" else 0
+        return peak_bytes(work, self.device) + slack_bytes
 
     def _warm_up(self, scratch: KvPool, layers: int) -> None:
         """Launch what requests can want and the worst case has not."""
