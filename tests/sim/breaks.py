@@ -41,15 +41,15 @@ def grants_are_taken_twice() -> Any:
 
 def slots_are_free_early() -> Any:
     """What was granted is free when its transfer fails, whatever its sender still does."""
-    start_closing = Receiver._start_closing
+    begin_closing = Receiver._begin_closing
 
     def broken(self: Receiver, transfer: IncomingSegments, now_s: float) -> None:
-        start_closing(self, transfer, now_s)
+        begin_closing(self, transfer, now_s)
         for use in transfer.granted.values():
             self._pool.release(use, now_s)
         transfer.granted.clear()
 
-    return replaced(Receiver, "_start_closing", broken)
+    return replaced(Receiver, "_begin_closing", broken)
 
 
 def silence_is_death() -> Any:
@@ -75,14 +75,14 @@ def silence_is_death() -> Any:
 
 def closed_is_said_early() -> Any:
     """The sender says that nothing is in flight while a write is."""
-    close = Sender._close
+    finish = Sender._finish
 
     def broken(self: Sender, transfer: Any, now_s: float) -> None:
         if transfer.writes:
-            self._say(transfer.destination, Closed(transfer.transfer_id))
-        close(self, transfer, now_s)
+            self._send(transfer.destination, Closed(transfer.transfer_id))
+        finish(self, transfer, now_s)
 
-    return replaced(Sender, "_close", broken)
+    return replaced(Sender, "_finish", broken)
 
 
 def assigned_slots_are_forgotten() -> Any:
