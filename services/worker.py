@@ -132,7 +132,8 @@ class Worker:
         )
         self._routers: dict[bytes, float] = {}
         self._told_address = self._address()
-        self._started_s, self._busy_s = time.monotonic(), 0.0
+        self._started_s = self._turn_began_s = time.monotonic()
+        self._busy_s, self._was_busy = 0.0, False
         self._prompt_rate, self._output_rate = Rate(), Rate()
         self._draining_until_s: float | None = None
         self._next_status_s = 0.0
@@ -153,14 +154,15 @@ class Worker:
 
     def turn(self) -> bool:
         """Takes in whatever is there, does one step, sends what came of it. False: there was no step."""
-        begun_s = time.monotonic()
+        now_s = time.monotonic()
+        if self._was_busy:  # up to here, for a loop that has a step to do does not wait between two turns
+            self._busy_s += now_s - self._turn_began_s
+        self._turn_began_s = now_s
         self._take_in()
-        busy = self.role.step()
-        if busy:
-            self._busy_s += time.monotonic() - begun_s
+        self._was_busy = self.role.step()
         self._once_a_second()
         self._send_out()
-        return busy
+        return self._was_busy
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         """First: drain. Second: leave at once."""
