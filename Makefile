@@ -25,7 +25,7 @@ help:
 	@echo "make test       all tests that this machine can run"
 	@echo "make check      linter, types, rules of the code base"
 	@echo "make chaos      kill and stop processes under load for CHAOS_S ($(CHAOS_S)) seconds, check every token"
-	@echo "make bench-cpu  router, scheduler and mover by the clock, without a GPU"
+	@echo "make bench-cpu  router, chat templates, scheduler and mover by the clock, without a GPU"
 	@echo "make clean      remove caches and build outputs; 'rm -r $(VENV)' removes the environment"
 
 setup: $(STAMP)
@@ -49,7 +49,7 @@ test: $(STAMP)
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/unit/test_rules.py
+	$(BIN)/python -m pytest -q tests/unit/rules
 
 chaos: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos --seconds $(CHAOS_S) $(if $(CHAOS_SEED),--seed $(CHAOS_SEED))
@@ -58,6 +58,7 @@ bench-cpu: $(STAMP)
 	$(BIN)/python -m deploy.bench.engine.scheduler
 	$(BIN)/python -m deploy.bench.router.router
 	$(BIN)/python -m deploy.bench.router.stalls
+	$(BIN)/python -m deploy.bench.router.templates
 	$(BIN)/python -m deploy.bench.transfer.mover
 
 clean:

@@ -1,6 +1,6 @@
-"""What a worker holds of its transfer process: the commands, the events and the mapped staging buffer.
+"""The worker's client of its transfer process: commands, events and the mapped staging buffer.
 
-For a single-threaded loop: poll `socket`, call `receive` when something is there, queue commands by the
+It is for a single-threaded loop: poll `socket`, call `receive` when something is there, queue commands by the
 methods named like them, `flush` once a step, `tick` now and then. Nothing blocks but the constructor.
 
 If the transfer process is restarted, the client attaches again by itself and maps the new buffer; the worker
@@ -60,8 +60,8 @@ REFUSED_RETRY_S = 0.2
 
 @dataclass(frozen=True, slots=True)
 class TransferLost:
-    """The transfer process's life `old_epoch` is over, and with it every transfer and every slot use.
-    Slots named before must not be touched, nor `freed`."""
+    """The transfer process's incarnation `old_epoch` has ended, and with it every transfer and every slot
+    use. The worker must not touch slots that were named before, nor pass them to `freed`."""
 
     old_epoch: int
     rank: int = 0
@@ -70,7 +70,7 @@ class TransferLost:
 
 @dataclass(frozen=True, slots=True)
 class SlotsAssigned:
-    """Send slots that the transfer process of a rank has assigned; see `SendSlots`."""
+    """Send slots that the transfer process of a rank has assigned to the worker; see `SendSlots`."""
 
     slots: list[SlotUse]
     rank: int = 0
@@ -85,8 +85,8 @@ def _freed(slots: list[SlotUse]) -> list[Freed]:
 
 
 class TransferClient:
-    """Attaches in the constructor. Raises AttachError if that fails within `timeout_s`,
-    TransferConfigError for a bad endpoint.
+    """One connection of a worker to its transfer process. The constructor attaches: it raises AttachError if
+    that fails within `timeout_s`, TransferConfigError for a bad endpoint.
 
     Of a worker of several ranks, it serves rank `rank` of `tp`; without `maps`, the rank maps the buffer.
     """
@@ -114,10 +114,10 @@ class TransferClient:
         self._map: mmap.mmap | None = None
         self._view: memoryview | None = None
         self._commands: list[Command] = []
-        self._book = OpenTransfers()
+        self._transfers = OpenTransfers()
         self._lost: list[WorkerEvent] = []
         self._asked_at_s = float("-inf")
-        self._heard_at_s = 0.0
+        self._received_at_s = 0.0
         self._unanswered = 0
         self.refusal = ""
         """Why the last attempt to attach was refused, if it was."""
@@ -138,7 +138,7 @@ class TransferClient:
 
     @property
     def socket(self) -> "zmq.Socket[bytes]":
-        """For a `zmq.Poller`; the same for the client's whole life."""
+        """For a `zmq.Poller`; the same until `close`."""
         return self._link.socket
 
     @property
@@ -192,62 +192,62 @@ class TransferClient:
         deadline_s: float,
         kv_heads: int = 0,
     ) -> None:
-        self._book.open_receive(transfer_id)
+        self._transfers.open_receive(transfer_id)
         self._queue(OpenReceive(transfer_id, source, start_token, end_token, deadline_s, kv_heads))
 
     def open_send(self, transfer_id: int, deadline_s: float) -> None:
-        self._book.open_send(transfer_id)
+        self._transfers.open_send(transfer_id)
         self._queue(OpenSend(transfer_id, deadline_s))
 
     def send_ready(self, transfer_id: int) -> None:
-        """The prompt has its pages, and keeps them: slots may be assigned."""
+        """The prompt has its pages, and keeps them: the transfer process may assign slots."""
         self._queue(SendReady(transfer_id))
 
     def filled(self, transfer_id: int, segments: list[Segment]) -> None:
-        """Hands over packed send slots; they must not be written any more."""
+        """Hands packed send slots over. The worker must not write them any more."""
         for at in range(0, len(segments), MAX_SEGMENTS_PER_MESSAGE):
             self._queue(Filled(transfer_id, segments[at : at + MAX_SEGMENTS_PER_MESSAGE]))
 
     def freed(self, slots: list[SlotUse]) -> None:
-        """Gives back receive slots, which must not be read any more, or assigned send slots, which must not
-        be written any more."""
-        self._book.freed.extend(slots)
+        """Gives back receive slots, which the worker must not read any more, or assigned send slots, which it
+        must not write any more."""
+        self._transfers.freed.extend(slots)
 
     def commit(self, transfer_id: int) -> None:
-        self._book.committed(transfer_id)
+        self._transfers.committed(transfer_id)
         self._queue(Commit(transfer_id))
 
     def abort(self, transfer_id: int, reason: str) -> None:
-        """No event answers it, and none about this transfer comes any more. Slots of it that the worker
-        has seen in `Arrived` must still be `freed`."""
+        """Gives a transfer up. No event answers it, and none about this transfer comes any more. The worker
+        must still pass slots that it has seen in `Arrived` to `freed`."""
         self._queue(Abort(transfer_id, reason[:1024]))
-        self._book.end(transfer_id)
+        self._transfers.end(transfer_id)
 
     def ask_spans(self, transfer_id: int) -> None:
-        """What does the transfer process remember of a transfer? `TransferSpans` answers."""
+        """Asks for the recorded spans of a transfer. `TransferSpans` answers."""
         self._queue(AskSpans(transfer_id))
 
     def flush(self) -> None:
-        """Sends what is queued, as one frame. While not `ready`, drops it."""
+        """Sends the queued commands as one frame. While not `ready`, drops them."""
         if self._attached is None:
             self._forget_commands()
             return
         # Freed slots go first: what follows in the frame may be given them.
-        frame: list[Command] = [*_freed(self._book.freed), *self._commands]
+        frame: list[Command] = [*_freed(self._transfers.freed), *self._commands]
         if frame and not self._link.send(frame):
             log.warning("the transfer process takes no commands: queue full")
             return
-        self._book.freed.clear()
+        self._transfers.freed.clear()
         self._commands.clear()
 
     # ------------------------------------------------------------ events
 
     def receive(self, now_s: float) -> list[WorkerEvent]:
-        """What has come, oldest first; to be called in every step, readable or not. `now_s` is any clock
-        that only grows, the same as for `tick`."""
+        """The events that have arrived, oldest first. To be called in every step, readable or not. `now_s` is
+        any clock that only grows, the same as for `tick`."""
         events, self._lost = self._lost, []
         for event in self._link.receive():
-            self._heard_at_s = now_s
+            self._received_at_s = now_s
             self._unanswered = 0
             if isinstance(event, Attached):
                 if self._is_other_incarnation(event.address.epoch):
@@ -268,9 +268,9 @@ class TransferClient:
                 else:
                     self.last_stats, self.last_stats_at_s = event, now_s
             elif isinstance(event, SendSlots):
-                if self._book.assigned(event.slots):
+                if self._transfers.assigned(event.slots):
                     events.append(SlotsAssigned(event.slots, self._rank))
-            elif isinstance(event, TransferSpans) or self._book.follow(event):
+            elif isinstance(event, TransferSpans) or self._transfers.follow(event):
                 events.append(event)
         return events
 
@@ -282,7 +282,7 @@ class TransferClient:
         if self._attached is None:
             if now_s - self._asked_at_s >= ATTACH_RETRY_S:
                 self._ask(now_s)
-        elif now_s - max(self._heard_at_s, self._asked_at_s) >= PING_S:
+        elif now_s - max(self._received_at_s, self._asked_at_s) >= PING_S:
             self._asked_at_s = now_s
             self._link.send([Ping(self._worker_epoch)])
             self._unanswered += 1
@@ -292,17 +292,18 @@ class TransferClient:
                 self._lost.extend(self._lose())
 
     def quiet_s(self, now_s: float) -> float:
-        """How long nothing has been heard; statistics come every second from a live process."""
-        return now_s - self._heard_at_s
+        """How long nothing has arrived; a live process sends statistics every second."""
+        return now_s - self._received_at_s
 
     def close(self) -> None:
-        """Leaves; the transfer process cancels what is open when it notices. Idempotent."""
+        """Unmaps the buffer and closes the sockets; the transfer process notices, and cancels what is open.
+        Idempotent."""
         self._attached = None
         self._unmap()
         self._watch.close()
         self._link.close()
 
-    # ------------------------------------------------------------ inner moves
+    # ------------------------------------------------------------ internals
 
     def _queue(self, command: Command) -> None:
         self._commands.append(command)
@@ -324,8 +325,8 @@ class TransferClient:
         self._link.send([AttachWorker(self._worker_epoch, self._geometry, VERSION, self._rank, self._tp)])
 
     def _is_other_incarnation(self, epoch: int) -> bool:
-        """Whether we are attached to a life that has ended: its answer lay in the queue while we did not
-        look, and the process behind it died meanwhile."""
+        """Whether the client is attached to an incarnation that has ended: its answer lay in the queue while
+        nobody looked, and the process behind it died meanwhile."""
         return self._attached is not None and self._attached.address.epoch != epoch
 
     def _on_attached(self, event: Attached) -> None:
@@ -338,7 +339,7 @@ class TransferClient:
                 size_bytes = event.slots * event.slot_bytes
                 self._map = receive_staging(Path(event.staging_socket), size_bytes, timeout_s=2.0)
             except TransferConfigError as error:
-                # It has just died, or is another life already.
+                # It has just died, or is another incarnation already.
                 log.warning("staging buffer not mapped: %s", error)
                 self.refusal = str(error)
                 return  # `tick` asks again.
@@ -353,7 +354,7 @@ class TransferClient:
         lost = TransferLost(self._attached.address.epoch, self._rank)
         self._attached = None
         self.last_stats = None
-        self._book.clear()
+        self._transfers.clear()
         self._forget_commands()
         self._unmap()
         return [lost]
@@ -367,11 +368,11 @@ class TransferClient:
                 view.release()
                 mapping.close()
             except BufferError:
-                log.info("the former staging buffer is still being looked at")
+                log.info("the former staging buffer is still in use")
 
     def _forget_commands(self) -> None:
         self._commands.clear()
-        self._book.freed.clear()
+        self._transfers.freed.clear()
 
     def _on_drop(self, reason: str) -> None:
         self._dropped[reason] = self._dropped.get(reason, 0) + 1

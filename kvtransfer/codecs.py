@@ -7,18 +7,19 @@ from kvtransfer.protocol.peer_messages import PeerConnection, PeerMessage
 
 
 class PeerCodec(Codec[PeerMessage]):
-    """Sealed, since a grant with another number in it is leave to write where something else lies."""
+    """The codec between peers. Its frames are sealed, since a grant with another number in it permits a write
+    where something else lies."""
 
     def __init__(self) -> None:
         super().__init__(PeerMessage, 8 << 20, sealed=True)
 
     def decode(self, frame: bytes | memoryview) -> list[PeerMessage]:
-        """As `Codec`. Raises ProtocolError too unless the first message, and no other, is
+        """As `Codec.decode`. Raises ProtocolError too unless the first message, and no other, is a
         `PeerConnection`."""
-        said = super().decode(frame)
-        if [at for at, message in enumerate(said) if isinstance(message, PeerConnection)] != [0]:
+        messages = super().decode(frame)
+        if [at for at, message in enumerate(messages) if isinstance(message, PeerConnection)] != [0]:
             raise ProtocolError("a frame does not begin with its connection")
-        return said
+        return messages
 
 
 WORKER_COMMANDS: Codec[Command] = Codec(Command, 64 << 20)

@@ -1,4 +1,4 @@
-"""What a transfer process is told at start, and nothing else: one frozen value, built by the command line."""
+"""The configuration of a transfer process: one frozen value, built by the command line, and nothing else."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,11 +7,11 @@ from typing import Literal
 from kvtransfer.errors import TransferConfigError
 
 Device = Literal["cpu", "cuda"]
-MoverName = Literal["auto", "nixl", "cuda_ipc", "nccl"]
-
+AUTO = "auto"
+"""The mover that leaves the choice to the process."""
 
 DEFAULT_SHARE = 0.75
-"""Of the slots, that one transfer may hold. What is left is for whoever comes next."""
+"""The part of the slots that one transfer may have. The rest is left for the next transfers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,27 +21,29 @@ class TransferConfig:
 
     name: str
     listen: str
-    """Where the worker reaches us."""
+    """Where the worker reaches this process."""
     peer_listen: str
-    """Where other transfer processes reach us."""
+    """Where other transfer processes reach this one."""
     staging_socket: Path | None
-    """The UNIX socket that hands the worker the host buffer; not needed with device memory."""
+    """The UNIX socket that hands the host buffer to the worker. Device memory needs none."""
     advertise: str | None = None
-    """The endpoint peers are told instead of `peer_listen`: needed where that binds every interface."""
+    """The endpoint that is sent to peers instead of `peer_listen`: needed where that binds every
+    interface."""
     device: Device = "cpu"
     device_index: int = 0
     slots: int = 32
     slot_bytes: int = 8 << 20
-    mover: MoverName = "auto"
+    mover: str = AUTO
+    """A registered mover's name, or AUTO; `choose_mover` refuses any other."""
     checksum: bool = False
     key_dir: Path | None = None
     transfer_timeout_s: float = 60.0
-    """No offer is held, and no single write may take, longer than this."""
+    """The longest that an offer waits for the worker to open it, and that a single write may take."""
     peer_timeout_s: float = 5.0
-    """A peer that is silent for so long, or not connected after so long, is lost."""
+    """After so long a peer that is silent, or not connected yet, is lost."""
     heartbeat_s: float = 0.5
     share: float = DEFAULT_SHARE
-    """The part of the slots that one transfer may hold."""
+    """The part of the slots that one transfer may have."""
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.name) <= 64:

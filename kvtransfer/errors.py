@@ -1,7 +1,7 @@
-"""Every exception this package raises on purpose, as one tree below `BatonTransferError`.
+"""The exceptions of this package, as one tree below `BatonTransferError`.
 
-What a peer or a worker sends can never raise out of the process: it is dropped and counted. These are
-for callers (bad configuration, a process that cannot be reached) and for broken invariants.
+They are for callers (bad configuration, a process that cannot be reached) and for broken invariants. Nothing
+that a peer or a worker sends raises out of the transfer process: it is dropped and counted.
 """
 
 
@@ -10,7 +10,7 @@ class BatonTransferError(Exception):
 
 
 class TransferConfigError(BatonTransferError):
-    """A setting cannot work; the message names it and says what is allowed."""
+    """A setting that cannot work. The message names the setting and what is allowed."""
 
 
 class ProtocolError(BatonTransferError):
@@ -22,15 +22,15 @@ class VersionMismatch(ProtocolError):
 
 
 class AttachError(BatonTransferError):
-    """A worker could not be attached to its transfer process (refused, or out of time)."""
+    """A worker that could not attach to its transfer process: refused, or out of time."""
 
 
 class SlotError(BatonTransferError):
-    """The staging buffer's bookkeeping was asked for something that cannot be."""
+    """A call that the slot pool's bookkeeping does not allow."""
 
 
 class IllegalTransition(SlotError):
-    """A state was left in a way that its table of legal moves does not have."""
+    """A change of state that the state machine's `TRANSITIONS` do not have."""
 
 
 class MoverError(BatonTransferError):
@@ -46,5 +46,5 @@ class PeerLostError(MoverError):
 
 
 class MoverBroken(BatonTransferError):
-    """The device has failed, or does not finish what was started, and only the end of this process surely
-    stops it. Not a MoverError: the process must end; whoever supervises it starts the next."""
+    """The device has failed, or does not finish what was started. Only the end of this process surely stops
+    that, so this is no MoverError: the process must end, and its supervisor starts the next."""

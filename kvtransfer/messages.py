@@ -1,13 +1,13 @@
-"""What a worker and its own transfer process say to each other.
+"""The messages between a worker and its own transfer process.
 
-The worker asks (`Command`), the transfer process reports (`Event`). One frame carries a list of them,
-so that a step of the worker costs one message however many slots it touched. All fields are bounded
-here where a fixed bound exists; bounds that depend on the configuration (slot numbers, token ranges)
-are checked by whoever receives them.
+The worker sends commands (`Command`), the transfer process sends events (`Event`). One frame carries a list
+of them, so that a step of the worker costs one message however many slots it touched. Fields are bounded
+here where a fixed bound exists. The receiver of a message checks the bounds that depend on the configuration
+(slot numbers, token ranges).
 
 Vocabulary: a *transfer* is one request's KV in one attempt; a *segment* is a run of its tokens, over
 all layers, that fits one slot; a *slot* is one region of the staging buffer; a *generation* is one use
-of one slot; an *epoch* is one life of one process.
+of one slot; an *epoch* names one incarnation of one process: from its start to its end.
 """
 
 from importlib.metadata import version
@@ -21,8 +21,8 @@ MAX_SEGMENTS_PER_MESSAGE = 4096
 MAX_SPANS = 4096
 """Of one transfer in one process."""
 WITHDRAWN = "withdrawn"
-"""The reason of an abort that is no failure: the request needs no KV any more, and its router says so to
-both workers. It may overtake what the router says."""
+"""The reason of an abort that is no failure: the request needs no KV any more, and its router notifies both
+workers. The abort may overtake the router's message."""
 
 Epoch = Annotated[int, Meta(ge=1, le=2**63 - 1)]
 TransferId = Annotated[int, Meta(ge=1, le=2**63 - 1)]
@@ -39,7 +39,7 @@ Reason = Annotated[str, Meta(max_length=1024)]
 
 
 class KvGeometry(Struct, frozen=True, forbid_unknown_fields=True):
-    """The shape of one token's KV, as it travels. Two sides must agree on all of it.
+    """The shape of one token's KV as it is transferred. Two sides must agree on all of it.
 
     `model_digest` identifies configuration and checkpoint; page size and page layout are deliberately
     absent: each side keeps its own. The scales of fp8 are absent too: both sides derive them from the
@@ -63,7 +63,7 @@ class KvGeometry(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class TransferAddress(Struct, frozen=True, forbid_unknown_fields=True):
-    """Where peers reach a transfer process, in which of its lives."""
+    """Where peers reach a transfer process, and which incarnation of it."""
 
     endpoint: Address
     epoch: Epoch
@@ -94,8 +94,8 @@ Stage = Literal["compute", "pack", "send", "arrive", "unpack", "commit"]
 
 
 class TraceSpan(Struct, frozen=True, array_like=True):
-    """What was done with tokens `[start_token, start_token + token_count)` of a transfer, from `start_s` to
-    `end_s` of the monotonic clock of the process that did it; the two are equal for a mere moment."""
+    """One stage of tokens `[start_token, start_token + token_count)` of a transfer, from `start_s` to `end_s`
+    of the monotonic clock of the process that did it. The two are equal where a stage is a mere moment."""
 
     stage: Stage
     start_token: TokenIndex
@@ -113,22 +113,22 @@ SlotUses = Annotated[list[SlotUse], Meta(max_length=MAX_SEGMENTS_PER_MESSAGE)]
 
 
 class AttachWorker(Struct, frozen=True, tag="attach", forbid_unknown_fields=True):
-    """First message of a worker, and again whenever the transfer process says `NotAttached`.
+    """The first message of a worker. It sends it again whenever the transfer process answers `NotAttached`.
 
-    A new `worker_epoch` ends every transfer of the worker's former life. `geometry` is that of the whole
-    model; this process serves rank `rank` of the worker's `tp`, which has its share of the heads.
+    A new `worker_epoch` ends every transfer of the worker's former incarnation. `geometry` is that of the
+    whole model; this process serves rank `rank` of the worker's `tp`, which has its share of the heads.
     """
 
     worker_epoch: Epoch
     geometry: KvGeometry
     version: Annotated[str, Meta(max_length=64)] = "unknown"
-    """Of the worker. A transfer process of another one refuses it."""
+    """The worker's version. A transfer process of another version refuses the worker."""
     rank: RankIndex = 0
     tp: RankCount = 1
 
 
 class OpenReceive(Struct, frozen=True, tag="open_receive", forbid_unknown_fields=True):
-    """Pages are reserved for tokens `[start_token, end_token)`: have `source` push them.
+    """The worker has reserved pages for tokens `[start_token, end_token)`: `source` is to push them.
 
     An empty range is legal (everything was in the prefix cache): it only confirms the reservation.
     `kv_heads` is how many heads of the rank travel; 0: all.
@@ -143,22 +143,23 @@ class OpenReceive(Struct, frozen=True, tag="open_receive", forbid_unknown_fields
 
 
 class OpenSend(Struct, frozen=True, tag="open_send", forbid_unknown_fields=True):
-    """A request is queued whose KV will go out under `transfer_id`, to whoever was told of it."""
+    """The worker has queued a request whose KV will go out under `transfer_id`, to the worker that the router
+    has given the same id."""
 
     transfer_id: TransferId
     deadline_s: Annotated[float, Meta(gt=0, le=86400)]
 
 
 class SendReady(Struct, frozen=True, tag="send_ready", forbid_unknown_fields=True):
-    """The prompt has its pages: what is asked for will be computed whatever becomes of other requests. No
-    slot is assigned for it before: whoever waits for pages may wait for somebody who waits for that slot."""
+    """The prompt has its pages: its tokens will be computed whatever becomes of other requests. No slot is
+    assigned for it before, since a request that waits for pages may wait for one that waits for that slot."""
 
     transfer_id: TransferId
 
 
 class Filled(Struct, frozen=True, tag="filled", forbid_unknown_fields=True):
-    """The worker has packed these segments into send slots that it was assigned by `SendSlots`: move them,
-    each into a slot that the destination has granted (`SendGranted`)."""
+    """The worker has packed these segments into send slots that `SendSlots` had assigned to it. The transfer
+    process writes each into a slot that the destination has granted (`SendGranted`)."""
 
     transfer_id: TransferId
     segments: Segments
@@ -172,26 +173,26 @@ class Freed(Struct, frozen=True, tag="freed", forbid_unknown_fields=True):
 
 
 class Commit(Struct, frozen=True, tag="commit", forbid_unknown_fields=True):
-    """Every token of the transfer is in the worker's pages: the source may let its KV go."""
+    """Every token of the transfer is in the worker's pages: the source may free its KV."""
 
     transfer_id: TransferId
 
 
 class Abort(Struct, frozen=True, tag="abort", forbid_unknown_fields=True):
-    """The worker gives the transfer up, on either side. Idempotent; unknown ids are counted, no more."""
+    """The worker gives the transfer up, on either side. Idempotent; unknown ids are only counted."""
 
     transfer_id: TransferId
     reason: Reason
 
 
 class Ping(Struct, frozen=True, tag="ping", forbid_unknown_fields=True):
-    """Sent when the link has been quiet; answered with `Stats`, or `NotAttached`."""
+    """The worker sends it when the link has been quiet. The answer is `Stats` or `NotAttached`."""
 
     worker_epoch: Epoch
 
 
 class AskSpans(Struct, frozen=True, tag="ask_spans", forbid_unknown_fields=True):
-    """What is remembered of a transfer? Answered with `TransferSpans` at once."""
+    """The worker asks for the recorded spans of a transfer. The answer is `TransferSpans`, at once."""
 
     transfer_id: TransferId
 
@@ -205,7 +206,7 @@ Command = (
 
 
 class Attached(Struct, frozen=True, tag="attached", forbid_unknown_fields=True):
-    """The staging buffer the two now share.
+    """The worker is attached: this is the staging buffer that the two now share.
 
     Host memory comes as a file descriptor over the UNIX socket `staging_socket` (see staging.py);
     device memory as a CUDA IPC handle.
@@ -222,13 +223,13 @@ class Attached(Struct, frozen=True, tag="attached", forbid_unknown_fields=True):
 
 
 class AttachRefused(Struct, frozen=True, tag="refused", forbid_unknown_fields=True):
-    """The worker cannot be attached (another one is, or a token does not fit a slot)."""
+    """The worker cannot be attached: another one is, or a token does not fit a slot."""
 
     reason: Reason
 
 
 class NotAttached(Struct, frozen=True, tag="not_attached", forbid_unknown_fields=True):
-    """This process does not know the worker: it was restarted. All former transfers are gone."""
+    """This process does not know the worker, since it was restarted. All earlier transfers are gone."""
 
     epoch: Epoch
 
@@ -267,7 +268,7 @@ class Arrived(Struct, frozen=True, tag="arrived", forbid_unknown_fields=True):
 
 
 class SendCommitted(Struct, frozen=True, tag="send_committed", forbid_unknown_fields=True):
-    """The destination has everything: the held KV may go."""
+    """The destination has everything: the worker may free the KV."""
 
     transfer_id: TransferId
 
@@ -292,7 +293,7 @@ class SlotCounts(Struct, frozen=True, array_like=True):
 
 
 class Stats(Struct, frozen=True, tag="stats", forbid_unknown_fields=True):
-    """The transfer process's own account, about once a second and in answer to `Ping`."""
+    """Statistics of the transfer process, sent about once a second and in answer to `Ping`."""
 
     epoch: Epoch
     pid: Annotated[int, Meta(ge=0, lt=2**31)]
@@ -311,7 +312,7 @@ class Stats(Struct, frozen=True, tag="stats", forbid_unknown_fields=True):
 
 
 class TransferSpans(Struct, frozen=True, tag="spans", forbid_unknown_fields=True):
-    """What the transfer process did for a transfer, and when; empty for one it does not remember."""
+    """What the transfer process did for a transfer, and when. Empty for one that it has forgotten."""
 
     transfer_id: TransferId
     spans: SpanList

@@ -1,5 +1,5 @@
-"""The client's book of open transfers: a worker never hears of a transfer that it has ended, nor twice of the
-same use of a slot.
+"""The client's table of open transfers. By it the client passes no event about a transfer that the worker has
+ended, and none twice about the same use of a slot.
 """
 
 from kvtransfer.messages import (
@@ -15,14 +15,15 @@ TransferEvent = SendConfirmed | SendGranted | Arrived | SendCommitted | Aborted
 
 
 class OpenTransfers:
-    """`freed` are slots to give back at once; emptied by the client."""
+    """The transfers that the worker has opened and not ended. `freed` are slots to give back at once; the
+    client empties it."""
 
     def __init__(self) -> None:
         self._sends: set[int] = set()
         self._receives: dict[int, set[SlotUse]] = {}
         """Open receives, each with the slot uses that have arrived for it."""
         self._assigned_generation: dict[int, int] = {}
-        """The newest one of each slot that was ever assigned."""
+        """By slot, the newest generation that was ever assigned."""
         self.freed: list[SlotUse] = []
 
     def open_send(self, transfer_id: int) -> None:
@@ -35,8 +36,8 @@ class OpenTransfers:
         self._receives.pop(transfer_id, None)
 
     def assigned(self, slots: list[SlotUse]) -> bool:
-        """Takes note of send slots. False: they were said before; packed twice, other tokens would be taken
-        for a slot's."""
+        """Records assigned send slots. False: they are a repetition; packed twice, other tokens would be
+        taken for a slot's."""
         newest = self._assigned_generation
         if any(use.generation <= newest.get(use.slot, 0) for use in slots):
             return False
@@ -44,8 +45,8 @@ class OpenTransfers:
         return True
 
     def follow(self, event: TransferEvent) -> bool:
-        """Takes note of an event. False: the worker has ended that transfer already and is not to hear of
-        it; slots that the event brings go straight back."""
+        """Records an event. False: the worker has ended that transfer already, and the event is not for it;
+        slots that the event brings go straight back."""
         if isinstance(event, Arrived):
             uses = [SlotUse(one.slot, one.generation) for one in event.segments]
             arrived = self._receives.get(event.transfer_id)
@@ -53,7 +54,7 @@ class OpenTransfers:
                 self.freed.extend(uses)
                 return False
             if not arrived.isdisjoint(uses):
-                return False  # said twice; counted twice, a transfer would seem whole before it is
+                return False  # A repetition: counted twice, a transfer would seem whole before it is.
             arrived.update(uses)
             return True
         if isinstance(event, SendConfirmed | SendGranted):
@@ -68,7 +69,7 @@ class OpenTransfers:
         return known
 
     def clear(self) -> None:
-        """The transfer process's life is over: nothing is open, nothing goes back."""
+        """The transfer process's incarnation has ended: nothing is open, nothing goes back."""
         self._sends.clear()
         self._receives.clear()
         self._assigned_generation.clear()

@@ -1,14 +1,15 @@
-"""The transfer process, one beside every worker rank. Its life:
+"""The transfer process, one beside every worker rank. Its life cycle:
 
     1. allocate the staging buffer, and register it with the mover
-    2. listen: for the worker, for peers that receive from us, and to hand out the buffer
-    3. the worker attaches; only then do we know the KV's shape, and greet peers
-    4. serve: take in what has come, tick the state machines, hand out free slots, carry out what they ask;
+    2. listen: for the worker, for peers that receive from here, and to hand out the buffer
+    3. the worker attaches; only then does the process know the KV's shape, and greet peers
+    4. serve: receive, tick the state machines, hand out free slots, carry out the actions they ask for;
        sleep until the next message or deadline, briefly only while a write is in flight
-    5. the worker's life ends: its transfers are cancelled, the next worker may attach
+    5. the worker is gone: its transfers are cancelled, the next worker may attach
     6. SIGTERM: cancel everything, wait a moment for writes in flight, release, remove, deregister, unlink
 
-All decisions are the pure state machines' (`machine.py`); here is only what touches the world. One thread.
+The pure state machines (`protocol/machine.py`) take all decisions; this file does what touches the world. One
+thread.
 """
 
 import logging
@@ -22,7 +23,7 @@ from kvtransfer.buffer.cuda import CudaDevice
 from kvtransfer.buffer.staging import (
     DeviceStaging,
     HostStaging,
-    StagingDoor,
+    StagingSocketServer,
 )
 from kvtransfer.codecs import PEER_MESSAGES, WORKER_COMMANDS, WORKER_EVENTS
 from kvtransfer.config import TransferConfig
@@ -50,7 +51,7 @@ from kvtransfer.protocol.limits import TransferLimits
 from kvtransfer.protocol.machine import TransferMachine
 from kvtransfer.protocol.outbox import Destination
 from kvtransfer.protocol.peer_messages import PeerHello, PeerMessage
-from kvtransfer.stats import Account
+from kvtransfer.stats import StatsCollector
 from kvtransfer.stop_signal import StopSignal
 from kvtransfer.worker_port import WorkerPort
 
@@ -58,9 +59,9 @@ log = logging.getLogger(__name__)
 
 STATS_S = 1.0
 LONGEST_SLEEP_S = 30.0
-FAREWELL_S = 1.0
+SHUTDOWN_S = 1.0
 SPIN_S = 0.0005
-"""A quick mover's write is looked after without sleeping for so long: many times what a slot takes."""
+"""For so long the process polls a quick mover's write without sleeping: many times what a slot takes."""
 BROKEN_EXIT_CODE = 1
 
 
@@ -81,7 +82,7 @@ def run(config: TransferConfig) -> None:
 
 
 class TransferProcess:
-    """Everything that a life holds; see the module for its phases."""
+    """One incarnation of a transfer process; see the module for its life cycle."""
 
     def __init__(self, config: TransferConfig) -> None:
         self.config = config
@@ -140,15 +141,15 @@ class TransferProcess:
             config.transfer_timeout_s,
             self._destinations.lose,
         )
-        self._door: StagingDoor | None = None
+        self._staging_server: StagingSocketServer | None = None
         self._poller = zmq.Poller()
         self._poller.register(self._worker_server.socket, zmq.POLLIN)
         self._poller.register(self._peer_server.socket, zmq.POLLIN)
         if isinstance(self._staging, HostStaging) and config.staging_socket is not None:
-            self._door = StagingDoor(config.staging_socket, self._staging.fd)
-            self._poller.register(self._door.fileno(), zmq.POLLIN)
+            self._staging_server = StagingSocketServer(config.staging_socket, self._staging.fd)
+            self._poller.register(self._staging_server.fileno(), zmq.POLLIN)
         self._stats_at_s = 0.0
-        self._account = Account(self.epoch, self._machine, self._writes, self._staging, device)
+        self._stats_collector = StatsCollector(self.epoch, self._machine, self._writes, self._staging, device)
         self._stop: StopSignal | None = None
 
     # ------------------------------------------------------------ 4. serve
@@ -169,12 +170,12 @@ class TransferProcess:
         while not stop.received:
             self._sleep(time.monotonic())
             self.step(time.monotonic())
-        self._farewell()
+        self._shut_down()
 
     def step(self, now_s: float) -> None:
-        """Takes in whatever is there and carries out whatever follows. Never waits."""
-        if self._door is not None:
-            self._door.serve()
+        """Receives whatever is there and carries out whatever follows. Never waits."""
+        if self._staging_server is not None:
+            self._staging_server.serve()
         for command in self._worker.receive():
             self._on_command(command, now_s)
         self._destinations.receive(now_s)
@@ -300,7 +301,10 @@ class TransferProcess:
     def _send_stats(self, now_s: float) -> None:
         self._stats_at_s = now_s + STATS_S
         peers = len(self._sources) + len(self._destinations)
-        if not self._worker.send([self._account.stats(peers, now_s)]) and self._worker.attached is not None:
+        if (
+            not self._worker.send([self._stats_collector.collect(peers, now_s)])
+            and self._worker.attached is not None
+        ):
             self._worker_lost(now_s)
             self._carry_out(now_s)
 
@@ -339,11 +343,11 @@ class TransferProcess:
 
     # ------------------------------------------------------------ 6. the end
 
-    def _farewell(self) -> None:
-        """Tells everybody, and gives writes in flight a moment, so that peers hear `Closed`."""
+    def _shut_down(self) -> None:
+        """Notifies worker and peers, and gives writes in flight a moment, so that peers receive `Closed`."""
         log.info("%s ends", self.config.name)
         now_s = time.monotonic()
-        until_s = now_s + FAREWELL_S
+        until_s = now_s + SHUTDOWN_S
         self._machine.worker_gone("the transfer process ends", now_s)
         self._carry_out(now_s)
         while len(self._writes) and now_s < until_s:
@@ -355,14 +359,15 @@ class TransferProcess:
             self._carry_out(now_s)
 
     def close(self) -> None:
-        """Idempotent. First nobody can reach us, then the mover lets go, then the memory goes."""
+        """Frees everything: first nobody can reach this process, then the mover lets go, then the memory
+        goes. Idempotent."""
         if self._stop is not None:
             self._stop.close()
             self._stop = None
-        if self._door is not None:
-            self._door.close()
+        if self._staging_server is not None:
+            self._staging_server.close()
         self._sources.close()
-        self._account.close()
+        self._stats_collector.close()
         self._worker_server.close()
         self._peer_server.close()
         self._mover.close()
@@ -370,5 +375,5 @@ class TransferProcess:
 
 
 def _shape(worker: AttachWorker) -> tuple[KvGeometry, int, int]:
-    """What peers were told of a worker in their greeting."""
+    """What this process's hello has sent to peers about a worker."""
     return worker.geometry, worker.rank, worker.tp

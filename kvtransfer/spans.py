@@ -1,4 +1,4 @@
-"""What a process remembers of when it did what with a transfer's segments: bounded, in memory, pure.
+"""The trace of a process: when it did what with a transfer's segments. Bounded, in memory, pure.
 
 Times are this process's monotonic clock, which on Linux all processes of one host share.
 """

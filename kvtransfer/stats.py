@@ -1,4 +1,4 @@
-"""What a transfer process tells its worker about itself."""
+"""The statistics that a transfer process sends to its worker."""
 
 import os
 from functools import partial
@@ -13,8 +13,9 @@ from kvtransfer.protocol.machine import TransferMachine
 from kvtransfer.watched import Watched
 
 
-class Account:
-    """`device` is None where the staging buffer is host memory. To be closed."""
+class StatsCollector:
+    """Collects `Stats` from every part of one transfer process. `device` is None where the staging buffer is
+    host memory. To be closed."""
 
     def __init__(
         self,
@@ -31,7 +32,7 @@ class Account:
             self._device_bytes = Watched(partial(device_bytes_of_this_process, device.uuid))
         self._process = psutil.Process()
 
-    def stats(self, peers: int, now_s: float) -> Stats:
+    def collect(self, peers: int, now_s: float) -> Stats:
         machine, writes = self._machine, self._writes
         return Stats(
             epoch=self._epoch,
@@ -51,6 +52,6 @@ class Account:
         )
 
     def close(self) -> None:
-        """Idempotent."""
+        """Ends the thread that asks the driver for figures. Idempotent."""
         if self._device_bytes is not None:
             self._device_bytes.close()

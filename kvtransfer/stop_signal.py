@@ -1,4 +1,4 @@
-"""Turns SIGTERM and SIGINT into something a `zmq.Poller` wakes up for."""
+"""SIGTERM and SIGINT as a file descriptor that a `zmq.Poller` wakes up for."""
 
 import signal
 import socket
@@ -6,8 +6,8 @@ from types import FrameType
 
 
 class StopSignal:
-    """Main thread only. SIGINT counts too: a terminal sends it to the whole process group, and the
-    orderly end is the same."""
+    """Whether a stop signal was `received`. Main thread only. SIGINT counts too: a terminal sends it to the
+    whole process group, and the shutdown is the same."""
 
     def __init__(self) -> None:
         self.received = False

@@ -1,5 +1,6 @@
-"""A figure that takes milliseconds to get, looked at beside the loop that wants it. Asked for there, NVML's
-list of processes would keep a worker from its steps, and a transfer process from its slots, every second."""
+"""A figure that a thread of its own keeps up to date, since it takes milliseconds to get. Asked for in the
+loop, NVML's list of processes would keep a worker from its steps, and a transfer process from its slots,
+every second."""
 
 import threading
 from collections.abc import Callable
@@ -10,8 +11,8 @@ INTERVAL_S = 1.0
 
 
 class Watched(Generic[Figure]):
-    """`latest` is what `look` gave last, little more than `INTERVAL_S` ago. It runs once here, and from then
-    on in a thread of its own; it raises nothing."""
+    """The latest value of `look()`, little more than `INTERVAL_S` old. The constructor calls `look` once, and
+    from then on the thread does. `look` raises nothing."""
 
     def __init__(self, look: Callable[[], Figure]) -> None:
         self.latest = look()
@@ -25,6 +26,6 @@ class Watched(Generic[Figure]):
             self.latest = self._look()
 
     def close(self) -> None:
-        """No look is under way any more. Idempotent."""
+        """Ends the thread: no `look` runs any more. Idempotent."""
         self._ended.set()
         self._thread.join()

@@ -1,7 +1,7 @@
-"""The worker's door: one worker at a time, in one of its lives.
+"""The transfer process's endpoint for its worker: one worker at a time, in one incarnation.
 
-A worker that is attached and reachable keeps its place; another is refused and may ask again. Whoever is
-not attached is told so, which is how a worker learns that this process was restarted.
+A worker that is attached and reachable keeps its place; another is refused and may ask again. A worker that
+is not attached gets `NotAttached`, by which it learns that this process was restarted.
 """
 
 import logging
@@ -23,7 +23,7 @@ WorkerServer = Server[Command, Event]
 
 
 class WorkerPort:
-    """`epoch` is this process's own."""
+    """Receives from the attached worker and sends to it. `epoch` is this process's own."""
 
     def __init__(self, server: WorkerServer, epoch: int) -> None:
         self._server, self._epoch = server, epoch
@@ -31,8 +31,8 @@ class WorkerPort:
         self.attached: AttachWorker | None = None
 
     def receive(self) -> list[AttachWorker | Command]:
-        """What the attached worker says. An `AttachWorker` is to be answered by `accept` or `refuse`."""
-        heard: list[AttachWorker | Command] = []
+        """The commands of the attached worker. `accept` or `refuse` has to answer an `AttachWorker`."""
+        received: list[AttachWorker | Command] = []
         for identity, messages in self._server.receive():
             for message in messages:
                 if isinstance(message, AttachWorker):
@@ -41,13 +41,13 @@ class WorkerPort:
                         self._server.send(identity, [AttachRefused("another worker is attached")])
                     else:
                         self._identity = identity
-                        heard.append(message)
+                        received.append(message)
                 elif identity != self._identity or self._stale(message):
                     self._server.send(identity, [NotAttached(self._epoch)])
                     break
                 else:
-                    heard.append(message)
-        return heard
+                    received.append(message)
+        return received
 
     def accept(self, command: AttachWorker, reply: Attached) -> None:
         self.attached = command

@@ -1,7 +1,7 @@
-"""Unguessable numbers and names for requests and answers.
+"""Random ids: unguessable numbers and names for requests and answers.
 
-They come from the kernel's generator, many at a time: a system call for each would cost a request more than
-its validation does. No byte is used twice.
+The bytes come from the kernel's generator, many at a time: a system call for each id would cost a request
+more than its validation does. No byte is used twice.
 """
 
 import os

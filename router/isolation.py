@@ -1,4 +1,4 @@
-"""Where one loop serves many requests: one that fails fails by itself, and the loop goes on."""
+"""Fault isolation: an error that nobody foresaw ends its own request, and the event loop goes on."""
 
 import logging
 
@@ -8,13 +8,14 @@ BORDERS = ("report", "sweep", "worker_lost", "send", "submit", "end", "metrics",
 
 
 class Borders:
-    """Counts, by the border, what nobody foresaw (`baton_internal_errors_total`)."""
+    """Counts unforeseen errors by the border at which they were stopped (`baton_internal_errors_total`)."""
 
     def __init__(self) -> None:
         self.counts = dict.fromkeys(BORDERS, 0)
 
     def contain(self, where: str, whose: str, error: BaseException) -> None:
-        """Says once what has failed, and for whom. Raises again what is no failure but an order to stop."""
+        """Logs the error once, with the request that it ends, and counts it. Raises it again if it is
+        no failure but an order to stop, like KeyboardInterrupt."""
         # A panic of the Rust libraries is no Exception, so that nobody takes it for an expected one.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise error

@@ -22,12 +22,12 @@ import uvicorn
 from router.api.app import build_app
 from router.api.generate import Service
 from router.api.http_connection import connection_with
-from router.api.openai_requests import BodyDecoder
 from router.chat.chat_template import ChatTemplate
 from router.config import RouterConfig, RouterConfigError
 from router.errors import ApiError
+from router.openai.requests import BodyDecoder
 from router.prepare.generation_config import sampling_defaults
-from router.prepare.process_pool import Preparers
+from router.prepare.process_pool import ProcessPool
 from router.prepare.request import BESIDE_BYTES, BESIDE_TEMPLATE_S, Kit
 from router.routing.dispatcher import Dispatcher
 from router.routing.metrics import Metrics
@@ -92,7 +92,9 @@ def build_service(config: RouterConfig) -> Service:
     template = ChatTemplate(config.model_dir, tokenizer.special_tokens, time_limit_s=BESIDE_TEMPLATE_S)
     template.learn()
     kit = Kit(config.served_model_name, tokenizer, template, BodyDecoder(), max_characters=2 * BESIDE_BYTES)
-    beside = Preparers(config.model_dir, config.served_model_name, tokenizer.converted, config.retry_after_s)
+    beside = ProcessPool(
+        config.model_dir, config.served_model_name, tokenizer.converted, config.retry_after_s
+    )
     metrics = Metrics(retries=RetryBudget(config.max_retries, config.retry_share, config.retry_burst))
     try:
         dispatcher = Dispatcher(config, metrics)

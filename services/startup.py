@@ -18,13 +18,13 @@ from kvtransfer.client import TransferClient
 from kvtransfer.net.channel import ChannelKeys
 from kvtransfer.watched import Watched
 from services.config import WorkerConfig
-from services.engine.checkpoint.model_config import ModelConfig, read_model_config
 from services.engine.engine import Engine
+from services.engine.models.model_config import ModelConfig, read_model_config
 from services.memory.estimate import plan_input_for, transfer_context_bytes
 from services.memory.measure import NotMeasurable, gpu_facts, gpu_process_bytes, host_phase, resident_bytes
 from services.memory.plan import Measured, MemoryPlan, plan_memory
-from services.protocol.messages import Ledger
-from services.tensor_parallel.leader_engine import LeadingEngine
+from services.protocol.worker_status import Ledger
+from services.tensor_parallel.leader_engine import LeaderEngine
 from services.tensor_parallel.messages import RankMemory
 from services.transfer.copies import KvCopier, OwnCopier, RankCopier
 from services.transfer.links import TransferRanks
@@ -38,7 +38,7 @@ ATTACH_TIMEOUT_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class DeviceUse:
-    """Of a GPU: what is taken by all, and by this process (None: nobody tells)."""
+    """A GPU's memory: what is taken by all processes, and by this one (None: not known)."""
 
     uuid: str
     used_bytes: int
@@ -53,8 +53,8 @@ class PreparedWorker:
     model: ModelConfig
     engine: Engine
     transfer: TransferRanks | None
-    moves: list[KvCopier]
-    """Packs and unpacks of each rank; none without transfer processes."""
+    copiers: list[KvCopier]
+    """Of each rank, rank 0 first; none without transfer processes."""
     plan: MemoryPlan
     measured: list[Measured]
     devices: Watched[list[DeviceUse]] | None
@@ -77,11 +77,11 @@ def prepare(config: WorkerConfig, worker_epoch: int, progress: Callable[[int, in
     plan = plan_memory(plan_input_for(config, model, device_name=device_name, device_bytes=device_bytes))
 
     config = replace(config, max_model_len=plan.inputs.max_model_len)
-    engine = Engine(config, model) if config.tp == 1 else LeadingEngine(config, model)
-    transfer, moves = None, []
+    engine = Engine(config, model) if config.tp == 1 else LeaderEngine(config, model)
+    transfer, copiers = None, []
     if config.transfers:
         transfer = _attach(config, engine, worker_epoch)
-        moves = _moves(config, engine, transfer)
+        copiers = _copiers(config, engine, transfer)
 
     started_s = time.monotonic()
     with host_phase() as loading:
@@ -112,13 +112,13 @@ def prepare(config: WorkerConfig, worker_epoch: int, progress: Callable[[int, in
         graphs_bytes=None if on_cpu else graphs_bytes,
         worker_context_bytes=context_bytes if on_cpu else None,
     )
-    others = engine.rank_memory() if isinstance(engine, LeadingEngine) else []
+    others = engine.rank_memory() if isinstance(engine, LeaderEngine) else []
     return PreparedWorker(
         config,
         model,
         engine,
         transfer,
-        moves,
+        copiers,
         plan,
         [measured, *(_measured_by(rank) for rank in others)],
         None if on_cpu else Watched(partial(_look_at_devices, config)),
@@ -154,17 +154,17 @@ def _attach(config: WorkerConfig, engine: Engine, worker_epoch: int) -> Transfer
     )
 
 
-def _moves(config: WorkerConfig, engine: Engine, transfer: TransferRanks) -> list[KvCopier]:
+def _copiers(config: WorkerConfig, engine: Engine, transfer: TransferRanks) -> list[KvCopier]:
     first, *others = transfer.clients
     staging = StagingSlots(first, config.device_index)
     staging.open()
-    moves: list[KvCopier] = [OwnCopier(engine, staging)]
-    if isinstance(engine, LeadingEngine):
+    copiers: list[KvCopier] = [OwnCopier(engine, staging)]
+    if isinstance(engine, LeaderEngine):
         for rank, client in enumerate(others, 1):
-            move = RankCopier(engine, rank, client, config.page_size_tokens)
-            move.open()
-            moves.append(move)
-    return moves
+            copier = RankCopier(engine, rank, client, config.page_size_tokens)
+            copier.map_staging()
+            copiers.append(copier)
+    return copiers
 
 
 def measure_now(prepared: PreparedWorker) -> list[Measured]:
@@ -194,7 +194,7 @@ def ledgers_now(prepared: PreparedWorker) -> list[Ledger]:
 
 
 def _look_at_devices(config: WorkerConfig) -> list[DeviceUse]:
-    """Of every rank; empty where the driver does not tell."""
+    """Of every rank; empty where the driver does not know."""
     try:
         facts = [gpu_facts(config.device_index + rank) for rank in range(config.tp)]
     except NotMeasurable as error:

@@ -23,28 +23,26 @@ import zmq
 
 from kvtransfer.client import TransferLost, WorkerEvent
 from kvtransfer.messages import TransferSpans
-from kvtransfer.net.channel import ChannelKeys, Codec, Server
+from kvtransfer.net.channel import ChannelKeys
 from services.config import WorkerConfig
+from services.protocol.frame_server import open_server
 from services.protocol.messages import (
     VERSION,
     Failed,
     Generate,
     KvTransferFailed,
-    PageCounts,
     Prefill,
     Refusal,
-    Report,
     RepushKv,
     Request,
     ReserveKv,
     RouterHello,
-    Slots,
-    Status,
     StatusRequest,
     TraceRequest,
     WorkerHello,
     WorkerTransferAddress,
 )
+from services.protocol.worker_status import PageUsage, Slots, Status
 from services.rates import Rate
 from services.roles.decode import DecodeRole
 from services.roles.limits import WorkerLimits, named_request
@@ -56,10 +54,8 @@ from services.scheduler.pages import PagePool
 from services.startup import PreparedWorker, ledgers_now, prepare
 from services.tracing import Tracing
 from services.transfer.links import TransferRanks, total_counts
-from services.transfer.pull import KvPull
-from services.transfer.pull_parts import PullParts
-from services.transfer.push import KvPush
-from services.transfer.push_parts import PushParts
+from services.transfer.receiver import KvReceiver
+from services.transfer.sender import KvSender
 
 log = logging.getLogger(__name__)
 
@@ -104,14 +100,14 @@ class Worker:
         self.transfer: TransferRanks | None = prepared.transfer
         pool = PagePool(prepared.plan.pages, config.page_size_tokens, config.prefix_cache)
         keys = None if config.key_dir is None else ChannelKeys.load(config.key_dir)
-        self.server: Server[Request, Report] = Server(
+        self._lost_routers: list[bytes] = []
+        """Their connections have ended, their requests are still here."""
+        self.server = open_server(
             config.listen,
-            Codec(Request),
-            Codec(Report),
-            keys=keys,
+            keys,
             on_drop=self._count_drop,
-            refusal=Refusal,
             on_bad=self._on_bad,
+            on_end=self._lost_routers.append,
         )
         limits = WorkerLimits(
             vocab_size=engine.vocab_size,
@@ -211,6 +207,8 @@ class Worker:
                     self._accept(router, request)
                 except Exception as error:
                     self._refuse(router, request, error)
+        while self._lost_routers:
+            self._drop_router(self._lost_routers.pop())
 
     def _on_event(self, event: WorkerEvent) -> None:
         if isinstance(event, TransferSpans):
@@ -218,7 +216,7 @@ class Worker:
             return
         self.role.on_transfer(event)
         if isinstance(event, TransferLost):
-            self.prepared.moves[event.rank].let_go()
+            self.prepared.copiers[event.rank].unmap_staging()
 
     def _on_bad(self, router: bytes, said: object, why: str) -> None:
         """A message that is no request. If it says which one it would be, its router need not wait for it."""
@@ -363,7 +361,7 @@ class Worker:
             running=occupancy.running,
             reserved=occupancy.reserved,
             holding=occupancy.holding,
-            pages=PageCounts(pages.total, pages.free, pages.cached, pages.used),
+            pages=PageUsage(pages.total, pages.free, pages.cached, pages.used),
             slots=slots,
             slots_age_s=0.0 if transfer is None else time.monotonic() - transfer.stats_at_s,
             open_sends=sum(one.open_sends for one in stats),
@@ -378,15 +376,13 @@ class Worker:
 
 
 def _build_role(parts: WorkerContext, prepared: PreparedWorker) -> Role:
-    role, transfer, moves = prepared.config.role, prepared.transfer, prepared.moves
+    role, transfer = prepared.config.role, prepared.transfer
     kv_heads = prepared.model.kv_heads
     if role == "unified":
         return UnifiedRole(parts)
     if transfer is None:
         raise ValueError(f"--transfer: a {role} worker needs the address of its transfer process")
-    both = list(zip(moves, transfer.clients, strict=True))
+    ranks = zip(prepared.copiers, transfer.clients, strict=True)
     if role == "prefill":
-        lanes = [KvPush(move, client, parts.clock, parts.spans) for move, client in both]
-        return PrefillRole(parts, PushParts(lanes, kv_heads))
-    pulls = [KvPull(move, client, parts.clock, parts.spans) for move, client in both]
-    return DecodeRole(parts, PullParts(pulls, kv_heads))
+        return PrefillRole(parts, KvSender(ranks, kv_heads, parts.clock, parts.spans))
+    return DecodeRole(parts, KvReceiver(ranks, kv_heads, parts.clock, parts.spans))

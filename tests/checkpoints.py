@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-Family = Literal["llama", "mistral", "qwen2", "qwen3"]
-FAMILIES: tuple[Family, ...] = ("llama", "mistral", "qwen2", "qwen3")
+Family = Literal["llama", "mistral", "qwen2", "qwen3", "qwen3_moe"]
+FAMILIES: tuple[Family, ...] = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 
 VOCAB_SIZE = 320
 BOS, IM_START, IM_END = "<|bos|>", "<|im_start|>", "<|im_end|>"
@@ -87,6 +87,8 @@ def make_checkpoint(
     }
     if family == "mistral":
         values["sliding_window"] = None
+    if family == "qwen3_moe":
+        values |= {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
     values.update(config_overrides)
     config = AutoConfig.for_model(family, **values)
 
@@ -106,7 +108,8 @@ def make_checkpoint(
 
 
 def _fill(name: str, parameter: Any) -> None:
-    """Norm weights around 1, biases of the activations' size, matrices that keep the variance."""
+    """Norm weights around 1, biases of the activations' size, matrices that keep the variance, also where
+    those of several experts are one tensor."""
     if "norm" in name:
         parameter.normal_(1.0, 0.2)
     elif name.endswith("bias"):
@@ -114,7 +117,7 @@ def _fill(name: str, parameter: Any) -> None:
     elif "embed" in name:
         parameter.normal_(0.0, 0.7)
     else:
-        parameter.normal_(0.0, 1.3 * parameter.shape[1] ** -0.5)
+        parameter.normal_(0.0, 1.3 * parameter.shape[-1] ** -0.5)
 
 
 def write_tokenizer(directory: Path, eos: bool = True) -> dict[str, int]:

@@ -1,5 +1,5 @@
-"""A worker without a model: a real ZMQ peer that speaks `services/protocol/messages.py` and answers from a
-script.
+"""A worker without a model: a real peer on a UNIX socket that speaks `services/protocol/messages.py` and
+answers from a script.
 
 For tests of the router. One thread owns the socket; a test changes the `Script`, looks at what came by `of`
 and `wait_for`, and has things done in that thread by `act`. To answer a message and to note it is one act:
@@ -16,7 +16,8 @@ from typing import TypeVar
 
 import zmq
 
-from kvtransfer.net.channel import Codec, Server
+from kvtransfer.net.codec import Codec
+from services.protocol.frame_server import FrameServer
 from services.protocol.messages import (
     VERSION,
     Cancel,
@@ -25,9 +26,6 @@ from services.protocol.messages import (
     FinishReason,
     FirstToken,
     Generate,
-    Ledger,
-    LedgerEntry,
-    PageCounts,
     Prefill,
     PrefillDone,
     Refusal,
@@ -37,9 +35,7 @@ from services.protocol.messages import (
     Role,
     RouterHello,
     SequenceRequest,
-    Slots,
     StartDecode,
-    Status,
     StatusRequest,
     TokenLogprob,
     Tokens,
@@ -47,6 +43,7 @@ from services.protocol.messages import (
     WorkerHello,
     WorkerTransferAddress,
 )
+from services.protocol.worker_status import Ledger, LedgerEntry, PageUsage, Slots, Status
 from tests.patience import patient
 
 DEADLINE_S = patient(30.0)
@@ -190,7 +187,7 @@ class FakeWorker:
     # -- the thread
 
     def _run(self) -> None:
-        server: Server[Request, Report] = Server(
+        server: FrameServer[Request, Report] = FrameServer(
             self.endpoint, Codec[Request](Request), Codec[Report](Report), on_drop=lambda reason: None
         )
         self._server = server
@@ -344,7 +341,7 @@ class FakeWorker:
             running=len(self._works),
             reserved=0,
             holding=0,
-            pages=PageCounts(256, 200, 36, 20),
+            pages=PageUsage(256, 200, 36, 20),
             slots=Slots(16, 14, 1, 1, 0),
             slots_age_s=0.0,
             open_sends=0,

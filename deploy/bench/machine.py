@@ -1,4 +1,4 @@
-"""What figures are from: the versions that are installed, and the processor."""
+"""Where figures are from: the versions that are installed, and the processor."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version

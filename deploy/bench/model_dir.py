@@ -1,7 +1,7 @@
 """A model directory to put a load on, with no weights: `python -m deploy.bench.model_dir DIR`.
 
 It has a known model's configuration, and a byte-level tokenizer in which every id of that model's vocabulary
-is a word of its own: with random weights every id may be drawn, and each has to show in the stream that is
+is a word of its own: with random weights every id may be sampled, and each has to show in the stream that is
 measured. `baton serve DIR --load-format dummy` and the `bench` commands take it.
 """
 

@@ -18,8 +18,8 @@ from deploy.settings.planning import (
     resolve_mem_fraction,
 )
 from services.config import Device, KvDtype, Quantization, WorkerConfig
-from services.engine.checkpoint.model_config import read_model_config
 from services.engine.errors import CheckpointError
+from services.engine.models.model_config import read_model_config
 
 CPU_SHRINK = 64
 MAX_QUEUE = 1 << 16
@@ -72,10 +72,10 @@ def _run(settings: BenchEngineSettings, device: Device, directory: Path) -> int:
     checked_plan(config, settings.device_memory)
     facts = device_facts(device, 0, settings.device_memory)
 
-    from deploy.bench.engine.engine import BenchOrder
+    from deploy.bench.engine.engine import BenchRequest
     from deploy.bench.engine.engine import run as run_bench
 
-    order = BenchOrder(
+    request = BenchRequest(
         config=config,
         worker_flags=_worker_flags(config),
         model_name=settings.model_config,
@@ -101,7 +101,7 @@ def _run(settings: BenchEngineSettings, device: Device, directory: Path) -> int:
         out=settings.out,
         trace=settings.trace,
     )
-    return run_bench(order)
+    return run_bench(request)
 
 
 def _worker_flags(config: WorkerConfig) -> tuple[str, ...]:

@@ -4,10 +4,10 @@ from deploy.bench.load.options import BenchLayoutsSettings
 
 
 def run(settings: BenchLayoutsSettings) -> None:
-    from deploy.bench.load.rates import limits_of
     from deploy.bench.serving.chart import draw
     from deploy.bench.serving.layouts import measured
     from deploy.bench.serving.report import best_lines, result, write_json
+    from deploy.bench.serving.statistics import limits_of
 
     systems = measured(settings, settings.layouts)
     limits, model_name = limits_of(settings), settings.model_dir.resolve().name

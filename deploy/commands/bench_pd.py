@@ -4,10 +4,10 @@ from deploy.bench.load.options import BenchPdSettings, Layout
 
 
 def run(settings: BenchPdSettings) -> None:
-    from deploy.bench.load.rates import limits_of
     from deploy.bench.serving.chart import draw
     from deploy.bench.serving.layouts import measured
     from deploy.bench.serving.report import result, write_json
+    from deploy.bench.serving.statistics import limits_of
     from deploy.bench.serving.verdict import verdict
 
     layouts = (Layout(settings.prefill, settings.decode), Layout(unified=settings.prefill + settings.decode))

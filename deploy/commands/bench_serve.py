@@ -10,12 +10,12 @@ def run(settings: BenchServeSettings) -> None:
     import uvloop
 
     from deploy.bench.load.errors import LoadError
-    from deploy.bench.load.rates import limits_of, rates_of
+    from deploy.bench.load.rates import rates_of
     from deploy.bench.load.target import served_model, target_of
     from deploy.bench.serving import report
     from deploy.bench.serving.chart import check_matplotlib, draw
     from deploy.bench.serving.measure import measure
-    from deploy.bench.serving.statistics import System
+    from deploy.bench.serving.statistics import System, limits_of
 
     report.check_writable(out=settings.out, chart=settings.chart)
     if settings.chart is not None:

@@ -2,7 +2,7 @@
 
 from deploy.errors import UserError
 from deploy.launcher import run_directory
-from deploy.launcher.control import give_order
+from deploy.launcher.control import request_scale
 from deploy.launcher.scale_plan import Scale
 from deploy.settings.options import ScaleSettings
 
@@ -19,5 +19,5 @@ def run(settings: ScaleSettings) -> None:
         nobody = f"--port: no `baton serve` of yours has port {settings.port} on this host"
     if not paths:
         raise UserError(nobody)
-    for line in give_order(paths, wanted):
+    for line in request_scale(paths, wanted):
         print(line, flush=True)

@@ -7,48 +7,23 @@ import typer
 
 from deploy.errors import UserError
 from deploy.launcher import run_directory
-from deploy.launcher.children import WorkerSlot, child_specs, worker_configs, worker_endpoints, worker_slots
-from deploy.launcher.control import taking_orders
+from deploy.launcher.children import child_specs, worker_endpoints
+from deploy.launcher.control import control_server
 from deploy.launcher.launcher import Launcher
 from deploy.launcher.output import Screen
+from deploy.launcher.preflight import checked_slots
 from deploy.launcher.readiness import Welcome, claim_port
 from deploy.launcher.scaling import Host, Scaling
 from deploy.settings.api_keys import api_keys
 from deploy.settings.options import ServeSettings
-from deploy.settings.planning import (
-    check_checkpoint,
-    check_gpu_is_here,
-    check_model_dir,
-    check_shared_gpus,
-    resolve_device,
-)
 from deploy.settings.web_origins import allowed_origins
 from router.config import RouterConfigError
 from router.prepare.generation_config import SamplingDefaults, sampling_defaults
-from services.config import Device
-from services.engine.checkpoint.model_config import ModelConfig
 from services.memory.measure import gpu_count
 
 
-def checked_slots(settings: ServeSettings) -> tuple[Device, list[WorkerSlot], ModelConfig]:
-    """Who there will be, on what, and of which model. Raises UserError for whatever can be known before
-    anything starts."""
-    check_model_dir(settings.model_dir)
-    model = check_checkpoint(settings.model_dir, settings.load_format)
-    device = resolve_device(settings.device)
-    gpus = gpu_count() if device == "cuda" else 0
-    if device == "cuda" and not gpus:
-        raise UserError("--device cuda: no NVIDIA GPU is visible here; use --device cpu")
-    slots = worker_slots(settings, gpus)
-    if device == "cuda":
-        for index in sorted({index for slot in slots for index in slot.device_indices}):
-            check_gpu_is_here(index, settings.device_memory)
-        check_shared_gpus(worker_configs(settings, slots), settings.device_memory)
-    return device, slots, model
-
-
 async def _serve(launcher: Launcher, scaling: Scaling, control: Path) -> int:
-    async with taking_orders(control, scaling.scale):
+    async with control_server(control, scaling.scale):
         return await launcher.run()
 
 

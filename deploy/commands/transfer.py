@@ -1,7 +1,5 @@
 """`baton transfer`: the transfer process of one worker."""
 
-from typing import cast
-
 from deploy.errors import UserError
 from deploy.launcher.child import child_of_launcher, log_to_stderr
 from deploy.settings.options import TransferSettings
@@ -11,7 +9,7 @@ SHUTDOWN_GRACE_S = 5.0
 
 
 def run(settings: TransferSettings) -> None:
-    from kvtransfer.config import MoverName, TransferConfig
+    from kvtransfer.config import TransferConfig
     from kvtransfer.errors import TransferConfigError
     from kvtransfer.process import run as run_transfer
 
@@ -27,7 +25,7 @@ def run(settings: TransferSettings) -> None:
             device_index=settings.device_index,
             slots=settings.staging_slots,
             slot_bytes=resolve_slot_bytes(settings.staging_slot_bytes, device),
-            mover=cast(MoverName, settings.mover),
+            mover=settings.mover,
             checksum=settings.checksum,
             key_dir=settings.key_dir,
             transfer_timeout_s=settings.transfer_timeout,

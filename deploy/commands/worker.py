@@ -9,7 +9,7 @@ from deploy.errors import UserError
 from deploy.launcher.child import child_of_launcher, log_to_stderr
 from deploy.settings.options import WorkerSettings
 from deploy.settings.planning import check_gpu_is_here, check_model_dir, checked_plan, worker_config
-from services.engine.checkpoint.model_config import read_model_config
+from services.engine.models.model_config import read_model_config
 from services.protocol.messages import Role
 
 log = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""What `baton serve` starts: the command line of every child. Pure: settings in, values out."""
+"""Specs of the processes that `baton serve` starts: each one's command line. Settings in, values out."""
 
 import os
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ class ChildSpec:
 
 @dataclass(frozen=True, slots=True)
 class WorkerSlot:
-    """One worker to be: its role, its number within the role, its ranks, the first one's GPU."""
+    """One worker before it is started: role, number within the role, ranks, the first rank's GPU."""
 
     role: Role
     number: int
@@ -44,7 +44,7 @@ class WorkerSlot:
 
     @property
     def transfer_names(self) -> list[str]:
-        """Of its transfer processes, one for each rank."""
+        """The names of its transfer processes, one for each rank."""
         if not self.staged:
             return []
         return [f"{self.name}-transfer", *(f"{self.name}-transfer-{rank}" for rank in range(1, self.tp))]
@@ -55,8 +55,8 @@ class WorkerSlot:
 
 
 def worker_slots(settings: ServeSettings, gpus: int) -> list[WorkerSlot]:
-    """Who there will be. Workers take GPUs one after the other, as many as they have ranks, and begin anew
-    where the rest are too few. Raises UserError if nobody could serve."""
+    """The workers that a system starts with. They take GPUs one after the other, as many as they have ranks,
+    and begin anew where the rest are too few. Raises UserError if no worker could serve."""
     alone = settings.unified > 0
     prefill = (0 if alone else 1) if settings.prefill is None else settings.prefill
     decode = (0 if alone else 1) if settings.decode is None else settings.decode
@@ -87,7 +87,7 @@ def check_counts(prefill: int, decode: int, unified: int) -> None:
 
 
 def ranks_of(settings: ServeSettings, role: Role, gpus: int) -> int:
-    """Of one worker of the role. Raises UserError if it needs more than there are `gpus` (0: on a CPU)."""
+    """The ranks of one worker of a role. Raises UserError for more than there are `gpus` (0: on a CPU)."""
     given = {"prefill": settings.prefill_tp, "decode": settings.decode_tp, "unified": None}
     tp = given[role] or settings.tp
     if gpus and tp > gpus:
@@ -96,7 +96,7 @@ def ranks_of(settings: ServeSettings, role: Role, gpus: int) -> int:
 
 
 def worker_configs(settings: ServeSettings, slots: list[WorkerSlot]) -> list[WorkerConfig]:
-    """The same values that the workers' own command lines will give, for checks before anything starts."""
+    """The configurations that the workers' command lines will give, for checks before anything starts."""
     return [
         worker_config(
             settings,
@@ -116,10 +116,10 @@ def worker_configs(settings: ServeSettings, slots: list[WorkerSlot]) -> list[Wor
 def child_specs(
     settings: ServeSettings, slots: list[WorkerSlot], device: Device, run_dir: Path, port: int
 ) -> list[ChildSpec]:
-    """Every child, in the order of starting. All "auto" values are settled here, once for all of them."""
+    """The specs of every child, in the order of starting. All "auto" values are settled here, once."""
     specs = worker_specs(settings, slots, device, run_dir)
-    family = _family(run_dir)
-    router = ["router", str(settings.model_dir), "--host", settings.host, "--port", str(port), *family]
+    common = _common(run_dir)
+    router = ["router", str(settings.model_dir), "--host", settings.host, "--port", str(port), *common]
     router += ["--workers-file", str(run_dir / WORKERS)]
     router += ["--drain-timeout", _number(drain_of(ChildKind.ROUTER, settings.drain_timeout))]
     router += ["--generation-config", settings.generation_config]
@@ -151,22 +151,22 @@ def child_specs(
 def worker_specs(
     settings: ServeSettings, slots: list[WorkerSlot], device: Device, run_dir: Path
 ) -> list[ChildSpec]:
-    """The transfer processes of these workers, then the workers."""
-    family = _family(run_dir)
+    """The specs of these workers' transfer processes, then of the workers."""
+    common = _common(run_dir)
     transfers = [
-        _transfer(settings, slot, rank, device, run_dir, family)
+        _transfer(settings, slot, rank, device, run_dir, common)
         for slot in slots
         for rank in range(len(slot.transfer_names))
     ]
-    return [*transfers, *(_worker(settings, slot, device, run_dir, family) for slot in slots)]
+    return [*transfers, *(_worker(settings, slot, device, run_dir, common) for slot in slots)]
 
 
 def worker_endpoints(slots: list[WorkerSlot], run_dir: Path) -> list[str]:
-    """Where routers find these workers."""
+    """The endpoints where routers find these workers."""
     return [_ipc(run_dir, slot.name) for slot in slots]
 
 
-def _family(run_dir: Path) -> tuple[str, ...]:
+def _common(run_dir: Path) -> tuple[str, ...]:
     return ("--run-dir", str(run_dir), "--parent-pid", str(os.getpid()))
 
 
@@ -176,11 +176,11 @@ def _transfer(
     rank: int,
     device: Device,
     run_dir: Path,
-    family: tuple[str, ...],
+    common: tuple[str, ...],
 ) -> ChildSpec:
     name = slot.transfer_names[rank]
     peer, staging = name.replace("-transfer", "-peer"), name.replace("-transfer", "-staging")
-    arguments = ["transfer", "--name", name, *family]
+    arguments = ["transfer", "--name", name, *common]
     arguments += ["--listen", _ipc(run_dir, name), "--peer-listen", _ipc(run_dir, peer)]
     arguments += ["--staging-socket", str(run_dir / staging)]
     arguments += ["--device", device, "--device-index", str(slot.device_indices[rank])]
@@ -192,9 +192,9 @@ def _transfer(
 
 
 def _worker(
-    settings: ServeSettings, slot: WorkerSlot, device: Device, run_dir: Path, family: tuple[str, ...]
+    settings: ServeSettings, slot: WorkerSlot, device: Device, run_dir: Path, common: tuple[str, ...]
 ) -> ChildSpec:
-    arguments = ["worker", str(settings.model_dir), "--role", slot.role, "--name", slot.name, *family]
+    arguments = ["worker", str(settings.model_dir), "--role", slot.role, "--name", slot.name, *common]
     arguments += ["--listen", _ipc(run_dir, slot.name)]
     for name in slot.transfer_names:
         arguments += ["--transfer", _ipc(run_dir, name)]
@@ -219,7 +219,7 @@ def _worker(
 
 
 def _staging(settings: ServeSettings, device: Device, tp: int = 1) -> list[str]:
-    """`tp` ranks divide a worker's slots."""
+    """The staging flags of one rank: `tp` ranks divide a worker's slots."""
     slot_bytes = rank_slot_bytes(resolve_slot_bytes(settings.staging_slot_bytes, device), tp)
     return ["--staging-slots", str(settings.staging_slots), "--staging-slot-bytes", str(slot_bytes)]
 

@@ -1,4 +1,4 @@
-"""What `baton scale` says to a launcher: one order over its UNIX socket, and lines until it is carried out.
+"""The control socket of a launcher: `baton scale` sends one command, and gets lines until it is carried out.
 
 The socket lies in the launcher's run directory, which only its user can enter. A line is a JSON object.
 """
@@ -20,33 +20,33 @@ _CONNECT_S = 2.0
 
 
 class Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the launcher tells. The last one has an `end`; that of "refused" is the reason."""
+    """One line of the launcher's answer. The last one has an `end`; that of "refused" is the reason."""
 
     text: str
     end: Literal["done", "refused"] | None = None
 
 
-Order = Callable[[Scale, Callable[[str], None]], Awaitable[None]]
-"""Carries an order out and tells how it goes. Raises UserError."""
+ScaleHandler = Callable[[Scale, Callable[[str], None]], Awaitable[None]]
+"""Carries out a command, and calls its second argument with lines of progress. Raises UserError."""
 
 
 @contextlib.asynccontextmanager
-async def taking_orders(path: Path, order: Order) -> AsyncIterator[None]:
-    """Listens at `path` while the block runs."""
+async def control_server(path: Path, handler: ScaleHandler) -> AsyncIterator[None]:
+    """A server at `path`, while the block runs, for one command a connection."""
 
     async def on_connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        def tell(text: str, end: Literal["done", "refused"] | None = None) -> None:
-            # Whoever asked may be gone; the order is carried out all the same.
+        def send(text: str, end: Literal["done", "refused"] | None = None) -> None:
+            # The client may be gone; its command is carried out all the same.
             writer.write(msgspec.json.encode(Line(text, end)) + b"\n")
 
         try:
             wanted = msgspec.json.decode(await reader.readline(), type=Scale)
-            await order(wanted, tell)
-            tell("", "done")
+            await handler(wanted, send)
+            send("", "done")
         except UserError as error:
-            tell(str(error), "refused")
+            send(str(error), "refused")
         except (msgspec.MsgspecError, ValueError) as error:
-            tell(f"not an order: {error}", "refused")
+            send(f"not a command: {error}", "refused")
         finally:
             with contextlib.suppress(OSError):
                 writer.close()
@@ -59,8 +59,8 @@ async def taking_orders(path: Path, order: Order) -> AsyncIterator[None]:
         server.close()
 
 
-def give_order(paths: list[Path], wanted: Scale) -> Iterator[str]:
-    """Has the first launcher that listens at one of `paths` carry it out; yields what it tells.
+def request_scale(paths: list[Path], wanted: Scale) -> Iterator[str]:
+    """Sends `wanted` to the first launcher that listens at one of `paths`; yields its lines of progress.
 
     Raises UserError if none listens, it refuses, or it ends meanwhile.
     """

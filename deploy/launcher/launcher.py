@@ -49,8 +49,8 @@ class Child:
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     started_s: float = 0.0
     last_lines: deque[str] = field(default_factory=lambda: deque(maxlen=_MESSAGE_LINES))
-    held: list[OutputPiece] = field(default_factory=list)
-    """The lines of an error, not shown yet: the launcher's last line may say it."""
+    deferred: list[OutputPiece] = field(default_factory=list)
+    """The lines of an error that are not shown yet: the launcher's last line may say it."""
     on_trial: bool = False
     """It was added at run time and has never been ready: if it cannot live, only it is given up."""
     given_up: str = ""
@@ -62,7 +62,7 @@ class Child:
         return self.process is not None and self.process.poll() is None
 
     def message(self) -> str:
-        """The error it ended with, as it put it; empty if it said none."""
+        """The error that the child printed before it ended; empty if there is none."""
         lines = list(self.last_lines)
         starts = [index for index, line in enumerate(lines) if line.startswith(_ERROR_MARK)]
         return "\n".join(lines[starts[-1] :]).removeprefix(_ERROR_MARK) if starts else ""
@@ -118,7 +118,7 @@ class Launcher:
         return 0
 
     def stop(self) -> None:
-        """What a first signal does: everything drains and ends, and `run` returns."""
+        """Does what a first signal does: every child drains and ends, and `run` returns."""
         self._stopping.set()
 
     @property
@@ -155,21 +155,21 @@ class Launcher:
     async def _supervise(self, child: Child) -> None:
         try:
             while not self._stopping.is_set():
-                code = await self._live(child)
+                code = await self._run_once(child)
                 if self._stopping.is_set() or child.dismissed.is_set():
-                    self._show_held(child)
+                    self._show_deferred(child)
                     return
-                lived_s = time.monotonic() - child.started_s
-                decision = child.policy.on_exit(code, lived_s, random.random())
+                uptime_s = time.monotonic() - child.started_s
+                decision = child.policy.on_exit(code, uptime_s, random.random())
                 if isinstance(decision, GiveUp):
                     reason = f"{child.spec.name} {decision.reason}: {child.message() or _ending(code)}"
                     if child.on_trial:
                         child.given_up = reason
                     else:
                         self._give_up(reason, code if code == CONFIGURATION_ERROR else 1)
-                    self._show_held(child)
+                    self._show_deferred(child)
                     return
-                self._show_held(child)
+                self._show_deferred(child)
                 self._screen.say(
                     f"{child.spec.name} {_ending(code)}; starts again in {decision.delay_s:.1f} s"
                 )
@@ -179,7 +179,7 @@ class Launcher:
             self._give_up(f"{child.spec.name} cannot be supervised: {error!r}")
 
     async def _pause(self, child: Child, delay_s: float) -> bool:
-        """True: it is not needed any more."""
+        """Waits out a back-off. True: the child is not needed any more."""
         waits = [asyncio.create_task(one.wait()) for one in (self._stopping, child.dismissed)]
         try:
             done, _ = await asyncio.wait(waits, timeout=delay_s, return_when=asyncio.FIRST_COMPLETED)
@@ -188,8 +188,8 @@ class Launcher:
                 wait.cancel()
         return bool(done)
 
-    async def _live(self, child: Child) -> int:
-        """One life of a child, from start to exit code. Its output is forwarded to the last byte."""
+    async def _run_once(self, child: Child) -> int:
+        """One incarnation of a child, from start to exit code. Its output is forwarded to the last byte."""
         process = self._start(child)
         forward = asyncio.create_task(self._forward(child, process))
         code = await _exit_code(process)
@@ -200,7 +200,7 @@ class Launcher:
 
     def _start(self, child: Child) -> subprocess.Popen[bytes]:
         child.last_lines.clear()
-        child.held.clear()
+        child.deferred.clear()
         child.ended.clear()
         child.started_s = time.monotonic()
         child.process = subprocess.Popen(
@@ -234,21 +234,21 @@ class Launcher:
     def _show(self, child: Child, thinner: ProgressThinner, piece: OutputPiece) -> None:
         if not piece.passing:
             child.last_lines.append(piece.text)
-        if child.held or (not piece.passing and piece.text.startswith(_ERROR_MARK)):
-            child.held.append(piece)
-            if len(child.held) > _MESSAGE_LINES:
-                self._show_held(child)
+        if child.deferred or (not piece.passing and piece.text.startswith(_ERROR_MARK)):
+            child.deferred.append(piece)
+            if len(child.deferred) > _MESSAGE_LINES:
+                self._show_deferred(child)
             return
         if self._screen.is_terminal or thinner.keep(piece):
             self._screen.child_line(child.spec.name, child.index, piece)
 
-    def _show_held(self, child: Child) -> None:
+    def _show_deferred(self, child: Child) -> None:
         """The lines of the error that a child ended with, unless the launcher itself ends with that error."""
         said = child.message()
         if not said or said not in (self._failure or ""):
-            for piece in child.held:
+            for piece in child.deferred:
                 self._screen.child_line(child.spec.name, child.index, piece)
-        child.held.clear()
+        child.deferred.clear()
 
     # ------------------------------------------------------------ ready
 
@@ -323,7 +323,7 @@ async def _ended(child: Child, deadline_s: float) -> None:
 
 
 def _signal(child: Child, number: signal.Signals) -> None:
-    """SIGKILL goes to all that the child started; SIGTERM to it alone, which then ends its own."""
+    """Sends SIGKILL to all that the child started, SIGTERM to the child alone, which then ends its own."""
     if child.process is None or not child.alive:
         return
     if number is signal.SIGKILL:
@@ -339,7 +339,7 @@ def _signal_group(leader_pid: int, number: signal.Signals) -> None:
 
 
 def _environment(spec: ChildSpec) -> dict[str, str]:
-    """Ours without BATON_*: everything was settled here and stands in the child's arguments."""
+    """A child's environment is ours without BATON_*: its arguments say everything that was settled here."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("BATON_")}
     return {**kept, "PYTHONUNBUFFERED": "1", **dict(spec.secrets)}
 

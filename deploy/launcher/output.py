@@ -39,7 +39,7 @@ class LineAssembler:
             self._rest = b""
 
     def end(self) -> Iterator[OutputPiece]:
-        """What was left without a line end."""
+        """The rest, which had no line end."""
         rest, self._rest = self._rest.rstrip(b"\r"), b""
         if rest:
             yield OutputPiece(_text(rest), False)
@@ -47,7 +47,7 @@ class LineAssembler:
 
 @dataclass(slots=True)
 class ProgressThinner:
-    """Where nothing can be overwritten: of a progress bar, one line for about every quarter."""
+    """Keeps one line of a progress bar for about every quarter, where nothing can be overwritten."""
 
     _shown: int = -1
 
@@ -68,7 +68,7 @@ class ProgressThinner:
 
 @dataclass(slots=True)
 class Screen:
-    """Where the launcher writes. A reader that went away is no reason to end."""
+    """The output of the launcher. A reader that went away is no reason to end."""
 
     stream: TextIO = field(default_factory=lambda: sys.stdout)
     _in_place: bool = False

@@ -23,12 +23,12 @@ class Welcome:
 
     @property
     def url(self) -> str:
-        """As seen from this host."""
+        """The router's address, as seen from this host."""
         host = "127.0.0.1" if self.host in _EVERYWHERE else self.host
         return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
 
     def text(self) -> str:
-        """What to tell the user: the address and a request that works as it stands.
+        """What the user sees at the start: the address and a request that works as it stands.
 
         A key is not shown but named, wherever it came from. The note has a line of its own: not every shell
         takes a comment at a command's end.
@@ -66,7 +66,7 @@ class SeenWorker:
 
 
 def seen_workers(welcome: Welcome) -> dict[str, SeenWorker] | None:
-    """By endpoint. None: the router does not answer."""
+    """The router's workers by endpoint. None: the router does not answer."""
     request = urllib.request.Request(f"{welcome.url}/cluster")
     if welcome.api_key is not None:
         request.add_header("Authorization", f"Bearer {welcome.api_key}")

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 WORKERS = "workers"
-"""The file that tells the router who its workers are."""
+"""The file that lists the router's workers."""
 _FRESH_WORKERS = "workers.new"
 _CONTROL = "control-"
 _NAME = re.compile(r"baton-(\d+)-(\d+)")
@@ -34,19 +34,19 @@ def create(base: Path | None = None) -> Path:
 
 
 def write_workers(directory: Path, endpoints: list[str]) -> None:
-    """Whole, or not at all."""
+    """Replaces the list of workers as a whole."""
     fresh = directory / _FRESH_WORKERS
     fresh.write_text("".join(f"{endpoint}\n" for endpoint in endpoints), encoding="utf-8")
     fresh.replace(directory / WORKERS)
 
 
 def control_socket(directory: Path, port: int) -> Path:
-    """Where the launcher whose router listens on `port` takes orders."""
+    """Where the launcher whose router listens on `port` takes commands."""
     return directory / f"{_CONTROL}{port}"
 
 
 def find_control_sockets(port: int, base: Path | None = None) -> list[Path]:
-    """Of this user's launchers, below `base`; some may be dead."""
+    """The sockets of this user's launchers, below `base`; some of these may be dead."""
     bases = {Path(tempfile.gettempdir()), Path("/tmp")} if base is None else {base}
     directories = sorted(directory for one in bases for directory in one.glob("baton-*-*"))
     sockets = [control_socket(directory, port) for directory in directories if _is_ours(directory)]
@@ -69,7 +69,7 @@ def leave(directory: Path, launcher_lives: bool) -> None:
 
 
 def remove(directory: Path) -> None:
-    """Also when the last child has already done so."""
+    """Removes the directory, also when the last child has already done so."""
     shutil.rmtree(directory, ignore_errors=True)
 
 

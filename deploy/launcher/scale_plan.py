@@ -66,6 +66,6 @@ def _occupy(load: list[int], slot: WorkerSlot) -> None:
 
 
 def counted(slots: list[WorkerSlot]) -> str:
-    """Like `2 prefill, 1 decode`."""
+    """Counts of workers in words, like `2 prefill, 1 decode`."""
     counts = {role: sum(slot.role == role for slot in slots) for role in get_args(Role)}
     return ", ".join(f"{count} {role}" for role, count in counts.items() if count)

@@ -1,9 +1,9 @@
-"""Workers of a running `baton serve` are started and drained: what `baton scale` orders.
+"""Workers of a running `baton serve` are started and drained, as `baton scale` asks.
 
 1. Who joins and who leaves (scale_plan.py), and whether the GPUs have room: refused before anything happens.
-2. Join: the transfer processes and workers start; the router is told by its workers file, and gives them work
-   as soon as they are ready. One that cannot live is taken back, with all that joined in the same order.
-3. Leave, highest number first: the router is told, gives a leaving worker nothing more, and parts with it
+2. Join: the transfer processes and workers start; the router reads them from its workers file, and gives
+   them work as soon as they are ready. One that cannot live is taken back, with all that joined beside it.
+3. Leave, highest number first: the router reads it there, gives a leaving worker nothing more, and drops it
    when its requests have ended. Then SIGTERM to the worker, and to its transfer processes after it; each
    within its share of the drain timeout. What has not ended by then goes on elsewhere, as after its death.
 
@@ -34,7 +34,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """What was settled when the system started."""
+    """What was settled about this host when the system started."""
 
     settings: ServeSettings
     device: Device
@@ -52,7 +52,8 @@ class Scaling:
         self._grace_s = {stage.kind: stage.grace_s for stage in stages}
 
     async def scale(self, wanted: Scale, say: Say) -> None:
-        """Returns when it is done. Raises UserError where it cannot be, or was interrupted."""
+        """Starts and drains workers, and returns when that is done. Raises UserError where it cannot be, or
+        was interrupted."""
         if self._changing:
             raise UserError("another change is under way; try again when it has ended")
         self._changing = True
@@ -78,7 +79,7 @@ class Scaling:
         say(f"there are {counted(self._slots)} workers")
 
     def _check(self, slots: list[WorkerSlot]) -> None:
-        """Whether the GPUs have room for all of them. Raises UserError."""
+        """Raises UserError unless the GPUs have room for all the workers."""
         settings = self._host.settings
         if self._host.device == "cuda":
             for index in sorted({index for slot in slots for index in slot.device_indices}):

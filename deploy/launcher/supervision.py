@@ -75,6 +75,6 @@ def shutdown_stages(drain_timeout_s: float) -> tuple[StopStage, ...]:
 
 
 def drain_of(kind: ChildKind, drain_timeout_s: float) -> float:
-    """What a child is told as its own drain timeout: a little less than it gets before SIGKILL."""
+    """The drain timeout that a child gets by flag: a little less than the launcher waits before SIGKILL."""
     grace_s = next(stage.grace_s for stage in shutdown_stages(drain_timeout_s) if stage.kind is kind)
     return min(drain_timeout_s, grace_s * 0.9)

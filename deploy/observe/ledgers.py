@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from services.protocol.messages import Ledger, LedgerEntry
+from services.protocol.worker_status import Ledger, LedgerEntry
 
 _TIMEOUT_S = 10.0
 _MAX_BYTES = 16 << 20

@@ -7,7 +7,7 @@ from deploy.settings.values import parse_api_key
 
 
 def api_keys(given: tuple[str, ...], file: Path | None) -> tuple[str, ...]:
-    """All of them, each once. In the file empty lines and those that begin with `#` are left out.
+    """All keys, each once. In the file empty lines and those that begin with `#` are left out.
 
     Raises UserError for a file that cannot be read, holds no key, or a line that is none; no message
     repeats a key.

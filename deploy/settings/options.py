@@ -3,7 +3,6 @@ and are filled in by planning.py."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
 from deploy.settings.schema import required, setting
 from deploy.settings.values import (
@@ -22,11 +21,12 @@ from deploy.settings.values import (
     text,
     worker_endpoint,
 )
-from kvtransfer.config import MoverName
+from kvtransfer.movers.registry import mover_choices
 from services.memory.sizes import parse_bytes
 
 _port = integer(0, 65535)
 _count = integer(0, 64)
+_movers = mover_choices()
 BENCH_GROUPS = ("ready", "decode", "prefill", "offline", "trace")
 
 
@@ -87,7 +87,7 @@ class StagingSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class MoverSettings:
-    mover: str = setting("auto", choice(*get_args(MoverName)), "What moves KV between processes.")
+    mover: str = setting("auto", choice(*_movers), f"What moves KV between processes: {', '.join(_movers)}.")
     checksum: bool = setting(False, flag, "Checksum every segment of moved KV.", switch=True)
     transfer_timeout: float = setting(
         60.0, seconds(1, 86400), "Seconds that an offered transfer, or one write of it, may take."
@@ -99,7 +99,7 @@ class MoverSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ChildSettings:
-    """What a process of a fleet gets from the launcher."""
+    """What the launcher gives to every child."""
 
     run_dir: Path | None = setting(None, path, "Directory to leave empty behind us.", internal=True)
     parent_pid: int | None = setting(None, integer(1, 1 << 31), "Launcher to end with.", internal=True)

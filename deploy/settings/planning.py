@@ -1,4 +1,4 @@
-"""From settings to what a worker is told: the "auto" values, and the ledger check before anything starts."""
+"""A worker's configuration from its settings: the "auto" values, and the ledger check before the start."""
 
 import json
 from dataclasses import dataclass
@@ -9,16 +9,17 @@ from deploy.errors import UserError
 from deploy.settings.options import EngineSettings
 from kvtransfer.protocol.layout import rank_slot_bytes
 from services.config import Device, Dtype, KvDtype, Quantization, WorkerConfig
-from services.engine.checkpoint.files import check_tensors
-from services.engine.checkpoint.model_config import ModelConfig, read_model_config
 from services.engine.checkpoint.model_directory import hint
 from services.engine.checkpoint.safetensors_files import read_checkpoint_files
 from services.engine.errors import CheckpointError
+from services.engine.models.model_config import ModelConfig, read_model_config
+from services.engine.models.stored_tensors import check_tensors
 from services.engine.precision import PrecisionError, check_flags
 from services.memory.estimate import contexts, plan_input_for
 from services.memory.measure import NotMeasurable, gpu_count, gpu_facts
 from services.memory.plan import MemoryPlan, plan_memory
-from services.protocol.messages import Role, share_of
+from services.protocol.messages import Role
+from services.protocol.worker_status import share_of
 
 CPU_DEVICE_BYTES = 2 << 30
 
@@ -48,7 +49,7 @@ class DeviceFacts:
 
 
 def resolve_device(device: str) -> Device:
-    """`auto` is cuda where the driver shows a GPU, else cpu."""
+    """The device to run on: `auto` is cuda where the driver shows a GPU, else cpu."""
     if device == "auto":
         return "cuda" if gpu_count() else "cpu"
     return cast(Device, device)
@@ -144,7 +145,10 @@ def worker_config(
     drain_timeout_s: float = 30.0,
     key_dir: Path | None = None,
 ) -> WorkerConfig:
-    """Every "auto" replaced by what it means here. Raises UserError for options that cannot be combined."""
+    """A worker's configuration, each "auto" replaced by what it means here.
+
+    Raises UserError for options that cannot be combined.
+    """
     device = resolve_device(settings.device)
     defaults = DEFAULTS[device]
     config = WorkerConfig(

@@ -1,8 +1,9 @@
-"""Settings of a command as one frozen dataclass, from flags, environment, a YAML file and defaults.
+"""Settings of a command as one frozen dataclass, filled by Click.
 
 A field made by `setting` is at once a flag (`mem_fraction` → `--mem-fraction`), a variable
-(`BATON_MEM_FRACTION`) and a YAML key (`mem-fraction`), read in this order of precedence by one parser,
-so that a wrong value gets the same message wherever it was written.
+(`BATON_MEM_FRACTION`) and a YAML key (`mem-fraction`). Click takes the first of them that is given: the
+variable by its prefix, the file as its `default_map`. One parser reads them all, so that a wrong value gets
+the same message wherever it was written.
 """
 
 import dataclasses
@@ -10,7 +11,7 @@ import difflib
 import functools
 import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -22,6 +23,7 @@ from deploy.settings.values import Parser, path
 
 S = TypeVar("S")
 
+_PREFIX = "BATON"
 _KEY = "setting"
 
 
@@ -48,8 +50,16 @@ def required(parse: Parser, help: str, *aliases: str, **traits: bool) -> Any:
     return setting(dataclasses.MISSING, parse, help, *aliases, **traits)
 
 
+def key_of(name: str) -> str:
+    return name.replace("_", "-")
+
+
 def flag_of(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    return "--" + key_of(name)
+
+
+def variable_of(name: str) -> str:
+    return f"{_PREFIX}_{name.upper()}"
 
 
 def settings_of(kind: type) -> dict[str, tuple["dataclasses.Field[Any]", Setting]]:
@@ -57,51 +67,48 @@ def settings_of(kind: type) -> dict[str, tuple["dataclasses.Field[Any]", Setting
 
 
 def register(app: typer.Typer, name: str, kind: type[S], run: Callable[[S], None]) -> None:
-    """Adds a command `name` that resolves a `kind` and returns what is to be done with it.
+    """Adds a command `name` that makes a `kind` and returns what is to be done with it.
 
     Returned, not done: the parser is then out of the way, and out of every traceback.
     """
+    fields = settings_of(kind)
 
-    def command(**flags: Any) -> Callable[[], None]:
-        return functools.partial(run, resolve(kind, flags, os.environ))
+    def command(config: str | None, **given: Any) -> Callable[[], None]:
+        values = {
+            name: tuple(value) if fields[name][1].many else value
+            for name, value in given.items()
+            if value is not None
+        }
+        return functools.partial(run, kind(**values))
 
-    parameters = [_parameter(field, how) for field, how in settings_of(kind).values()]
-    config = Annotated[str | None, typer.Option("--config", help="YAML file with any of these settings.")]
-    parameters.append(
-        inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=config)
-    )
+    def read_config(context: typer.Context, file: str | None) -> str | None:
+        written = read_config_file(path(file), _known_names(kind)) if file else {}
+        context.default_map = {}
+        for name, value in written.items():
+            if name in fields:
+                if value is None:  # To Click it would be as good as absent.
+                    raise UserError(f"{file}: {key_of(name)}: must be a single value, not NoneType")
+                is_alone = fields[name][1].many and not isinstance(value, list)
+                context.default_map[name] = [value] if is_alone else value
+        return file
+
+    parameters = [_parameter(field, how) for field, how in fields.values()]
+    help_text = "YAML file with any of these settings."
+    config = typer.Option(help=help_text, is_eager=True, callback=read_config, show_envvar=False)
+    parameters.append(_keyword("config", str, config))
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {}
     _KINDS.append(kind)
-    app.command(name, help=inspect.getdoc(kind))(command)
+    environment = {"auto_envvar_prefix": _PREFIX}
+    app.command(name, help=inspect.getdoc(kind), context_settings=environment)(command)
 
 
 _KINDS: list[type] = []
 """Every command's settings: a YAML file may be shared by commands that read different parts of it."""
 
 
-def resolve(kind: type[S], flags: Mapping[str, Any], environ: Mapping[str, str]) -> S:
-    """A `kind` from what was given. Raises UserError, one line, on the first thing that is wrong."""
-    config = flags.get("config") or environ.get("BATON_CONFIG")
-    written = read_config_file(path(config), _known_names(kind)) if config else {}
-    values: dict[str, Any] = {}
-    for name, (field, how) in settings_of(kind).items():
-        flag = name.upper() if how.positional else flag_of(name)
-        variable = "BATON_" + name.upper()
-        if flags.get(name) not in (None, []):
-            values[name] = _parsed(how, flags[name], flag)
-        elif not how.internal and environ.get(variable):
-            given: Any = environ[variable].split(",") if how.many else environ[variable]
-            values[name] = _parsed(how, given, variable)
-        elif name in written:
-            values[name] = _parsed(how, written[name], f"{config}: {name.replace('_', '-')}")
-        elif field.default is dataclasses.MISSING:
-            raise UserError(f"{flag} is missing: {how.help[0].lower()}{how.help[1:]}")
-    return kind(**values)
-
-
 def read_config_file(file: Path, known: Mapping[str, str]) -> dict[str, Any]:
-    """Field names and their YAML values, as text or lists of text. `known` maps accepted keys to fields.
+    """Field names and their YAML values. `known` maps accepted keys to fields.
 
     Raises UserError on an unreadable file, or an unknown key (with the nearest known one).
     """
@@ -140,14 +147,32 @@ def _known_names(kind: type) -> dict[str, str]:
     return known
 
 
+def _parser(field: "dataclasses.Field[Any]", how: Setting) -> Callable[..., Any]:
+    """Click's callback for a field: it is called once with what Click found, or with None."""
+    flag = field.name.upper() if how.positional else flag_of(field.name)
+    variable = variable_of(field.name)
+
+    def parse(context: typer.Context, parameter: typer.CallbackParam, given: Any) -> Any:
+        if given is None:
+            if field.default is dataclasses.MISSING:
+                raise UserError(f"{flag} is missing: {how.help[0].lower()}{how.help[1:]}")
+            return None
+        source = context.get_parameter_source(field.name)
+        match source and source.name:
+            case "ENVIRONMENT":
+                where = variable
+                if how.many:  # Click splits at blanks; ours are lists with commas.
+                    given = os.environ[variable].split(",")
+            case "DEFAULT_MAP":
+                where = f"{context.params['config']}: {key_of(field.name)}"
+            case _:
+                where = flag
+        return [_parsed(how, one, where) for one in given] if how.many else _parsed(how, given, where)
+
+    return parse
+
+
 def _parsed(how: Setting, given: Any, where: str) -> Any:
-    if how.many:
-        entries = given if isinstance(given, list | tuple) else [given]
-        return tuple(_parsed_one(how, entry, where) for entry in entries)
-    return _parsed_one(how, given, where)
-
-
-def _parsed_one(how: Setting, given: Any, where: str) -> Any:
     if isinstance(given, bool):
         given = "true" if given else "false"
     if not isinstance(given, str | int | float):
@@ -159,20 +184,29 @@ def _parsed_one(how: Setting, given: Any, where: str) -> Any:
 
 
 def _parameter(field: "dataclasses.Field[Any]", how: Setting) -> inspect.Parameter:
-    needed = field.default is dataclasses.MISSING
-    help_text = (
-        how.help if needed or field.default in (None, ()) else f"{how.help} (default: {field.default})"
-    )
-    kind: Any
+    has_default = field.default not in (dataclasses.MISSING, None, ())
+    info: dict[str, Any] = {
+        "help": f"{how.help} (default: {field.default})" if has_default and not how.positional else how.help,
+        "callback": _parser(field, how),
+        "parser": _as_given,
+        "show_envvar": False,
+    }
+    name = flag_of(field.name)
     if how.positional:
-        kind = Annotated[str | None, typer.Argument(metavar=field.name.upper(), help=how.help)]
-    elif how.switch:
-        name = flag_of(field.name)
-        kind = Annotated[bool | None, typer.Option(f"{name}/--no-{name[2:]}", help=help_text)]
-    else:
-        spellings: Sequence[str] = (flag_of(field.name), *how.aliases)
-        value_type: Any = list[str] if how.many else str
-        kind = Annotated[
-            value_type | None, typer.Option(*spellings, help=help_text, hidden=how.internal, metavar="VALUE")
-        ]
-    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+        argument = typer.Argument(metavar=field.name.upper(), envvar=variable_of(field.name), **info)
+        return _keyword(field.name, str, argument)
+    if how.switch:
+        return _keyword(field.name, bool, typer.Option(f"{name}/--no-{name[2:]}", **info))
+    option = typer.Option(
+        name, *how.aliases, metavar="VALUE", hidden=how.internal, allow_from_autoenv=not how.internal, **info
+    )
+    return _keyword(field.name, list[str] if how.many else str, option)
+
+
+def _keyword(name: str, kind: Any, how: Any) -> inspect.Parameter:
+    annotation = Annotated[kind | None, how]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _as_given(value: Any) -> Any:
+    return value

@@ -25,7 +25,7 @@ def text(value: str) -> str:
 
 
 def parse_api_key(value: str) -> str:
-    """The message never shows the key."""
+    """A bearer key. The message of an error never shows it."""
     if not value or "," in value or not (value.isascii() and value.isprintable()):
         raise ValueError("a key must be printable ASCII, not empty, and without a comma")
     return value
@@ -78,7 +78,7 @@ def power_of_two(low: int, high: int) -> Callable[[str], int]:
 
 
 def fraction(value: str) -> float:
-    """Strictly between 0 and 1."""
+    """A number strictly between 0 and 1."""
     number = _number(value)
     if not 0 < number < 1:
         raise ValueError(f"{value} must lie between 0 and 1, both excluded")

@@ -4,7 +4,7 @@ from deploy.errors import UserError
 
 
 def allowed_origins(given: tuple[str, ...]) -> tuple[str, ...]:
-    """Each once. Raises UserError for `*` beside others."""
+    """The origins, each once. Raises UserError for `*` beside others."""
     found = tuple(dict.fromkeys(origin for one in given for origin in one.split(",")))
     if "*" in found and len(found) > 1:
         raise UserError("--allowed-origins: '*' stands for all origins, and alone")

@@ -13,7 +13,7 @@ NO_BINDINGS = "the package cuda-bindings is not installed"
 
 
 class CudaError(TransferConfigError):
-    """The driver has refused; `name` is its own word, such as CUDA_ERROR_OUT_OF_MEMORY."""
+    """The driver has refused; `name` is the driver's own, such as CUDA_ERROR_OUT_OF_MEMORY."""
 
     def __init__(self, what: str, name: str) -> None:
         super().__init__(f"device cuda: {what}: the driver answers {name}")
@@ -98,7 +98,7 @@ class CudaDevice:
         self._call(self._driver.cuIpcCloseMemHandle(address), "cuIpcCloseMemHandle")
 
     def mapped_bytes(self, address: int) -> int | None:
-        """The size of the allocation at a mapped address; None where the driver does not tell."""
+        """The size of the allocation at a mapped address; None where the driver does not know."""
         error, _, byte_count = self._driver.cuMemGetAddressRange(address)
         return int(byte_count) if error == self._driver.CUresult.CUDA_SUCCESS else None
 

@@ -1,8 +1,8 @@
-"""The staging buffer: `slots × slot_bytes` bytes, the only memory that other processes ever see of us.
+"""The staging buffer: `slots × slot_bytes` bytes, the only memory of this process that others ever see.
 
 Host memory is an anonymous memfd, populated at start (so that what is planned is what is used, and a lack
-shows before any request), sealed against resizing (so that nobody can pull it from under us), and handed to
-our worker as a file descriptor over a UNIX socket. Nothing with a name outlives the processes.
+shows before any request), sealed against resizing (so that nobody can take it away), and handed to the
+worker as a file descriptor over a UNIX socket. Nothing with a name outlives the processes.
 
 Device memory is a plain driver allocation, handed over as a CUDA IPC handle. No kernel is ever launched.
 """
@@ -20,8 +20,8 @@ from typing import Protocol
 from uuid import UUID
 
 from kvtransfer.buffer.cuda import CudaDevice, CudaError
+from kvtransfer.buffer.region import Region
 from kvtransfer.errors import TransferConfigError
-from kvtransfer.movers.base import Region
 from kvtransfer.net.keys import require_private_directory
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ SMAPS = Path("/proc/self/smaps")
 
 
 class StagingBuffer(Protocol):
-    """A buffer that a mover can register. `cuda_ipc_handle` is None for host memory."""
+    """A staging buffer, which a mover can register. `cuda_ipc_handle` is None for host memory."""
 
     region: Region
     cuda_ipc_handle: bytes | None
@@ -45,7 +45,7 @@ class StagingBuffer(Protocol):
 
 
 class HostStaging:
-    """Raises TransferConfigError if the memory is not there."""
+    """A staging buffer in host memory. Raises TransferConfigError if the memory is not there."""
 
     cuda_ipc_handle: bytes | None = None
 
@@ -90,7 +90,7 @@ class HostStaging:
 
 
 class DeviceStaging:
-    """One driver allocation on `device`, which is closed with it.
+    """A staging buffer in device memory: one driver allocation on `device`, which is closed with it.
 
     Raises TransferConfigError, naming the flag, if the memory is not there or cannot be shared.
     """
@@ -127,7 +127,8 @@ class DeviceStaging:
 
 
 def device_bytes_of_this_process(uuid: str) -> int | None:
-    """What the driver says we hold on the device, context included; None where it does not tell."""
+    """The device memory that this process has by the driver, context included; None where the driver does not
+    know."""
     import pynvml
 
     try:
@@ -140,15 +141,15 @@ def device_bytes_of_this_process(uuid: str) -> int | None:
     return next((p.usedGpuMemory for p in processes if p.pid == os.getpid()), None)
 
 
-class StagingDoor:
-    """The UNIX socket that hands the buffer's file descriptor to our own worker, and to no other user."""
+class StagingSocketServer:
+    """The UNIX socket server that hands the buffer's file descriptor to the worker, and to no other user."""
 
     def __init__(self, path: Path, fd: int) -> None:
         require_private_directory(path.parent, f"staging_socket {path}")
         self._path, self._fd = path, fd
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         try:
-            # The worker endpoint beside it is ours alone already, so what lies here is a dead life's.
+            # The worker endpoint beside it is ours alone already: what lies here is of a dead incarnation.
             path.unlink(missing_ok=True)
             self._socket.bind(str(path))
             self._socket.listen(8)
@@ -160,21 +161,21 @@ class StagingDoor:
         return self._socket.fileno()
 
     def serve(self) -> None:
-        """Answers whoever waits; never blocks. Another user's process gets nothing."""
+        """Answers all who wait; never blocks. Another user's process gets nothing."""
         while True:
             try:
-                guest, _ = self._socket.accept()
+                client, _ = self._socket.accept()
             except BlockingIOError:
                 return
-            with guest:
-                guest.setblocking(False)
-                credentials = guest.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+            with client:
+                client.setblocking(False)
+                credentials = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
                 pid, uid, _ = struct.unpack("3i", credentials)
                 if uid != os.getuid():
                     log.warning("staging buffer refused to process %d of user %d", pid, uid)
                     continue
                 try:
-                    socket.send_fds(guest, [b"staging"], [self._fd])
+                    socket.send_fds(client, [b"staging"], [self._fd])
                 except OSError as error:
                     log.warning("staging buffer not handed to process %d: %s", pid, error)
 
@@ -188,11 +189,11 @@ def receive_staging(path: Path, byte_count: int, timeout_s: float) -> mmap.mmap:
 
     Raises TransferConfigError if nobody answers within `timeout_s`, or with a buffer of another size.
     """
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as guest:
-        guest.settimeout(timeout_s)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+        client.settimeout(timeout_s)
         try:
-            guest.connect(str(path))
-            _, fds, _, _ = socket.recv_fds(guest, 16, 1)
+            client.connect(str(path))
+            _, fds, _, _ = socket.recv_fds(client, 16, 1)
         except OSError as error:
             raise TransferConfigError(f"staging_socket {path}: {error}") from error
     if len(fds) != 1:

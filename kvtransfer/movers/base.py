@@ -1,31 +1,24 @@
-"""What moves bytes between two staging buffers. Vocabulary of NIXL (NVIDIA Inference Xfer Library):
-register → describe → prepare → post → check → release.
+"""The interface of movers, which move bytes between two staging buffers. The vocabulary is that of NIXL
+(NVIDIA Inference Xfer Library): register → describe → prepare → post → check → release.
 
-A mover is called by one thread. Every call returns within a short, bounded time; waiting is the caller's,
-who polls handles until its own deadline. Nothing a peer does may raise anything but MoverError; MoverBroken
-says that the device itself has failed.
+One thread calls a mover. Every call returns within a short, bounded time; the caller does the waiting, and
+polls handles until its own deadline. Nothing a peer does may raise anything but MoverError; MoverBroken means
+that the device itself has failed.
 """
 
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol, runtime_checkable
 
+from kvtransfer.buffer.region import Region
+
 Handle = int
 
 
 @dataclass(frozen=True, slots=True)
-class Region:
-    """A staging buffer as movers see it: `byte_count` bytes at `address`, on host or device memory."""
-
-    address: int
-    byte_count: int
-    device_id: int = 0
-    on_device: bool = False
-
-
-@dataclass(frozen=True, slots=True)
 class PieceOfWrite:
-    """`byte_count` bytes from `local_offset` of our region to `remote_offset` of the peer's."""
+    """A part of a write: `byte_count` bytes from `local_offset` of the own region to `remote_offset` of the
+    peer's."""
 
     local_offset: int
     remote_offset: int
@@ -33,15 +26,18 @@ class PieceOfWrite:
 
 
 class Progress(Enum):
+    """How far a write is."""
+
     PENDING = "pending"
     DONE = "done"
     FAILED = "failed"
 
 
 class Mover(Protocol):
-    """See the module. `name` is what two peers compare; `agent_name` is unique in every incarnation.
+    """One transfer process's end of a transport; see the module. `name` is what two peers compare;
+    `agent_name` is unique in every incarnation.
 
-    `quick`: a slot is written in far less time than a sleep takes, so its end is worth waiting for awake.
+    `quick`: a slot is written in far less time than a sleep takes, so its end is worth polling for.
     """
 
     name: str
@@ -76,8 +72,8 @@ class Mover(Protocol):
 
 @runtime_checkable
 class TwoSidedMover(Protocol):
-    """What a `Mover` has besides where the receiver takes part in every write. Its notes travel over the
-    peers' channel, in order with all else; a source's messages are believed when the batches announced
+    """What a `Mover` has besides, where the receiver takes part in every write. Its notes travel over the
+    peers' channel, in order with all else; a source's messages are deferred until the batches announced
     before them have landed. Its handles end when a pair that was cut has really stopped."""
 
     @property
@@ -85,31 +81,31 @@ class TwoSidedMover(Protocol):
         """Whether `step` has to be called again soon."""
 
     def step(self) -> None:
-        """Moves everything on, without waiting."""
+        """Advances everything, without waiting."""
 
     def notes(self) -> list[tuple[str, bytes]]:
-        """What is to be said to which destination, once; each at most 1 MiB."""
+        """The notes to send, each with its destination's agent, once; at most 1 MiB each."""
 
     def faults(self) -> list[tuple[str, str]]:
-        """Peers that have to be lost, and why; again and again until they are."""
+        """The peers that have to be lost, and why; repeated until they are."""
 
     def cut(self, peer: str) -> None:
-        """A destination is lost: begins to stop. It may be added anew at once."""
+        """Begins to stop a lost destination, which may be added anew at once."""
 
     def accept_source(self, peer: str) -> None:
-        """A source has greeted. Again for a known name: no effect."""
+        """Adds a source that has greeted. Again for a known name: no effect."""
 
     def leave_source(self, peer: str) -> None:
-        """A source is lost: begins to stop. Unknown names are ignored."""
+        """Begins to stop a lost source. Unknown names are ignored."""
 
     def on_note(self, peer: str, note: bytes) -> None:
-        """What a source says. Raises MoverError: it is to be lost."""
+        """Handles a source's note. Raises MoverError: the source has to be lost."""
 
     def announced(self, peer: str) -> int:
-        """Batches a source has ever announced."""
+        """How many batches a source has ever announced."""
 
     def landed(self, peer: str) -> int:
-        """How many of them are over: there, or failed and nothing of them in flight."""
+        """How many of them have ended: arrived, or failed with nothing of them in flight."""
 
 
 def two_sided(mover: Mover) -> TwoSidedMover | None:

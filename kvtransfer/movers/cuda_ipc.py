@@ -1,10 +1,10 @@
-"""Copies between two staging buffers on the GPUs of one host, by the copy engines.
+"""The mover `cuda_ipc`: copies between two staging buffers on the GPUs of one host, by the copy engines.
 
     register   the staging buffer has been exported by CUDA IPC when it was allocated
-    describe   its handle travels to peers with our GPU's UUID
+    describe   its handle travels to peers with the own GPU's UUID
     prepare    a peer's buffer is mapped into this process; its GPU must be visible here and reachable
     post       one asynchronous copy for each piece, on one of the peer's streams, and one event behind them
-    check      the event is asked; within a stream only the oldest one
+    check      the event is queried; within a stream only the oldest one
     release    the event goes back; the mapping stays until the peer is removed
 
 A mapping keeps the memory of a dead peer taken, so a lost peer is removed, and its mapping closed, as soon as
@@ -21,8 +21,10 @@ from typing import Any, Protocol
 import msgspec
 
 from kvtransfer.buffer.cuda import CudaError, GpuName
-from kvtransfer.errors import MoverBroken, MoverError
-from kvtransfer.movers.base import Handle, PieceOfWrite, Progress, Region
+from kvtransfer.buffer.region import Region
+from kvtransfer.errors import MoverBroken, MoverError, MoverUnavailable
+from kvtransfer.movers.base import Handle, PieceOfWrite, Progress
+from kvtransfer.movers.spec import HostFacts, MoverSetup, MoverSpec, needs_device_memory
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +35,7 @@ NIXL_ELSE = "or force NIXL on both sides by --mover nixl"
 
 
 class IpcDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a peer needs to map our buffer, and to say why it cannot."""
+    """What a peer needs to map this buffer, and to name the reason why it cannot."""
 
     agent_name: str
     host: str
@@ -42,7 +44,7 @@ class IpcDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ipc_handle: bytes
 
 
-class Device(Protocol):
+class CopyDevice(Protocol):
     """What the mover needs of `kvtransfer.buffer.cuda.CudaDevice`."""
 
     index: int
@@ -64,29 +66,29 @@ class Device(Protocol):
 
 @dataclass(slots=True)
 class _CopyQueue:
-    """One stream: what is queued on it ends in order."""
+    """One stream, with the writes queued on it, which end in order."""
 
     stream: Any
-    queued: deque[Handle] = field(default_factory=deque)
+    handles: deque[Handle] = field(default_factory=deque)
 
 
 @dataclass(slots=True)
 class _IpcPeer:
     address: int
     byte_count: int
-    lanes: list[_CopyQueue]
+    queues: list[_CopyQueue]
 
 
 @dataclass(slots=True)
 class _IpcWrite:
-    lane: _CopyQueue
+    queue: _CopyQueue
     event: Any
     done: bool = False
     released: bool = False
 
 
 def this_host() -> str:
-    """Names the running kernel, the same in all of its containers."""
+    """The id of the running kernel, the same in all of its containers."""
     return BOOT_ID.read_text().strip()
 
 
@@ -101,7 +103,7 @@ class CudaIpcMover:
     name = "cuda_ipc"
     quick = True
 
-    def __init__(self, agent_name: str, device: Device, ipc_handle: bytes) -> None:
+    def __init__(self, agent_name: str, device: CopyDevice, ipc_handle: bytes) -> None:
         self.agent_name = agent_name
         self._device = device
         self._description = IpcDescription(
@@ -143,22 +145,22 @@ class CudaIpcMover:
         if mapped_bytes is not None and mapped_bytes < region.byte_count:
             self._device.unmap(address)
             raise MoverError(f"the buffer of {peer} has {mapped_bytes} bytes, not {region.byte_count}")
-        lanes = [_CopyQueue(self._device.new_stream()) for _ in range(STREAMS_A_PEER)]
-        self._peers[peer] = _IpcPeer(address, region.byte_count, lanes)
+        queues = [_CopyQueue(self._device.new_stream()) for _ in range(STREAMS_A_PEER)]
+        self._peers[peer] = _IpcPeer(address, region.byte_count, queues)
 
     def remove_peer(self, peer: str) -> None:
         """Raises MoverBroken if a copy to it does not end."""
         lost = self._peers.get(peer)
         if lost is None:
             return
-        for lane in lost.lanes:
-            self._advance(lane)
-            if lane.queued:
+        for queue in lost.queues:
+            self._advance(queue)
+            if queue.handles:
                 raise MoverBroken(f"copies to {peer} do not end: the GPU or its link has failed")
         del self._peers[peer]
         try:
-            for lane in lost.lanes:
-                self._device.drop_stream(lane.stream)
+            for queue in lost.queues:
+                self._device.drop_stream(queue.stream)
             self._device.unmap(lost.address)
         except CudaError as error:
             log.warning("the buffer of %s is not unmapped: %s", peer, error)
@@ -171,25 +173,25 @@ class CudaIpcMover:
             ends = (piece.local_offset + piece.byte_count, piece.remote_offset + piece.byte_count)
             if ends[0] > ours.byte_count or ends[1] > theirs.byte_count:
                 raise MoverError("a piece lies outside its region")
-        lane = min(theirs.lanes, key=lambda candidate: len(candidate.queued))
+        queue = min(theirs.queues, key=lambda candidate: len(candidate.handles))
         try:
             event = self._events.pop() if self._events else self._device.new_event()
             for piece in pieces:
                 target, source = theirs.address + piece.remote_offset, ours.address + piece.local_offset
-                self._device.copy(target, source, piece.byte_count, lane.stream)
-            self._device.record(event, lane.stream)
+                self._device.copy(target, source, piece.byte_count, queue.stream)
+            self._device.record(event, queue.stream)
         except CudaError as error:
-            # Some of its copies may be queued, and there is no event to tell their end.
+            # Some of its copies may be queued, and there is no event behind them.
             raise MoverBroken(f"write to {peer}: {error}") from error
         handle, self._next_handle = self._next_handle, self._next_handle + 1
-        self._posted[handle] = _IpcWrite(lane, event)
-        lane.queued.append(handle)
+        self._posted[handle] = _IpcWrite(queue, event)
+        queue.handles.append(handle)
         return handle
 
     def poll(self, handle: Handle) -> Progress:
         posted = self._posted[handle]
-        if not posted.done and posted.lane.queued[0] == handle:
-            self._advance(posted.lane)
+        if not posted.done and posted.queue.handles[0] == handle:
+            self._advance(posted.queue)
         return Progress.DONE if posted.done else Progress.PENDING
 
     def release(self, handle: Handle) -> None:
@@ -199,7 +201,7 @@ class CudaIpcMover:
         posted.released = True
         if posted.done:
             self._forget(handle)
-        # A copy cannot be cancelled: what is pending stays in its lane, for `remove_peer` to see.
+        # A copy cannot be cancelled: what is pending stays in its queue, for `remove_peer` to see.
 
     def close(self) -> None:
         for peer in list(self._peers):
@@ -224,19 +226,45 @@ class CudaIpcMover:
                 f"{NIXL_ELSE}"
             )
 
-    def _advance(self, lane: _CopyQueue) -> None:
+    def _advance(self, queue: _CopyQueue) -> None:
         """Marks what has ended, oldest first, up to the first that has not."""
-        while lane.queued:
-            posted = self._posted[lane.queued[0]]
+        while queue.handles:
+            posted = self._posted[queue.handles[0]]
             try:
                 if not self._device.reached(posted.event):
                     return
             except CudaError as error:
                 raise MoverBroken(str(error)) from error
             posted.done = True
-            handle = lane.queued.popleft()
+            handle = queue.handles.popleft()
             if posted.released:
                 self._forget(handle)
 
     def _forget(self, handle: Handle) -> None:
         self._events.append(self._posted.pop(handle).event)
+
+
+def unreachable(facts: HostFacts) -> str | None:
+    if not facts.unreachable_gpus:
+        return None
+    gpus = ", ".join(map(str, facts.unreachable_gpus))
+    return (
+        f"no peer access from this GPU to GPU {gpus}; leave those out of CUDA_VISIBLE_DEVICES, or take "
+        "--mover nixl for all"
+    )
+
+
+def build(setup: MoverSetup) -> CudaIpcMover:
+    if setup.cuda_ipc_handle is None:
+        raise MoverUnavailable("--mover cuda_ipc: the staging buffer has no CUDA IPC handle")
+    return CudaIpcMover(setup.agent_name, setup.gpu, setup.cuda_ipc_handle)
+
+
+MOVER = MoverSpec(
+    name=CudaIpcMover.name,
+    preference=30,
+    automatic=lambda facts: facts.device == "cuda" and facts.same_host,
+    why_not=needs_device_memory,
+    unreachable=unreachable,
+    build=build,
+)

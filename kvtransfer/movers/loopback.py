@@ -1,4 +1,4 @@
-"""Moves within one process, by copying: for tests and simulation.
+"""The mover `loopback`: it copies within one process, for tests and simulation. No flag chooses it.
 
 All `LoopbackMover`s of one `LoopbackFabric` reach each other. Copies happen when the fabric is stepped, so a
 test decides the order; failures, partial copies and stalls are injected per fabric.
@@ -7,8 +7,9 @@ test decides the order; failures, partial copies and stalls are injected per fab
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from kvtransfer.buffer.region import Region
 from kvtransfer.errors import MoverError, PeerLostError
-from kvtransfer.movers.base import Handle, PieceOfWrite, Progress, Region
+from kvtransfer.movers.base import Handle, PieceOfWrite, Progress
 
 
 @dataclass(slots=True)
@@ -21,7 +22,7 @@ class _LoopbackWrite:
 
 @dataclass(slots=True)
 class LoopbackFabric:
-    """The wire. `fate(peer, pieces)` says what becomes of a write when it is stepped: DONE copies all of
+    """The wire. `fate(peer, pieces)` decides what becomes of a write when it is stepped: DONE copies all of
     it, FAILED copies the first half of its first piece, PENDING leaves it for a later step."""
 
     fate: Callable[[str, list[PieceOfWrite]], Progress] = lambda peer, pieces: Progress.DONE
@@ -32,7 +33,7 @@ class LoopbackFabric:
     next_handle: Handle = 1
 
     def step(self, handle: Handle) -> None:
-        """Moves one write on. A released handle still moves: cancelling does not stop data."""
+        """Advances one write. A released handle still advances: cancelling does not stop data."""
         write = self.posted[handle]
         if write.progress is not Progress.PENDING:
             return

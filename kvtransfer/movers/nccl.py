@@ -1,37 +1,44 @@
-"""NCCL between two staging buffers, for hosts where nothing else is set up. It runs kernels on the GPU, which
-slow the worker's steps: last in the order of choice.
+"""The mover `nccl`: NCCL between two staging buffers, for hosts where nothing else is set up. It runs kernels
+on the GPU, which slow the worker's steps: last in the order of choice.
 
 Sends need receives, so both sides take part (`TwoSidedMover`). One communicator a pair and direction:
 
     add_peer (sender)        note Join(unique id) ──>   the receiver joins as rank 1
     post                     note Announce(pieces) ──>  the receiver checks them and posts the receives
-    the send's event         the sender's slots are free, and it says `Written` on the same channel
-    the receive's event      only now does the receiver believe that `Written`: what a peer says after an
-                             announcement waits until that batch has landed
+    the send's event         the sender's slots are free, and it sends `Written` on the same channel
+    the receive's event      only now does the receiver accept that `Written`: it defers a peer's messages
+                             after an announcement until that batch has landed
 
 Either side ends a pair by aborting its communicator, and loses the connection with it, so that both do. A
-batch is over when it has landed, or when the abort has ended; until then its slots are in somebody's hands.
+batch has ended when it has landed, or when the abort has ended; until then its slots are in use.
 """
 
 from collections import Counter
 
 import msgspec
 
-from kvtransfer.errors import MoverError
-from kvtransfer.movers.base import Handle, PieceOfWrite, Progress, Region
+from kvtransfer.buffer.region import Region
+from kvtransfer.errors import MoverError, MoverUnavailable
+from kvtransfer.movers.base import Handle, PieceOfWrite, Progress
+from kvtransfer.movers.nccl_library import NcclError, NcclLibrary, find_nccl
 from kvtransfer.movers.nccl_pair import (
     RECEIVER,
     SENDER,
-    Aside,
     Batch,
     NcclPair,
     PairLibrary,
     PairState,
+    RunInBackground,
     Streams,
     in_thread,
 )
+from kvtransfer.movers.spec import MoverSetup, MoverSpec, needs_device_memory
 
 MAX_BATCHES_AHEAD = 4096
+SLOWS = "nccl runs kernels on the GPU, which slow the worker's own steps"
+CONTEXT_BYTES = 480 << 20
+"""Kernels, and buffers for each communicator: about 1000 MiB were measured on H200 with one communicator, the
+bare context of 544 MiB included."""
 
 
 class NcclDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -44,7 +51,7 @@ class JoinPair(msgspec.Struct, frozen=True, tag="join", forbid_unknown_fields=Tr
 
 
 class Announce(msgspec.Struct, frozen=True, tag="announce", forbid_unknown_fields=True):
-    """`(offset, byte_count)` in the receiver's buffer, in the order of the sends."""
+    """The receives to post: `(offset, byte_count)` in the receiver's buffer, in the order of the sends."""
 
     pieces: list[tuple[int, int]]
 
@@ -53,16 +60,20 @@ _NOTES = msgspec.msgpack.Decoder(JoinPair | Announce)
 
 
 class NcclMover:
-    """A `TwoSidedMover`. `aside` runs what may take a while."""
+    """A `Mover`, and a `TwoSidedMover`, for device memory. `run_in_background` runs what may take a while."""
 
     name = "nccl"
     quick = False
 
     def __init__(
-        self, agent_name: str, library: PairLibrary, device: Streams, aside: Aside = in_thread
+        self,
+        agent_name: str,
+        library: PairLibrary,
+        device: Streams,
+        run_in_background: RunInBackground = in_thread,
     ) -> None:
         self.agent_name = agent_name
-        self._library, self._device, self._aside = library, device, aside
+        self._library, self._device, self._run_in_background = library, device, run_in_background
         self._region: Region | None = None
         self._regions: dict[str, Region] = {}
         self._outgoing: dict[str, NcclPair] = {}
@@ -99,7 +110,9 @@ class NcclMover:
         if theirs.gpu_uuid == self._device.uuid:
             raise MoverError("nccl takes no two processes on one GPU: --mover cuda_ipc does, on both sides")
         unique_id = self._library.unique_id()
-        self._outgoing[peer] = NcclPair(self._library, self._device, unique_id, SENDER, self._aside)
+        self._outgoing[peer] = NcclPair(
+            self._library, self._device, unique_id, SENDER, self._run_in_background
+        )
         self._regions[peer] = region
         self._notes.append((peer, msgspec.msgpack.encode(JoinPair(unique_id))))
 
@@ -181,19 +194,19 @@ class NcclMover:
             self._leaving.append((peer, pair))
 
     def on_note(self, peer: str, note: bytes) -> None:
-        """Raises MoverError for what makes no sense: the peer is to be lost."""
+        """Handles a source's note. Raises MoverError for what makes no sense: the source has to be lost."""
         if peer not in self._sources:
             raise MoverError("a note before the greeting")
         try:
-            said = _NOTES.decode(note)
+            message = _NOTES.decode(note)
         except msgspec.MsgspecError as error:
             raise MoverError(f"a note that cannot be read: {error}") from error
         pair, ours = self._incoming.get(peer), self._region
-        if isinstance(said, JoinPair):
+        if isinstance(message, JoinPair):
             if pair is not None:
                 raise MoverError("joined twice")
             self._incoming[peer] = NcclPair(
-                self._library, self._device, said.unique_id, RECEIVER, self._aside
+                self._library, self._device, message.unique_id, RECEIVER, self._run_in_background
             )
             return
         if pair is None or ours is None:
@@ -201,10 +214,10 @@ class NcclMover:
         batches = self._arriving.setdefault(peer, [])
         if len(batches) >= MAX_BATCHES_AHEAD:
             raise MoverError("too many announcements")
-        for offset, byte_count in said.pieces:
+        for offset, byte_count in message.pieces:
             if offset < 0 or byte_count <= 0 or offset + byte_count > ours.byte_count:
                 raise MoverError("an announced piece lies outside the buffer")
-        batch = Batch([(ours.address + offset, byte_count) for offset, byte_count in said.pieces])
+        batch = Batch([(ours.address + offset, byte_count) for offset, byte_count in message.pieces])
         pair.put(batch)
         self._announced[peer] += 1
         batches.append(batch)
@@ -214,3 +227,26 @@ class NcclMover:
 
     def landed(self, peer: str) -> int:
         return self._landed[peer]
+
+
+def missing() -> str | None:
+    return None if find_nccl() else "libnccl.so.2 is not found (package nvidia-nccl-cu13)"
+
+
+def build(setup: MoverSetup) -> NcclMover:
+    device = setup.gpu
+    try:
+        return NcclMover(setup.agent_name, NcclLibrary(same_host=setup.same_host), device)
+    except NcclError as error:
+        raise MoverUnavailable(f"--mover nccl: {error}") from error
+
+
+MOVER = MoverSpec(
+    name=NcclMover.name,
+    preference=10,
+    missing=missing,
+    why_not=needs_device_memory,
+    drawback=lambda facts: SLOWS,
+    context_bytes=CONTEXT_BYTES,
+    build=build,
+)

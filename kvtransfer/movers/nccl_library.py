@@ -1,4 +1,4 @@
-"""NCCL's C library, for pairs of processes: what the mover needs of it, without importing torch.
+"""NCCL's C library, for pairs of processes: the part that the mover needs, without importing torch.
 
 Communicators never block: a call that has not finished answers "in progress", and `finished` asks again.
 Layouts and values are those of nccl.h; the configuration is the part that every version since 2.17 reads.
@@ -56,14 +56,14 @@ def find_nccl() -> str | None:
 
 
 def prepare_environment(environment: MutableMapping[str, str], *, same_host: bool) -> None:
-    """Before the library is loaded, unless the user has chosen. NCCL opens a port for two ranks to meet: on
-    one host not outwards."""
+    """Sets NCCL's network interface, unless the user has chosen. To be called before the library is loaded.
+    NCCL opens a port for two ranks to meet: on one host not outwards."""
     if same_host:
         environment.setdefault("NCCL_SOCKET_IFNAME", "lo")
 
 
 class NcclLibrary:
-    """Raises NcclError where libnccl cannot be loaded."""
+    """The loaded library. Raises NcclError where libnccl cannot be loaded."""
 
     def __init__(self, *, same_host: bool) -> None:
         prepare_environment(os.environ, same_host=same_host)
@@ -97,13 +97,13 @@ class NcclLibrary:
             ]
 
     def unique_id(self) -> bytes:
-        """What names a new pair; the process that asks also listens for the other."""
+        """The id of a new pair; the process that asks for it also listens for the other."""
         unique_id = _UniqueId()
         self._check(self._nccl.ncclGetUniqueId(ctypes.byref(unique_id)), "ncclGetUniqueId", None)
         return ctypes.string_at(ctypes.addressof(unique_id), UNIQUE_ID_BYTES)
 
     def join(self, unique_id: bytes, rank: int) -> int:
-        """Begins to join the pair on the current device; `finished` says when both have."""
+        """Begins to join the pair on the current device; `finished` answers when both have."""
         if len(unique_id) != UNIQUE_ID_BYTES:
             raise NcclError(f"a unique id has {UNIQUE_ID_BYTES} bytes, not {len(unique_id)}")
         name = _UniqueId()

@@ -1,4 +1,4 @@
-"""One communicator of two processes: rank 0 sends, rank 1 receives, batch after batch in the same order.
+"""One NCCL communicator of two processes: rank 0 sends, rank 1 receives, batch after batch in the same order.
 
     JOINING ──> READY <──> ISSUING      a batch is handed to NCCL, which may take some calls
        └──────────┴──────────┴──> STOPPING ──> STOPPED
@@ -29,7 +29,7 @@ class PairState(Enum):
     STOPPED = "stopped"
 
 
-MOVES: dict[PairState, frozenset[PairState]] = {
+TRANSITIONS: dict[PairState, frozenset[PairState]] = {
     PairState.JOINING: frozenset({PairState.READY, PairState.STOPPING}),
     PairState.READY: frozenset({PairState.ISSUING, PairState.STOPPING}),
     PairState.ISSUING: frozenset({PairState.READY, PairState.STOPPING}),
@@ -39,7 +39,7 @@ MOVES: dict[PairState, frozenset[PairState]] = {
 
 
 class PairLibrary(Protocol):
-    """What is needed of `NcclLibrary`."""
+    """The part of `NcclLibrary` that a pair needs."""
 
     def unique_id(self) -> bytes: ...
     def join(self, unique_id: bytes, rank: int) -> int: ...
@@ -51,7 +51,7 @@ class PairLibrary(Protocol):
 
 
 class Streams(Protocol):
-    """What is needed of `CudaDevice`."""
+    """The part of `CudaDevice` that a pair needs."""
 
     uuid: str
 
@@ -63,8 +63,8 @@ class Streams(Protocol):
     def reached(self, event: Any) -> bool: ...
 
 
-Aside = Callable[[Callable[[], None]], Callable[[], bool]]
-"""Begins some work and gives what tells whether it has ended."""
+RunInBackground = Callable[[Callable[[], None]], Callable[[], bool]]
+"""Begins some work and returns a function that answers whether it has ended."""
 
 
 def in_thread(work: Callable[[], None]) -> Callable[[], bool]:
@@ -75,19 +75,25 @@ def in_thread(work: Callable[[], None]) -> Callable[[], bool]:
 
 @dataclass(slots=True, eq=False)
 class Batch:
-    """`(address, byte_count)` of our own memory, and what has become of them."""
+    """The pieces of one write: `(address, byte_count)` of the own memory, and how far they are."""
 
     pieces: list[tuple[int, int]]
     progress: Progress = Progress.PENDING
 
 
 class NcclPair:
-    """Raises MoverError if the pair cannot begin to join."""
+    """One end of a communicator, with its batches. Raises MoverError if the pair cannot begin to join."""
 
     def __init__(
-        self, library: PairLibrary, device: Streams, unique_id: bytes, rank: int, aside: Aside = in_thread
+        self,
+        library: PairLibrary,
+        device: Streams,
+        unique_id: bytes,
+        rank: int,
+        run_in_background: RunInBackground = in_thread,
     ) -> None:
-        self._library, self._device, self._rank, self._aside = library, device, rank, aside
+        self._library, self._device, self._rank = library, device, rank
+        self._run_in_background = run_in_background
         self.state = PairState.JOINING
         self.fault: str | None = None
         """Why it was stopped, if by itself."""
@@ -100,7 +106,7 @@ class NcclPair:
 
     @property
     def idle(self) -> bool:
-        """Nothing to look after."""
+        """Whether there is nothing to advance."""
         if self.state is PairState.STOPPED:
             return True
         return self.state is PairState.READY and not (self._waiting or self._flying)
@@ -112,7 +118,7 @@ class NcclPair:
         self.advance()
 
     def advance(self) -> None:
-        """Moves everything on as far as it goes without waiting. Raises MoverBroken for a failed device."""
+        """Advances everything as far as it goes without waiting. Raises MoverBroken for a failed device."""
         if self.state is PairState.STOPPED:
             return
         if self.state is PairState.STOPPING:
@@ -125,7 +131,7 @@ class NcclPair:
                 self._issued()
             while self.state is PairState.READY and self._waiting:
                 self._issuing = self._waiting.popleft()
-                self._move(PairState.ISSUING)
+                self._transition(PairState.ISSUING)
                 stream, sends = int(self._stream), self._rank == SENDER
                 if self._library.exchange(self._comm, self._rank, self._issuing.pieces, stream, sends=sends):
                     self._issued()
@@ -140,8 +146,8 @@ class NcclPair:
     def stop(self) -> None:
         """Begins to abort. Idempotent."""
         if self.state not in (PairState.STOPPING, PairState.STOPPED):
-            self._move(PairState.STOPPING)
-            self._stopped = self._aside(lambda: self._library.abort(self._comm))
+            self._transition(PairState.STOPPING)
+            self._stopped = self._run_in_background(lambda: self._library.abort(self._comm))
 
     def _issued(self) -> None:
         batch, self._issuing = self._issuing, None
@@ -149,7 +155,7 @@ class NcclPair:
             event = self._device.new_event()
             self._device.record(event, self._stream)
             self._flying.append((batch, event))
-        self._move(PairState.READY)
+        self._transition(PairState.READY)
 
     def _land(self) -> None:
         while self._flying and self._device.reached(self._flying[0][1]):
@@ -168,9 +174,9 @@ class NcclPair:
         self._waiting.clear()
         self._issuing = None
         self._device.drop_stream(self._stream)
-        self._move(PairState.STOPPED)
+        self._transition(PairState.STOPPED)
 
-    def _move(self, state: PairState) -> None:
-        if state not in MOVES[self.state]:
+    def _transition(self, state: PairState) -> None:
+        if state not in TRANSITIONS[self.state]:
             raise IllegalTransition(f"pair: {self.state.value} to {state.value}")
         self.state = state

@@ -1,16 +1,19 @@
-"""The default mover: NIXL over UCX (RDMA, TCP, shared memory, NVLink), for host and device memory.
+"""The mover `nixl`: NIXL over UCX (RDMA, TCP, shared memory, NVLink), for host and device memory.
 
-Uses the native binding, not its Python wrapper: the wrapper fixes the progress thread's pause at 0, which
+It uses the native binding, not its Python wrapper: the wrapper fixes the progress thread's pause at 0, which
 spins a whole core for each agent. Two flavours of the binding must never be loaded in one process.
 """
 
+import importlib.util
 import logging
 import os
 from collections.abc import MutableMapping
 from typing import Any
 
+from kvtransfer.buffer.region import Region
 from kvtransfer.errors import MoverError, MoverUnavailable, PeerLostError
-from kvtransfer.movers.base import Handle, PieceOfWrite, Progress, Region
+from kvtransfer.movers.base import Handle, PieceOfWrite, Progress
+from kvtransfer.movers.spec import HostFacts, MoverSetup, MoverSpec
 
 log = logging.getLogger(__name__)
 
@@ -19,8 +22,8 @@ HOST_ENVIRONMENT = {"UCX_TLS": "tcp,cma,self", "UCX_NET_DEVICES": "lo"}
 
 
 def prepare_environment(environment: MutableMapping[str, str], *, same_host: bool) -> None:
-    """UCX's transports for host memory, unless the user has chosen: left alone it would also listen on the
-    machine's outward address, and shared memory without `tcp` cannot notice a peer's death."""
+    """Sets UCX's transports for host memory, unless the user has chosen: left alone it would also listen on
+    the machine's outward address, and shared memory without `tcp` cannot notice a peer's death."""
     if not same_host:
         return
     for name, value in HOST_ENVIRONMENT.items():
@@ -30,7 +33,8 @@ def prepare_environment(environment: MutableMapping[str, str], *, same_host: boo
 
 
 class NixlMover:
-    """A `Mover` over one NIXL agent. `agent_name` must never have been used before by any life.
+    """A `Mover` over one NIXL agent. `agent_name` must never have been used before by any
+    incarnation.
 
     `same_host` restricts UCX to what works inside one machine. Raises MoverUnavailable if the library or
     its UCX backend cannot be used here.
@@ -156,3 +160,28 @@ class NixlMover:
             self._agent.invalidateRemoteMD(agent)
         except Exception as error:
             log.warning("peer %s cannot be removed: %r", agent, error)
+
+
+def missing() -> str | None:
+    """Looks only whether the package is there: to load it is to choose it, and what fails then gives the
+    reason."""
+    if importlib.util.find_spec("nixl_cu13") is None:
+        return "the package nixl-cu13 is not installed"
+    return None
+
+
+def slow_network(facts: HostFacts) -> str | None:
+    if facts.device == "cpu" or facts.same_host or facts.rdma_cards:
+        return None
+    return (
+        "no RDMA card is visible (/sys/class/infiniband is empty): NIXL moves KV over TCP and through host "
+        "memory, far slower than cards would; in a container pass /dev/infiniband in"
+    )
+
+
+def build(setup: MoverSetup) -> NixlMover:
+    # Peers of host memory on this host: keep it off every network card.
+    return NixlMover(setup.agent_name, same_host=setup.same_host and setup.device is None)
+
+
+MOVER = MoverSpec(name=NixlMover.name, preference=20, missing=missing, drawback=slow_network, build=build)

@@ -1,11 +1,11 @@
 """ZMQ sockets for every edge: `Server` (ROUTER, bound) and `Link` (DEALER, connected).
 
-Nothing here ever blocks, and nothing that arrives ever raises: frames that do not decode are dropped and
-reported through `on_drop(reason)`. `ipc://` paths lie in a directory of mode 0700 that is ours; `tcp://`
+Nothing here ever blocks, and nothing that arrives ever raises: a socket drops frames that do not decode, and
+reports them through `on_drop(reason)`. `ipc://` paths lie in a directory of mode 0700 that is ours; `tcp://`
 is refused without CURVE keys and an allow-list (see keys.py).
 
 Both poll with `zmq.Poller` on `.socket`. A `Link` reconnects by itself and keeps up to its high-water mark
-of frames for a server that is not there: whoever uses one must cope with a reborn server (epochs do that).
+of frames for a server that is not there: its user must cope with a restarted server (epochs do that).
 """
 
 import contextlib
@@ -39,7 +39,7 @@ Out = TypeVar("Out")
 DropReport = Callable[[str], None]
 
 
-def _split_endpoint(endpoint: str) -> tuple[str, str, str]:
+def split_endpoint(endpoint: str) -> tuple[str, str, str]:
     """`(scheme, address without fragment, key name or "")`. Raises TransferConfigError."""
     scheme, separator, rest = endpoint.partition("://")
     if not separator or not rest or scheme not in ("ipc", "tcp"):
@@ -64,8 +64,9 @@ def _new_socket(context: "zmq.Context[Any]", kind: int, limit_bytes: int) -> "zm
     return socket
 
 
-def _check_ipc_path_is_ours(endpoint: str) -> Path:
-    """A live listener must not be shadowed: libzmq would silently unlink its path and take it over."""
+def claim_ipc_path(endpoint: str) -> Path:
+    """The path of an `ipc://` endpoint that nobody listens at. A live listener must not be shadowed: libzmq
+    would silently unlink its path and take it over."""
     path = Path(endpoint.removeprefix("ipc://"))
     require_private_directory(path.parent, f"endpoint {endpoint}")
     with sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM) as probe:
@@ -78,7 +79,7 @@ def _check_ipc_path_is_ours(endpoint: str) -> Path:
     raise TransferConfigError(f"endpoint {endpoint}: another process is listening there")
 
 
-def _decode(
+def decode_frame(
     codec: Codec[In],
     parts: list[bytes],
     on_drop: DropReport,
@@ -116,12 +117,12 @@ class Server(Generic[In, Out]):
         on_bad: Callable[[bytes, object, str], None] | None = None,
     ) -> None:
         """`refusal(why)` answers a frame of another protocol version: its sender cannot read the answer, but
-        sees our version in front of it. `on_bad(peer, message, why)` takes messages that are not allowed out
-        of frames whose others count; without it such a frame is dropped as a whole."""
-        scheme, address, _ = _split_endpoint(endpoint)
+        sees our version in front of it. `on_bad(peer, message, why)` gets messages that are not allowed, and
+        the others of their frame count; without it such a frame is dropped as a whole."""
+        scheme, address, _ = split_endpoint(endpoint)
         self._receives, self._sends, self._on_drop, self._refusal = receives, sends, on_drop, refusal
         self._on_bad = on_bad
-        self._ipc_path = _check_ipc_path_is_ours(address) if scheme == "ipc" else None
+        self._ipc_path = claim_ipc_path(address) if scheme == "ipc" else None
         if scheme == "tcp" and keys is None:
             raise TransferConfigError(f"endpoint {endpoint}: {NEEDS_KEYS}")
         # A context of its own: closing it is synchronous, so a successor can bind the same path at once,
@@ -146,7 +147,7 @@ class Server(Generic[In, Out]):
         self.endpoint: str = f"{bound}#{keys.name}" if scheme == "tcp" and keys is not None else bound
 
     def receive(self) -> list[tuple[bytes, list[In]]]:
-        """What has arrived, as `(peer, messages)`, oldest first; at most 256 frames a call."""
+        """The messages that have arrived, as `(peer, messages)`, oldest first; at most 256 frames a call."""
         arrived: list[tuple[bytes, list[In]]] = []
         for _ in range(FRAMES_PER_RECEIVE):
             try:
@@ -157,7 +158,7 @@ class Server(Generic[In, Out]):
                 raise
             mismatches: list[str] = []
             on_bad = None if self._on_bad is None else partial(self._on_bad, peer)
-            messages = _decode(self._receives, parts, self._on_drop, mismatches.append, on_bad)
+            messages = decode_frame(self._receives, parts, self._on_drop, mismatches.append, on_bad)
             if messages is not None:
                 arrived.append((peer, messages))
             elif mismatches and self._refusal is not None:
@@ -204,7 +205,7 @@ class Link(Generic[In, Out]):
     ) -> None:
         """`on_bad`: as `Server`'s."""
         self._on_bad = on_bad
-        scheme, address, key_name = _split_endpoint(endpoint)
+        scheme, address, key_name = split_endpoint(endpoint)
         if scheme == "ipc":
             parent = Path(address.removeprefix("ipc://")).parent
             require_private_directory(parent, f"endpoint {endpoint}")
@@ -243,7 +244,7 @@ class Link(Generic[In, Out]):
             if not self.pending():
                 break
             parts = self.socket.recv_multipart(_NOBLOCK)
-            messages = _decode(self._receives, parts, self._on_drop, self._note_mismatch, self._on_bad)
+            messages = decode_frame(self._receives, parts, self._on_drop, self._note_mismatch, self._on_bad)
             if messages is not None:
                 arrived.extend(messages)
         return arrived

@@ -1,8 +1,8 @@
 """The framing of every ZMQ edge: one byte of protocol version, then a msgpack list of tagged structs. Between
 the two, a sealed frame has the CRC-32 of the list, in little-endian order.
 
-A list, so that a step costs one message however many things it says. Decoding is strict: types, bounds and
-list lengths are checked while decoding, and nothing but `ProtocolError` comes out of it.
+A frame is a list so that a step costs one message, whatever it has to send. Decoding is strict: it checks
+types, bounds and list lengths, and raises nothing but `ProtocolError`.
 """
 
 import zlib
@@ -20,7 +20,8 @@ SEAL_BYTES = 4
 
 Message = TypeVar("Message")
 OnBad = Callable[[object, str], None]
-"""What a message that is not allowed says (None: it cannot be read at all), and what is wrong with it."""
+"""Called with the content of a message that is not allowed (None: it cannot be read), and what is wrong with
+it."""
 _MALFORMED = (msgspec.MsgspecError, ValueError, OverflowError, RecursionError)
 """Beside msgspec's own errors, bad UTF-8 raises ValueError and deep nesting RecursionError."""
 
@@ -28,8 +29,8 @@ _MALFORMED = (msgspec.MsgspecError, ValueError, OverflowError, RecursionError)
 class Codec(Generic[Message]):
     """Encodes and decodes frames of one union of tagged structs: `Codec[Command](Command)`.
 
-    `max_frame_bytes` bounds what is decoded, and what the socket accepts at all. `sealed`: no frame that was
-    changed on its way is taken for another that could have been said.
+    `max_frame_bytes` bounds what is decoded, and what the socket accepts at all. `sealed`: a frame that was
+    changed on its way is never taken for another that could have been sent.
     """
 
     def __init__(self, union: Any, max_frame_bytes: int = MAX_FRAME_BYTES, sealed: bool = False) -> None:
@@ -42,18 +43,18 @@ class Codec(Generic[Message]):
 
     def encode(self, messages: list[Message]) -> bytes:
         """One frame. Raises ProtocolError if it would be larger than the other side accepts."""
-        said = self._encoder.encode(messages)
-        seal = zlib.crc32(said).to_bytes(SEAL_BYTES, "little") if self._sealed else b""
-        frame = bytes((PROTOCOL_VERSION,)) + seal + said
+        payload = self._encoder.encode(messages)
+        seal = zlib.crc32(payload).to_bytes(SEAL_BYTES, "little") if self._sealed else b""
+        frame = bytes((PROTOCOL_VERSION,)) + seal + payload
         if len(frame) > self.max_frame_bytes:
             raise ProtocolError(f"a frame of {len(frame)} bytes is over the limit of {self.max_frame_bytes}")
         return frame
 
     def decode(self, frame: bytes | memoryview) -> list[Message]:
         """The messages of one frame. Raises ProtocolError (VersionMismatch for another version)."""
-        said = self._said(frame)
+        payload = self._payload(frame)
         try:
-            return self._decoder.decode(said)
+            return self._decoder.decode(payload)
         except _MALFORMED as error:
             raise ProtocolError(f"malformed frame: {error}") from error
 
@@ -77,24 +78,24 @@ class Codec(Generic[Message]):
 
     def _parts(self, frame: bytes | memoryview) -> list[msgspec.Raw]:
         try:
-            parts = msgspec.msgpack.decode(self._said(frame), type=list[msgspec.Raw])
+            parts = msgspec.msgpack.decode(self._payload(frame), type=list[msgspec.Raw])
         except _MALFORMED as error:
             raise ProtocolError(f"malformed frame: {error}") from error
         return parts if len(parts) <= MAX_MESSAGES_PER_FRAME else []
 
-    def _said(self, frame: bytes | memoryview) -> memoryview:
+    def _payload(self, frame: bytes | memoryview) -> memoryview:
         if len(frame) == 0:
             raise ProtocolError("empty frame")
         if len(frame) > self.max_frame_bytes:
             raise ProtocolError(f"a frame of {len(frame)} bytes is over the limit of {self.max_frame_bytes}")
         if frame[0] != PROTOCOL_VERSION:
             raise VersionMismatch(f"protocol version {frame[0]}, this side speaks {PROTOCOL_VERSION}")
-        said = memoryview(frame)[1:]
+        payload = memoryview(frame)[1:]
         if self._sealed:
-            seal, said = said[:SEAL_BYTES], said[SEAL_BYTES:]
-            if zlib.crc32(said).to_bytes(SEAL_BYTES, "little") != seal:
+            seal, payload = payload[:SEAL_BYTES], payload[SEAL_BYTES:]
+            if zlib.crc32(payload).to_bytes(SEAL_BYTES, "little") != seal:
                 raise ProtocolError("a frame was changed on its way")
-        return said
+        return payload
 
 
 def _anything(part: msgspec.Raw) -> object:

@@ -1,4 +1,4 @@
-"""Whether a connection has been cut: a process that dies closes its sockets, long before silence tells."""
+"""A monitor of one connection. A process that dies closes its sockets, long before silence would show it."""
 
 import zmq
 import zmq.utils.monitor
@@ -7,14 +7,15 @@ _READABLE, _NOBLOCK = int(zmq.POLLIN), int(zmq.NOBLOCK)
 
 
 class ConnectionWatch:
-    """Of one connecting socket, which ZMQ connects again by itself. To be closed before the socket is."""
+    """Watches one connecting socket, which ZMQ connects again by itself. To be closed before the socket
+    is."""
 
     def __init__(self, socket: "zmq.Socket[bytes]") -> None:
         self._socket = socket
         self._monitor: zmq.Socket[bytes] = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
 
     def was_cut(self) -> bool:
-        """Since the last call. Never waits."""
+        """Whether the connection was cut since the last call. Never waits."""
         cut = False
         while not self._monitor.closed and int(self._monitor.getsockopt(zmq.EVENTS)) & _READABLE:
             zmq.utils.monitor.recv_monitor_message(self._monitor, _NOBLOCK)

@@ -1,8 +1,8 @@
-"""CURVE keys for `tcp://` edges: one secret key of our own, and a directory of allowed public keys.
+"""CURVE keys for `tcp://` edges: one secret key of this process, and a directory of allowed public keys.
 
     key_dir/            mode 0700
-      NAME.key_secret   our pair; exactly one such file
-      allowed/*.key     public keys that may connect to us, and that we connect to
+      NAME.key_secret   the own pair; exactly one such file
+      allowed/*.key     public keys of those that may connect here, and that are connected to
 
 A server's endpoint names its key as a fragment (`tcp://10.0.0.2:7001#NAME`), which the connecting side looks
 up in its own allow-list: an address can thus choose among trusted keys, never bring one along. Without a
@@ -36,7 +36,7 @@ def require_private_directory(directory: Path, what: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ChannelKeys:
-    """Our pair (Z85) and the allow-list by name."""
+    """The own key pair (Z85) and the allow-list by name."""
 
     name: str
     public: bytes

@@ -1,4 +1,4 @@
-"""The peers that receive from us: they connect, say who they are, and are watched until they are lost.
+"""The peers that receive from this process: they connect and greet, and are watched until they are lost.
 
     UNKNOWN connection → PeerHello fits → GREETED → silent, unreachable or replaced → forgotten
 
@@ -10,8 +10,9 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from kvtransfer.buffer.region import Region
 from kvtransfer.errors import MoverError, ProtocolError
-from kvtransfer.movers.base import Mover, Region, two_sided
+from kvtransfer.movers.base import Mover, two_sided
 from kvtransfer.net.channel import Server
 from kvtransfer.peers.handshake import mismatch
 from kvtransfer.protocol.machine import TransferMachine
@@ -37,12 +38,13 @@ class _Peer:
     identity: bytes
     connection: PeerConnection
     hello: PeerHello
-    heard_at_s: float
-    said_at_s: float
+    received_at_s: float
+    sent_at_s: float
 
 
 class Destinations:
-    """`hello(None)` gives our own greeting, or None while no worker is attached."""
+    """The table of connected destinations, by epoch. `hello(None)` gives this process's own hello, or None
+    while no worker is attached."""
 
     def __init__(
         self,
@@ -62,7 +64,7 @@ class Destinations:
         self._by_identity: dict[bytes, _Peer] = {}
         self._by_epoch: dict[Destination, _Peer] = {}
         self._leaving: dict[Destination, str] = {}
-        """Lost peers by epoch, with their agents: removed from the mover once nothing is in flight."""
+        """Lost peers by epoch, with their agents: the mover forgets them once nothing is in flight."""
 
     def __len__(self) -> int:
         return len(self._by_epoch)
@@ -87,12 +89,12 @@ class Destinations:
                     self._greet(identity, connection, message, now_s)
                 elif peer is None:
                     self._machine.outbox.drops["peer_before_hello"] += 1
-                    self._server.send(identity, [connection, PeerRefused("say hello first")])
+                    self._server.send(identity, [connection, PeerRefused("send hello first")])
                     break
                 elif peer.connection != connection:
                     self._machine.outbox.drops["other_connection"] += 1
                 else:
-                    peer.heard_at_s = now_s
+                    peer.received_at_s = now_s
                     if not isinstance(message, PeerPing):
                         epoch = peer.hello.epoch
                         self._machine.on_destination(epoch, message, peer.hello.slots, now_s)
@@ -102,12 +104,12 @@ class Destinations:
         if peer is None:
             self._machine.outbox.drops["to_lost_peer"] += len(messages)
         elif self._server.send(peer.identity, [peer.connection, *messages]):
-            peer.said_at_s = now_s
+            peer.sent_at_s = now_s
         else:
             self.lose(destination, "its connection is gone", now_s)
 
     def send_notes(self, now_s: float) -> None:
-        """What the mover has to say, before anything that is said about the same writes."""
+        """Sends the mover's notes, before any message about the same writes."""
         if self._two_sided is None:
             return
         for agent, note in self._two_sided.notes():
@@ -116,15 +118,15 @@ class Destinations:
                 self.send(destination, [MoverNote(note)], now_s)
 
     def tick(self, now_s: float) -> None:
-        """Heartbeats and silence; takes leave of lost peers."""
+        """Sends heartbeats, loses silent peers, and removes lost ones from the mover."""
         for agent, fault in [] if self._two_sided is None else self._two_sided.faults():
             destination = self._named(agent)
             if destination is not None:
                 self._dismiss(destination, f"mover: {fault}"[:1000], now_s)
         for destination, peer in list(self._by_epoch.items()):
-            if now_s - peer.heard_at_s >= self._peer_timeout_s:
+            if now_s - peer.received_at_s >= self._peer_timeout_s:
                 self.lose(destination, f"silent for {self._peer_timeout_s} s", now_s)
-            elif now_s - peer.said_at_s >= self._heartbeat_s:
+            elif now_s - peer.sent_at_s >= self._heartbeat_s:
                 self.send(destination, [PeerPing(self._epoch)], now_s)
         for destination, agent in list(self._leaving.items()):
             if not self._machine.sender.uses(destination):
@@ -134,7 +136,7 @@ class Destinations:
     def next_deadline_s(self) -> float | None:
         return min(
             (
-                min(p.said_at_s + self._heartbeat_s, p.heard_at_s + self._peer_timeout_s)
+                min(p.sent_at_s + self._heartbeat_s, p.received_at_s + self._peer_timeout_s)
                 for p in self._by_epoch.values()
             ),
             default=None,
@@ -167,8 +169,8 @@ class Destinations:
         ours = self._hello(None)
         former = self._by_identity.get(identity)
         if former is not None and (former.connection, former.hello.epoch) != (connection, theirs.epoch):
-            # One of the two hellos was said elsewhere, and nobody can say which. Whoever is at the other end
-            # is told so on both accounts, and greets again on another connection.
+            # One of the two hellos was sent elsewhere, and nobody knows which. The other end is notified on
+            # both connections, and greets again on another one.
             self._dismiss(former.hello.epoch, TWO_HELLOS, now_s)
             self._refuse(identity, connection, theirs, TWO_HELLOS, [])
             return
@@ -177,11 +179,11 @@ class Destinations:
             return
         reason = mismatch(ours, theirs)
         if theirs.expected_epoch != ours.epoch:
-            reason = "another life was meant"
+            reason = "another incarnation was meant"
         if reason is None:
             reason = self._introduce(theirs)
         if reason is not None:
-            # Our hello goes first: from it the other side learns that the life it meant is over.
+            # Our hello goes first: by it the other side learns that the incarnation it meant has ended.
             self._refuse(identity, connection, theirs, reason, [ours])
             return
         former = self._by_epoch.get(theirs.epoch)

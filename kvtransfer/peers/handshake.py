@@ -1,4 +1,4 @@
-"""Whether two transfer processes fit together: decided before anything else is said."""
+"""The handshake's check that two transfer processes fit together, before they exchange anything else."""
 
 from kvtransfer.protocol.layout import head_range, shared_heads
 from kvtransfer.protocol.peer_messages import PeerHello
@@ -11,7 +11,7 @@ def mismatch(ours: PeerHello, theirs: PeerHello) -> str | None:
 
     Page size, page layout and tensor parallelism may differ: the slot layout is the same for all. Number and
     size of the slots may differ too: a segment is made to fit both. Ranks that have no head in common have
-    nothing to say to each other.
+    nothing to transfer.
     """
     pairs: tuple[tuple[str, object, object], ...] = (
         ("version", ours.version, theirs.version),

@@ -1,7 +1,7 @@
-"""Finds out whether anybody still listens at an endpoint, without waiting.
+"""The probe of whether a process still listens at an endpoint, without waiting.
 
 A dead process's listening socket is gone at once, a stopped one's still accepts: so a refused connection
-proves the death of that life, which mere silence never does.
+proves the death of that incarnation, which mere silence never does.
 """
 
 import errno
@@ -23,7 +23,7 @@ class IncarnationProbe:
             self._target = (host, int(port)) if port.isdigit() and _is_ipv4(host) else None
 
     def proves_death(self) -> bool:
-        """True: nobody listens there. False: somebody does, or it is not known (yet): ask again later."""
+        """True: no process listens there. False: one does, or it is not known (yet): ask again later."""
         if self._target is None:
             return False
         if self._pending is not None:

@@ -1,12 +1,12 @@
-"""The peers that send to us: we connect to them, greet, and watch them until they are lost.
+"""The peers that send to this process: it connects to them, greets, and watches them until they are lost.
 
     GREETING → fits → READY → silent or refused → GREETING again, while quarantined slots hang on it
-    any      → its life is proved over → SETTLING → its slots are free → forgotten
+    any      → its incarnation has ended → SETTLING → its slots are free → forgotten
 
-A lost source is asked again for as long as slots are in quarantine on its account: one that was only
-stopped will then say `Closed`; one that was restarted answers in another life, and a dead one's endpoint
-refuses connections. In the last two cases what was on the way gets a moment to land. Each connection has a
-number of its own, and what is heard on it under another was said before.
+This process greets a lost source again for as long as slots are in quarantine because of it: one that was
+only stopped will then send `Closed`; one that was restarted answers in another incarnation, and a dead one's
+endpoint refuses connections. In the last two cases what was on the way gets a moment to land. Each connection
+has a number of its own, and what arrives on it under another number was sent before.
 """
 
 import logging
@@ -53,17 +53,18 @@ class _Source:
     probe: IncarnationProbe
     state: SourceState
     since_s: float
-    heard_at_s: float
-    said_at_s: float
+    received_at_s: float
+    sent_at_s: float
     probe_at_s: float
     agent: str = ""
     """Its mover's name, once it has greeted."""
-    held: DeferredMessages = field(default_factory=DeferredMessages)
+    deferred: DeferredMessages = field(default_factory=DeferredMessages)
 
 
 class Sources:
-    """`hello(epoch)` gives our greeting to the source in that life, or None while no worker is attached.
-    `watch` and `unwatch` are told of every socket that comes and goes."""
+    """The table of sources, by address. `hello(epoch)` gives the hello to the source in that incarnation,
+    or None while no worker is attached. `watch` and `unwatch` are called with every socket that comes and
+    goes."""
 
     def __init__(
         self,
@@ -89,7 +90,7 @@ class Sources:
         return sum(source.state is SourceState.READY for source in self._sources.values())
 
     def connect(self, address: TransferAddress, now_s: float) -> None:
-        """Starts to greet, unless that is under way. A bad endpoint ends the transfers at once."""
+        """Connects and greets, unless that is under way. A bad endpoint ends the transfers at once."""
         if address in self._sources:
             return
         try:
@@ -117,7 +118,7 @@ class Sources:
             link, ours = source.link, False
             for message in link.receive():
                 if source.link is not link or self._sources.get(source.address) is not source:
-                    break  # What is left was said on a connection that an earlier message has ended.
+                    break  # What is left was sent on a connection that an earlier message has ended.
                 if isinstance(message, PeerConnection):
                     ours = message == source.connection
                     if not ours:
@@ -125,7 +126,7 @@ class Sources:
                     continue
                 if not ours:
                     continue
-                source.heard_at_s = now_s
+                source.received_at_s = now_s
                 if isinstance(message, PeerHello):
                     self._on_hello(source, message, now_s)
                 elif isinstance(message, PeerRefused):
@@ -135,7 +136,7 @@ class Sources:
                     self._machine.outbox.drops["peer_before_hello"] += 1
                 elif isinstance(message, MoverNote):
                     self._on_note(source, message, now_s)
-                elif not isinstance(message, PeerPing) and not self._hold(source, message):
+                elif not isinstance(message, PeerPing) and not self._defer(source, message):
                     self._machine.on_source(source.address, message, now_s)
 
     def send(self, address: TransferAddress, messages: list[PeerMessage], now_s: float) -> None:
@@ -143,7 +144,7 @@ class Sources:
         if source is None or source.state is not SourceState.READY:
             self._machine.outbox.drops["to_lost_peer"] += len(messages)
         elif source.link.send([source.connection, *messages]):
-            source.said_at_s = now_s
+            source.sent_at_s = now_s
         else:
             self._lose(source, "its queue is full", now_s)
 
@@ -155,7 +156,7 @@ class Sources:
                     self._machine.receiver.source_gone(source.address, "source is gone", now_s)
                     self._forget(source)
                 continue
-            quiet_s = now_s - source.heard_at_s
+            quiet_s = now_s - source.received_at_s
             if quiet_s >= 2 * self._heartbeat_s and now_s >= source.probe_at_s:
                 source.probe_at_s = now_s + self._heartbeat_s
                 if source.probe.proves_death():
@@ -163,8 +164,8 @@ class Sources:
                     continue
             if quiet_s >= self._peer_timeout_s and now_s - source.since_s >= self._peer_timeout_s:
                 self._lose(source, f"silent for {self._peer_timeout_s} s", now_s)
-            elif now_s - source.said_at_s >= self._heartbeat_s:
-                source.said_at_s = now_s
+            elif now_s - source.sent_at_s >= self._heartbeat_s:
+                source.sent_at_s = now_s
                 if source.state is SourceState.READY:
                     source.link.send([source.connection, PeerPing(self._epoch)])
 
@@ -174,8 +175,8 @@ class Sources:
                 s.since_s + SETTLE_S
                 if s.state is SourceState.SETTLING
                 else min(
-                    s.said_at_s + self._heartbeat_s,
-                    max(s.probe_at_s, s.heard_at_s + 2 * self._heartbeat_s),
+                    s.sent_at_s + self._heartbeat_s,
+                    max(s.probe_at_s, s.received_at_s + 2 * self._heartbeat_s),
                 )
                 for s in self._sources.values()
             ),
@@ -236,11 +237,11 @@ class Sources:
         self._unwatch(source.link)
         source.link.close()
         source.link, source.connection = self._new_link(source.address), _new_connection()
-        source.state, source.since_s, source.said_at_s = SourceState.GREETING, now_s, now_s
+        source.state, source.since_s, source.sent_at_s = SourceState.GREETING, now_s, now_s
         self._greet(source, now_s)
 
     def _over(self, source: _Source, reason: str, now_s: float) -> None:
-        """That life has ended. What it had already sent may still be landing."""
+        """That incarnation has ended. What it had already sent may still be landing."""
         log.warning("source %s is over: %s", source.address.endpoint, reason)
         self._leave(source)
         self._machine.receiver.source_lost(source.address, f"source lost: {reason}", now_s)
@@ -257,14 +258,14 @@ class Sources:
         except MoverError as error:
             self._lose(source, f"mover: {error}"[:1000], now_s)
 
-    def _hold(self, source: _Source, message: PeerMessage) -> bool:
+    def _defer(self, source: _Source, message: PeerMessage) -> bool:
         if self._two_sided is None:
             return False
         announced, landed = self._two_sided.announced(source.agent), self._two_sided.landed(source.agent)
-        return source.held.hold(message, announced, landed)
+        return source.deferred.defer(message, announced, landed)
 
     def _at_rest(self, source: _Source) -> bool:
-        """Whether nothing that the source has announced is on its way into our memory."""
+        """Whether nothing that the source has announced is on its way into this process's memory."""
         return self._two_sided is None or (
             self._two_sided.announced(source.agent) == self._two_sided.landed(source.agent)
         )
@@ -277,12 +278,12 @@ class Sources:
             if source.state is SourceState.READY and source.agent in faults:
                 self._lose(source, f"mover: {faults[source.agent]}"[:1000], now_s)
                 continue
-            for message in source.held.release(self._two_sided.landed(source.agent)):
+            for message in source.deferred.take_due(self._two_sided.landed(source.agent)):
                 self._machine.on_source(source.address, message, now_s)
 
     def _leave(self, source: _Source) -> None:
-        """What it said and is not believed yet falls with the connection."""
-        source.held.clear()
+        """Ends a source's connection. Messages that are still deferred end with it."""
+        source.deferred.clear()
         if self._two_sided is not None:
             self._two_sided.leave_source(source.agent)
 

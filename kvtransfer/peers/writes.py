@@ -1,4 +1,4 @@
-"""Carries out posted writes: starts them, looks after them, and never waits for one without a limit."""
+"""The writes in flight: started and polled here, and never waited for without a limit."""
 
 import logging
 from collections.abc import Callable
@@ -22,10 +22,10 @@ class _Posted:
 
 
 class Writes:
-    """The writes in flight. Reports each end to the sender, exactly once.
+    """Posts writes to the mover, polls them, and reports each end to the sender, exactly once.
 
-    `disconnect(destination, reason)` is called for a peer that a write could not be finished to in
-    `write_timeout_s`; its handles have been released by then.
+    It calls `disconnect(destination, reason)` for a peer that a write could not be finished to in
+    `write_timeout_s`, after it has released the handles.
     """
 
     def __init__(

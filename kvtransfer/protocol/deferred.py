@@ -1,4 +1,4 @@
-"""Messages of a source that have to wait for data that it announced before them. Pure."""
+"""The queue of a source's messages that wait for data which the source announced before them. Pure."""
 
 from collections import deque
 
@@ -6,7 +6,7 @@ from kvtransfer.protocol.peer_messages import PeerMessage
 
 
 class DeferredMessages:
-    """What a source says is believed only when every batch that it announced before has landed.
+    """Messages of one source, each deferred until every batch that the source announced before it has landed.
 
     `announced` and `landed` count batches of that source and only grow.
     """
@@ -17,15 +17,16 @@ class DeferredMessages:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def hold(self, message: PeerMessage, announced: int, landed: int) -> bool:
-        """False: it may be believed now. True: it is kept, behind what is kept already."""
+    def defer(self, message: PeerMessage, announced: int, landed: int) -> bool:
+        """False: nothing is outstanding, the message counts now. True: it is queued, behind what is queued
+        already."""
         if not self._waiting and landed >= announced:
             return False
         self._waiting.append((announced, message))
         return True
 
-    def release(self, landed: int) -> list[PeerMessage]:
-        """What may be believed now, oldest first."""
+    def take_due(self, landed: int) -> list[PeerMessage]:
+        """The messages that count now, oldest first."""
         free: list[PeerMessage] = []
         while self._waiting and self._waiting[0][0] <= landed:
             free.append(self._waiting.popleft()[1])

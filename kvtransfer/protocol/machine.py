@@ -1,8 +1,8 @@
-"""One process's transfers as a whole: both directions over one slot pool, pure.
+"""The state machine of all transfers of one process: both directions over one slot pool, pure.
 
-Inputs are method calls, with the time as an argument; what is to be done gathers in `outbox`. After any
+Inputs are method calls, with the time as an argument; the actions that follow gather in `outbox`. After any
 batch of inputs, `settle` hands out the slots that have become free: to senders first, because a slot assigned
-for sending comes back by our own doing, one granted to a peer only by the peer's.
+for sending comes back by this process's own doing, one granted to a peer only by the peer's.
 """
 
 from kvtransfer.messages import (
@@ -35,7 +35,7 @@ TransferCommand = OpenReceive | OpenSend | SendReady | Filled | Freed | Commit |
 
 
 class TransferMachine:
-    """Sender, receiver and their pool. Nothing raises for what a worker or a peer says."""
+    """Sender, receiver and their pool. Nothing that a worker or a peer sends makes it raise."""
 
     def __init__(self, limits: TransferLimits) -> None:
         self.pool = SlotPool(limits.slots)
@@ -49,7 +49,7 @@ class TransferMachine:
         self.receiver.limits = limits
 
     def on_command(self, command: TransferCommand, now_s: float) -> None:
-        """What the worker says."""
+        """Handles a command of the worker."""
         if isinstance(command, Filled):
             self.sender.filled(command, now_s)
         elif isinstance(command, Freed):
@@ -71,7 +71,7 @@ class TransferMachine:
     def on_destination(
         self, destination: Destination, message: PeerMessage, remote_slots: int, now_s: float
     ) -> None:
-        """What a peer that receives from us says; `remote_slots` is how many slots it has."""
+        """Handles a message of a peer that receives from this process and has `remote_slots` slots."""
         if isinstance(message, Grant):
             self.sender.on_grant(destination, message, remote_slots)
         elif isinstance(message, Offer):
@@ -84,7 +84,7 @@ class TransferMachine:
             self.outbox.drops["wrong_way"] += 1
 
     def on_source(self, source: TransferAddress, message: PeerMessage, now_s: float) -> None:
-        """What a peer that sends to us says."""
+        """Handles a message of a peer that sends to this process."""
         if isinstance(message, Written):
             self.receiver.on_written(source, message, now_s)
         elif isinstance(message, Ready):
@@ -97,7 +97,7 @@ class TransferMachine:
             self.outbox.drops["wrong_way"] += 1
 
     def worker_gone(self, reason: str, now_s: float) -> None:
-        """The worker's life is over: nobody packs, unpacks or waits any more."""
+        """The worker is gone: nobody packs, unpacks or waits any more."""
         self.sender.worker_gone(reason, now_s)
         self.receiver.worker_gone(reason, now_s)
 

@@ -1,4 +1,5 @@
-"""What the transfer state machines ask to be done: plain values, carried out by the process around them."""
+"""The actions that the transfer state machines ask for: plain values, which the process around them carries
+out."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -8,12 +9,13 @@ from kvtransfer.protocol.peer_messages import PeerMessage
 from kvtransfer.spans import Spans
 
 Destination = int
-"""A receiving peer, named by its epoch: sampled at random in each life, so it names one life for ever."""
+"""A receiving peer, named by its epoch: sampled at random at its start, so it names one incarnation for
+ever."""
 
 
 @dataclass(frozen=True, slots=True)
 class SlotCopy:
-    """Copy the first `byte_count` bytes of our slot into the peer's slot."""
+    """The copy of the first `byte_count` bytes of a local slot into a peer's slot."""
 
     local_slot: int
     remote_slot: int
@@ -22,7 +24,7 @@ class SlotCopy:
 
 @dataclass(frozen=True, slots=True)
 class Write:
-    """To be posted to the mover at once; its end is reported under `write_id`."""
+    """A write that the process posts to the mover at once. It reports the end under `write_id`."""
 
     write_id: int
     destination: Destination
@@ -36,7 +38,8 @@ class Write:
 
 @dataclass(slots=True)
 class Outbox:
-    """Filled by the machines, in order; emptied by whoever runs them. `drops` counts by reason, for ever."""
+    """The queues of actions. The machines fill them, in order; the process empties them. `drops` counts by
+    reason, for ever."""
 
     to_worker: list[Event] = field(default_factory=list)
     to_sources: list[tuple[TransferAddress, PeerMessage]] = field(default_factory=list)
@@ -45,7 +48,7 @@ class Outbox:
     writes: list[Write] = field(default_factory=list)
     drops: Counter[str] = field(default_factory=Counter)
     spans: Spans = field(default_factory=Spans)
-    """Not emptied: what is remembered of transfers."""
+    """The trace of transfers; the process does not empty it."""
 
     @property
     def empty(self) -> bool:

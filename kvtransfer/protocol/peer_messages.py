@@ -1,4 +1,4 @@
-"""What two transfer processes say to each other. Data never travels here: the mover writes it.
+"""The messages between two transfer processes. Data never travels here: the mover writes it.
 
 The receiving side connects to the sending side (it alone knows that it has pages), so grants flow along
 the connection and reports of writes flow back. Every frame begins with its `PeerConnection`. The first
@@ -25,20 +25,20 @@ from kvtransfer.messages import (
 
 
 class PeerConnection(Struct, frozen=True, tag="connection", forbid_unknown_fields=True):
-    """What follows in this frame was said on the connection of this number, sampled by whoever connected.
+    """The number of the connection that this frame was sent on. The side that connects samples it.
 
-    A frame that is heard again, on another connection or in another life of either side, is known by it. Its
-    transfer ids, slots and generations alone might name something that is there now.
+    By it the receiver recognises a frame that arrives again, on another connection or in another incarnation
+    of either side. Its transfer ids, slots and generations alone might name something that is there now.
     """
 
     number: Epoch
 
 
 class PeerHello(Struct, frozen=True, tag="hello", forbid_unknown_fields=True):
-    """Who is speaking, and where its staging buffer lies for the mover.
+    """The identity of the sending process, and where its staging buffer lies for the mover.
 
-    `expected_epoch` is the life the receiver was told to talk to; a sender in another life answers
-    `PeerRefused`. `agent_metadata` is the mover's own description of the registered buffer.
+    `expected_epoch` is the incarnation that the receiver wants to reach; a sender in another incarnation
+    answers `PeerRefused`. `agent_metadata` is the mover's own description of the registered buffer.
     """
 
     version: Annotated[str, Meta(max_length=64)]
@@ -61,7 +61,7 @@ class PeerRefused(Struct, frozen=True, tag="refused", forbid_unknown_fields=True
 
 
 class PeerPing(Struct, frozen=True, tag="ping", forbid_unknown_fields=True):
-    """Sent when a connection has been quiet, both ways; silence past the limit means a lost peer."""
+    """Keeps a quiet connection alive, both ways. A peer that is silent for longer than the limit is lost."""
 
     epoch: Epoch
 
@@ -122,7 +122,7 @@ class Closed(Struct, frozen=True, tag="closed", forbid_unknown_fields=True):
 
 
 class MoverNote(Struct, frozen=True, tag="mover", forbid_unknown_fields=True):
-    """Sender to receiver: what a mover says to its like, where both sides take part in a write."""
+    """Sender to receiver: a message between two movers, where both sides take part in a write."""
 
     note: Annotated[bytes, Meta(max_length=1 << 20)]
 

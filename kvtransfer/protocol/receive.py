@@ -1,4 +1,4 @@
-"""One incoming transfer: its states, their legal moves, and what is kept about it."""
+"""One incoming transfer: its states, their transitions, and its record."""
 
 from dataclasses import dataclass, field
 from enum import Enum
@@ -33,6 +33,8 @@ CLOSING = (ReceiveState.COMMITTED, ReceiveState.CANCELLED)
 
 @dataclass(slots=True)
 class IncomingSegments:
+    """The record of one incoming transfer: its token range, what has arrived, and its granted slots."""
+
     transfer_id: int
     source: TransferAddress
     start_token: int
@@ -41,7 +43,7 @@ class IncomingSegments:
     kv_heads: int
     token_bytes: int
     segment_tokens: int
-    """The most tokens of one segment, as far as our own slots go."""
+    """The most tokens of one segment, as far as this side's slots go."""
     state: ReceiveState = ReceiveState.CONNECTING
     arrived: TokenRanges = field(default_factory=TokenRanges)
     ready: bool = False
@@ -52,18 +54,19 @@ class IncomingSegments:
     resend_at_s: float = 0.0
     closing_since_s: float = 0.0
 
-    def move(self, state: ReceiveState) -> None:
+    def transition(self, state: ReceiveState) -> None:
         if state not in TRANSITIONS[self.state]:
             raise IllegalTransition(f"receive {self.transfer_id}: {self.state.value} to {state.value}")
         self.state = state
 
     def needs_slots(self) -> int:
-        """Beyond those granted; more once it shows that the source's slots are smaller."""
+        """How many slots it lacks beyond those granted; more once it shows that the source's slots are
+        smaller."""
         missing_tokens = self.end_token - self.start_token - self.arrived.tokens
         return -(-missing_tokens // self.segment_tokens) - len(self.granted)
 
     def fault(self, segment: Segment) -> str | None:
-        """Why a reported segment is not to be believed, as a drop counter's name."""
+        """Why a reported segment cannot be accepted, as a drop counter's name."""
         use = self.granted.get(segment.slot)
         end_token = segment.start_token + segment.token_count
         if use is None:

@@ -1,14 +1,14 @@
-"""Incoming transfers: offers and grants out, reports of writes in.
+"""The state machine of incoming transfers: it offers and grants, and checks the reports of writes.
 
     1. `open`           the worker has pages: connect to the source, then offer            CONNECTING → OPEN
-    2. `grant`          free slots go to the open transfers, fewest-holding first
+    2. `grant`          free slots go to the open transfers, those with fewest first
     3. `on_written`     each segment is checked against its grant, then given to the worker
-    4. `commit`         all there: tell the source, void what is left of the grants        OPEN → COMMITTED
+    4. `commit`         all there: notify the source, void what is left of the grants      OPEN → COMMITTED
     5. `on_closed`      the source has nothing in flight: quarantined slots are free       → ENDED
 
 A failure at any point (`abort`, `on_cancel`, a deadline, a lost source) leads to CANCELLED, where slots that
-the source may still write stay in quarantine until it says `Closed` or its life is known to be over.
-Nothing here raises for what a peer or a worker says: it is dropped and counted.
+the source may still write stay in quarantine until it sends `Closed` or its incarnation is known to have
+ended. Nothing that a peer or a worker sends raises here: what is not allowed is dropped and counted.
 """
 
 from kvtransfer.messages import Aborted, Arrived, OpenReceive, Segment, SlotUse, TransferAddress
@@ -33,7 +33,7 @@ class Receiver:
         return sum(t.state not in CLOSING for t in self._transfers.values())
 
     def uses(self, source: TransferAddress) -> bool:
-        """Whether any transfer, or any quarantined slot, still hangs on this life of this source."""
+        """Whether any transfer, or any quarantined slot, still depends on this incarnation of this source."""
         return any(t.source == source for t in self._transfers.values())
 
     # ------------------------------------------------------------ the worker's side
@@ -80,7 +80,7 @@ class Receiver:
             self._out.drops["commit_incomplete"] += 1
             self._fail(transfer, "committed before every token had arrived", now_s)
         elif transfer.state is ReceiveState.CONNECTING:
-            transfer.move(ReceiveState.COMMIT_PENDING)
+            transfer.transition(ReceiveState.COMMIT_PENDING)
         else:
             self._commit(transfer, now_s)
 
@@ -93,7 +93,7 @@ class Receiver:
         return True
 
     def freed(self, use: SlotUse, now_s: float) -> None:
-        """The worker has done with a FILLED receive slot."""
+        """The worker has unpacked, or dropped, a FILLED receive slot."""
         holder = self._pool.holder(use.slot)
         if holder is None or holder.generation != use.generation or holder.state is not SlotState.FILLED:
             self._out.drops["freed_stale"] += 1
@@ -111,16 +111,16 @@ class Receiver:
     # ------------------------------------------------------------ the source's side
 
     def source_ready(self, source: TransferAddress, now_s: float) -> None:
-        """Connected, for the first time or again after a loss in the same life."""
+        """The source is connected, for the first time or again after a loss in the same incarnation."""
         self._ready.add(source)
         for transfer in self._of(source):
             if transfer.state in CLOSING:
-                self._send_closing(transfer, now_s)
+                self._send_outcome(transfer, now_s)
             else:
                 self._offer(transfer, now_s)
 
     def source_lost(self, source: TransferAddress, reason: str, now_s: float) -> None:
-        """No connection, but it may be alive, and writing."""
+        """The source has no connection, but may be alive, and writing."""
         self._ready.discard(source)
         for transfer in self._of(source):
             if transfer.state not in CLOSING:
@@ -129,7 +129,7 @@ class Receiver:
                 self._end(transfer, now_s)
 
     def source_gone(self, source: TransferAddress, reason: str, now_s: float) -> None:
-        """That life is over and nothing it sent can arrive any more: quarantine ends."""
+        """That incarnation has ended and nothing it sent can arrive any more: quarantine ends."""
         self.source_lost(source, reason, now_s)
         for transfer in self._of(source):
             self._end(transfer, now_s)
@@ -173,7 +173,7 @@ class Receiver:
         if transfer is None:
             return
         if transfer.state not in CLOSING:
-            # The source says that nothing will ever come: true to its word, so no quarantine either.
+            # Nothing of the source is in flight and nothing will start, so there is no quarantine either.
             self._fail(transfer, "closed by the source", now_s, notify_source=False)
         if transfer.state is not ReceiveState.ENDED:
             self._end(transfer, now_s)
@@ -181,7 +181,8 @@ class Receiver:
     # ------------------------------------------------------------ time and slots
 
     def tick(self, now_s: float) -> None:
-        """Deadlines, repeated farewells, and the last resort against sources that never answer."""
+        """Deadlines, repeated `Committed` and `CancelTransfer`, and the last resort against sources that
+        never answer."""
         for transfer in list(self._transfers.values()):
             if transfer.state not in CLOSING:
                 if now_s >= transfer.deadline_s:
@@ -190,7 +191,7 @@ class Receiver:
                 self._out.drops["quarantine_expired"] += len(transfer.granted)
                 self._end(transfer, now_s)
             elif now_s >= transfer.resend_at_s:
-                self._send_closing(transfer, now_s)
+                self._send_outcome(transfer, now_s)
 
     def next_deadline_s(self) -> float | None:
         return min(
@@ -199,8 +200,8 @@ class Receiver:
         )
 
     def grant(self, now_s: float) -> None:
-        """Hands free slots to the open transfers, one at a time: to those that are ready first, then to who
-        holds fewest, oldest first."""
+        """Grants free slots to the open transfers, one at a time: to those that are ready first, then to
+        those that have fewest, oldest first."""
         pool, limits = self._pool, self.limits
         wanting = [
             t for t in self._transfers.values() if t.state is ReceiveState.OPEN and t.needs_slots() > 0
@@ -208,10 +209,10 @@ class Receiver:
         unready_slots = sum(len(t.granted) for t in self._transfers.values() if not t.ready)
         open_transfers = sum(t.state is ReceiveState.OPEN for t in self._transfers.values()) if wanting else 0
         given: dict[int, list[SlotUse]] = {}
-        while wanting and pool.free and pool.held(Direction.RECEIVE) < limits.receive_slots:
+        while wanting and pool.free and pool.in_use(Direction.RECEIVE) < limits.receive_slots:
             transfer = min(wanting, key=lambda t: (not t.ready, len(t.granted)))
             full = not transfer.ready and unready_slots >= limits.unready_slots
-            if full or len(transfer.granted) >= self._may_hold(transfer, open_transfers):
+            if full or len(transfer.granted) >= self._slot_quota(transfer, open_transfers):
                 wanting.remove(transfer)
                 continue
             unready_slots += not transfer.ready
@@ -223,7 +224,7 @@ class Receiver:
         for transfer_id, uses in given.items():
             self._out.to_sources.append((self._transfers[transfer_id].source, Grant(transfer_id, uses)))
 
-    def _may_hold(self, transfer: IncomingSegments, open_transfers: int) -> int:
+    def _slot_quota(self, transfer: IncomingSegments, open_transfers: int) -> int:
         limits, free = self.limits, self._pool.free
         if transfer.arrived.tokens:
             return limits.slots_per_transfer
@@ -232,7 +233,7 @@ class Receiver:
             return few
         return max(few, limits.before_data(free, len(transfer.granted), open_transfers))
 
-    # ------------------------------------------------------------ inner moves
+    # ------------------------------------------------------------ internals
 
     def _of(self, source: TransferAddress) -> list[IncomingSegments]:
         return [t for t in self._transfers.values() if t.source == source]
@@ -262,12 +263,12 @@ class Receiver:
         if transfer.state is ReceiveState.COMMIT_PENDING:
             self._commit(transfer, now_s)
         else:
-            transfer.move(ReceiveState.OPEN)
+            transfer.transition(ReceiveState.OPEN)
 
     def _commit(self, transfer: IncomingSegments, now_s: float) -> None:
-        transfer.move(ReceiveState.COMMITTED)
-        self._start_closing(transfer, now_s)
-        self._send_closing(transfer, now_s)
+        transfer.transition(ReceiveState.COMMITTED)
+        self._begin_closing(transfer, now_s)
+        self._send_outcome(transfer, now_s)
 
     def _fail(
         self,
@@ -278,25 +279,25 @@ class Receiver:
         notify_worker: bool = True,
         notify_source: bool = True,
     ) -> None:
-        """Out of any state in which the worker still waits; a commit already given needs no answer."""
+        """Fails a transfer that the worker still waits for. A commit already given needs no answer."""
         transfer.reason = reason
         if notify_worker and transfer.state is not ReceiveState.COMMIT_PENDING:
             self._out.to_worker.append(Aborted(transfer.transfer_id, reason))
         if transfer.state is not ReceiveState.OPEN:
             self._end(transfer, now_s)
             return
-        transfer.move(ReceiveState.CANCELLED)
-        self._start_closing(transfer, now_s)
+        transfer.transition(ReceiveState.CANCELLED)
+        self._begin_closing(transfer, now_s)
         if notify_source:
-            self._send_closing(transfer, now_s)
+            self._send_outcome(transfer, now_s)
 
-    def _start_closing(self, transfer: IncomingSegments, now_s: float) -> None:
+    def _begin_closing(self, transfer: IncomingSegments, now_s: float) -> None:
         transfer.closing_since_s = now_s
         transfer.resend_at_s = now_s + self.limits.resend_s
         for use in transfer.granted.values():
             self._pool.quarantine(use, now_s)
 
-    def _send_closing(self, transfer: IncomingSegments, now_s: float) -> None:
+    def _send_outcome(self, transfer: IncomingSegments, now_s: float) -> None:
         transfer.resend_at_s = now_s + self.limits.resend_s
         if transfer.source not in self._ready:
             return
@@ -308,7 +309,7 @@ class Receiver:
             )
 
     def _end(self, transfer: IncomingSegments, now_s: float) -> None:
-        transfer.move(ReceiveState.ENDED)
+        transfer.transition(ReceiveState.ENDED)
         for use in transfer.granted.values():
             self._pool.release(use, now_s)
         transfer.granted.clear()

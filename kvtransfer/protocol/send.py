@@ -1,4 +1,4 @@
-"""One outgoing transfer: its states, their legal moves, and what is kept about it."""
+"""One outgoing transfer: its states, their transitions, and its record."""
 
 from collections import deque
 from dataclasses import dataclass, field
@@ -32,11 +32,14 @@ TRANSITIONS: dict[SendState, frozenset[SendState]] = {
     SendState.CLOSING: frozenset({SendState.ENDED}),
     SendState.ENDED: frozenset(),
 }
-HELD_OFFERS = (SendState.OFFERED, SendState.EARLY_COMMITTED)
+UNOPENED = (SendState.OFFERED, SendState.EARLY_COMMITTED)
+"""A destination has offered, and the worker has not opened the transfer yet."""
 
 
 @dataclass(slots=True)
 class OutgoingTransfer:
+    """The record of one outgoing transfer: its token range, its grants, and its writes in flight."""
+
     transfer_id: int
     state: SendState
     deadline_s: float
@@ -49,21 +52,22 @@ class OutgoingTransfer:
     """The most tokens of one segment: they fit a slot on both sides."""
     tp: int = 1
     ready: bool = False
-    """The worker has pages for the prompt. They stay with it."""
+    """The worker has pages for the prompt, and keeps them."""
     grants: deque[SlotUse] = field(default_factory=deque)
     """Remote slots that may be written and are not yet."""
     grant_generations: dict[int, int] = field(default_factory=dict)
-    """Newest generation of each remote slot ever granted: a repeated grant is told from a new one."""
+    """Newest generation of each remote slot ever granted: it distinguishes a repeated grant from a new
+    one."""
     packed: TokenRanges = field(default_factory=TokenRanges)
     writes: set[int] = field(default_factory=set)
 
-    def move(self, state: SendState) -> None:
+    def transition(self, state: SendState) -> None:
         if state not in TRANSITIONS[self.state]:
             raise IllegalTransition(f"send {self.transfer_id}: {self.state.value} to {state.value}")
         self.state = state
 
     def offered(self, offer: Offer, limits: TransferLimits) -> None:
-        """What the destination wants; it may not want more heads than there are."""
+        """Records what the destination wants; it may not want more heads than there are."""
         self.start_token, self.end_token, self.tp = offer.start_token, offer.end_token, offer.tp
         self.kv_heads = offer.kv_heads or limits.kv_heads
         self.token_bytes = limits.token_bytes_of(self.kv_heads)
@@ -93,6 +97,9 @@ class OutgoingTransfer:
 
 @dataclass(frozen=True, slots=True)
 class InFlightWrite:
+    """A write that the mover has not finished: its local slots, and the segments as they will lie
+    remotely."""
+
     transfer_id: int
     local: tuple[SlotUse, ...]
     remote: tuple[Segment, ...]

@@ -1,18 +1,19 @@
-"""Outgoing transfers: slots assigned to the worker, writes posted to the mover, reports of them sent.
+"""The state machine of outgoing transfers: it assigns slots to the worker, posts writes to the mover, and
+reports them to the destination.
 
     1. `open` and `on_offer`, in either order       WAITING or OFFERED → CONFIRMED
-    2. `on_grant`          remote slots that may be written, kept first come first served; the worker hears
-                           how many
+    2. `on_grant`          remote slots that may be written, kept first come first served; the worker is
+                           notified how many
     3. `assign`            the worker has as many local slots as prompts with pages have grants: what is
                            assigned will be packed, and what is packed can be moved. An assigned slot belongs
                            to no transfer before it is packed: none waits for tokens that are still being
                            computed, and no two transfers can ever wait for each other's slots
     4. `filled`            packed segments are paired with grants and posted, a few to a write
-    5. `write_done`        local slots are free, the destination is told what lies where
-    6. `on_committed`      the worker may let its KV go                              CONFIRMED → ENDED
+    5. `write_done`        local slots are free, the destination is notified what lies where
+    6. `on_committed`      the worker may free its KV                                CONFIRMED → ENDED
 
 A failure at any point leads to ENDED, through CLOSING while a write is in flight: local slots stay in
-quarantine until the mover is done with them, and only then does the destination hear `Closed`. A slot that
+quarantine until the mover is done with them, and only then is `Closed` sent to the destination. A slot that
 the worker has packed for a transfer that has ended stays assigned to the worker.
 """
 
@@ -32,13 +33,13 @@ from kvtransfer.messages import (
 from kvtransfer.protocol.limits import TransferLimits
 from kvtransfer.protocol.outbox import Destination, Outbox, SlotCopy, Write
 from kvtransfer.protocol.peer_messages import CancelTransfer, Closed, Grant, Offer, Ready, Written
-from kvtransfer.protocol.send import HELD_OFFERS, InFlightWrite, OutgoingTransfer, SendState, placed
+from kvtransfer.protocol.send import UNOPENED, InFlightWrite, OutgoingTransfer, SendState, placed
 from kvtransfer.protocol.slots import Direction, SlotPool
 
 REMEMBERED_ENDS = 8192
 PIECES_A_WRITE = 2
-"""The other side unpacks, and our slots come back, while the next write runs; fewer would cost more to begin
-and to end than the link takes to move them."""
+"""The other side unpacks, and local slots come back, while the next write runs; fewer would cost more to
+begin and to end than the link takes to move them."""
 
 
 class Sender:
@@ -50,7 +51,7 @@ class Sender:
         self._writes: dict[int, InFlightWrite] = {}
         self._next_write_id = 1
         self._assigned: dict[int, SlotUse] = {}
-        """With the worker, by slot: neither filled nor given back."""
+        """By slot, what the worker has been assigned and has neither filled nor given back."""
         self._ended: OrderedDict[int, None] = OrderedDict()
         """Lately ended transfers, so that an offer that comes too late is refused at once."""
 
@@ -75,7 +76,7 @@ class Sender:
                 self._out.to_worker.append(Aborted(transfer_id, "the destination has given it up"))
             else:
                 self._transfers[transfer_id] = OutgoingTransfer(transfer_id, SendState.WAITING, deadline_s)
-        elif transfer.state in HELD_OFFERS:
+        elif transfer.state in UNOPENED:
             transfer.deadline_s = deadline_s
             self._confirm(transfer)
         else:
@@ -90,7 +91,7 @@ class Sender:
         elif not transfer.ready:
             transfer.ready = True
             if transfer.state is SendState.CONFIRMED:
-                self._say_ready(transfer)
+                self._send_ready(transfer)
 
     def filled(self, command: Filled, now_s: float) -> None:
         """Posts what the worker has packed; a segment that does not fit the transfer fails it."""
@@ -142,7 +143,8 @@ class Sender:
         return True
 
     def worker_gone(self, reason: str, now_s: float) -> None:
-        """Nobody waits for anything any more, and nobody packs: assigned slots are free at once."""
+        """The worker is gone. Nobody waits for anything any more, and nobody packs: assigned slots are free
+        at once."""
         for transfer in list(self._transfers.values()):
             if transfer.state is not SendState.CLOSING:
                 self._fail(transfer, reason, now_s, notify_worker=False)
@@ -156,11 +158,11 @@ class Sender:
         if transfer is None:
             refusal = self._refusal(message)
             if refusal is not None:
-                self._say(destination, CancelTransfer(message.transfer_id, refusal))
-                self._say(destination, Closed(message.transfer_id))
+                self._send(destination, CancelTransfer(message.transfer_id, refusal))
+                self._send(destination, Closed(message.transfer_id))
                 return
             transfer = OutgoingTransfer(
-                message.transfer_id, SendState.OFFERED, now_s + self.limits.offer_hold_s
+                message.transfer_id, SendState.OFFERED, now_s + self.limits.offer_timeout_s
             )
             self._transfers[message.transfer_id] = transfer
         elif transfer.state is not SendState.WAITING or self._is_bad(message):
@@ -172,7 +174,7 @@ class Sender:
             self._confirm(transfer)
 
     def on_grant(self, destination: Destination, message: Grant, remote_slots: int) -> None:
-        """`remote_slots` is how many slots the destination said it has."""
+        """Records a grant. `remote_slots` is how many slots the destination has, by its hello."""
         transfer = self._find(destination, message.transfer_id, "grant")
         if transfer is None:
             return
@@ -196,20 +198,20 @@ class Sender:
         if transfer is None:
             return
         if transfer.state is SendState.OFFERED:
-            transfer.move(SendState.EARLY_COMMITTED)
-            self._say(destination, Closed(transfer_id))
+            transfer.transition(SendState.EARLY_COMMITTED)
+            self._send(destination, Closed(transfer_id))
         elif transfer.state is SendState.EARLY_COMMITTED:
-            self._say(destination, Closed(transfer_id))
+            self._send(destination, Closed(transfer_id))
         elif transfer.state is SendState.CONFIRMED:
             self._out.to_worker.append(SendCommitted(transfer_id))
-            self._close(transfer, now_s)
+            self._finish(transfer, now_s)
 
     def on_cancel(self, destination: Destination, message: CancelTransfer, now_s: float) -> None:
         waiting = self._transfers.get(message.transfer_id)
         if waiting is not None and waiting.state is SendState.WAITING:
             # Its offer was lost. One that came later would name slots that `Closed` has made free.
             self._fail(waiting, message.reason, now_s)
-            self._say(destination, Closed(message.transfer_id))
+            self._send(destination, Closed(message.transfer_id))
             return
         transfer = self._find(destination, message.transfer_id, "cancel", closed_if_unknown=True)
         if transfer is None or transfer.state is SendState.CLOSING:
@@ -230,7 +232,7 @@ class Sender:
                 flight.transfer_id, "send", one.start_token, one.token_count, flight.filled_s, now_s
             )
         if transfer.state is SendState.CONFIRMED:
-            self._say(transfer.destination, Written(flight.transfer_id, list(flight.remote)))
+            self._send(transfer.destination, Written(flight.transfer_id, list(flight.remote)))
         elif not transfer.writes:
             self._end(transfer)
 
@@ -247,8 +249,8 @@ class Sender:
     def tick(self, now_s: float) -> None:
         for transfer in list(self._transfers.values()):
             if transfer.state is not SendState.CLOSING and now_s >= transfer.deadline_s:
-                held = transfer.state in HELD_OFFERS
-                self._fail(transfer, "no such request here" if held else "deadline", now_s)
+                unopened = transfer.state in UNOPENED
+                self._fail(transfer, "no such request here" if unopened else "deadline", now_s)
 
     def next_deadline_s(self) -> float | None:
         return min(
@@ -257,7 +259,7 @@ class Sender:
         )
 
     def assign(self, now_s: float) -> None:
-        """Lends free slots, in all as many as there are grants that could be used at once."""
+        """Assigns free slots to the worker, in all as many as there are grants that could be used at once."""
         pool = self._pool
         if not pool.free:
             return
@@ -267,7 +269,7 @@ class Sender:
             self._assigned |= {use.slot: use for use in uses}
             self._out.to_worker.append(SendSlots(uses))
 
-    # ------------------------------------------------------------ inner moves
+    # ------------------------------------------------------------ internals
 
     def _find(
         self, destination: Destination, transfer_id: int, what: str, *, closed_if_unknown: bool = False
@@ -276,14 +278,14 @@ class Sender:
         if transfer is None:
             if closed_if_unknown:
                 self._remember(transfer_id)
-                self._say(destination, Closed(transfer_id))
+                self._send(destination, Closed(transfer_id))
             else:
                 self._out.drops[f"{what}_unknown"] += 1
             return None
         if transfer.destination != destination:
             self._out.drops[f"{what}_wrong_peer"] += 1
             if closed_if_unknown:  # True whatever else goes on: nothing of it is in flight to *this* peer.
-                self._say(destination, Closed(transfer_id))
+                self._send(destination, Closed(transfer_id))
             return None
         return transfer
 
@@ -311,17 +313,17 @@ class Sender:
         self._out.to_worker.append(confirmed)
         if transfer.state is SendState.EARLY_COMMITTED:
             self._out.to_worker.append(SendCommitted(transfer.transfer_id))
-            self._end(transfer, say_closed=False)
+            self._end(transfer, send_closed=False)
         else:
-            transfer.move(SendState.CONFIRMED)
+            transfer.transition(SendState.CONFIRMED)
             if transfer.grants:
                 self._out.to_worker.append(SendGranted(transfer.transfer_id, len(transfer.grants)))
             if transfer.ready:
-                self._say_ready(transfer)
+                self._send_ready(transfer)
 
-    def _say_ready(self, transfer: OutgoingTransfer) -> None:
+    def _send_ready(self, transfer: OutgoingTransfer) -> None:
         if transfer.end_token > transfer.start_token:  # else it may have ended there
-            self._say(transfer.destination, Ready(transfer.transfer_id))
+            self._send(transfer.destination, Ready(transfer.transfer_id))
 
     def _fail(
         self,
@@ -335,24 +337,24 @@ class Sender:
         if notify_worker and transfer.state in (SendState.WAITING, SendState.CONFIRMED):
             self._out.to_worker.append(Aborted(transfer.transfer_id, reason))
         if notify_destination and transfer.state in (SendState.OFFERED, SendState.CONFIRMED):
-            self._say(transfer.destination, CancelTransfer(transfer.transfer_id, reason))
-        self._close(transfer, now_s)
+            self._send(transfer.destination, CancelTransfer(transfer.transfer_id, reason))
+        self._finish(transfer, now_s)
 
-    def _close(self, transfer: OutgoingTransfer, now_s: float) -> None:
-        """Ends the transfer as far as the worker goes; the destination hears `Closed` when it is true."""
+    def _finish(self, transfer: OutgoingTransfer, now_s: float) -> None:
+        """Ends the transfer as far as the worker goes; sends `Closed` to the destination when it is true."""
         transfer.grants.clear()
         if not transfer.writes:
             self._end(transfer)
             return
-        transfer.move(SendState.CLOSING)
+        transfer.transition(SendState.CLOSING)
         for write_id in transfer.writes:
             for use in self._writes[write_id].local:
                 self._pool.quarantine(use, now_s)
 
-    def _end(self, transfer: OutgoingTransfer, *, say_closed: bool = True) -> None:
-        if say_closed and transfer.state in (SendState.OFFERED, SendState.CONFIRMED, SendState.CLOSING):
-            self._say(transfer.destination, Closed(transfer.transfer_id))
-        transfer.move(SendState.ENDED)
+    def _end(self, transfer: OutgoingTransfer, *, send_closed: bool = True) -> None:
+        if send_closed and transfer.state in (SendState.OFFERED, SendState.CONFIRMED, SendState.CLOSING):
+            self._send(transfer.destination, Closed(transfer.transfer_id))
+        transfer.transition(SendState.ENDED)
         del self._transfers[transfer.transfer_id]
         self._remember(transfer.transfer_id)
 
@@ -378,7 +380,7 @@ class Sender:
         self._out.writes.append(Write(write_id, transfer.destination, transfer.transfer_id, tuple(pieces)))
 
     def _abandon(self, local: list[SlotUse], now_s: float) -> None:
-        """Packed, but never posted."""
+        """Frees slots that are packed and will not be posted."""
         for use in local:
             self._pool.release(use, now_s)
 
@@ -387,5 +389,5 @@ class Sender:
         if len(self._ended) > REMEMBERED_ENDS:
             self._ended.popitem(last=False)
 
-    def _say(self, destination: Destination, message: CancelTransfer | Closed | Ready | Written) -> None:
+    def _send(self, destination: Destination, message: CancelTransfer | Closed | Ready | Written) -> None:
         self._out.to_destinations.append((destination, message))

@@ -1,14 +1,14 @@
-"""The slots of one staging buffer: who has which, in what state, in which generation.
+"""The slot pool of one staging buffer: the owner, the state and the generation of each slot.
 
 One pool serves both directions. A slot is
 
-    FREE         nobody's
-    GRANTED      receiving: a remote sender may write it once. sending: assigned to our worker, to pack into
+    FREE         without an owner
+    GRANTED      receiving: a remote sender may write it once. sending: assigned to the worker, to pack into
     FILLED       receiving: data arrived, the worker is to unpack it. sending: packed, being written out
     QUARANTINED  its transfer has ended, but somebody may still write it or read it
 
 and `free + granted + filled + quarantined == slots` at all times. Each use has a new generation, so that a
-late message about a former use is recognised for what it is.
+late message about an earlier use is recognised.
 """
 
 from collections import deque
@@ -31,7 +31,7 @@ class Direction(Enum):
     RECEIVE = "receive"
 
 
-LEGAL_MOVES: dict[SlotState, frozenset[SlotState]] = {
+TRANSITIONS: dict[SlotState, frozenset[SlotState]] = {
     SlotState.FREE: frozenset({SlotState.GRANTED}),
     SlotState.GRANTED: frozenset({SlotState.FILLED, SlotState.QUARANTINED, SlotState.FREE}),
     SlotState.FILLED: frozenset({SlotState.FREE, SlotState.QUARANTINED}),
@@ -50,7 +50,7 @@ class _Slot:
 
 @dataclass(frozen=True, slots=True)
 class SlotHolder:
-    """Who holds a slot that is not free, and since when it is in its state."""
+    """The transfer that has a slot which is not free, and since when the slot is in its state."""
 
     state: SlotState
     generation: int
@@ -60,7 +60,8 @@ class SlotHolder:
 
 
 class SlotPool:
-    """Bookkeeping only: knows no memory and no messages. Raises SlotError / IllegalTransition on misuse."""
+    """The pool's bookkeeping; it knows no memory and no messages. Raises SlotError / IllegalTransition on
+    misuse."""
 
     def __init__(self, slots: int) -> None:
         if slots < 1:
@@ -70,7 +71,7 @@ class SlotPool:
         self._free: deque[int] = deque(range(slots))
         self._counts = dict.fromkeys(SlotState, 0)
         self._counts[SlotState.FREE] = slots
-        self._held = dict.fromkeys(Direction, 0)
+        self._in_use = dict.fromkeys(Direction, 0)
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -79,9 +80,9 @@ class SlotPool:
     def free(self) -> int:
         return self._counts[SlotState.FREE]
 
-    def held(self, direction: Direction) -> int:
+    def in_use(self, direction: Direction) -> int:
         """Slots of one direction that are not free."""
-        return self._held[direction]
+        return self._in_use[direction]
 
     def counts(self) -> SlotCounts:
         return SlotCounts(
@@ -110,25 +111,25 @@ class SlotPool:
         entry.generation += 1
         entry.transfer_id = transfer_id
         entry.direction = direction
-        self._held[direction] += 1
-        self._move(slot, SlotState.GRANTED, now_s)
+        self._in_use[direction] += 1
+        self._transition(slot, SlotState.GRANTED, now_s)
         return SlotUse(slot, entry.generation)
 
     def fill(self, use: SlotUse, now_s: float) -> None:
         """GRANTED → FILLED."""
         self._check(use)
-        self._move(use.slot, SlotState.FILLED, now_s)
+        self._transition(use.slot, SlotState.FILLED, now_s)
 
     def quarantine(self, use: SlotUse, now_s: float) -> None:
         """GRANTED or FILLED → QUARANTINED."""
         self._check(use)
-        self._move(use.slot, SlotState.QUARANTINED, now_s)
+        self._transition(use.slot, SlotState.QUARANTINED, now_s)
 
     def release(self, use: SlotUse, now_s: float) -> None:
-        """Any state but FREE → FREE. Nobody may touch the slot's memory for this use any more."""
+        """Any state but FREE → FREE. Nothing may touch the slot's memory for this use any more."""
         self._check(use)
-        self._move(use.slot, SlotState.FREE, now_s)
-        self._held[self._slots[use.slot].direction] -= 1
+        self._transition(use.slot, SlotState.FREE, now_s)
+        self._in_use[self._slots[use.slot].direction] -= 1
         self._free.append(use.slot)
 
     def uses(self, direction: Direction, state: SlotState) -> list[SlotUse]:
@@ -150,9 +151,9 @@ class SlotPool:
             now = self._slots[use.slot].generation
             raise SlotError(f"slot {use.slot} is in generation {now}, not {use.generation}")
 
-    def _move(self, slot: int, state: SlotState, now_s: float) -> None:
+    def _transition(self, slot: int, state: SlotState, now_s: float) -> None:
         entry = self._slots[slot]
-        if state not in LEGAL_MOVES[entry.state]:
+        if state not in TRANSITIONS[entry.state]:
             raise IllegalTransition(f"slot {slot} cannot go from {entry.state.value} to {state.value}")
         self._counts[entry.state] -= 1
         self._counts[state] += 1

@@ -1,11 +1,12 @@
-"""The key that a request comes with."""
+"""API keys: the one that a request comes with, if it is valid."""
 
 import hmac
 from collections.abc import Iterable, Sequence
 
 
 class Keys:
-    """All keys are compared, each in constant time, so that the time taken says nothing about any of them."""
+    """The valid API keys. A given key is compared with all of them, each in constant time, so that the time
+    taken says nothing about any of them."""
 
     def __init__(self, keys: Sequence[str]) -> None:
         self._keys = [(key, key.encode()) for key in keys]

@@ -1,7 +1,7 @@
-"""The HTTP application: every route, the key check before them, and one shape for every error.
+"""The HTTP application (ASGI): its routes, the checks before them, and the one shape of errors.
 
-The two generating endpoints are plain ASGI callables that the gate calls itself: FastAPI's layers cost more
-than all that happens to a short request behind them. FastAPI routes the rest.
+`Gate` checks every request. It calls the two endpoints that generate itself: FastAPI's layers cost more than
+all that happens to a short request behind them. FastAPI routes the rest.
 """
 
 import asyncio
@@ -34,10 +34,10 @@ from router.api.content_headers import check_content, check_expectations, is_pla
 from router.api.cors import Origins
 from router.api.generate import GenerateEndpoint, Service
 from router.api.openai_format import encode_json
-from router.api.parameters import check_model
 from router.api.status_json import cluster_values, memory_values
 from router.config import RouterConfig
 from router.errors import ApiError, crashed
+from router.prepare.parameters import check_model
 from router.prepare.request import Kind
 from router.routing.metrics import exposition
 from services.protocol.messages import VERSION
@@ -59,6 +59,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class Reply:
+    """The whole answer of one of the small endpoints."""
+
     body: bytes
     content_type: bytes = JSON
     status: int = 200
@@ -66,7 +68,7 @@ class Reply:
 
 
 class Endpoint:
-    """One of the small endpoints: `answer` gets the scope and the whole body."""
+    """The ASGI callable of a small endpoint: `answer` makes the reply of the scope and the whole body."""
 
     def __init__(self, answer: Answer, config: RouterConfig) -> None:
         self._answer, self._config = answer, config
@@ -85,7 +87,7 @@ class Endpoint:
 
 
 class TokensEndpoint:
-    """`/tokenize` and `/detokenize`: the answer is all that preparing makes."""
+    """The ASGI callable of `/tokenize` and `/detokenize`, whose answer the prepare processes make."""
 
     def __init__(self, service: Service, kind: Kind) -> None:
         self._service, self._kind = service, kind
@@ -107,16 +109,16 @@ class TokensEndpoint:
 
 
 class Gate:
-    """Before everything else: the request's label, what browsers ask first, the API key, and headers that
-    would change what the body means.
+    """The application that the server calls: it labels a request, answers what browsers ask first (CORS),
+    checks the API key and the headers that would change what the body means, and passes the request on.
 
     `/health` needs no key, nor does the page, which holds no data and has the field to enter a key; nor, with
-    `keyless_probes`, do `/ready` and `/metrics`. Of requests that generate, `max_open` may be open at once:
-    each may hold a body that is still arriving.
+    `keyless_probes`, do `/ready` and `/metrics`. At most `max_running` requests that generate are open at
+    once, because each may hold a body that is still arriving.
     """
 
     def __init__(self, app: App, posts: Mapping[str, App], config: RouterConfig) -> None:
-        """`posts` are called for POST on exactly their paths, `app` for everything else."""
+        """The gate calls `posts` for POST on exactly their paths, and `app` for everything else."""
         self._app, self._posts = app, posts
         self._open, self._max_open, self._retry_after_s = 0, config.max_running, config.retry_after_s
         self._keys, self._origins = Keys(config.api_keys), Origins(config.allowed_origins)
@@ -196,7 +198,7 @@ def _plain(request: Request, problem: ApiError, headers: dict[str, str]) -> Plai
 
 
 class WebPages:
-    """The answers of the small endpoints."""
+    """The small endpoints: models, probes, metrics, cluster, traces, version and the page."""
 
     def __init__(self, service: Service) -> None:
         self._service = service

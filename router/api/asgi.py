@@ -1,4 +1,4 @@
-"""ASGI by hand: bodies read up to a limit, answers written whole, everything in OpenAI's shape."""
+"""ASGI without a framework: reading a request's body up to a limit, and writing its answer."""
 
 import asyncio
 import re
@@ -28,6 +28,7 @@ class ClientGone(Exception):
 
 
 def header(scope: Scope, name: bytes) -> bytes | None:
+    """The first header of this name, in lower case."""
     for key, value in scope["headers"]:
         if key == name:
             found: bytes = value
@@ -36,21 +37,22 @@ def header(scope: Scope, name: bytes) -> bytes | None:
 
 
 def label_of(given: bytes | None) -> str:
-    """What the client calls its request, made harmless: a label, never a key. Made up where there is none."""
+    """The client's name for its request (`x-request-id`) without unsafe characters, or a new one where there
+    is none. It is a label, and never a key."""
     text = _NOT_IN_A_LABEL.sub("", given.decode("latin-1"))[:MAX_LABEL_CHARACTERS] if given else ""
     return text or f"req-{draw_name()}"
 
 
 def label_header(scope: Scope) -> Header:
-    """What every answer carries; the gate has put the label into the scope."""
+    """The header that every answer carries; the gate has put the label into the scope."""
     return (b"x-request-id", scope["baton.label"])
 
 
 async def attended(
     work: Coroutine[Any, Any, Result], receive: Receive, timeout_s: float, limit_s: float
 ) -> Result:
-    """What `work` makes. It is cancelled if the client goes away (ClientGone) or `timeout_s` is over, what is
-    left of `limit_s` (ApiError 504)."""
+    """The result of `work`, which is cancelled if the client goes away (ClientGone) or after `timeout_s`, the
+    rest of `limit_s` (ApiError 504)."""
     loop = asyncio.get_running_loop()
     task, gone = loop.create_task(work), loop.create_task(until_gone(receive))
     try:
@@ -66,6 +68,7 @@ async def attended(
 
 
 async def until_gone(receive: Receive) -> None:
+    """Waits until the client closes the connection."""
     # Anything else that the client sends now is of no interest.
     while (await receive())["type"] != "http.disconnect":
         pass
@@ -140,7 +143,7 @@ class Response:
         await self.part(body, last=True)
 
     async def pieces(self, status: int, pieces: Sequence[bytes]) -> None:
-        """JSON that is too long to be joined."""
+        """A JSON body in pieces, which are too long to be joined."""
         size_bytes = sum(map(len, pieces))
         await self.begin(status, ((b"content-type", JSON), (b"content-length", b"%d" % size_bytes)))
         for piece in pieces:

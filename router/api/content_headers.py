@@ -1,8 +1,5 @@
-"""Headers that would change what a request's body means: honoured, or refused with the status that says so.
-
-A web page of any origin can make a browser send a POST here, without asking first, as long as its content
-type is one that a form may have (the CORS protocol of the Fetch standard). So what such a page cannot send is
-asked for where a request says that it comes from one.
+"""Checks of the headers that change what a request's body means: the server honours them, or refuses the
+request with the status that says so.
 """
 
 import re
@@ -46,7 +43,7 @@ def is_plain(headers: list[tuple[bytes, bytes]]) -> bool:
 
 
 def media_type(headers: Headers) -> bytes:
-    """In lower case, without its parameters; empty where there is none."""
+    """The content type in lower case, without its parameters; empty where there is none."""
     for name, value in headers:
         if name == b"content-type":
             return value.partition(b";")[0].strip().lower()
@@ -54,7 +51,7 @@ def media_type(headers: Headers) -> bytes:
 
 
 def check_content(headers: Headers) -> None:
-    """Raises ApiError 400, 415 or 417."""
+    """Raises ApiError 400 or 415 for a body that is not whole JSON in UTF-8, as its headers have it."""
     concerned = [(name, value.strip()) for name, value in headers if name in _CONCERNED]
     types = [value for name, value in concerned if name == b"content-type"]
     if len(types) > 1:

@@ -1,8 +1,12 @@
-"""Which web pages may use this server: the CORS protocol of the Fetch standard.
+"""The server's side of CORS (the Fetch standard): which web pages may use it.
 
-Off by default: then a browser keeps every answer from pages of other origins. With `allowed_origins` their
-preflights are answered before a key is looked at, since a browser sends none with them, and every answer to
-them says that they may read it. Credentials of the browser's own (cookies) are never asked for.
+By default none may: a browser then keeps every answer from pages of other origins. With `allowed_origins` the
+server answers preflights of those pages before it looks at a key, since a browser sends none with them, and
+every answer says that the page may read it. The server never asks for a browser's own credentials (cookies).
+
+A page of any origin can still make a browser send a POST, without asking first, as long as its content type
+is one that a form may have. From a page of a foreign origin the server therefore demands JSON's, which no
+form has.
 """
 
 import re
@@ -21,14 +25,15 @@ _DEFAULT_PORTS = {b"http": b":80", b"https": b":443"}
 
 
 class Origins:
-    """`allowed`: as browsers write them, in lower case and without a default port; or `*` alone."""
+    """The origins whose pages may use the server. `allowed` has them as browsers write them, in lower case
+    and without a default port; or `*` alone."""
 
     def __init__(self, allowed: Sequence[str]) -> None:
         self._allowed = frozenset(origin.encode() for origin in allowed)
         self._all = b"*" in self._allowed
 
     def let_through(self, origin: bytes, send: Send) -> Send:
-        """A `send` that tells the browser what it may do with the answer."""
+        """A `send` that adds the headers by which the browser knows what it may do with the answer."""
         if not self._allowed:
             return send
         shared = self._shared(origin)
@@ -41,7 +46,7 @@ class Origins:
         return sharing
 
     async def answer_preflight(self, scope: Scope, origin: bytes, send: Send) -> bool:
-        """Whether it was one, from an origin that is allowed; then it is answered."""
+        """Answers a preflight from an allowed origin. False: the request is something else."""
         wanted = header(scope, b"access-control-request-method")
         if scope["method"] != "OPTIONS" or wanted is None or not self._allows(origin):
             return False
@@ -59,8 +64,8 @@ class Origins:
         return True
 
     def check(self, headers: Headers, host: bytes | None) -> None:
-        """Of a POST. Raises ApiError 415 for one that a page of a foreign origin can have sent without the
-        browser having asked."""
+        """Checks a POST's headers. Raises ApiError 415 for one that a page of a foreign origin can have sent
+        without the browser having asked."""
         origins = [value.strip() for name, value in headers if name == b"origin"]
         is_foreign = len(origins) > 1 or any(self._is_foreign(origin, host) for origin in origins)
         if not origins:

@@ -1,8 +1,8 @@
-"""Where an HTTP/1 request begins and ends in a stream of bytes. Pure.
+"""HTTP/1 framing: where a request begins and ends in a stream of bytes. Pure.
 
-llhttp judges a head, which it gets whole: no piece of a name or value is joined to another, and it never
-sees a body, so an offer to upgrade cannot cut one off. What a head means for the bytes behind it is decided
-here: RFC 9112, sections 2 to 7, in its strict reading.
+llhttp parses a head, which it gets whole: it joins no piece of a name or value to another, and it never sees
+a body, so an offer to upgrade cannot cut one off. This module decides what a head means for the bytes behind
+it, by the strict reading of RFC 9112, sections 2 to 7.
 """
 
 import re
@@ -18,7 +18,7 @@ MAX_HEAD_BYTES = 64 << 10
 MAX_HEADERS = 256
 MAX_CHUNK_LINE_BYTES = 4 << 10
 CHUNKS_A_TURN = 512
-"""What other connections wait for: about a millisecond."""
+"""Other connections wait for so many chunks of one: about a millisecond."""
 
 _HEAD_END = re.compile(rb"\n\r?\n")
 _BEGINS = re.compile(rb"[A-Z][A-Z-]{0,31}(?: |\Z)")
@@ -29,7 +29,7 @@ _TRAILER = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n\0]*\r\Z")
 
 
 class Head(Struct, frozen=True, gc=False):
-    """`body_bytes` None: the body is chunked. Names of headers are in lower case."""
+    """A request's line and headers, whose names are in lower case. `body_bytes` None: the body is chunked."""
 
     method: str
     path: str
@@ -42,8 +42,8 @@ class Head(Struct, frozen=True, gc=False):
     expects_continue: bool
 
 
-class _Pieces:
-    """What llhttp calls back."""
+class _ParserCallbacks:
+    """What llhttp found in a head, kept by its callbacks."""
 
     __slots__ = ("headers", "url")
 
@@ -92,7 +92,7 @@ def _read_head(raw: bytes) -> Head:
         raise ApiError(505, "This server speaks HTTP/1.1, not HTTP/2.", code="http_version")
     if raw.count(b"\n") > MAX_HEADERS + 2:
         raise ApiError(431, f"The request has more than {MAX_HEADERS} headers.", code="head_too_large")
-    pieces = _Pieces()
+    pieces = _ParserCallbacks()
     parser = httptools.HttpRequestParser(pieces)
     try:
         parser.feed_data(raw)
@@ -155,7 +155,7 @@ def _body_of(headers: list[tuple[bytes, bytes]], version: str) -> tuple[int | No
 
 
 class ChunkedBody:
-    """The body of one request. Extensions and trailers are passed over, and bounded."""
+    """The decoder of one chunked body. It drops extensions and trailers, and bounds them."""
 
     __slots__ = ("_extra_bytes", "_is_last", "_left", "_needs_end", "done")
 

@@ -1,11 +1,12 @@
-"""The two endpoints that generate: from a body to attempts, and from their frames to the response.
+"""The two endpoints that generate: from a body to routed requests, and from their frames to the response.
 
 1. The body is read (bounded); the time limit begins. Then it is decoded and checked, and the prompt rendered
-   and tokenized (prepare.py): a small one here, others in a process beside the event loop.
-2. One attempt for each prompt is sent off; a watch ends them if the client goes away or time is up.
+   and tokenized (prepare/request.py): a small one here, others in a process beside the event loop.
+2. Each prompt becomes a routed request (`Dispatcher.submit`); a watch ends them if the client goes away or
+   time is up.
 3. The response begins with the first result, so that a failure before it still has its own status.
 4. Frames are written as they come, all that are ready in one write.
-5. However it ends, attempts that still run are cancelled.
+5. However it ends, requests that still run are cancelled.
 """
 
 import asyncio
@@ -28,20 +29,15 @@ from router.api.asgi import (
     read_body,
     until_gone,
 )
-from router.api.call import Call
+from router.api.call import Call, ResponseBuilder
 from router.api.openai_format import frame
-from router.api.parameters import (
-    PLAIN_SAMPLING,
-    Options,
-    RequestLimits,
-    sampling_for,
-)
-from router.api.responses import ResponseBuilder, ResponseHeader, StreamSheet, WholeSheet
+from router.api.responses import ResponseHeader, StreamBuilder, WholeBuilder
 from router.config import RouterConfig
 from router.errors import ApiError, crashed
 from router.ids import draw_name, draw_number
 from router.prepare.generation_config import SamplingDefaults
-from router.prepare.process_pool import Preparers
+from router.prepare.parameters import PLAIN_SAMPLING, Options, sampling_for
+from router.prepare.process_pool import ProcessPool
 from router.prepare.request import (
     BESIDE_BYTES,
     Kind,
@@ -51,14 +47,15 @@ from router.prepare.request import (
     TooMuchHere,
     prepare,
 )
+from router.routing.attempt import AttemptPhase
 from router.routing.dispatcher import Dispatcher
+from router.routing.limits import RequestLimits
 from router.routing.metrics import Metrics
-from router.routing.prompt_request import PromptRequest
-from router.routing.routed_request import RoutedRequest
+from router.routing.routed_request import PromptRequest, RoutedRequest
 
 WATCH_AFTER_S = 0.02
 TOKENS_A_TURN = 1 << 15
-"""Of prompts that are sent off at once."""
+"""Of prompts that are submitted in one turn of the event loop."""
 _STREAM_HEADERS = (
     (b"content-type", EVENT_STREAM),
     (b"cache-control", b"no-cache"),
@@ -90,7 +87,7 @@ class Service:
 
     config: RouterConfig
     kit: Kit
-    beside: Preparers
+    beside: ProcessPool
     dispatcher: Dispatcher
     metrics: Metrics
     draw_seed: Callable[[], int] = draw_number
@@ -154,20 +151,20 @@ class GenerateEndpoint:
         prepared = await service.prepare("chat" if self._chat else "completions", raw, receive)
         if not isinstance(prepared, PreparedRequest):
             raise TypeError("an answer in place of prompts")
-        call, prompt_requests = self._orders(prepared, salt_of(key))
+        call, prompt_requests = self._prompt_requests(prepared, salt_of(key))
         dispatcher = service.dispatcher
         routed_requests = await _submit(dispatcher, prompt_requests)
         watch = _Watch(dispatcher, routed_requests, timeout_s, max(end_s - clock(), 0.0), receive, call)
         try:
             label: bytes = scope["baton.label"]
             # A request whose worker could not be written to may have ended already.
-            departed = [
-                branch.attempt
+            started = [
+                attempt
                 for routed in routed_requests
-                for branch in routed.branches
-                if branch.attempt is not None
+                for attempt in routed.attempts
+                if attempt.phase is not AttemptPhase.QUEUED
             ]
-            dispatcher.traces.remember(key, label.decode(), departed, dispatcher.worker_pool.name_of)
+            dispatcher.traces.remember(key, label.decode(), started, dispatcher.worker_pool.name_of)
             if call.options.stream:
                 await _stream(call, response)
             else:
@@ -177,7 +174,7 @@ class GenerateEndpoint:
             dispatcher.end(routed_requests)
         return "completed" if call.error is None else outcome_of(call.error)
 
-    def _orders(self, prepared: PreparedRequest, salt: bytes) -> tuple[Call, list[PromptRequest]]:
+    def _prompt_requests(self, prepared: PreparedRequest, salt: bytes) -> tuple[Call, list[PromptRequest]]:
         service, options = self._service, prepared.options
         limits = service.limits()
         call = Call(options, self._builder(options), service.kit.tokenizer, service.metrics)
@@ -194,17 +191,17 @@ class GenerateEndpoint:
     def _builder(self, options: Options) -> ResponseBuilder:
         name = label_of(options.label.encode()) if options.label else draw_name()
         answer_id = ("chatcmpl-" if self._chat else "cmpl-") + name
-        response_header = ResponseHeader(answer_id, int(time.time()), self._service.config.served_model_name)
+        header = ResponseHeader(answer_id, int(time.time()), self._service.config.served_model_name)
         if options.stream:
-            return StreamSheet(
-                response_header,
+            return StreamBuilder(
+                header,
                 self._service.kit.tokenizer,
                 self._chat,
                 options.logprobs,
                 options.include_usage,
                 options.continuous_usage,
             )
-        return WholeSheet(response_header, self._service.kit.tokenizer, self._chat, options.logprobs)
+        return WholeBuilder(header, self._service.kit.tokenizer, self._chat, options.logprobs)
 
 
 class _Watch:
@@ -250,7 +247,8 @@ class _Watch:
 
 
 async def _submit(dispatcher: Dispatcher, prompt_requests: list[PromptRequest]) -> list[RoutedRequest]:
-    """Sends them off, so many at a time that nobody waits long. Raises ApiError with none under way."""
+    """Submits the prompts, so many in a turn that no other request waits long. Raises ApiError with none
+    under way."""
     dispatcher.check_open(len(prompt_requests))
     routed_requests: list[RoutedRequest] = []
     first, tokens = 0, 0

@@ -1,15 +1,16 @@
-"""One HTTP connection: bytes in, one request after the other to the application, answers out.
+"""The server's end of an HTTP connection, which passes one request after the other to the application.
 
 1. Until its first byte a connection may idle for `keep_alive_s`, and again after each answer.
-2. A head is kept until it is whole, bounded and in one piece, and then read (framing.py).
-3. Its body goes on as it comes, with the socket held while nobody reads it.
-4. What follows waits, unread, until the request is answered and its body is over.
-5. What is not HTTP is answered once; the connection ends, and what still comes is thrown away for a while, so
-   that the answer is not lost in a reset.
+2. It keeps a head, up to a bound, until all of it is there, and then parses it (framing.py).
+3. It passes the body on as it comes, and pauses the socket while the application does not read.
+4. It leaves what follows unread until the request is answered and its body is over.
+5. It answers what is not HTTP once and ends; for a while it still reads and drops what comes, so that the
+   answer is not lost in a reset.
 
-The classes are uvicorn's, for what lies between them and ASGI; the parsing is not. A response's head leaves
-in one write with the first part of its body: uvloop makes a system call of each, and for a client on the same
-host that is a second delivery through the kernel, and a second wake-up, before the first token.
+The base classes are uvicorn's, for what lies between them and ASGI; the parsing is not. A response's head
+leaves in one write with the first part of its body: uvloop makes a system call of each write, and for a
+client on the same host that is a second delivery through the kernel, and a second wake-up, before the first
+token.
 """
 
 import asyncio
@@ -41,7 +42,7 @@ _NEWLINES = b"\r\n"
 class JoinedHead(asyncio.Transport):
     """A transport that keeps a response's head until the next write, or until the loop's next turn.
 
-    `stays`: asked before it closes, says that somebody else will close it later."""
+    It calls `stays` before it closes for the first time; True: the connection will close it later."""
 
     def __init__(
         self,
@@ -98,7 +99,7 @@ class JoinedHead(asyncio.Transport):
 
 
 class _Flow(FlowControl):
-    """`held`: the connection has enough unread bytes, whoever asks for more."""
+    """Flow control that does not resume reading while the connection has enough unread bytes (`held`)."""
 
     held = False
 
@@ -107,9 +108,9 @@ class _Flow(FlowControl):
             super().resume_reading()
 
 
-class _Expecting(RequestResponseCycle):
-    """The client waits for leave to send its body. If it is answered instead, nobody can tell whether what
-    comes next is that body."""
+class _Expecting100(RequestResponseCycle):
+    """A request whose client waits for `100 Continue` before it sends the body. If the answer comes instead,
+    the connection ends with it: what comes next may or may not be that body."""
 
     async def send(self, message: Any) -> None:
         if self.waiting_for_100_continue and self.more_body:
@@ -117,8 +118,8 @@ class _Expecting(RequestResponseCycle):
         await super().send(message)
 
 
-class _Old(RequestResponseCycle):
-    """HTTP/1.0 has no chunks: an answer ends with the connection."""
+class _Http10(RequestResponseCycle):
+    """A request of HTTP/1.0, which has no chunks: its answer ends with the connection."""
 
     async def send(self, message: Any) -> None:
         if self.flow.write_paused and not self.disconnected:
@@ -143,8 +144,8 @@ class _Old(RequestResponseCycle):
 
 
 class HttpConnection(HttpToolsProtocol):
-    """A request that is not whole after `upload_timeout_s` ends the connection, unless it is being answered:
-    then its body is the endpoint's business (`read_body` in http.py)."""
+    """The protocol of one connection. A request that is not whole after `upload_timeout_s` ends it, unless
+    the application answers already: then the endpoint bounds the body's time (`read_body` in asgi.py)."""
 
     upload_timeout_s = 60.0
     flow: _Flow
@@ -200,7 +201,7 @@ class HttpConnection(HttpToolsProtocol):
         return not self._left and self._chunks is None
 
     def _advance(self) -> None:
-        """Takes what can be taken now from the front of what has arrived."""
+        """Takes heads and bodies from the front of what has arrived, as far as it can now."""
         self._turn = None
         try:
             while self._buffer and (self._take_head() if self._awaits_head else self._take_body()):
@@ -275,9 +276,9 @@ class HttpConnection(HttpToolsProtocol):
         }
         kind = RequestResponseCycle
         if head.version == "1.0":
-            kind = _Old
+            kind = _Http10
         elif head.expects_continue:
-            kind = _Expecting
+            kind = _Expecting100
         self.cycle = kind(
             scope=self.scope,
             transport=self.transport,
@@ -321,7 +322,8 @@ class HttpConnection(HttpToolsProtocol):
     # ------------------------------------------------------------ what ends a connection
 
     def _refuse(self, error: ApiError) -> None:
-        """What arrived cannot be read on. Whoever is at work on it hears that its client is gone."""
+        """Answers what cannot be parsed, and closes. The application that still works on it sees a client
+        that is gone."""
         self._forget_arrival()
         self._buffer.clear()
         cycle = self.cycle
@@ -336,7 +338,8 @@ class HttpConnection(HttpToolsProtocol):
         self.transport.close()
 
     def _lingers(self) -> bool:
-        """A request that is not over would be answered by a reset in place of the answer."""
+        """Keeps the connection open for a while if the request is not over: closed at once, the client would
+        get a reset in place of the answer."""
         if self._awaits_head:
             return False
         self._linger = self.loop.call_later(LINGER_S, self.transport.close)
@@ -373,5 +376,5 @@ class HttpConnection(HttpToolsProtocol):
 
 
 def connection_with(upload_timeout_s: float) -> type[HttpConnection]:
-    """uvicorn makes the connections, and takes a class."""
+    """The class with this timeout: uvicorn makes the connections, and takes a class."""
     return type("LimitedConnection", (HttpConnection,), {"upload_timeout_s": upload_timeout_s})

@@ -1,4 +1,4 @@
-"""What both APIs share on the wire: SSE frames, usage, log probabilities. Pure.
+"""The parts of an answer that completions and chats share: SSE frames, usage, log probabilities. Pure.
 
 Frames of a stream differ in little but their text, so everything before and after the text is encoded once
 for each choice, and a token costs one string encoding and one concatenation of bytes.
@@ -27,7 +27,7 @@ def frame(body: bytes) -> bytes:
 
 @dataclass(slots=True)
 class Usage:
-    """Summed over the prompts of a request; `cached_tokens` of the prompts came from a prefix cache."""
+    """Token counts of a request, all prompts together; `cached_tokens` of them came from a prefix cache."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -40,6 +40,26 @@ class Usage:
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
+
+
+@dataclass(slots=True)
+class Echo:
+    """What a choice says of its prompt: the text and log probabilities that come before its own, the prompt's
+    token ids, and for a chat the text that the template made."""
+
+    text: str = ""
+    logprobs: dict[str, Any] | None = None
+    token_ids: list[int] | None = None
+    prompt_text: str | None = None
+
+    def shown(self) -> dict[str, Any]:
+        """Beside the choices of a chat, or in each choice of a completion."""
+        values = {"prompt_token_ids": self.token_ids, "prompt_text": self.prompt_text}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def take_back(self, text: str) -> None:
+        """The prompt's text ends in this no more, now that more tokens follow."""
+        self.text = self.text.removesuffix(text)
 
 
 def _bounded(logprob: float) -> float:
@@ -94,8 +114,8 @@ def prompt_logprobs(
     alternatives: int,
     special: bool = False,
 ) -> dict[str, Any]:
-    """The same for an echoed prompt, whose first token has no probability. `special`: special tokens are part
-    of its text."""
+    """The log probabilities of an echoed prompt, as in a completion; its first token has none. `special`: its
+    text has special tokens."""
     offsets: list[int] = []
     length = seen = 0
     detokenizer = tokenizer.detokenizer(special)

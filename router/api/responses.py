@@ -1,14 +1,16 @@
-"""The two APIs' answers, streamed and whole: a `ResponseBuilder` hands out one `Writer` for each choice.
-Pure."""
+"""The two APIs' answers, streamed and whole: a `ResponseBuilder` (call.py) makes the output of each choice,
+which appends frames to a stream or collects the parts of one body."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from msgspec import Struct
 
+from router.api.call import Call, ChoiceStream
 from router.api.openai_format import (
     DONE,
+    Echo,
     Usage,
     chat_logprobs,
     completion_logprobs,
@@ -16,7 +18,8 @@ from router.api.openai_format import (
     frame,
     joined_logprobs,
 )
-from router.text.choice import LogprobEntry, Writer
+from router.text.choice import LogprobEntry
+from router.text.detokenizer import Detokenizer
 from router.text.tokenizer import TextTokenizer
 from services.protocol.messages import FinishReason
 
@@ -32,46 +35,6 @@ class ResponseHeader(Struct, frozen=True):
         return {"id": self.answer_id, "object": kind, "created": self.created, "model": self.model}
 
 
-@dataclass(slots=True)
-class Echo:
-    """What an answer says of a prompt: its text and log probabilities, echoed before a choice of its own, its
-    token ids, and for a chat what its template made."""
-
-    text: str = ""
-    logprobs: dict[str, Any] | None = None
-    token_ids: list[int] | None = None
-    prompt_text: str | None = None
-
-    def shown(self) -> dict[str, Any]:
-        """Beside the choices of a chat, or in each choice of a completion."""
-        values = {"prompt_token_ids": self.token_ids, "prompt_text": self.prompt_text}
-        return {name: value for name, value in values.items() if value is not None}
-
-    def take_back(self, text: str) -> None:
-        """The prompt's text ends in this no more, now that more tokens follow."""
-        self.text = self.text.removesuffix(text)
-
-
-class ResponseBuilder(Protocol):
-    """One answer in the making. `frames` is what a stream has ready to send; whole answers leave it empty."""
-
-    frames: list[bytes]
-
-    def writer(self, index: int, echoed: Echo) -> Writer: ...
-
-    def note_tokens(self, index: int, tokens: Sequence[int]) -> None:
-        """What a choice was made of; called only for answers that give token ids too."""
-
-    def annotate(self, since: int, index: int, usage: Usage) -> None:
-        """Frames from number `since` on are one choice's new ones; they get what few requests ask for."""
-
-    def close(self, usage: Usage) -> None:
-        """All choices have ended."""
-
-    def body(self, usage: Usage) -> bytes:
-        """The whole answer; for answers that are not streamed."""
-
-
 _END = b"}]}\n\n"
 """Of every frame with a choice."""
 _PLAIN_TAIL = b',"logprobs":null,"finish_reason":null' + _END
@@ -81,61 +44,68 @@ def _tail(logprobs: dict[str, Any] | None, finish: FinishReason | None) -> bytes
     return b',"logprobs":' + encode_json(logprobs) + b',"finish_reason":' + encode_json(finish) + _END
 
 
-def _open_frame(response_header: ResponseHeader, kind: str, null_usage: bool) -> bytes:
-    fields = response_header.fields(kind)
+def _open_frame(header: ResponseHeader, kind: str, null_usage: bool) -> bytes:
+    fields = header.fields(kind)
     if null_usage:
         fields["usage"] = None
     return b"data: " + encode_json(fields)[:-1] + b',"choices":[{"index":'
 
 
-@dataclass(slots=True)
-class _ChatFrames:
+class _ChatFrames(ChoiceStream):
     """The first frame of a choice has the role, the last its finish reason."""
 
-    frames: list[bytes]
-    start: bytes
-    tokenizer: TextTokenizer
-    want_logprobs: bool
-    opened: bool = False
-    content: bytes = field(init=False)
+    __slots__ = ("_content", "_opened", "_start", "_tokenizer")
 
-    def __post_init__(self) -> None:
-        self.content = self.start + b'{"content":'
+    def __init__(
+        self, call: Call, index: int, detokenizer: Detokenizer, start: bytes, tokenizer: TextTokenizer
+    ) -> None:
+        super().__init__(call, index, detokenizer)
+        self._start, self._content = start, start + b'{"content":'
+        self._tokenizer, self._opened = tokenizer, False
 
     def write(self, text: str, entries: Sequence[LogprobEntry], finish: FinishReason | None) -> None:
-        if not self.opened:
-            self.opened = True
-            self.frames.append(self.start + b'{"role":"assistant","content":""}' + _PLAIN_TAIL)
+        if not self._opened:
+            self._opened = True
+            self.frames.append(self._start + b'{"role":"assistant","content":""}' + _PLAIN_TAIL)
         if finish is None and not entries:
-            self.frames.append(self.content + encode_json(text) + b"}" + _PLAIN_TAIL)
+            self.frames.append(self._content + encode_json(text) + b"}" + _PLAIN_TAIL)
             return
-        logprobs = {"content": chat_logprobs(entries, self.tokenizer), "refusal": None} if entries else None
-        delta = self.content + encode_json(text) + b"}" if text or entries else self.start + b"{}"
-        self.frames.append(delta + _tail(logprobs, finish))
+        logprobs = {"content": chat_logprobs(entries, self._tokenizer), "refusal": None} if entries else None
+        content = self._content + encode_json(text) + b"}" if text or entries else self._start + b"{}"
+        self.frames.append(content + _tail(logprobs, finish))
 
 
-@dataclass(slots=True)
-class _CompletionFrames:
-    frames: list[bytes]
-    start: bytes
-    tokenizer: TextTokenizer
-    alternatives: int | None
-    echoed: Echo
-    opened: bool = False
+class _CompletionFrames(ChoiceStream):
+    """The first frame of a choice begins with the echo of its prompt."""
+
+    __slots__ = ("_alternatives", "_echo", "_opened", "_start", "_tokenizer")
+
+    def __init__(
+        self,
+        call: Call,
+        index: int,
+        detokenizer: Detokenizer,
+        start: bytes,
+        tokenizer: TextTokenizer,
+        alternatives: int | None,
+        echo: Echo,
+    ) -> None:
+        super().__init__(call, index, detokenizer)
+        self._start, self._tokenizer, self._opened = start, tokenizer, False
+        self._alternatives, self._echo = alternatives, echo
 
     def write(self, text: str, entries: Sequence[LogprobEntry], finish: FinishReason | None) -> None:
+        echo = self._echo
         logprobs: dict[str, Any] | None = None
-        if self.alternatives is not None and entries:
-            logprobs = completion_logprobs(entries, self.tokenizer, len(self.echoed.text), self.alternatives)
-        if not self.opened:
-            self.opened = True
-            text = self.echoed.text + text
-            if self.echoed.logprobs is not None:
-                logprobs = (
-                    joined_logprobs(self.echoed.logprobs, logprobs) if logprobs else self.echoed.logprobs
-                )
+        if self._alternatives is not None and entries:
+            logprobs = completion_logprobs(entries, self._tokenizer, len(echo.text), self._alternatives)
+        if not self._opened:
+            self._opened = True
+            text = echo.text + text
+            if echo.logprobs is not None:
+                logprobs = joined_logprobs(echo.logprobs, logprobs) if logprobs else echo.logprobs
         tail = _PLAIN_TAIL if finish is None and logprobs is None else _tail(logprobs, finish)
-        self.frames.append(self.start + encode_json(text) + tail)
+        self.frames.append(self._start + encode_json(text) + tail)
 
 
 def _further(fields: dict[str, Any]) -> bytes:
@@ -143,13 +113,13 @@ def _further(fields: dict[str, Any]) -> bytes:
     return b"," + encode_json(fields)[1:-1] if fields else b""
 
 
-class StreamSheet:
-    """`with_usage` adds a last chunk without choices, and a null `usage` to all others (as OpenAI does).
-    `continuous_usage` gives every chunk the usage so far."""
+class StreamBuilder:
+    """A streamed answer. `with_usage` adds a last chunk without choices, and a null `usage` to all others (as
+    OpenAI does). `continuous_usage` gives every chunk the usage so far."""
 
     def __init__(
         self,
-        response_header: ResponseHeader,
+        header: ResponseHeader,
         tokenizer: TextTokenizer,
         chat: bool,
         logprobs: int | None,
@@ -157,22 +127,20 @@ class StreamSheet:
         continuous_usage: bool = False,
     ) -> None:
         self.frames: list[bytes] = []
-        self._heading, self._tokenizer, self._logprobs = response_header, tokenizer, logprobs
+        self._header, self._tokenizer, self._logprobs = header, tokenizer, logprobs
         self._chat, self._with_usage = chat, with_usage
         self._kind = "chat.completion.chunk" if chat else "text_completion"
         self._continuous_usage = continuous_usage
-        self._open = _open_frame(response_header, self._kind, with_usage and not continuous_usage)
-        self._echoed: dict[int, Echo] = {}
+        self._open = _open_frame(header, self._kind, with_usage and not continuous_usage)
+        self._echoes: dict[int, Echo] = {}
         self._token_ids: dict[int, list[int]] = {}
 
-    def writer(self, index: int, echoed: Echo) -> Writer:
-        self._echoed[index] = echoed
+    def choice(self, call: Call, index: int, detokenizer: Detokenizer, echo: Echo) -> ChoiceStream:
+        self._echoes[index] = echo
         if self._chat:
-            start = self._open + b'%d,"delta":' % index
-            return _ChatFrames(self.frames, start, self._tokenizer, self._logprobs is not None)
-        return _CompletionFrames(
-            self.frames, self._open + b'%d,"text":' % index, self._tokenizer, self._logprobs, echoed
-        )
+            return _ChatFrames(call, index, detokenizer, self._open + b'%d,"delta":' % index, self._tokenizer)
+        start = self._open + b'%d,"text":' % index
+        return _CompletionFrames(call, index, detokenizer, start, self._tokenizer, self._logprobs, echo)
 
     def note_tokens(self, index: int, tokens: Sequence[int]) -> None:
         self._token_ids.setdefault(index, []).extend(tokens)
@@ -181,18 +149,18 @@ class StreamSheet:
         for at in range(since, len(self.frames)):
             in_choice: dict[str, Any] = {}
             beside: dict[str, Any] = {"usage": usage.body()} if self._continuous_usage else {}
-            echoed = self._echoed.pop(index, None)
-            if echoed is not None:
-                (beside if self._chat else in_choice).update(echoed.shown())
+            echo = self._echoes.pop(index, None)
+            if echo is not None:
+                (beside if self._chat else in_choice).update(echo.shown())
             if at == len(self.frames) - 1 and index in self._token_ids:
                 # Tokens whose text was held back come with the next that is not.
                 in_choice["token_ids"] = self._token_ids.pop(index)
             start = self.frames[at].removesuffix(_END)
             self.frames[at] = start + _further(in_choice) + b"}]" + _further(beside) + b"}\n\n"
 
-    def close(self, usage: Usage) -> None:
+    def finish(self, usage: Usage) -> None:
         if self._with_usage:
-            last = {**self._heading.fields(self._kind), "choices": [], "usage": usage.body()}
+            last = {**self._header.fields(self._kind), "choices": [], "usage": usage.body()}
             self.frames.append(frame(encode_json(last)))
         self.frames.append(DONE)
 
@@ -201,35 +169,47 @@ class StreamSheet:
 
 
 @dataclass(slots=True)
-class _Collected:
+class _ChoiceParts:
     """One choice of a whole answer."""
 
     index: int
-    echoed: Echo
-    parts: list[str] = field(default_factory=list)
+    echo: Echo
+    texts: list[str] = field(default_factory=list)
     entries: list[LogprobEntry] = field(default_factory=list)
     finish: FinishReason | None = None
 
+
+class _Collected(ChoiceStream):
+    """Fills the parts of one choice. The builder keeps the parts and not their filler, which knows the call
+    that knows the builder."""
+
+    __slots__ = ("_parts",)
+
+    def __init__(self, call: Call, detokenizer: Detokenizer, parts: _ChoiceParts) -> None:
+        super().__init__(call, parts.index, detokenizer)
+        self._parts = parts
+
     def write(self, text: str, entries: Sequence[LogprobEntry], finish: FinishReason | None) -> None:
-        self.parts.append(text)
-        self.entries.extend(entries)
-        self.finish = finish
+        self._parts.texts.append(text)
+        self._parts.entries.extend(entries)
+        self._parts.finish = finish
 
 
-class WholeSheet:
+class WholeBuilder:
+    """An answer in one body."""
+
     def __init__(
-        self, response_header: ResponseHeader, tokenizer: TextTokenizer, chat: bool, logprobs: int | None
+        self, header: ResponseHeader, tokenizer: TextTokenizer, chat: bool, logprobs: int | None
     ) -> None:
         self.frames: list[bytes] = []
-        self._heading, self._tokenizer = response_header, tokenizer
+        self._header, self._tokenizer = header, tokenizer
         self._chat, self._logprobs = chat, logprobs
-        self._choices: list[_Collected] = []
+        self._choices: list[_ChoiceParts] = []
         self._token_ids: dict[int, list[int]] = {}
 
-    def writer(self, index: int, echoed: Echo) -> Writer:
-        collected = _Collected(index, echoed)
-        self._choices.append(collected)
-        return collected
+    def choice(self, call: Call, index: int, detokenizer: Detokenizer, echo: Echo) -> ChoiceStream:
+        self._choices.append(_ChoiceParts(index, echo))
+        return _Collected(call, detokenizer, self._choices[-1])
 
     def note_tokens(self, index: int, tokens: Sequence[int]) -> None:
         self._token_ids.setdefault(index, []).extend(tokens)
@@ -237,8 +217,8 @@ class WholeSheet:
     def annotate(self, since: int, index: int, usage: Usage) -> None:
         """There are no frames."""
 
-    def close(self, usage: Usage) -> None:
-        """Nothing to add: `body` is asked for next."""
+    def finish(self, usage: Usage) -> None:
+        """Nothing to add: `body` is called next."""
 
     def body(self, usage: Usage) -> bytes:
         kind = "chat.completion" if self._chat else "text_completion"
@@ -249,16 +229,16 @@ class WholeSheet:
             if choice.index in self._token_ids:
                 made["token_ids"] = self._token_ids[choice.index]
             if not self._chat:
-                made.update(choice.echoed.shown())
-        beside = collected[0].echoed.shown() if self._chat else {}
-        answer = {**self._heading.fields(kind), "choices": choices, "usage": usage.body(), **beside}
+                made.update(choice.echo.shown())
+        beside = collected[0].echo.shown() if self._chat else {}
+        answer = {**self._header.fields(kind), "choices": choices, "usage": usage.body(), **beside}
         return encode_json(answer)
 
-    def _chat_choice(self, choice: _Collected) -> dict[str, Any]:
+    def _chat_choice(self, choice: _ChoiceParts) -> dict[str, Any]:
         logprobs = None
         if self._logprobs is not None:
             logprobs = {"content": chat_logprobs(choice.entries, self._tokenizer), "refusal": None}
-        message = {"role": "assistant", "content": "".join(choice.parts), "refusal": None}
+        message = {"role": "assistant", "content": "".join(choice.texts), "refusal": None}
         return {
             "index": choice.index,
             "message": message,
@@ -266,17 +246,17 @@ class WholeSheet:
             "finish_reason": choice.finish,
         }
 
-    def _completion_choice(self, choice: _Collected) -> dict[str, Any]:
-        echoed = choice.echoed
+    def _completion_choice(self, choice: _ChoiceParts) -> dict[str, Any]:
+        echo = choice.echo
         logprobs = None
         if self._logprobs is not None:
             logprobs = joined_logprobs(
-                echoed.logprobs,
-                completion_logprobs(choice.entries, self._tokenizer, len(echoed.text), self._logprobs),
+                echo.logprobs,
+                completion_logprobs(choice.entries, self._tokenizer, len(echo.text), self._logprobs),
             )
         return {
             "index": choice.index,
-            "text": echoed.text + "".join(choice.parts),
+            "text": echo.text + "".join(choice.texts),
             "logprobs": logprobs,
             "finish_reason": choice.finish,
         }

@@ -1,6 +1,7 @@
-"""What the router knows of the whole cluster, as JSON values for `/cluster`, `/memory` and the page."""
+"""The bodies of `/cluster`, which the page shows, and of `/memory`, as JSON values."""
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -9,7 +10,7 @@ from router.config import RouterConfig
 from router.routing.dispatcher import Dispatcher
 from router.routing.metrics import Metrics
 from services.protocol.client import WorkerClient
-from services.protocol.messages import Ledger
+from services.protocol.worker_status import STATUS_FIELDS, FieldEntry, Ledger, Status
 
 
 def ledger_values(ledger: Ledger) -> dict[str, Any]:
@@ -59,22 +60,42 @@ def _worker_values(client: WorkerClient, dispatcher: Dispatcher, now_s: float) -
             "pages": hello.pages,
         }
     if client.status is not None:
-        status = client.status
-        kinds = {name: getattr(status, name) for name in status.__struct_fields__}
-        kinds["pages"] = _fields(status.pages)
-        kinds["slots"] = _fields(status.slots) if status.slots is not None else None
-        kinds["ledger"] = ledger_values(status.ledger)
-        kinds["rank_ledgers"] = [ledger_values(ledger) for ledger in status.rank_ledgers]
-        kinds.pop("ask_id")
-        kinds.pop("worker_epoch")
-        values["status"] = kinds
+        values["status"] = status_values(client.status)
         values["status_age_s"] = round(now_s - client.status_at_s, 3)
     return values
 
 
-def _fields(struct: msgspec.Struct) -> dict[str, Any]:
-    """These structs travel as arrays; a browser wants names."""
-    return {name: getattr(struct, name) for name in struct.__struct_fields__}
+def status_values(status: Status) -> dict[str, Any]:
+    """Every field of the table of status fields, by its name."""
+    return {field.name: _value(getattr(status, field.name)) for field in STATUS_FIELDS}
+
+
+def _value(value: Any) -> Any:
+    """A field's value, with names where the wire has arrays."""
+    if isinstance(value, Ledger):
+        return ledger_values(value)
+    if isinstance(value, msgspec.Struct):
+        return {name: getattr(value, name) for name in value.__struct_fields__}
+    return [_value(one) for one in value] if isinstance(value, list) else value
+
+
+def table_values(fields: Iterable[FieldEntry]) -> list[dict[str, Any]]:
+    """The table of status fields itself; the page shows those that have a label, `{}` being the value."""
+    return [
+        {
+            "name": field.name,
+            "help": field.about.help,
+            "unit": field.about.unit,
+            "label": field.about.page,
+            "absent": field.about.absent,
+            "metrics": [metric.family.name for metric in field.about.metrics],
+            "parts": table_values(field.parts),
+        }
+        for field in fields
+    ]
+
+
+_TABLE = msgspec.Raw(msgspec.json.encode(table_values(STATUS_FIELDS)))
 
 
 def cluster_values(
@@ -99,6 +120,7 @@ def cluster_values(
         "last_request": {name: getattr(metrics.last, name) for name in metrics.last.__slots__}
         if metrics.last is not None
         else None,
+        "status_fields": _TABLE,
         "workers": [_worker_values(client, dispatcher, now_s) for client in dispatcher.clients.values()],
     }
 

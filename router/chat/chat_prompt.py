@@ -1,4 +1,4 @@
-"""From a chat's body to its prompt: what `/v1/chat/completions` runs and `/tokenize` counts. Pure.
+"""The prompt of a chat: what `/v1/chat/completions` runs and `/tokenize` counts. Pure.
 
 1. Names for the template are put together: tools, documents, reasoning effort, the request's own.
 2. The messages get the template's form and are rendered.
@@ -9,7 +9,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-from router.api.openai_requests import ChatBody, Message, TokenizeBody
 from router.chat.chat_template import ChatTemplate
 from router.chat.content_form import Study, mark
 from router.chat.conversation import conversation, marked
@@ -17,6 +16,7 @@ from router.chat.lost_text import first_lost
 from router.chat.template_budget import TemplateTooLarge
 from router.chat.template_sandbox import TemplateTimeout
 from router.errors import ApiError, invalid
+from router.openai.requests import ChatBody, Message, TokenizeBody
 
 REASONING_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 MAX_DEPTH = 32

@@ -1,4 +1,4 @@
-"""The model's chat template, rendered in an immutable sandbox (sandbox.py) with a time limit.
+"""The model's chat template, rendered in an immutable sandbox (template_sandbox.py) with a time limit.
 
 Templates come with the checkpoint and never from a request. The sandbox has no access to attributes that
 begin with an underscore, to the file system or to other templates, and cannot change what it is given.
@@ -11,10 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from router.chat.content_form import Study, study
-from router.chat.template_budget import TemplateTooLarge
+from router.chat.template_budget import TemplateTooLarge, joined_pieces
 from router.chat.template_sandbox import Sandbox, TemplateRefusal, TemplateTimeout
 from router.config import RouterConfigError
 from router.errors import ApiError, invalid
@@ -22,6 +20,7 @@ from router.text.checkpoint import read_json
 
 MAX_PROMPT_CHARACTERS = 64 << 20
 MAX_TIME_FORMAT = 256
+_WIDE = re.compile(r"%[^%A-Za-z]*\d{3}")
 TIME_LIMIT_S = 1.0
 """Those of known models need microseconds."""
 
@@ -82,13 +81,13 @@ def _special_tokens(model_dir: Path, settings: dict[str, Any]) -> dict[str, Any]
 
 def _time_as(form: str, moment: datetime.datetime) -> str:
     """C's strftime takes widths, of any size."""
-    if len(form) > MAX_TIME_FORMAT or re.search(r"%[^%A-Za-z]*\d{3}", form):
+    if len(form) > MAX_TIME_FORMAT or _WIDE.search(form):
         raise TemplateTooLarge("a time in a format that is too long")
     return moment.strftime(form)
 
 
 class Program:
-    """One template of a checkpoint: compiled, and once it is asked for, studied."""
+    """One compiled template of a checkpoint. `study` finds out once what it takes."""
 
     def __init__(self, sandbox: Sandbox, source: str, names: Mapping[str, Any]) -> None:
         """Raises TemplateError for a source that does not compile."""
@@ -104,16 +103,10 @@ class Program:
 
     def run(self, messages: list[dict[str, Any]], names: Mapping[str, Any], at_least_s: float = 0.0) -> str:
         """Raises whatever a template can raise."""
-        parts: list[str] = []
-        characters = 0
         given = {"tools": None, "documents": None, **names, **self._names, "messages": messages}
         self._sandbox.begin(at_least_s)
-        for part in self._template.generate(given):
-            characters += len(part)
-            if characters > MAX_PROMPT_CHARACTERS:
-                raise invalid("The chat template made a prompt that is too long.", "messages")
-            parts.append(part)
-        return "".join(parts)
+        template = self._template  # its `generate` would pass each piece on for the sake of tracebacks
+        return joined_pieces(template.root_render_func(template.new_context(given)), MAX_PROMPT_CHARACTERS)
 
     def _try(self, messages: list[dict[str, Any]], names: dict[str, Any]) -> str | None:
         try:
@@ -150,7 +143,7 @@ class ChatTemplate:
         for name, (path, source) in _sources(model_dir, settings).items():
             try:
                 self._programs[name] = Program(sandbox, source, self._names)
-            except jinja2.TemplateError as error:
+            except Exception as error:  # Python's compiler, too, refuses what nests too deep
                 raise RouterConfigError(f"{path}: the chat template does not compile: {error}") from error
 
     @property

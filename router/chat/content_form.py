@@ -1,4 +1,4 @@
-"""What a chat template makes of a message's content: of a string, of a list of parts, of both. Pure.
+"""The form of content that a chat template takes: a string, a list of parts, or both. Pure.
 
 The template's syntax tree proposes (`proposed_form`): content that is looped over, filtered as a list or
 indexed is a list of parts, unless a test asks first what it is. Renderings of marked texts confirm (`study`):

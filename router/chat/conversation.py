@@ -1,4 +1,4 @@
-"""A request's messages as a chat template takes them: with its form of content and of calls. Pure."""
+"""The conversation that a chat template gets: a request's messages in its form of content and calls. Pure."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -6,10 +6,10 @@ from typing import Any
 
 from msgspec import Struct
 
-from router.api.openai_requests import Message, ToolCall
-from router.api.request_fields import ASSISTANT_PARTS, TEXT_PARTS, Field, refuse, refused_on
 from router.chat.content_form import Form, Study, as_form
 from router.errors import invalid
+from router.openai.request_fields import ASSISTANT_PARTS, TEXT_PARTS, Field, refuse, refused_on
+from router.openai.requests import Message, ToolCall
 
 UNCHECKED_ROLES = frozenset(("assistant", "system"))
 """Templates take the thinking out of old answers, and some know no system prompt."""

@@ -1,4 +1,4 @@
-"""Whether what was said is in the prompt that a chat template made of it. Pure."""
+"""The check that a chat template lost no text: what was said must be in the prompt. Pure."""
 
 import json
 from collections.abc import Callable, Sequence

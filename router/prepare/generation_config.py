@@ -1,4 +1,4 @@
-"""How tokens are drawn where a request does not say: a checkpoint's generation_config.json."""
+"""Sampling defaults of a checkpoint: its generation_config.json, for what a request does not say."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -22,11 +22,11 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from router.api.openai_requests import BodyDecoder
-from router.api.parameters import Options
 from router.chat.chat_template import ChatTemplate
+from router.child_process import die_with
 from router.errors import ApiError, crashed
-from router.prepare.parent import die_with
+from router.openai.requests import BodyDecoder
+from router.prepare.parameters import Options
 from router.prepare.request import Kit, PreparedRequest, PrepareInput, prepare
 from router.text.conversion import Converted
 from router.text.tokenizer import TextTokenizer

@@ -1,8 +1,9 @@
-"""Large bodies, prepared beside the event loop by a few processes (preparer.py).
+"""The pool of processes that prepare large bodies beside the event loop (process.py).
 
-A process starts when a body needs it, and stays. It prepares one body at a time; more wait in order, as many
-bytes as there is room for. If one dies, another gets the body that it had, once: preparing leaves no trace. A
-body that takes too long, or that ends two of them, fails by itself.
+The pool starts a process when a body needs one, and keeps it. A process prepares one body at a time; further
+bodies wait in order, as many bytes as there is room for. If a process dies, the pool gives its body to
+another one, once: preparing leaves no trace. A body that takes too long, or that ends two processes, fails by
+itself.
 """
 
 import array
@@ -19,7 +20,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from router.api.asgi import Body
 from router.errors import ApiError, invalid
 from router.prepare.process import (
     CPU_LIMIT_S,
@@ -54,13 +54,15 @@ class _Ended(Exception):
 
 @dataclass(slots=True, eq=False)
 class _Process:
+    """One process of the pool, with the socket to it."""
+
     process: subprocess.Popen[bytes]
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
     is_sound: bool = True
     """Between two bodies, and alive as far as anybody knows."""
 
-    async def prepare(self, ask: PrepareInput, raw: Body) -> PreparedRequest | list[bytes]:
+    async def prepare(self, ask: PrepareInput, raw: bytes | bytearray) -> PreparedRequest | list[bytes]:
         """Raises ApiError, _Ended. Never cancelled: what is asked is answered, or the process has ended."""
         self.is_sound = False
         try:
@@ -73,7 +75,7 @@ class _Process:
             elif isinstance(answer, Page):
                 made = [piece async for piece in self._pieces(answer.size_bytes)]
         except (OSError, asyncio.IncompleteReadError):
-            await self._end_of_it()
+            await self._reap()
             raise _Ended from None
         self.is_sound = True
         if isinstance(answer, PreparationRefused):
@@ -86,7 +88,7 @@ class _Process:
             )
         return made
 
-    async def _end_of_it(self) -> None:
+    async def _reap(self) -> None:
         """Raises ApiError where the body is to blame."""
         self.process.kill()
         code = await asyncio.get_running_loop().run_in_executor(None, self.process.wait)
@@ -115,26 +117,26 @@ class _Process:
             prompts.append(Prompt(tokens, text, of_ids))
         return prompts
 
-    def end(self) -> None:
+    def kill(self) -> None:
         self.is_sound = False
         self.writer.close()
         self.process.kill()
 
 
 @dataclass(slots=True, eq=False)
-class Preparers:
-    """`setup` is what each process is told first."""
+class ProcessPool:
+    """Up to `PROCESSES` processes, each with the tokenizer and the template of `model_dir`."""
 
     model_dir: Path
     model: str
     converted: Converted | None
     retry_after_s: int = 1
-    _worker_loads: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(PROCESSES))
+    _capacity: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(PROCESSES))
     _idle: list[_Process] = field(default_factory=list)
     _all: set[_Process] = field(default_factory=set)
     _bytes: int = 0
 
-    async def prepare(self, ask: PrepareInput, raw: Body) -> PreparedRequest | list[bytes]:
+    async def prepare(self, ask: PrepareInput, raw: bytes | bytearray) -> PreparedRequest | list[bytes]:
         """As `prepare.prepare`; a whole answer comes in pieces. May be cancelled.
         Raises ApiError, with 429 where too much waits."""
         if self._bytes and self._bytes + len(raw) > MAX_WAITING_BYTES:
@@ -148,26 +150,28 @@ class Preparers:
         try:
             for _ in range(TRIES):
                 with contextlib.suppress(_Ended):
-                    return await self._attend(await self._seated(), ask, raw)
+                    return await self._run(await self._acquire(), ask, raw)
         finally:
             self._bytes -= len(raw)
         raise ApiError(
             500, "The processes that prepared this request ended.", code="internal_error", committed=True
         )
 
-    async def _seated(self) -> _Process:
-        """A process that nobody else uses, until `_back`."""
-        await self._worker_loads.acquire()
+    async def _acquire(self) -> _Process:
+        """A process that nobody else uses, until `_release`."""
+        await self._capacity.acquire()
         try:
             return await self._process()
         except BaseException:
-            self._worker_loads.release()
+            self._capacity.release()
             raise
 
-    async def _attend(self, process: _Process, ask: PrepareInput, raw: Body) -> PreparedRequest | list[bytes]:
+    async def _run(
+        self, process: _Process, ask: PrepareInput, raw: bytes | bytearray
+    ) -> PreparedRequest | list[bytes]:
         loop = asyncio.get_running_loop()
         work = loop.create_task(process.prepare(ask, raw))
-        work.add_done_callback(partial(self._back, process))
+        work.add_done_callback(partial(self._release, process))
         try:
             return await asyncio.shield(work)
         except asyncio.CancelledError:
@@ -179,19 +183,19 @@ class Preparers:
     def _give_up(process: _Process, work: "asyncio.Task[PreparedRequest | list[bytes]]") -> None:
         if not work.done():
             logger.warning("nobody waits for what pid %d prepares: it is killed", process.process.pid)
-            process.end()
+            process.kill()
 
-    def _back(self, process: _Process, work: "asyncio.Task[PreparedRequest | list[bytes]]") -> None:
+    def _release(self, process: _Process, work: "asyncio.Task[PreparedRequest | list[bytes]]") -> None:
         if not work.cancelled():
             work.exception()  # nobody may be left to ask for it
         if process.is_sound:
             self._idle.append(process)
         else:
-            self._bury(process)
-        self._worker_loads.release()
+            self._discard(process)
+        self._capacity.release()
 
-    def _bury(self, process: _Process) -> None:
-        process.end()
+    def _discard(self, process: _Process) -> None:
+        process.kill()
         self._all.discard(process)
         # It was killed; but what it had of memory is given back first.
         asyncio.get_running_loop().run_in_executor(None, process.process.wait)
@@ -201,7 +205,7 @@ class Preparers:
             process = self._idle.pop()
             if process.process.poll() is None and not process.reader.at_eof():
                 return process
-            self._bury(process)
+            self._discard(process)
         started, ours = self._start()
         try:
             reader, writer = await asyncio.open_unix_connection(sock=ours, limit=PIECE_BYTES)
@@ -231,9 +235,9 @@ class Preparers:
         return started, ours
 
     def close(self) -> None:
-        """Nobody waits any more."""
+        """Kills the processes, and waits for their ends."""
         for process in self._all:
-            process.end()
+            process.kill()
         for process in self._all:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.process.wait(1.0)

@@ -1,18 +1,21 @@
-"""From a request's body to what is asked of the workers, or to the whole answer where none are asked. Pure.
+"""Request preparation: a body becomes prompts and options for the workers, or a whole answer. Pure.
 
-The event loop calls `prepare` for small bodies, and a process beside it (preparer.py) for all others: what
-decoding, a chat template and a tokenizer do to megabytes is nothing that other clients could wait for, and a
-thread would hold the interpreter's lock as long.
+The event loop calls `prepare` for small bodies, and a process of the pool (process_pool.py) for all others:
+other clients could not wait while megabytes are decoded, rendered and tokenized, and a thread would hold the
+interpreter's lock as long.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
+import msgspec
 from msgspec import Struct
 
-from router.api.asgi import Body
-from router.api.openai_format import encode_json
-from router.api.openai_requests import (
+from router.chat.chat_prompt import chat_prompt
+from router.chat.chat_template import ChatTemplate
+from router.chat.template_sandbox import TemplateTimeout
+from router.errors import ApiError, invalid
+from router.openai.requests import (
     BodyDecoder,
     ChatBody,
     CompletionBody,
@@ -20,10 +23,10 @@ from router.api.openai_requests import (
     Message,
     TokenizeBody,
 )
-from router.api.parameters import (
+from router.prepare.generation_config import SamplingDefaults
+from router.prepare.parameters import (
     PLAIN_SAMPLING,
     Options,
-    RequestLimits,
     check_model,
     check_tokens,
     check_total_choices,
@@ -31,11 +34,7 @@ from router.api.parameters import (
     prompts_of,
     sampling_for,
 )
-from router.chat.chat_prompt import chat_prompt
-from router.chat.chat_template import ChatTemplate
-from router.chat.template_sandbox import TemplateTimeout
-from router.errors import ApiError, invalid
-from router.prepare.generation_config import SamplingDefaults
+from router.routing.limits import RequestLimits
 from router.text.tokenizer import TextTokenizer
 
 MAX_TEXT_PARTS = 8192
@@ -45,15 +44,16 @@ BESIDE_BYTES = 8 << 10
 BESIDE_TEMPLATE_S = 0.02
 """What a chat template may take in the event loop; then the rendering begins anew beside it."""
 
+
 Kind = Literal["chat", "completions", "tokenize", "detokenize"]
 
 
 class TooMuchHere(Exception):
-    """What looked small is not: it is to be prepared beside the event loop."""
+    """A small body turned out to be long to prepare: a process of the pool is to do it."""
 
 
 class PrepareInput(Struct, frozen=True):
-    """What the loop knows and a body does not say. Without `limits` no worker is connected."""
+    """What the event loop knows beside a body. Without `limits` no worker is connected."""
 
     kind: Kind
     limits: RequestLimits | None = None
@@ -63,8 +63,8 @@ class PrepareInput(Struct, frozen=True):
 
 
 class Prompt(Struct, frozen=True):
-    """`text` is what `echo` and `return_prompt_text` give back, and there only for them; `of_ids`: the prompt
-    was given as token ids."""
+    """A tokenized prompt. `text` is what `echo` and `return_prompt_text` give back, and there only for them;
+    `of_ids`: the prompt was given as token ids."""
 
     tokens: list[int]
     text: str | None
@@ -72,13 +72,15 @@ class Prompt(Struct, frozen=True):
 
 
 class PreparedRequest(Struct, frozen=True):
+    """The prompts of a request, and how each is to be answered."""
+
     options: Options
     prompts: list[Prompt]
 
 
 @dataclass(frozen=True, slots=True)
 class Kit:
-    """`max_characters`: of a text to encode; longer ones raise TooMuchHere."""
+    """A model's tokenizer and template. A text of more than `max_characters` raises TooMuchHere."""
 
     model: str
     tokenizer: TextTokenizer
@@ -92,7 +94,7 @@ class Kit:
         return self.tokenizer.encode(text, add_special_tokens)
 
 
-def prepare(kit: Kit, ask: PrepareInput, raw: Body) -> PreparedRequest | bytes:
+def prepare(kit: Kit, ask: PrepareInput, raw: bytes | bytearray) -> PreparedRequest | bytes:
     """`bytes`: the JSON of the answer. Raises ApiError, and TooMuchHere."""
     _check_encoding(raw)
     try:
@@ -109,7 +111,7 @@ def prepare(kit: Kit, ask: PrepareInput, raw: Body) -> PreparedRequest | bytes:
         raise
 
 
-def _check_encoding(raw: Body) -> None:
+def _check_encoding(raw: bytes | bytearray) -> None:
     """JSON is UTF-8 (RFC 8259, 8.1); other encodings of its first characters all have a zero byte in them."""
     if raw.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")) or b"\0" in raw[:4]:
         raise invalid(
@@ -131,7 +133,7 @@ def check_parts(messages: list[Message]) -> None:
                 )
 
 
-def _generation(kit: Kit, ask: PrepareInput, raw: Body) -> PreparedRequest:
+def _generation(kit: Kit, ask: PrepareInput, raw: bytes | bytearray) -> PreparedRequest:
     body: ChatBody | CompletionBody
     if ask.kind == "chat":
         body = kit.bodies.decode(ChatBody, raw)
@@ -169,7 +171,7 @@ def _prompt(kit: Kit, given: str | list[int], echo: bool, special: bool) -> Prom
     return Prompt(given, kit.tokenizer.decode(given) if echo else None, of_ids=True)
 
 
-def _tokenize(kit: Kit, ask: PrepareInput, raw: Body) -> bytes:
+def _tokenize(kit: Kit, ask: PrepareInput, raw: bytes | bytearray) -> bytes:
     body = kit.bodies.decode(TokenizeBody, raw)
     check_model(body.model, kit.model)
     if (body.prompt is None) == (body.messages is None):
@@ -182,7 +184,7 @@ def _tokenize(kit: Kit, ask: PrepareInput, raw: Body) -> bytes:
     special = body.messages is None if body.add_special_tokens is None else body.add_special_tokens
     tokens = kit.encode(text, special)
     texts = [kit.tokenizer.token_text(token) for token in tokens] if body.return_token_strs else None
-    return encode_json(
+    return msgspec.json.encode(
         {
             "count": len(tokens),
             "max_model_len": ask.limits.context_tokens if ask.limits is not None else None,
@@ -192,9 +194,9 @@ def _tokenize(kit: Kit, ask: PrepareInput, raw: Body) -> bytes:
     )
 
 
-def _detokenize(kit: Kit, raw: Body) -> bytes:
+def _detokenize(kit: Kit, raw: bytes | bytearray) -> bytes:
     body = kit.bodies.decode(DetokenizeBody, raw)
     check_model(body.model, kit.model)
     if body.tokens:
         check_tokens(body.tokens, kit.tokenizer.size, "tokens")
-    return encode_json({"prompt": kit.tokenizer.decode(body.tokens)})
+    return msgspec.json.encode({"prompt": kit.tokenizer.decode(body.tokens)})

@@ -1,4 +1,4 @@
-"""Whether a prompt is taken in or refused at once, by what its wait would be. Pure.
+"""Admission control: a prompt is taken in or refused at once, by what its wait would be. Pure.
 
 A refusal while a request waits for nothing is worth more than a time-out after the wait: the client can go
 elsewhere. What is predicted is the time to the first token, from the prompts that wait before this one and

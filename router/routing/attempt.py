@@ -1,7 +1,8 @@
-"""One attempt: some work on its way through one prefill worker and the decode workers it is pushed to. Pure.
+"""One attempt: some choices of a prompt on their way through a prefill worker and decode workers. Pure.
 
-What arrives goes in, what must be sent comes out as `WorkerMessage`s; what follows from a failure, and text
-and HTTP, are the `AttemptListener`'s business (migration.py).
+Reports of workers go in, what must be sent to workers comes out as `WorkerMessage`s. Tokens go to the routed
+request that the attempt belongs to (routed_request.py), which also decides what follows when the attempt has
+failed or has lost its decode worker.
 
     QUEUED ──> PREFILLING ──> JOINING ──> DECODING ──> FINISHED
                   │ ↑ └──(unified worker)───↑↑
@@ -10,19 +11,20 @@ and HTTP, are the `AttemptListener`'s business (migration.py).
     (any living phase) ──> FAILED, CANCELLED
     PREFILLING, UNPAIRED ──> FINISHED where every choice ends with its first token
 
-Whichever way an attempt ends, every worker that may still hold something of it is told `Cancel`.
+Whichever way an attempt ends, it sends `Cancel` to every worker that may still hold something of it.
 """
 
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from msgspec import Struct
 from msgspec.structs import replace
 
 from router.errors import ApiError
 from router.routing.failures import error_of, lost_error
+from router.routing.policy import Pairing
 from services.protocol.messages import (
     Cancel,
     DecodeStarted,
@@ -41,11 +43,14 @@ from services.protocol.messages import (
     WorkerTransferAddress,
 )
 
+if TYPE_CHECKING:  # it makes its attempts, and imports this module
+    from router.routing.routed_request import RoutedRequest
+
 
 class AttemptPhase(enum.Enum):
     __hash__ = object.__hash__  # Enum's own is Python code, and an attempt looks its phase up again and again
 
-    QUEUED = "queued"
+    QUEUED = "queued"  # no workers yet
     PREFILLING = "prefilling"
     UNPAIRED = "unpaired"  # prefilling, without a decode worker
     JOINING = "joining"
@@ -76,28 +81,19 @@ _BEFORE_FIRST_TOKENS = frozenset({AttemptPhase.PREFILLING, AttemptPhase.UNPAIRED
 
 
 class IllegalAttemptTransition(RuntimeError):
-    """An attempt was moved between two phases that `TRANSITIONS` does not join."""
-
-
-class AttemptListener(Protocol):
-    """Where an attempt's results go, and who decides what follows from its failure."""
-
-    def on_prefilled(self, report: PrefillDone) -> None: ...
-
-    def on_tokens(self, report: Tokens, now_s: float) -> bool:
-        """Passes a choice's tokens on. False: the choice has ended, by `finish` or by a stop string."""
-
-    def on_failed(self, error: ApiError) -> None: ...
+    """An attempt was to change between two phases that `TRANSITIONS` does not join."""
 
 
 class WorkerMessage(Struct, frozen=True):
+    """One message and the endpoint of the worker that it is for."""
+
     worker: str
     message: Request
 
 
 @dataclass(slots=True)
 class Times:
-    """When things happened (the loop's clock) and what the workers measured; None: not reached."""
+    """When a request reached each stage (the loop's clock), and what workers measured; None: not reached."""
 
     submitted_s: float
     first_token_s: float | None = None
@@ -109,33 +105,49 @@ class Times:
     decode_started_s: float | None = None
 
 
+class Wait(Struct, frozen=True):
+    """How an attempt waits for workers: from `not_before_s` on; `strict`: not for those it is to avoid, even
+    if there are no others."""
+
+    not_before_s: float = 0.0
+    strict: bool = False
+
+
+AT_ONCE = Wait()
+
 _NOTHING: tuple[WorkerMessage, ...] = ()
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Attempt:
-    """`prefill` is None on a unified worker; `transfer_id` and `source` belong to the pair otherwise.
+    """The unit of a retry: `work` on one prefill worker, or none on a unified one, and a decode worker.
 
-    Methods return what to send, in order. Reports from a worker that has no part in the attempt (any more),
-    under a former decode worker's id, for choices that have ended or never were, change nothing and count as
-    `ignored`. In a phase of `WITHOUT_DECODE` the attempt waits for `pair`; `error` is what it comes to if
-    nobody calls that.
+    Methods return what to send, in order. A report changes nothing and counts as `ignored` if it comes from a
+    worker that has no part in the attempt (any more), under a former decode worker's id, or for a choice that
+    has ended or never was. In a phase of `WITHOUT_DECODE` the attempt needs `pair`. While it has a `wait` it
+    waits for workers, and `error` is what its request fails with if there are none.
     """
 
+    routed: "RoutedRequest"
     work: SequenceRequest
-    decode: str
-    output: AttemptListener
+    """Until `start` its id is only that of the request's first attempt, or 0."""
     times: Times
     retry_after_s: int
+    wait: Wait | None = AT_ONCE
+    error: ApiError | None = None
+    retries: int = 0
+    """How often what it runs was tried before."""
+    avoid: frozenset[str] = frozenset()
+    """Workers that have failed it before."""
     prefill: str | None = None
+    decode: str = ""
     transfer_id: int = 0
     source: WorkerTransferAddress | None = None
     phase: AttemptPhase = AttemptPhase.QUEUED
-    error: ApiError | None = None
     failed_on: str | None = None
     """The worker that failed it, if one did."""
     decode_id: int = 0
-    """The request's id on the decode worker: that of `work` at first, a new one with each `pair`."""
+    """Its id on the decode worker: that of `work` at first, a new one with each `pair`."""
     ended: bool = False
     ignored: int = 0
     open_choices: list[int] = field(default_factory=list)
@@ -158,35 +170,42 @@ class Attempt:
             return (self.decode,)
         return (self.prefill, self.decode)
 
-    def start(self) -> Sequence[WorkerMessage]:
-        self._alive = set(self.work.choice_numbers)
+    @property
+    def needs_decision(self) -> bool:
+        """Whether its request is to decide what follows: it has ended, or just lost its decode worker."""
+        return self.ended or (self.wait is None and self.phase in WITHOUT_DECODE)
+
+    def start(self, work: SequenceRequest, pairing: Pairing, transfer_id: int) -> Sequence[WorkerMessage]:
+        """Sends `work` to its first workers."""
+        self._transition(AttemptPhase.PREFILLING)
+        self.work, self.decode_id, self.transfer_id = work, work.request_id, transfer_id
+        self.prefill, self.decode, self.source = pairing.prefill, pairing.decode, pairing.source
+        self.wait = self.error = None
+        self._alive = set(work.choice_numbers)
         self._waited_for = set(self._alive)
-        self.decode_id = self.work.request_id
-        self._move(AttemptPhase.PREFILLING)
         if self.prefill is None or self.source is None:
-            return (WorkerMessage(self.decode, Generate(self.work)),)
+            return (WorkerMessage(self.decode, Generate(work)),)
         # Both leave at once, but one of them first: the one that the first token waits for.
         return (
-            WorkerMessage(self.prefill, Prefill(self.work, self.transfer_id)),
-            WorkerMessage(self.decode, ReserveKv(self.work, self.transfer_id, self.source)),
+            WorkerMessage(self.prefill, Prefill(work, transfer_id)),
+            WorkerMessage(self.decode, ReserveKv(work, transfer_id, self.source)),
         )
 
-    def pair(
-        self, decode: str, decode_id: int, transfer_id: int, source: WorkerTransferAddress
-    ) -> Sequence[WorkerMessage]:
+    def pair(self, pairing: Pairing, decode_id: int, transfer_id: int) -> Sequence[WorkerMessage]:
         """Another decode worker takes the KV that the prefill worker has, or will have."""
-        if self.prefill is None:
+        decode, source = pairing.decode, pairing.source
+        if self.prefill is None or source is None:
             raise IllegalAttemptTransition("a unified worker has no pair")
         held = self.phase is AttemptPhase.HELD
-        self._move(AttemptPhase.JOINING if held else AttemptPhase.PREFILLING)
+        self._transition(AttemptPhase.JOINING if held else AttemptPhase.PREFILLING)
         self.decode, self.decode_id, self.transfer_id, self.source = decode, decode_id, transfer_id, source
-        self.error = None
+        self.wait = self.error = None
         work = replace(self.work, request_id=decode_id)
         sends = [
             WorkerMessage(self.prefill, RepushKv(self.work.request_id, transfer_id)),
             WorkerMessage(decode, ReserveKv(work, transfer_id, source)),
         ]
-        return [*sends, self._join()] if held else sends
+        return [*sends, self._start_decode()] if held else sends
 
     def on_prefill_done(self, worker: str, report: PrefillDone) -> None:
         if self.phase not in _BEFORE_FIRST_TOKENS or worker != (self.prefill or self.decode):
@@ -195,7 +214,7 @@ class Attempt:
         if self.times.first_token_s is None:
             self.times.queue_s, self.times.prefill_s = report.queue_s, report.prefill_s
         self.cached_tokens = report.cached_tokens
-        self.output.on_prefilled(report)
+        self.routed.on_prefilled(report)
 
     def on_tokens(self, worker: str, report: Tokens, now_s: float) -> Sequence[WorkerMessage]:
         choice = report.choice
@@ -207,7 +226,7 @@ class Attempt:
                 self.ignored += 1
                 return _NOTHING
             self.generated_tokens += len(report.tokens)
-            if self.output.on_tokens(report, now_s):
+            if self.routed.on_tokens(report, now_s):
                 return _NOTHING
             return self._end_choice(report, now_s)
         if self.phase in _BEFORE_FIRST_TOKENS and worker == (self.prefill or self.decode):
@@ -225,12 +244,12 @@ class Attempt:
             self.times.first_token_s = now_s
         self.generated_tokens += len(report.tokens)
         self._waited_for.discard(choice)
-        going_on = self.output.on_tokens(report, now_s)
+        goes_on = self.routed.on_tokens(report, now_s)
         if self.prefill is None:
             self.times.decode_started_s = self.times.decode_started_s or now_s
-            self._move(AttemptPhase.DECODING)
-            return _NOTHING if going_on else self._end_choice(report, now_s)
-        if going_on:
+            self._transition(AttemptPhase.DECODING)
+            return _NOTHING if goes_on else self._end_choice(report, now_s)
+        if goes_on:
             self._firsts[choice] = report.tokens[-1]
         else:
             self._alive.discard(choice)
@@ -240,13 +259,13 @@ class Attempt:
             return _NOTHING
         unpaired = self.phase is AttemptPhase.UNPAIRED
         if self._firsts:
-            self._move(AttemptPhase.HELD if unpaired else AttemptPhase.JOINING)
-            return _NOTHING if unpaired else (self._join(),)
+            self._transition(AttemptPhase.HELD if unpaired else AttemptPhase.JOINING)
+            return _NOTHING if unpaired else (self._start_decode(),)
         holders = self.workers if self._prefill_holds else self.workers[1:]
         self._end(AttemptPhase.FINISHED, now_s)
         return self._cancels(holders)
 
-    def _join(self) -> WorkerMessage:
+    def _start_decode(self) -> WorkerMessage:
         firsts = [FirstToken(index, token) for index, token in sorted(self._firsts.items())]
         return WorkerMessage(self.decode, StartDecode(self.decode_id, firsts))
 
@@ -271,13 +290,13 @@ class Attempt:
         if self.times.decode_started_s is None:
             self.times.transfer_s, self.times.tail_s = report.transfer_s, report.tail_s
             self.times.decode_started_s = now_s
-        self._move(AttemptPhase.DECODING)
+        self._transition(AttemptPhase.DECODING)
 
-    def on_undelivered(self, worker: str, report: KvTransferFailed) -> Sequence[WorkerMessage]:
-        """The prefill worker goes on without its decode worker, who is told to forget the request. If that
-        one decodes already, the KV was taken and only the word of it was lost: nobody needs it held."""
+    def on_kv_transfer_failed(self, worker: str, report: KvTransferFailed) -> Sequence[WorkerMessage]:
+        """The prefill worker goes on without its decode worker, whose part is cancelled. If the decode worker
+        decodes already, it has the KV and only the word of that was lost: the prefill worker lets it go."""
         if self.phase is AttemptPhase.DECODING and worker == self.prefill:
-            return self.on_holding(worker)
+            return self.on_kv_lease_expiring(worker)
         paired = self.phase is AttemptPhase.PREFILLING or self.phase is AttemptPhase.JOINING
         if not paired or worker != self.prefill or report.transfer_id != self.transfer_id:
             self.ignored += 1
@@ -286,8 +305,8 @@ class Attempt:
         self._unpair(error_of(failed, self.retry_after_s, self._committed))
         return self._cancels((self.decode,))
 
-    def on_holding(self, worker: str) -> Sequence[WorkerMessage]:
-        """A worker that still has the KV is told to let it go where nobody will ask for it again."""
+    def on_kv_lease_expiring(self, worker: str) -> Sequence[WorkerMessage]:
+        """A worker still holds KV. `Cancel` lets it go if nobody will ask for it again."""
         if worker in self.workers:
             return _NOTHING
         return (WorkerMessage(worker, Cancel(self.work.request_id)),)
@@ -308,8 +327,7 @@ class Attempt:
         return self._on_gone(worker, error, now_s)
 
     def _on_gone(self, worker: str, error: ApiError, now_s: float) -> Sequence[WorkerMessage]:
-        """`worker` no longer knows the attempt. A prefill worker's part outlives that of its decode
-        worker."""
+        """`worker` no longer knows the attempt. The prefill worker's part outlives its decode worker's."""
         handed_over = self.phase is AttemptPhase.DECODING
         if error.retry_reason is None or self.prefill is None or worker == self.prefill or handed_over:
             return self.fail(error, now_s, gone=worker)
@@ -317,7 +335,7 @@ class Attempt:
         return _NOTHING
 
     def _unpair(self, error: ApiError) -> None:
-        self._move(AttemptPhase.HELD if self.phase is AttemptPhase.JOINING else AttemptPhase.UNPAIRED)
+        self._transition(AttemptPhase.HELD if self.phase is AttemptPhase.JOINING else AttemptPhase.UNPAIRED)
         self.error = error
 
     @property
@@ -325,7 +343,7 @@ class Attempt:
         return self.times.first_token_s is not None
 
     def fail(self, error: ApiError, now_s: float, gone: str | None = None) -> Sequence[WorkerMessage]:
-        """Ends with an error. `gone` is the worker that no longer knows the attempt."""
+        """Ends the attempt with an error. `gone` is the worker that no longer knows it."""
         if self.ended:
             return _NOTHING
         holders = [worker for worker in self.workers if worker != gone]
@@ -334,11 +352,10 @@ class Attempt:
             holders.append(self.prefill)
         self.error, self.failed_on = error, gone
         self._end(AttemptPhase.FAILED, now_s)
-        self.output.on_failed(error)
         return self._cancels(holders)
 
     def cancel(self, now_s: float) -> Sequence[WorkerMessage]:
-        """Nobody wants the result any more."""
+        """Ends the attempt because nobody wants its result any more."""
         if self.ended:
             return _NOTHING
         holders = self.workers
@@ -346,22 +363,23 @@ class Attempt:
         return self._cancels(holders)
 
     def recall(self) -> Sequence[WorkerMessage]:
-        """To every worker that had a part in a attempt whose state is not to be trusted."""
-        self.ended = True
-        return self._cancels([self.decode] if self.prefill is None else [self.prefill, self.decode])
+        """Cancels an attempt whose state cannot be trusted on every worker that it ever had."""
+        self.ended, self.wait = True, None
+        return self._cancels([worker for worker in (self.prefill, self.decode) if worker])
 
     def _cancels(self, holders: Sequence[str]) -> Sequence[WorkerMessage]:
         ids = {self.decode: self.decode_id}
         return [WorkerMessage(one, Cancel(ids.get(one, self.work.request_id))) for one in holders]
 
     def _end(self, phase: AttemptPhase, now_s: float) -> None:
-        self._move(phase)
+        self._transition(phase)
         self.ended = True
         self.open_choices = sorted(self._alive)
         self._alive.clear()
+        self.wait = None
         self.times.ended_s = now_s
 
-    def _move(self, phase: AttemptPhase) -> None:
+    def _transition(self, phase: AttemptPhase) -> None:
         if phase not in TRANSITIONS[self.phase]:
             raise IllegalAttemptTransition(f"{self.phase.value} -> {phase.value}")
         self.phase = phase

@@ -1,4 +1,4 @@
-"""Where lists of workers come from: a file that is looked at twice a second, names that are resolved.
+"""Worker discovery: a file of endpoints that is read twice a second, and DNS names that are resolved.
 
 What cannot be read or resolved at the moment keeps what it said last: a list that is lost is no reason to
 leave workers.
@@ -28,8 +28,8 @@ Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 
 
 def listed_endpoints(text: str) -> tuple[list[str], list[str]]:
-    """Of a workers file: one endpoint a line, lines that are empty or begin with `#` aside. The second list
-    has the lines that cannot be endpoints."""
+    """The endpoints in a workers file: one a line, lines that are empty or begin with `#` aside. The second
+    list has the lines that cannot be endpoints."""
     endpoints: list[str] = []
     bad: list[str] = []
     for line in map(str.strip, text.splitlines()):

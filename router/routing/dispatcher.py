@@ -1,29 +1,29 @@
-"""The router's workers and what runs on them: attempts are placed, told what arrives, and sent for.
+"""The dispatcher: requests in, attempts out to workers, and workers' reports to the attempts they are about.
 
-A prompt is a request of one attempt, or more where workers fail (migration.py); branches that find no worker
-wait. All of it happens in one event loop, in callbacks that never block. Every frame from a worker is one
-wake-up, and what it makes necessary to send leaves as one frame for each worker.
+A prompt is a routed request of one attempt, or more where workers fail. What follows from an attempt's end or
+loss is decided by its request (routed_request.py); the dispatcher carries it out: it finds workers, keeps the
+tables of who runs what, and holds attempts that find no worker in a queue. All of it happens in one event
+loop, in callbacks that never block. Every frame from a worker is one wake-up, and the messages that it makes
+necessary leave as one frame for each worker.
 """
 
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Sequence
 
-from router.api.parameters import RequestLimits
 from router.config import RouterConfig
 from router.errors import ApiError, crashed
 from router.ids import draw_number
 from router.routing.admission import Admission
-from router.routing.attempt import WITHOUT_DECODE, Attempt, AttemptPhase, Times, WorkerMessage
-from router.routing.candidates import common_limits
+from router.routing.attempt import Attempt, AttemptPhase, Times, WorkerMessage
 from router.routing.discovery import Discovery, WorkerName, WorkersFile
+from router.routing.limits import RequestLimits
 from router.routing.load import WorkerLoad
 from router.routing.metrics import Metrics, Snapshot
 from router.routing.outbox import WorkerOutbox
 from router.routing.policy import Pairing, place
-from router.routing.prompt_request import PromptRequest
 from router.routing.retry_queue import SWEEP_S, RetryQueue
-from router.routing.routed_request import Branch, RoutedRequest
+from router.routing.routed_request import NextStep, PromptRequest, RoutedRequest, WorkersOffer
 from router.routing.traces import Traces
 from router.routing.worker_pool import WorkerPool
 from services.protocol.client import ClientState, WorkerClient
@@ -34,7 +34,7 @@ from services.protocol.messages import (
     KvLeaseExpiring,
     KvTransferFailed,
     PrefillDone,
-    Report,
+    RequestReport,
     SequenceRequest,
     Tokens,
     TraceReply,
@@ -54,15 +54,13 @@ class Dispatcher:
         self._clock = clock
         self._borders = metrics.borders
         self._attempts: dict[int, Attempt] = {}
-        """By each id under which a worker may report of it."""
-        self._branches: dict[int, Branch] = {}
-        """Those with an attempt, by the id of its work."""
+        """Those that have workers, by each id under which a worker may report of them."""
         self._routed_requests: set[RoutedRequest] = set()
-        self._waiting = RetryQueue(config.max_waiting)
-        self._sweeping: asyncio.TimerHandle | None = None
+        self._retry_queue = RetryQueue(config.max_waiting)
+        self._sweep_timer: asyncio.TimerHandle | None = None
         self._admission = Admission(config.ttft_slo_s, config.max_kv_load, config.retry_after_s)
         self._limits: RequestLimits | None = None
-        """Until a worker comes or goes."""
+        """Computed anew when a worker comes or goes."""
         self._idle = asyncio.Event()
         self._idle.set()
         self.draining = False
@@ -79,12 +77,13 @@ class Dispatcher:
         self._discovery.start()
 
     def close(self) -> None:
-        if self._sweeping is not None:
-            self._sweeping.cancel()
+        """Ends the connections to all workers, and what happens by itself."""
+        if self._sweep_timer is not None:
+            self._sweep_timer.cancel()
         self._discovery.close()
         self.worker_pool.close()
 
-    # -- what is known
+    # ------------------------------------------------------------ what is known
 
     @property
     def live(self) -> int:
@@ -98,9 +97,8 @@ class Dispatcher:
     def count_phases(self) -> dict[AttemptPhase, int]:
         counts: dict[AttemptPhase, int] = {}
         for routed in self._routed_requests:
-            for branch in routed.branches:
-                phase = AttemptPhase.QUEUED if branch.attempt is None else branch.attempt.phase
-                counts[phase] = counts.get(phase, 0) + 1
+            for attempt in routed.attempts:
+                counts[attempt.phase] = counts.get(attempt.phase, 0) + 1
         return counts
 
     def worker_load(self, endpoint: str) -> WorkerLoad:
@@ -113,7 +111,7 @@ class Dispatcher:
     def limits(self) -> RequestLimits | None:
         """What every connected worker can take; None while there is none."""
         if self._limits is None:
-            self._limits = common_limits(self.clients.values(), self._config)
+            self._limits = self.worker_pool.limits()
         return self._limits
 
     def snapshot(self) -> Snapshot:
@@ -128,7 +126,7 @@ class Dispatcher:
             output_tokens_per_s=self._metrics.rate.per_second(self._clock()),
         )
 
-    # -- orders
+    # ------------------------------------------------------------ requests
 
     def unavailable(self, message: str, code: str) -> ApiError:
         return ApiError(503, message, code=code, retry_after_s=self._config.retry_after_s)
@@ -146,15 +144,15 @@ class Dispatcher:
             )
 
     def submit(self, prompt_requests: Sequence[PromptRequest]) -> list[RoutedRequest]:
-        """Sends the prompts of one request off. Raises ApiError as `check_open`, 429 where they would wait
-        too long, or 503 without workers; then nothing was sent."""
+        """Sends the prompts of one HTTP request to workers. Raises ApiError as `check_open`, 429 where they
+        would wait too long, or 503 without workers; then nothing was sent."""
         self.check_open(len(prompt_requests))
         self._admit([len(prompt_request.prompt) for prompt_request in prompt_requests])
         now_s = self._clock()
         routed_requests: list[RoutedRequest] = []
         try:
             for prompt_request in prompt_requests:
-                self._depart(prompt_request, now_s, routed_requests)
+                self._route(prompt_request, now_s, routed_requests)
         except BaseException as error:
             self.end(routed_requests)  # no prompt of a request runs without the others
             if isinstance(error, ApiError):
@@ -172,7 +170,7 @@ class Dispatcher:
             first = placement.prefill or placement.decode
             self._admission.check(placement, prompts, self._worker_loads.of[first.name].queued_prompts)
 
-    def _depart(
+    def _route(
         self, prompt_request: PromptRequest, now_s: float, routed_requests: list[RoutedRequest]
     ) -> None:
         work = SequenceRequest(
@@ -196,23 +194,20 @@ class Dispatcher:
         self._routed_requests.add(routed)
         routed_requests.append(routed)
         self._idle.clear()
-        self._fly(routed.branches[0], placement.pairing, blocks, work.request_id, now_s)
+        self._start(routed.attempts[0], placement.pairing, blocks, work.request_id, now_s)
 
-    def _fly(
-        self, branch: Branch, pairing: Pairing, blocks: Sequence[int], request_id: int, now_s: float
+    def _start(
+        self, attempt: Attempt, pairing: Pairing, blocks: Sequence[int], request_id: int, now_s: float
     ) -> None:
-        paired_anew = branch.attempt is not None
+        """An attempt gets workers: its first, or another decode worker."""
+        paired_anew = attempt.phase is not AttemptPhase.QUEUED
         transfer_id = self._draw_id() if pairing.prefill is not None else 0
-        self._outbox.queue(branch.routed.depart(branch, pairing, request_id, transfer_id, now_s))
-        attempt = branch.attempt
-        if attempt is None:
-            raise RuntimeError("a branch departed without an attempt")
+        self._outbox.queue(attempt.routed.start(attempt, pairing, request_id, transfer_id, now_s))
         self._attempts[request_id] = attempt
-        self._branches[attempt.work.request_id] = branch
-        self.worker_pool.take(attempt, blocks, paired_anew)
+        self.worker_pool.assign(attempt, blocks, paired_anew)
 
     def end(self, routed_requests: Iterable[RoutedRequest], error: ApiError | None = None) -> None:
-        """Cancels what still runs of these requests, or fails it with `error`. Idempotent."""
+        """Cancels these requests, or fails them with `error`, unless they have ended. Idempotent."""
         now_s = self._clock()
         for routed in routed_requests:
             self._end(routed, error, now_s)
@@ -222,7 +217,7 @@ class Dispatcher:
         self.end(list(self._routed_requests), error)
 
     def _end(self, routed: RoutedRequest, error: ApiError | None, now_s: float) -> None:
-        attempts = [branch.attempt for branch in routed.branches if branch.attempt is not None]
+        attempts = list(routed.attempts)
         whose = f"request {routed.work.request_id}"
         try:
             self._outbox.queue(routed.end(now_s, error))
@@ -235,7 +230,7 @@ class Dispatcher:
         self._routed_requests.discard(routed)
         for attempt in attempts:
             self._forget(attempt)
-        routed.close()
+        routed.attempts.clear()
         try:
             self._metrics.observe_request(routed)
         except BaseException as problem:
@@ -243,71 +238,69 @@ class Dispatcher:
         if not self._routed_requests:
             self._idle.set()
 
-    # -- retries
+    # ------------------------------------------------------------ what follows from an end or a loss
 
-    def _settle(self, attempt: Attempt, now_s: float) -> None:
-        """An attempt has ended, or needs another decode worker: its request goes on, or ends with it."""
-        branch = self._branches.get(attempt.work.request_id)
-        if branch is None:
-            return
-        routed = branch.routed
-        self._outbox.queue(routed.settle(branch, now_s))
+    def _follow_up(self, attempt: Attempt, now_s: float) -> None:
+        """Carries out what the request decides now that an attempt has ended or lost its decode worker."""
+        routed = attempt.routed
+        decision = routed.decide(attempt)
+        self._outbox.queue(routed.apply(attempt, decision, now_s))
         if attempt.ended:
             self._forget(attempt)
-        elif attempt.phase in WITHOUT_DECODE:
-            self._worker_loads.leave_decode(attempt)
-            self._forget_decode_id(attempt)
-        if routed.ended:
-            self._end(routed, None, now_s)
-            return
-        for one in routed.branches:
-            if one.waiting:
-                self._seek(one, now_s)
+        match decision.step:
+            case NextStep.FINISH | NextStep.FAIL:
+                self._end(routed, None, now_s)
+            case NextStep.PAIR:
+                self._worker_loads.release_decode(attempt)
+                if attempt.decode_id != attempt.work.request_id:
+                    self._attempts.pop(attempt.decode_id, None)
+                self._find_workers(attempt, now_s)
+            case NextStep.RETRY:
+                for one in [one for one in routed.attempts if one.phase is AttemptPhase.QUEUED]:
+                    self._find_workers(one, now_s)
 
-    def _seek(self, branch: Branch, now_s: float) -> None:
-        """Workers for a waiting branch, at once or later."""
-        if branch.over:
+    def _find_workers(self, attempt: Attempt, now_s: float) -> None:
+        """Carries out what the request decides with the workers that there are for an attempt that waits."""
+        routed, wait = attempt.routed, attempt.wait
+        if wait is None:
             return
-        due = branch.not_before_s <= now_s
-        blocks = self.worker_pool.blocks(branch.routed.work) if due else ()
-        pairing = self.worker_pool.pairing(branch, blocks) if due else None
-        if pairing is not None:
-            self._fly(branch, pairing, blocks, self._draw_id(), now_s)
-        elif (branch.strict and due) or not self._waiting.add(branch):
-            self._end(branch.routed, branch.error, now_s)
-        else:
+        due = wait.not_before_s <= now_s
+        blocks = self.worker_pool.blocks(routed.work) if due else ()
+        pairing = self.worker_pool.pairing(attempt, len(routed.work.prompt), blocks) if due else None
+        decision = routed.decide(attempt, WorkersOffer(pairing, due, self._retry_queue.has_room(attempt)))
+        if decision.step is NextStep.START and pairing is not None:
+            self._start(attempt, pairing, blocks, self._draw_id(), now_s)
+        elif decision.step is NextStep.WAIT:
+            self._retry_queue.add(attempt)
             self._sweep_later()
+        elif decision.step is NextStep.FAIL:
+            self._end(routed, decision.error, now_s)
 
     def _sweep_later(self) -> None:
-        if self._sweeping is None and len(self._waiting):
-            self._sweeping = asyncio.get_running_loop().call_later(SWEEP_S, self._sweep)
+        if self._sweep_timer is None and len(self._retry_queue):
+            self._sweep_timer = asyncio.get_running_loop().call_later(SWEEP_S, self._sweep)
 
     def _sweep(self) -> None:
-        self._sweeping = None
+        self._sweep_timer = None
         now_s = self._clock()
-        for branch in self._waiting.take_due(now_s):
+        for attempt in self._retry_queue.take_due(now_s):
             try:
-                self._seek(branch, now_s)
+                self._find_workers(attempt, now_s)
             except BaseException as error:
-                self._borders.contain("sweep", f"request {branch.routed.work.request_id}", error)
-                self._end_crashed(branch.routed, now_s)
+                self._borders.contain("sweep", f"request {attempt.routed.work.request_id}", error)
+                self._end_crashed(attempt.routed, now_s)
         self._sweep_later()
         self._outbox.flush()
 
     def _forget(self, attempt: Attempt) -> None:
-        """No worker is to report of it any more."""
-        self._branches.pop(attempt.work.request_id, None)
+        """Takes an attempt of which no worker is to report any more out of the tables."""
         self._attempts.pop(attempt.work.request_id, None)
         self._attempts.pop(attempt.decode_id, None)
-        self._worker_loads.leave(attempt)
+        self._worker_loads.release(attempt)
 
-    def _forget_decode_id(self, attempt: Attempt) -> None:
-        if attempt.decode_id != attempt.work.request_id:
-            self._attempts.pop(attempt.decode_id, None)
+    # ------------------------------------------------------------ reports
 
-    # -- reports
-
-    def _on_reports(self, client: WorkerClient, reports: list[Report]) -> None:
+    def _on_reports(self, client: WorkerClient, reports: list[RequestReport]) -> None:
         worker, now_s = client.endpoint, self._clock()
         before_tokens = self._metrics.generation_tokens
         for report in reports:
@@ -319,8 +312,8 @@ class Dispatcher:
             self._metrics.rate.add(self._metrics.generation_tokens - before_tokens, now_s)
         self._outbox.flush()
 
-    def _on_report(self, worker: str, report: Report, now_s: float) -> None:
-        attempt = self._attempts.get(report.request_id)  # type: ignore[union-attr]
+    def _on_report(self, worker: str, report: RequestReport, now_s: float) -> None:
+        attempt = self._attempts.get(report.request_id)
         if attempt is None:
             self._on_unknown(worker, report)
             return
@@ -328,38 +321,38 @@ class Dispatcher:
             sends = attempt.on_tokens(worker, report, now_s)
             if sends:
                 self._outbox.queue(sends)
-        elif isinstance(report, PrefillDone):
+            if attempt.ended:
+                self._follow_up(attempt, now_s)
+            return
+        if isinstance(report, PrefillDone):
             attempt.on_prefill_done(worker, report)
-            self._worker_loads.leave_prefill(attempt)
+            self._worker_loads.release_prefill(attempt)
             self._admission.observe(worker, len(attempt.work.prompt), attempt.times.submitted_s, now_s)
         elif isinstance(report, DecodeStarted):
             attempt.on_decode_started(worker, report, now_s)
         elif isinstance(report, Failed):
             self._outbox.queue(attempt.on_failed(worker, report, now_s))
-            self._settle(attempt, now_s)
         elif isinstance(report, KvTransferFailed):
-            self._outbox.queue(attempt.on_undelivered(worker, report))
-            self._settle(attempt, now_s)
+            self._outbox.queue(attempt.on_kv_transfer_failed(worker, report))
         elif isinstance(report, KvLeaseExpiring):
-            self._outbox.queue(attempt.on_holding(worker))
+            self._outbox.queue(attempt.on_kv_lease_expiring(worker))
         elif isinstance(report, TraceReply):
             self.traces.on_reply(report)
-        if attempt.ended:
-            self._settle(attempt, now_s)
+        if attempt.needs_decision:
+            self._follow_up(attempt, now_s)
 
     def _contain(self, where: str, request_id: int, error: BaseException, now_s: float) -> None:
-        """What nobody foresaw ends the request that it came from, on its workers too, and no other."""
+        """An error that nobody foresaw ends its own request, on the workers too, and no other."""
         self._borders.contain(where, f"request {request_id}", error)
         attempt = self._attempts.get(request_id)
-        branch = None if attempt is None else self._branches.get(attempt.work.request_id)
-        if branch is not None:
-            self._end_crashed(branch.routed, now_s)
+        if attempt is not None:
+            self._end_crashed(attempt.routed, now_s)
 
     def _end_crashed(self, routed: RoutedRequest, now_s: float) -> None:
         self._end(routed, crashed(committed=routed.times.first_token_s is not None), now_s)
 
-    def _on_unknown(self, worker: str, report: Report) -> None:
-        """Of an attempt that has ended here: who still holds KV for it need not."""
+    def _on_unknown(self, worker: str, report: RequestReport) -> None:
+        """A report about an attempt that has ended here: who still holds KV for it lets it go."""
         if isinstance(report, TraceReply):
             self.traces.on_reply(report)
         elif isinstance(report, KvLeaseExpiring | KvTransferFailed):
@@ -373,8 +366,7 @@ class Dispatcher:
             return
         self._admission.forget(client.endpoint)
         now_s = self._clock()
-        attempts = [branch.attempt for branch in self._branches.values() if branch.attempt is not None]
-        for attempt in attempts:
+        for attempt in dict.fromkeys(self._attempts.values()):
             if client.endpoint in attempt.workers:
                 self._on_lost(attempt, client.endpoint, now_s)
         self._outbox.flush()
@@ -382,19 +374,20 @@ class Dispatcher:
     def _on_lost(self, attempt: Attempt, worker: str, now_s: float) -> None:
         try:
             self._outbox.queue(attempt.on_worker_lost(worker, now_s))
-            self._settle(attempt, now_s)
+            if attempt.needs_decision:
+                self._follow_up(attempt, now_s)
         except BaseException as error:
             self._contain("worker_lost", attempt.work.request_id, error, now_s)
 
     def _on_found(self, endpoints: list[str]) -> None:
-        """Discovery has looked: workers come and go."""
-        self.worker_pool.look(endpoints)
+        """Takes the workers that discovery has found: some are new, some leave."""
+        self.worker_pool.update(endpoints)
         if self.worker_pool.leaving:
-            attempts = (branch.attempt for branch in self._branches.values() if branch.attempt is not None)
-            self.worker_pool.release({worker for attempt in attempts for worker in attempt.workers})
+            busy = {worker for attempt in self._attempts.values() for worker in attempt.workers}
+            self.worker_pool.release(busy)
 
     def _on_unsent(self, worker: str, request_id: int) -> None:
-        """A worker that cannot even be written to holds nothing of the request, whatever it was before."""
+        """A worker that cannot even be written to holds nothing of the request, so it counts as lost."""
         attempt = self._attempts.get(request_id)
         if attempt is not None:
             self._on_lost(attempt, worker, self._clock())

@@ -1,4 +1,4 @@
-"""What a worker's failure is for the client, and whether the router may run the work again. Pure."""
+"""Failures of workers as errors for the client, and whether the router may run the work again. Pure."""
 
 from router.errors import ApiError
 from services.protocol.messages import Failed
@@ -32,7 +32,7 @@ def error_of(report: Failed, retry_after_s: int, committed: bool) -> ApiError:
 
 
 def lost_error(role: str, retry_after_s: int, committed: bool) -> ApiError:
-    """A worker is gone, or silent, or another life of it has begun."""
+    """A worker is gone, or silent, or it was restarted."""
     return ApiError(
         503,
         f"The {role} worker was lost while it ran this request.",

@@ -1,4 +1,4 @@
-"""Who belongs to the cluster, as lists of workers come and change. Pure.
+"""Which workers belong to the cluster, as lists of workers come and change. Pure.
 
     (listed) ──> MEMBER <──> MISSED ──> LEAVING ──> (released, and forgotten)
                     ↑____________________│  (listed again)
@@ -27,34 +27,34 @@ _NOT_LISTED: dict[MemberState, MemberState] = {
 
 class Membership:
     def __init__(self, endpoints: Iterable[str] = ()) -> None:
-        self._standings = dict.fromkeys(endpoints, MemberState.MEMBER)
+        self._states = dict.fromkeys(endpoints, MemberState.MEMBER)
         self.leaving: frozenset[str] = frozenset()
 
-    def standing(self, endpoint: str) -> MemberState | None:
-        """None: it is unknown, or forgotten."""
-        return self._standings.get(endpoint)
+    def state(self, endpoint: str) -> MemberState | None:
+        """None: the worker is unknown, or forgotten."""
+        return self._states.get(endpoint)
 
-    def look(self, listed: Collection[str]) -> list[str]:
-        """Takes the list as it is now. Returns who is new, once each, in the order of the list."""
-        for endpoint, standing in self._standings.items():
-            moves = _LISTED if endpoint in listed else _NOT_LISTED
-            self._standings[endpoint] = moves[standing]
-        new = [endpoint for endpoint in dict.fromkeys(listed) if endpoint not in self._standings]
-        self._standings |= dict.fromkeys(new, MemberState.MEMBER)
-        self._count()
+    def update(self, listed: Collection[str]) -> list[str]:
+        """Takes the list as it is now. Returns the new workers, once each, in the order of the list."""
+        for endpoint, state in self._states.items():
+            transitions = _LISTED if endpoint in listed else _NOT_LISTED
+            self._states[endpoint] = transitions[state]
+        new = [endpoint for endpoint in dict.fromkeys(listed) if endpoint not in self._states]
+        self._states |= dict.fromkeys(new, MemberState.MEMBER)
+        self._refresh_leaving()
         return new
 
     def release(self, busy: Collection[str]) -> list[str]:
-        """Forgets the leaving ones on which nothing runs, and returns them."""
+        """Forgets the leaving workers on which nothing runs, and returns them."""
         free = sorted(self.leaving.difference(busy))
         for endpoint in free:
             self.forget(endpoint)
         return free
 
     def forget(self, endpoint: str) -> None:
-        self._standings.pop(endpoint, None)
-        self._count()
+        self._states.pop(endpoint, None)
+        self._refresh_leaving()
 
-    def _count(self) -> None:
-        leaving = (one for one, standing in self._standings.items() if standing is MemberState.LEAVING)
+    def _refresh_leaving(self) -> None:
+        leaving = (one for one, state in self._states.items() if state is MemberState.LEAVING)
         self.leaving = frozenset(leaving)

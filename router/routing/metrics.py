@@ -1,22 +1,33 @@
-"""The router's own measurements, and all of `/metrics`.
+"""The router's metrics, and the body of `/metrics`.
 
-Histograms are plain lists and a bisection: 50,000 tokens a second leave no room for a lock and a label
-lookup at each. prometheus-client only writes the text.
+The router counts requests with prometheus-client's types, in a registry of its own. Its times are in
+`Histogram`, a collector of that registry: prometheus-client's own, with its locks and its walk over the
+buckets, costs five times as much, and there is an observation for each token. What other parts count, and
+what workers report in their statuses, is collected when `/metrics` is asked for.
 """
 
 import time
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from router.isolation import Borders
 from router.routing.attempt import AttemptPhase
 from router.routing.routed_request import RetryBudget, RoutedRequest
-from services.protocol.messages import Status
+from services.protocol.worker_status import METRIC_FAMILIES, Status, status_samples
+
+disable_created_metrics()  # type: ignore[no-untyped-call]  # all series begin with the router
 
 _SHORT_S = (
     0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5,
@@ -31,14 +42,18 @@ _LONG_S = (
     10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0,
 )  # fmt: skip
 RATE_WINDOW_S = 5
+_FAMILY_TYPES = {"gauge": GaugeMetricFamily, "counter": CounterMetricFamily}
 
 
-class Histogram:
-    """Seconds in buckets; `counts[i]` are those at most `bounds[i]`, the last entry all above."""
+class Histogram(Collector):
+    """A histogram of seconds: an observation is a bisection and two additions.
 
-    __slots__ = ("bounds", "counts", "sum_s")
+    `counts[i]` are the values of at most `bounds[i]`, the last entry all above."""
 
-    def __init__(self, bounds_s: Sequence[float]) -> None:
+    __slots__ = ("_name", "_text", "bounds", "counts", "sum_s")
+
+    def __init__(self, name: str, text: str, bounds_s: Sequence[float]) -> None:
+        self._name, self._text = name, text
         self.bounds = list(bounds_s)
         self.counts = [0] * (len(self.bounds) + 1)
         self.sum_s = 0.0
@@ -47,13 +62,10 @@ class Histogram:
         self.counts[bisect_left(self.bounds, value_s)] += 1
         self.sum_s += value_s
 
-    def family(self, name: str, text: str) -> HistogramMetricFamily:
-        total = 0
-        buckets: list[tuple[str, float]] = []
-        for bound, count in zip([*map(str, self.bounds), "+Inf"], self.counts, strict=True):
-            total += count
-            buckets.append((bound, float(total)))
-        return HistogramMetricFamily(name, text, buckets=buckets, sum_value=self.sum_s)
+    def collect(self) -> Iterable[Metric]:
+        bounds = [*map(str, self.bounds), "+Inf"]
+        buckets = list(zip(bounds, map(float, accumulate(self.counts)), strict=True))
+        yield HistogramMetricFamily(self._name, self._text, buckets=buckets, sum_value=self.sum_s)
 
 
 class TokenRate:
@@ -92,34 +104,55 @@ class TimeSplit:
     total_s: float
 
 
-@dataclass(slots=True)
 class Metrics:
-    started_s: float = field(default_factory=time.time)
-    outcomes: dict[str, int] = field(default_factory=dict)
-    borders: Borders = field(default_factory=Borders)
-    prompt_tokens: int = 0
-    generation_tokens: int = 0
-    ignored_reports: int = 0
-    ttft: Histogram = field(default_factory=lambda: Histogram(_LONG_S))
-    inter_token: Histogram = field(default_factory=lambda: Histogram(_SHORT_S))
-    end_to_end: Histogram = field(default_factory=lambda: Histogram(_LONG_S))
-    queue: Histogram = field(default_factory=lambda: Histogram(_LONG_S))
-    prefill: Histogram = field(default_factory=lambda: Histogram(_LONG_S))
-    transfer: Histogram = field(default_factory=lambda: Histogram(_SHORT_S))
-    exposed: Histogram = field(default_factory=lambda: Histogram(_EXPOSED_S))
-    decode: Histogram = field(default_factory=lambda: Histogram(_LONG_S))
-    rate: TokenRate = field(default_factory=TokenRate)
-    retries: RetryBudget = field(default_factory=lambda: RetryBudget(max_retries=3, share=0.2, burst=1024))
-    last: TimeSplit | None = None
+    """What the router has counted since it started."""
+
+    def __init__(self, retries: RetryBudget | None = None, started_s: float | None = None) -> None:
+        self.registry = CollectorRegistry()
+        self.started_s = time.time() if started_s is None else started_s
+        self.borders = Borders()
+        self.retries = retries or RetryBudget(max_retries=3, share=0.2, burst=1024)
+        self.generation_tokens = 0
+        self.ignored_reports = 0
+        self.rate = TokenRate()
+        self.last: TimeSplit | None = None
+        self._outcomes = Counter(
+            "baton_requests", "HTTP requests by outcome", ["outcome"], registry=self.registry
+        )
+        self._prompt_tokens = Counter("baton_prompt_tokens", "Prompt tokens", registry=self.registry)
+        started = Gauge("baton_start_time_seconds", "When the router started", registry=self.registry)
+        started.set(self.started_s)
+
+        self.ttft = self._seconds("time_to_first_token", "From the request to its first token", _LONG_S)
+        self.inter_token = self._seconds("inter_token_latency", "Between two tokens of a choice", _SHORT_S)
+        self.end_to_end = self._seconds("e2e_request_latency", "From the request to its last token", _LONG_S)
+        self.queue = self._seconds("request_queue_time", "Waiting for a prefill worker", _LONG_S)
+        self.prefill = self._seconds("request_prefill_time", "Running the prompt", _LONG_S)
+        self.transfer = self._seconds("request_transfer_time", "Moving the KV cache", _SHORT_S)
+        self.exposed = self._seconds(
+            "request_exposed_transfer_time", "From the first token to the whole KV cache", _EXPOSED_S
+        )
+        self.decode = self._seconds("request_decode_time", "Decoding", _LONG_S)
+
+    def _seconds(self, name: str, text: str, bounds_s: Sequence[float]) -> Histogram:
+        histogram = Histogram(f"baton_{name}_seconds", text, bounds_s)
+        self.registry.register(histogram)
+        return histogram
+
+    @property
+    def outcomes(self) -> dict[str, int]:
+        """HTTP requests to endpoints that generate, by how they ended."""
+        samples = [sample for family in self._outcomes.collect() for sample in family.samples]
+        return {sample.labels["outcome"]: int(sample.value) for sample in samples}
 
     def count_outcome(self, outcome: str) -> None:
         """One HTTP request to an endpoint that generates has ended."""
-        self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
+        self._outcomes.labels(outcome).inc()
 
     def observe_request(self, routed: RoutedRequest) -> None:
         """One prompt has ended; only finished ones enter the time histograms. Generated tokens are counted as
         choices take them."""
-        self.prompt_tokens += len(routed.work.prompt)
+        self._prompt_tokens.inc(len(routed.work.prompt))
         self.ignored_reports += routed.ignored
         times = routed.times
         if times.first_token_s is not None:
@@ -140,60 +173,6 @@ class Metrics:
         self.last = TimeSplit(times.queue_s, times.prefill_s, times.tail_s or 0.0, decode_s, total_s)
 
 
-def _worker_families(statuses: Iterable[tuple[str, Status]]) -> Iterable[Metric]:
-    gauges: dict[str, GaugeMetricFamily] = {}
-    counters: dict[str, CounterMetricFamily] = {}
-    for name, text, labels in (
-        ("baton_worker_pages", "KV pages by state", ["state"]),
-        ("baton_worker_slots", "Staging slots by state", ["state"]),
-        ("baton_worker_requests", "Requests by state", ["state"]),
-        ("baton_worker_open_transfers", "Transfers in progress", ["side"]),
-        ("baton_worker_tokens_per_second", "Tokens a second", ["kind"]),
-        ("baton_worker_memory_bytes", "Memory ledger", ["process", "entry", "inside", "kind"]),
-        ("baton_worker_kv_utilisation", "Share of the KV pages in use", []),
-    ):
-        gauges[name] = GaugeMetricFamily(name, text, labels=["worker", "role", *labels])
-    total = CounterMetricFamily(
-        "baton_worker_events", "A worker's counters", labels=["worker", "role", "event"]
-    )
-    nonfinite = CounterMetricFamily(
-        "baton_nonfinite_logits", "Requests ended by NaN or infinite logits", labels=["worker", "role"]
-    )
-    counters |= {"baton_worker_events": total, "baton_nonfinite_logits": nonfinite}
-    for name, status in statuses:
-        who = [name, status.role]
-
-        def add(metric: str, labels: list[str], value: float, who: list[str] = who) -> None:
-            gauges[metric].add_metric([*who, *labels], value)
-
-        for state in ("free", "cached", "used"):
-            add("baton_worker_pages", [state], getattr(status.pages, state))
-        add("baton_worker_kv_utilisation", [], status.pages.used / max(1, status.pages.total))
-        if status.slots is not None:
-            for state in ("free", "granted", "filled", "quarantined"):
-                add("baton_worker_slots", [state], getattr(status.slots, state))
-        for state in ("queued", "running", "reserved", "holding"):
-            add("baton_worker_requests", [state], getattr(status, state))
-        add("baton_worker_open_transfers", ["send"], status.open_sends)
-        add("baton_worker_open_transfers", ["receive"], status.open_receives)
-        add("baton_worker_tokens_per_second", ["prompt"], status.prompt_tokens_per_s)
-        add("baton_worker_tokens_per_second", ["output"], status.output_tokens_per_s)
-        ledgers = enumerate([status.ledger, *status.rank_ledgers])
-        for process, entry in (
-            (entry.process if rank == 0 else f"{entry.process}-{rank}", entry)
-            for rank, ledger in ledgers
-            for entry in ledger.entries
-        ):
-            labels = [process, entry.name, str(entry.inside).lower()]
-            add("baton_worker_memory_bytes", [*labels, "planned"], entry.planned_bytes)
-            if entry.measured_bytes is not None:
-                add("baton_worker_memory_bytes", [*labels, "measured"], entry.measured_bytes)
-        nonfinite.add_metric(who, status.counters.get("requests_failed_invalid_logits", 0))
-        for event, value in status.counters.items():
-            total.add_metric([*who, event], value)
-    return [*gauges.values(), *counters.values()]
-
-
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """What the other parts know at the moment of a scrape."""
@@ -206,68 +185,60 @@ class Snapshot:
     output_tokens_per_s: float
 
 
-class _Families(Collector):
+def _worker_families(statuses: Iterable[tuple[str, Status]]) -> Iterable[Metric]:
+    """The families of the table of status fields, with a sample or more for each worker and field."""
+    found = {
+        family: _FAMILY_TYPES[family.kind](
+            family.name, family.help, labels=["worker", "role", *family.labels]
+        )
+        for family in METRIC_FAMILIES
+    }
+    for name, status in statuses:
+        for family, (labels, value) in status_samples(status):
+            found[family].add_metric([name, status.role, *labels], value)
+    return found.values()
+
+
+def _labelled(name: str, text: str, label: str, counts: Mapping[str, int]) -> CounterMetricFamily:
+    family = CounterMetricFamily(name, text, labels=[label])
+    for value, count in sorted(counts.items()):
+        family.add_metric([value], count)
+    return family
+
+
+class _Scrape(Collector):
+    """All families at one moment: the registry's, and those of what others count."""
+
     def __init__(self, metrics: Metrics, snapshot: Snapshot) -> None:
         self._metrics, self._snapshot = metrics, snapshot
 
     def collect(self) -> Iterable[Metric]:
         metrics, snapshot = self._metrics, self._snapshot
-        outcomes = CounterMetricFamily("baton_requests", "HTTP requests by outcome", labels=["outcome"])
-        for outcome, count in sorted(metrics.outcomes.items()):
-            outcomes.add_metric([outcome], count)
-        yield outcomes
-        errors = CounterMetricFamily(
-            "baton_internal_errors", "Failures that ended one request, or less", labels=["where"]
-        )
-        for where, count in metrics.borders.counts.items():
-            errors.add_metric([where], count)
-        yield errors
-        yield CounterMetricFamily("baton_prompt_tokens", "Prompt tokens", value=metrics.prompt_tokens)
-        yield CounterMetricFamily(
-            "baton_generation_tokens", "Generated tokens", value=metrics.generation_tokens
-        )
-        yield CounterMetricFamily(
-            "baton_ignored_reports", "Late or unexpected reports of workers", value=metrics.ignored_reports
-        )
-        retries = metrics.retries
+        yield from metrics.registry.collect()
+        for name, text, count in (
+            ("generation_tokens", "Generated tokens", metrics.generation_tokens),
+            ("ignored_reports", "Late or unexpected reports of workers", metrics.ignored_reports),
+        ):
+            yield CounterMetricFamily(f"baton_{name}", text, value=count)
         for name, text, label, counts in (
-            ("baton_migrations", "Prompts or choices run again, by reason", "reason", retries.counts),
-            ("baton_retries_denied", "Retries that a budget refused", "budget", retries.denied),
+            ("internal_errors", "Failures that ended one request, or less", "where", metrics.borders.counts),
+            ("migrations", "Prompts or choices run again, by reason", "reason", metrics.retries.counts),
+            ("retries_denied", "Retries that a budget refused", "budget", metrics.retries.denied),
         ):
-            family = CounterMetricFamily(name, text, labels=[label])
-            for value, count in sorted(counts.items()):
-                family.add_metric([value], count)
-            yield family
-        yield GaugeMetricFamily(
-            "baton_requests_queued", "Prompts without a first token", value=snapshot.queued
-        )
-        yield GaugeMetricFamily("baton_requests_running", "Prompts being decoded", value=snapshot.running)
-        yield GaugeMetricFamily(
-            "baton_output_tokens_per_second", "Streamed tokens a second", value=snapshot.output_tokens_per_s
-        )
-        yield GaugeMetricFamily(
-            "baton_start_time_seconds", "When the router started", value=metrics.started_s
-        )
-        for name, text, histogram in (
-            ("time_to_first_token", "From the request to its first token", metrics.ttft),
-            ("inter_token_latency", "Between two tokens of a choice", metrics.inter_token),
-            ("e2e_request_latency", "From the request to its last token", metrics.end_to_end),
-            ("request_queue_time", "Waiting for a prefill worker", metrics.queue),
-            ("request_prefill_time", "Running the prompt", metrics.prefill),
-            ("request_transfer_time", "Moving the KV cache", metrics.transfer),
-            ("request_exposed_transfer_time", "From the first token to the whole KV cache", metrics.exposed),
-            ("request_decode_time", "Decoding", metrics.decode),
+            yield _labelled(f"baton_{name}", text, label, counts)
+        for name, text, value in (
+            ("requests_queued", "Prompts without a first token", snapshot.queued),
+            ("requests_running", "Prompts being decoded", snapshot.running),
+            ("output_tokens_per_second", "Streamed tokens a second", snapshot.output_tokens_per_s),
         ):
-            yield histogram.family(f"baton_{name}_seconds", text)
-        up = GaugeMetricFamily("baton_worker_ready", "1: can take work", labels=["endpoint", "connection"])
-        for endpoint, state, ready in snapshot.worker_states:
-            up.add_metric([endpoint, state], float(ready))
-        yield up
+            yield GaugeMetricFamily(f"baton_{name}", text, value=value)
+        ready = GaugeMetricFamily("baton_worker_ready", "1: can take work", labels=["endpoint", "connection"])
+        for endpoint, state, usable in snapshot.worker_states:
+            ready.add_metric([endpoint, state], float(usable))
+        yield ready
         yield from _worker_families(snapshot.statuses)
 
 
 def exposition(metrics: Metrics, snapshot: Snapshot) -> bytes:
     """The body of `/metrics`, in Prometheus' text format."""
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Families(metrics, snapshot))
-    return generate_latest(registry)
+    return generate_latest(_Scrape(metrics, snapshot))

@@ -1,4 +1,4 @@
-"""What is to be sent to workers: collected while something is handled, then one frame for each of them."""
+"""Messages to workers: collected while something is handled, then sent as one frame for each worker."""
 
 from collections.abc import Callable, Iterable
 
@@ -8,8 +8,8 @@ from services.protocol.messages import Request
 
 
 class WorkerOutbox:
-    """`send(worker, messages)` is False for a worker that cannot be written to; then `on_unsent(worker,
-    request_id)` is told of each message, and may queue others."""
+    """`send(worker, messages)` returns False for a worker that cannot be written to; then
+    `on_unsent(worker, request_id)` is called for each message, and may queue others."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Which workers a request goes to. Pure: what is known of the workers comes in, names come out.
+"""The placement policy: which workers a prompt goes to. Pure: facts about workers in, names out.
 
 A prefill worker is chosen by the tokens that are computed before this prompt's first one is there: those that
 wait, and what of the prompt it has not cached. A decode worker is chosen by the share of its pages that would
@@ -6,7 +6,7 @@ be in use, without those that need not be moved there (a full pool holds prefill
 prefix draws a prompt to where it is, until that worker is behind by as many tokens as the prefix is long.
 The costs are those of Mooncake (Qin et al., 2024) and DistServe (Zhong et al., 2024). Pages are the larger of
 what the worker last reported and what this router knows it has sent: a report is up to a heartbeat old, and a
-burst in between must not all go to one worker. docs/placement.md tells it with numbers.
+burst in between must not all go to one worker. docs/placement.md explains it with numbers.
 """
 
 from collections.abc import Sequence
@@ -85,7 +85,7 @@ def _by_pages(worker: Candidate, incoming_tokens: int) -> tuple[bool, float, int
 
 
 def spare(workers: Sequence[Candidate], avoid: frozenset[str], strict: bool = False) -> Sequence[Candidate]:
-    """The workers without those to `avoid`. Unless `strict`, who is of a role that has no other stays."""
+    """The workers without those to `avoid`. Unless `strict`, a worker stays if its role has no other."""
     if not avoid:
         return workers
     usable = [worker for worker in workers if worker.role == "unified" or worker.transfer is not None]
@@ -110,8 +110,8 @@ def place(workers: Sequence[Candidate], prompt_tokens: int) -> Placement | None:
     """A unified worker if there is one, else a prefill and a decode worker of the same model.
 
     None: nobody can take it. A worker whose whole pool is too small is never taken; one that is full now
-    comes last. Ties go to who was given nothing for longest, then to the first name, so the choice is a
-    function of its arguments.
+    comes last. Ties go to the worker that was given nothing for longest, then to the first name, so the
+    choice is a function of its arguments.
     """
     able = [worker for worker in workers if worker.can_hold(prompt_tokens)]
     unified = [worker for worker in able if worker.role == "unified"]

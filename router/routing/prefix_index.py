@@ -1,4 +1,4 @@
-"""Which prefixes the workers have, as far as can be told from what was sent to them. Pure.
+"""The prefix index: which prefixes each worker has cached, judged by what was sent to it. Pure.
 
 A prompt is a chain of block hashes, each of one block and all before it. For every worker the index has the
 hashes of the blocks that went there, as many as its KV pool has room for, least recently used first out: what

@@ -1,9 +1,9 @@
-"""When what happened to a request: what the router remembers of the latest ones, and what its workers say.
+"""Traces of the latest requests: the router's own times, and the spans that workers report when asked.
 
-A request is found by its label (`x-request-id`) among those that came with the same API key. Times are
-seconds of the router's clock from the moment it sent the prompt off. A worker's clock is compared with the
-router's by the question and its answer: on one host they are the same clock, which the comparison shows;
-between hosts they are only known as well as half of the time between the two.
+The router finds a request by its label (`x-request-id`) among those that came with the same API key. Times
+are seconds of the router's clock after it sent the prompt to its workers. The router compares a worker's
+clock with its own by the time at which it asked and that at which the reply came: on one host both have the
+same clock, which the comparison shows; between hosts the offset is known to half of the time between the two.
 """
 
 import asyncio
@@ -24,8 +24,8 @@ ANSWER_S = 2.0
 
 
 class ProcessTrace(Struct, frozen=True):
-    """`offset_s` was added to the times of this process to make them the router's; it may be off by
-    `error_s`. Both are 0 where the two have one clock."""
+    """The spans of one worker or transfer process. The router added `offset_s`, which may be off by
+    `error_s`, to the times of its clock; both are 0 where the two have one clock."""
 
     process: str
     offset_s: float
@@ -34,7 +34,8 @@ class ProcessTrace(Struct, frozen=True):
 
 
 class PromptTrace(Struct, frozen=True):
-    """One prompt. `missing` processes did not answer; times are None for what has not happened."""
+    """The trace of one prompt. `missing` processes did not reply; times are None for what has not
+    happened."""
 
     prompt_tokens: int
     prefill: str | None
@@ -47,51 +48,58 @@ class PromptTrace(Struct, frozen=True):
 
 
 class RequestTrace(Struct, frozen=True):
+    """The body of `/trace/{id}`: the traces of a label's prompts."""
+
     id: str
     prompts: list[PromptTrace]
 
 
-class _Known(Struct, frozen=True):
+class _TracedPrompt(Struct, frozen=True):
+    """What the router remembers of a prompt: enough to ask its workers."""
+
     request_id: int
     transfer_id: int
     prompt_tokens: int
     workers: dict[str, str]
-    """Endpoint and name of each worker that has a part in the transfer."""
+    """The name of each worker that takes part in the transfer, by its endpoint."""
     prefill: str | None
     decode: str
     times: Times
 
 
 @dataclass(slots=True)
-class _Question:
-    """`sent_s` is when it left; `waits` are the processes that have not answered."""
+class _PendingQuery:
+    """A `TraceRequest` that was sent at `sent_s`; the processes in `unanswered` have not replied yet."""
 
     sent_s: float
-    waits: set[str]
+    unanswered: set[str]
     answered: asyncio.Event = field(default_factory=asyncio.Event)
     replies: list[tuple[float, TraceReply]] = field(default_factory=list)
 
 
 class Traces:
-    """`send(endpoint, messages)` is False for a worker that cannot be asked."""
+    """The prompts that can be traced, at most `MAX_LABELS` labels, and the queries that are open.
+
+    `send(endpoint, messages)` is False for a worker that cannot be reached.
+    """
 
     def __init__(self, send: Callable[[str, list[Request]], bool], clock: Callable[[], float]) -> None:
         self._send, self._clock = send, clock
-        self._known: OrderedDict[tuple[str | None, str], list[_Known]] = OrderedDict()
-        self._questions: dict[int, _Question] = {}
-        self._asked = 0
+        self._known: OrderedDict[tuple[str | None, str], list[_TracedPrompt]] = OrderedDict()
+        self._queries: dict[int, _PendingQuery] = {}
+        self._last_ask_id = 0
 
     def remember(
         self, owner: str | None, label: str, attempts: Sequence[Attempt], names: Callable[[str], str]
     ) -> None:
-        """The prompts of a request that has just been sent off; `owner` is its API key, `names` a worker's
-        own name by its endpoint."""
+        """Keeps the prompts of a request that was just sent to its workers. `owner` is the request's API key;
+        `names` gives a worker's name by its endpoint."""
         known = self._known.setdefault((owner, label), [])
         self._known.move_to_end((owner, label))
         for attempt in attempts:
             parts = [] if attempt.prefill is None else [attempt.prefill, attempt.decode]
             known.append(
-                _Known(
+                _TracedPrompt(
                     attempt.work.request_id,
                     attempt.transfer_id,
                     len(attempt.work.prompt),
@@ -106,22 +114,24 @@ class Traces:
             self._known.popitem(last=False)
 
     def on_reply(self, reply: TraceReply) -> None:
-        question = self._questions.get(reply.ask_id)
-        if question is None or reply.process not in question.waits:
+        """A process has replied; replies to no open query are ignored."""
+        query = self._queries.get(reply.ask_id)
+        if query is None or reply.process not in query.unanswered:
             return
-        question.waits.discard(reply.process)
-        question.replies.append((self._clock(), reply))
-        if not question.waits:
-            question.answered.set()
+        query.unanswered.discard(reply.process)
+        query.replies.append((self._clock(), reply))
+        if not query.unanswered:
+            query.answered.set()
 
     async def trace(self, owner: str | None, label: str) -> RequestTrace:
-        """Raises ApiError 404 for a label that is not known (any more)."""
+        """Asks the workers of the label's prompts. Raises ApiError 404 for a label that is not known (any
+        more)."""
         known = self._known.get((owner, label))
         if known is None:
             raise ApiError(404, f"No request {label!r} is remembered.", code="not_found")
         return RequestTrace(label, [await self._trace(one) for one in list(known)])
 
-    async def _trace(self, known: _Known) -> PromptTrace:
+    async def _trace(self, known: _TracedPrompt) -> PromptTrace:
         processes, missing = await self._ask(known)
         times, zero_s = known.times, known.times.submitted_s
 
@@ -139,29 +149,30 @@ class Traces:
             missing=missing,
         )
 
-    async def _ask(self, known: _Known) -> tuple[list[ProcessTrace], list[str]]:
-        self._asked += 1
-        ask_id = self._asked
-        waits = {process for name in known.workers.values() for process in (name, f"{name}/transfer")}
-        question = _Question(self._clock(), set(waits))
-        self._questions[ask_id] = question
+    async def _ask(self, known: _TracedPrompt) -> tuple[list[ProcessTrace], list[str]]:
+        """The traces of the processes that reply within `ANSWER_S`, and the names of those that do not."""
+        self._last_ask_id += 1
+        ask_id = self._last_ask_id
+        processes = {process for name in known.workers.values() for process in (name, f"{name}/transfer")}
+        query = _PendingQuery(self._clock(), processes)
+        self._queries[ask_id] = query
         request = TraceRequest(ask_id, known.request_id, known.transfer_id)
-        waiter = asyncio.ensure_future(question.answered.wait())
+        waiter = asyncio.ensure_future(query.answered.wait())
         try:
             reached = [self._send(endpoint, [request]) for endpoint in known.workers]
             if any(reached):
-                await asyncio.wait([waiter], timeout=ANSWER_S)  # what has not answered is named as missing
+                await asyncio.wait([waiter], timeout=ANSWER_S)
         finally:
             waiter.cancel()
-            del self._questions[ask_id]
+            del self._queries[ask_id]
         zero_s = known.times.submitted_s
-        found = [process_trace(question.sent_s, at_s, reply, zero_s) for at_s, reply in question.replies]
-        return sorted(found, key=lambda one: one.process), sorted(question.waits)
+        found = [process_trace(query.sent_s, at_s, reply, zero_s) for at_s, reply in query.replies]
+        return sorted(found, key=lambda one: one.process), sorted(query.unanswered)
 
 
 def process_trace(sent_s: float, received_s: float, reply: TraceReply, zero_s: float) -> ProcessTrace:
-    """A reply's spans in seconds after `zero_s` of the router's clock, by which the question was sent at
-    `sent_s` and answered at `received_s`."""
+    """A reply's spans in seconds after `zero_s` of the router's clock. By the same clock the router sent the
+    query at `sent_s` and had the reply at `received_s`."""
     offset_s = (sent_s + received_s) / 2 - reply.clock_s
     error_s = (received_s - sent_s) / 2
     if abs(offset_s) <= error_s:  # the same clock, as far as can be seen

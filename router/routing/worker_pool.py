@@ -1,9 +1,10 @@
 """The router's workers, which come and go while requests run: a client and a load record for each.
 
-1. Those that the command line names are there from the start and stay.
-2. `look` takes what a list names now (discovery.py): a new worker gets a client, which connects, and work as
-   soon as it is ready. One that is named no more is leaving: `candidates` leaves it out, what it has goes on.
-3. `release` closes the client of a leaving one once nothing runs there.
+1. Workers that the command line names are there from the start and stay.
+2. `update` takes what a list names now (discovery.py): a new worker gets a client, which connects, and work
+   as soon as it is ready. A worker that is named no more is leaving: `candidates` leaves it out, and what it
+   has goes on.
+3. `release` closes the client of a leaving worker once nothing runs there.
 """
 
 import logging
@@ -11,18 +12,17 @@ from collections.abc import Callable, Iterable, Sequence
 
 from router.config import RouterConfig
 from router.routing.attempt import Attempt
-from router.routing.candidates import candidates
+from router.routing.limits import RequestLimits
 from router.routing.load import LoadTracker
 from router.routing.membership import Membership
 from router.routing.policy import Candidate, Pairing, place, place_decode, spare
 from router.routing.prefix_index import PrefixIndex, prefix_blocks
-from router.routing.routed_request import Branch
 from services.protocol.client import ClientConfigError, ClientState, WorkerClient, load_keys
-from services.protocol.messages import Report, Request, SequenceRequest
+from services.protocol.messages import Request, RequestReport, SequenceRequest
 
 logger = logging.getLogger(__name__)
 
-OnReports = Callable[[WorkerClient, list[Report]], None]
+OnReports = Callable[[WorkerClient, list[RequestReport]], None]
 OnState = Callable[[WorkerClient, ClientState, ClientState], None]
 
 
@@ -67,14 +67,14 @@ class WorkerPool:
         for client in self.clients.values():
             client.close()
 
-    # -- who is there
+    # ------------------------------------------------------------ which workers there are
 
-    def look(self, listed: Iterable[str]) -> None:
+    def update(self, listed: Iterable[str]) -> None:
         """Takes what lists name now, beside the workers of the command line."""
         endpoints = dict.fromkeys([*self._config.workers, *listed])
         self._complained &= endpoints.keys()
         before = self._membership.leaving
-        for endpoint in self._membership.look(endpoints.keys()):
+        for endpoint in self._membership.update(endpoints.keys()):
             self._join(endpoint)
         for endpoint in self._membership.leaving - before:
             logger.info("worker %s: leaving", endpoint)
@@ -100,9 +100,9 @@ class WorkerPool:
         return self._membership.leaving
 
     def release(self, busy: Iterable[str]) -> None:
-        """Parts with the leaving workers that are not `busy`."""
-        seated = {endpoint for endpoint in self.leaving if not self.worker_loads.of[endpoint].empty}
-        for endpoint in self._membership.release(seated.union(busy)):
+        """Parts with the leaving workers that have no work and are not `busy`."""
+        loaded = {endpoint for endpoint in self.leaving if not self.worker_loads.of[endpoint].empty}
+        for endpoint in self._membership.release(loaded.union(busy)):
             client = self.clients.pop(endpoint)
             client.close()
             self.worker_loads.remove(endpoint)
@@ -118,10 +118,24 @@ class WorkerPool:
         client = self.clients.get(endpoint)
         return client is not None and client.send(messages)
 
-    # -- who gets work
+    def limits(self) -> RequestLimits | None:
+        """What every connected worker can take; None while there is none."""
+        hellos = [client.hello for client in self.clients.values() if client.hello is not None]
+        if not hellos:
+            return None
+        return RequestLimits(
+            vocab_size=min(hello.vocab_size for hello in hellos),
+            max_model_len=min(hello.max_model_len for hello in hellos),
+            max_sequence_tokens=min(hello.max_sequence_tokens for hello in hellos),
+            max_choices=self._config.max_choices,
+            max_prompts=self._config.max_prompts,
+            max_total_choices=self._config.max_total_choices,
+        )
+
+    # ------------------------------------------------------------ which workers get work
 
     def blocks(self, work: SequenceRequest) -> Sequence[int]:
-        """What `candidates` and `take` know the prompt's prefixes by; nothing where there is no choice."""
+        """The prompt's prefixes, as `candidates` and `assign` know them; none where there is no choice."""
         roles = [client.status.role for client in self.clients.values() if client.status is not None]
         # Log probabilities of a prompt are computed, whatever is cached.
         if len(set(roles)) == len(roles) or work.sampling.prompt_logprobs is not None:
@@ -129,33 +143,57 @@ class WorkerPool:
         return prefix_blocks(work.prompt, work.salt)
 
     def candidates(self, blocks: Sequence[int] = ()) -> list[Candidate]:
+        """Workers that are connected, ready and not leaving, by their last report and the router's own
+        account; for a prompt of these `blocks`."""
         leaving = self._membership.leaving
-        clients: Iterable[WorkerClient] = self.clients.values()
-        if leaving:
-            clients = [client for client in clients if client.endpoint not in leaving]
-        return candidates(clients, self.worker_loads, self._prefixes, blocks)
+        found: list[Candidate] = []
+        for endpoint, client in self.clients.items():
+            hello, status = client.hello, client.status
+            if client.state is not ClientState.READY or hello is None or status is None:
+                continue
+            if status.state != "ready" or endpoint in leaving:
+                continue
+            worker_load = self.worker_loads.of[endpoint]
+            found.append(
+                Candidate(
+                    name=endpoint,
+                    role=status.role,
+                    model_digest=hello.model_digest,
+                    transfer=hello.transfer,
+                    page_size_tokens=hello.page_size_tokens,
+                    pages=hello.pages,
+                    reported_queued=status.queued,
+                    reported_running=status.running,
+                    reported_used_pages=status.pages.used,
+                    queued_tokens=worker_load.queued_tokens,
+                    live_tokens=worker_load.live_tokens,
+                    uncached_tokens=worker_load.uncached_tokens,
+                    cached_tokens=self._prefixes.cached_tokens(endpoint, blocks),
+                    last_assigned=worker_load.last_assigned,
+                )
+            )
+        return found
 
-    def pairing(self, branch: Branch, blocks: Sequence[int]) -> Pairing | None:
-        """Workers for a branch that waits for them, if there are any now."""
-        candidates = spare(self.candidates(blocks), branch.avoid, branch.strict)
-        attempt = branch.attempt
-        tokens = len(branch.routed.work.prompt)
-        if attempt is None or attempt.prefill is None:
-            placement = place(candidates, tokens)
+    def pairing(self, attempt: Attempt, prompt_tokens: int, blocks: Sequence[int]) -> Pairing | None:
+        """Workers for an attempt that waits for them, if there are any now."""
+        strict = attempt.wait is not None and attempt.wait.strict
+        candidates = spare(self.candidates(blocks), attempt.avoid, strict)
+        if attempt.prefill is None:
+            placement = place(candidates, prompt_tokens)
             return None if placement is None else placement.pairing
         hello = self.clients[attempt.prefill].hello
         if hello is None or hello.transfer is None:
             return None
-        decode = place_decode(candidates, hello.model_digest, tokens)
+        decode = place_decode(candidates, hello.model_digest, prompt_tokens)
         return None if decode is None else Pairing(attempt.prefill, decode.name, hello.transfer)
 
-    def take(self, attempt: Attempt, blocks: Sequence[int], paired_anew: bool) -> None:
-        """The attempt departs, or departs again with another decode worker."""
+    def assign(self, attempt: Attempt, blocks: Sequence[int], paired_anew: bool) -> None:
+        """Accounts for an attempt that starts, or that goes on with another decode worker."""
         if paired_anew:
-            self.worker_loads.take_decode(attempt)
+            self.worker_loads.assign_decode(attempt)
         else:
             first = attempt.prefill or attempt.decode
-            self.worker_loads.take(attempt, self._prefixes.cached_tokens(first, blocks))
+            self.worker_loads.assign(attempt, self._prefixes.cached_tokens(first, blocks))
             self._note(first, blocks)
         if attempt.prefill is not None:
             self._note(attempt.decode, blocks)

@@ -1,11 +1,10 @@
-"""Encoding plain ASCII text word by word, from memory: what a byte-level BPE does with a word never changes.
+"""A byte-level BPE encoder for ASCII text with a cache of words: a word's tokens never change. Pure.
 
-The library spends its time on Unicode classes, offsets and masks that nobody here asks for. A text of ASCII
-characters needs none of that: added tokens are cut out, the tokenizer's own pattern (with its Unicode classes
-narrowed to ASCII) cuts the rest into words, and each word's tokens are asked of the model once. Where the
-pattern is made of parts that begin a word at every single space, the text is cut there first, and the pattern
-sees only what is met between two spaces for the first time. Other texts, and tokenizers of any other make,
-are the library's. Pure.
+The library spends its time on Unicode classes, offsets and masks that the router does not ask for. For ASCII
+text the encoder cuts out added tokens, cuts the rest into words by the tokenizer's own pattern (its Unicode
+classes narrowed to ASCII), and asks the model for the tokens of each word once. Where every single space
+begins a word of the pattern, the encoder cuts there first, so that the pattern sees only what comes between
+two spaces for the first time. The library encodes other texts, and all texts of tokenizers of another make.
 """
 
 import re
@@ -144,8 +143,8 @@ class _Unsure(Exception):
     """This way of cutting the text may not be the library's."""
 
 
-class _WordMemory(dict[str, bytes]):
-    """Packed tokens of texts met before; those of another are asked for, and kept if it is short.
+class _WordCache(dict[str, bytes]):
+    """A cache of packed tokens by text. It asks for those of a new text, and keeps them if the text is short.
 
     Packed, since thousands of lists lie scattered with their numbers, and are all the garbage collector's.
     """
@@ -189,8 +188,8 @@ class AsciiBpeEncoder:
         self._before = _pack(whole[: starts[0]])
         self._after = _pack(whole[starts[0] + len(plain) :])
         self._at_spaces = at_spaces
-        self._known = _WordMemory(self._ask)
-        self._after_space = _WordMemory(self._ask_after_space)
+        self._known = _WordCache(self._ask)
+        self._after_space = _WordCache(self._ask_after_space)
 
     @classmethod
     def make(

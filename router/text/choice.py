@@ -1,8 +1,8 @@
-"""One choice of one prompt: its tokens become text, its text is watched, its pieces are handed on. Pure."""
+"""One choice of one prompt: it detokenizes, looks for stop strings, and writes pieces of text. Pure."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from router.text.detokenizer import Detokenizer
 from router.text.stop_strings import StopScanner
@@ -19,13 +19,9 @@ class LogprobEntry:
     end: int
 
 
-class Writer(Protocol):
-    def write(self, text: str, entries: Sequence[LogprobEntry], finish: FinishReason | None) -> None:
-        """Takes a piece of the answer: frames for a stream, or parts of one body."""
-
-
-class Choice:
-    """Every choice ends with exactly one `finish`: the worker's, or "stop" at a stop string.
+class Choice(ABC):
+    """The text of one choice, which a subclass writes into an answer. It ends with exactly one `finish`: the
+    worker's, or "stop" at a stop string.
 
     The end token's own text is never part of the answer unless `include_stop` is set.
     """
@@ -39,25 +35,17 @@ class Choice:
         "_seen",
         "_stops",
         "_want_logprobs",
-        "_writer",
         "finish",
-        "last_token_s",
         "token_count",
     )
 
     def __init__(
-        self,
-        detokenizer: Detokenizer,
-        stops: Sequence[str],
-        include_stop: bool,
-        want_logprobs: bool,
-        writer: Writer,
+        self, detokenizer: Detokenizer, stops: Sequence[str], include_stop: bool, want_logprobs: bool
     ) -> None:
         self._detokenizer = detokenizer
         self._stops = StopScanner(stops, include_stop) if stops else None
         self._include_stop = include_stop
         self._want_logprobs = want_logprobs
-        self._writer = writer
         self._entries: list[LogprobEntry] = []
         self._length = 0
         self._seen = 0
@@ -65,10 +53,13 @@ class Choice:
         self._released = 0
         self.finish: FinishReason | None = None
         self.token_count = 0
-        self.last_token_s: float | None = None
+
+    @abstractmethod
+    def write(self, text: str, entries: Sequence[LogprobEntry], finish: FinishReason | None) -> None:
+        """Adds to the answer: a frame of a stream, or a part of one body."""
 
     def push(self, report: Tokens) -> bool:
-        """Takes what a worker made. False: this was the last of the choice."""
+        """Writes what a worker's tokens add to the answer. False: they were the last of the choice."""
         if self._stops is None and not self._want_logprobs:
             return self._push_plain(report)
         tokens, logprobs = report.tokens, report.logprobs
@@ -81,15 +72,15 @@ class Choice:
             start, self._seen = self._seen, max(self._seen, self._length + len(ahead))
             if self._want_logprobs and logprobs is not None and index < len(logprobs):
                 self._entries.append(LogprobEntry(token, logprobs[index], start, self._seen))
-            if self._pass_on(text):
+            if self._scan(text):
                 return False
             if ahead and self._stops is not None and self._stops.completes(ahead):
-                self._pass_on(self._detokenizer.flush())
+                self._scan(self._detokenizer.flush())
                 return False
         if report.finish is None:
             return True
         rest = self._detokenizer.flush()
-        if rest and self._pass_on(rest):
+        if rest and self._scan(rest):
             return False
         held = self._stops.flush() if self._stops is not None else ""
         self._release(held, report.finish)
@@ -105,16 +96,16 @@ class Choice:
         if finish is None:
             text = self._detokenizer.push(tokens)
             if text:
-                self._writer.write(text, (), None)
+                self.write(text, (), None)
             return True
         if finish == "stop" and not self._include_stop:
             tokens = tokens[:-1]
         self.finish = finish
-        self._writer.write(self._detokenizer.push(tokens) + self._detokenizer.flush(), (), finish)
+        self.write(self._detokenizer.push(tokens) + self._detokenizer.flush(), (), finish)
         return False
 
-    def _pass_on(self, text: str) -> bool:
-        """True: a stop string was hit, and the choice has ended."""
+    def _scan(self, text: str) -> bool:
+        """Writes what cannot be part of a stop string. True: one was hit, and the choice has ended."""
         hit = False
         if self._stops is not None:
             text, hit = self._stops.push(text)
@@ -136,4 +127,4 @@ class Choice:
             self._entries = self._entries[len(out) :] if finish is None else []
         if finish is not None:
             self.finish = finish
-        self._writer.write(text, out, finish)
+        self.write(text, out, finish)

@@ -1,7 +1,8 @@
-"""A tokenizer that transformers makes of a checkpoint's files, in a process of its own.
+"""Tokenizer conversion: transformers makes a tokenizer of a checkpoint's files, in a process of its own.
 
-Loading it here would leave much in the router that it needs once. So `router/text/convert_tokenizer.py` runs
-once at start, and what it made comes back through a pipe: no file is written that could be left behind.
+Loading transformers here would leave much in the router that it needs once. So the router runs
+`router/text/convert_tokenizer.py` once at start, which sends the tokenizer back through a pipe: no file is
+written that could be left behind.
 """
 
 import os

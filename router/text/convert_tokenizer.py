@@ -15,8 +15,8 @@ from typing import Any
 import msgspec
 from sentencepiece import SentencePieceProcessor
 
+from router.child_process import die_with
 from router.config import RouterConfigError
-from router.prepare.parent import die_with
 from router.text.checkpoint import read_json
 from router.text.conversion import (
     MERGES_FILE,

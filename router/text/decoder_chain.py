@@ -1,4 +1,4 @@
-"""From the `decoder` of a tokenizer.json to the stages that do the same (decoders.py). Pure."""
+"""The chain of decoder stages (decoders.py) that the `decoder` of a tokenizer.json stands for. Pure."""
 
 import json
 from itertools import takewhile

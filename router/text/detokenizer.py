@@ -1,4 +1,4 @@
-"""Tokens to text, incrementally.
+"""Incremental detokenizers: tokens become text as they come.
 
 However tokens are cut into pushes, what `push` and the final `flush` give is what the library's `decode`
 makes of all of them at once; nothing that was passed on is taken back, whatever follows. A byte-level

@@ -1,4 +1,4 @@
-"""The watch for stop strings. Pure."""
+"""The scanner for stop strings in generated text. Pure."""
 
 from collections.abc import Sequence
 

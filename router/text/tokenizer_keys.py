@@ -27,7 +27,7 @@ OBEYED = {
     "pad_token": "_named_tokens, and the chat template",
     "cls_token": "_named_tokens, and the chat template",
     "mask_token": "_named_tokens, and the chat template",
-    "chat_template": "template.py",
+    "chat_template": "router/chat/chat_template.py",
     "add_prefix_space": "by the conversion, where the class reads it",
     "legacy": "by the conversion, where the class reads it",
     "fix_mistral_regex": "by the conversion",
@@ -168,7 +168,7 @@ def _kind(config: Mapping[str, Any], settings: Mapping[str, Any], tokenizer: Map
         return _QWEN2
     named = settings.get("tokenizer_class") or config.get("tokenizer_class")
     if not isinstance(named, str):
-        return _QWEN2 if model_type == "qwen3" else "TokenizersBackend"
+        return _QWEN2 if model_type in ("qwen3", "qwen3_moe") else "TokenizersBackend"
     if named.removesuffix("Fast") == _LLAMA and '"ByteLevel"' in json.dumps(tokenizer):
         return "TokenizersBackend"
     return named.removesuffix("Fast") if named not in _GENERAL else named

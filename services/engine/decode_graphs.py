@@ -17,10 +17,10 @@ from torch import Tensor
 from services.engine.attention.backend import KernelAttention, table_width
 from services.engine.attention.decode_attention import decode_splits
 from services.engine.attention.page_table_rows import TableSlots
-from services.engine.attention.plan import IntArray, KvLayout
 from services.engine.batch import Row
 from services.engine.errors import RowError
 from services.engine.host_copy import aligned_bytes, indices, pinned, to_device
+from services.engine.kv.layout import IntArray, KvLayout
 from services.engine.kv.pool import KvPool
 from services.engine.models.layers import Decoder
 from services.engine.ops.processors import processors

@@ -1,4 +1,4 @@
-"""The engine of one worker rank: weights, the KV pool, one forward pass a step, and the pool's moves.
+"""The engine of one worker rank: weights, the KV pool, one forward pass a step, and the pool's copies.
 
 Life cycle, in this order, each step once:
 
@@ -9,7 +9,7 @@ Life cycle, in this order, each step once:
 5. `launch`, `copy_pages`, `pack`, `unpack`   for as long as the worker lives
 
 Everything runs on the caller's thread, which waits for the device only where it collects a step. On a GPU
-steps are queued on one stream and moves between pages and slots on another (moves.py): a step is done when
+steps are queued on one stream and copies between pages and slots on another (copies.py): a step is done when
 its `Launched` says so, a pack or an unpack when its `Copy` does, which comes before a slot is handed over.
 """
 
@@ -22,28 +22,29 @@ from torch import Tensor
 
 from kvtransfer.messages import KvGeometry
 from services.config import WorkerConfig
-from services.engine.attention.plan import CPU_LIMITS, CUDA_LIMITS, KvLayout
+from services.engine.attention.plan import CPU_LIMITS, CUDA_LIMITS
 from services.engine.batch import Row, RowResult
-from services.engine.checkpoint.files import model_digest
-from services.engine.checkpoint.model_config import ModelConfig
 from services.engine.decode_graphs import DecodeGraphs
 from services.engine.errors import EngineStateError
+from services.engine.events import ALL_QUEUED_STEPS, StartAfter
 from services.engine.host_copy import fill_pinned_pool
 from services.engine.kv.copies import Copy, CopyStream
+from services.engine.kv.layout import KvLayout
 from services.engine.kv.pool import KvPool
 from services.engine.kv.run_table import SlotRun
 from services.engine.kv.segments import SlotBuffer
 from services.engine.launched import Launched
 from services.engine.models.kv_scales import kv_scales
 from services.engine.models.layers import Decoder
+from services.engine.models.model_config import ModelConfig
 from services.engine.models.parameters import Parameters
-from services.engine.models.registry import make_decoder
 from services.engine.models.sharding import rank_shape
+from services.engine.models.stored_tensors import model_digest
 from services.engine.models.weights import fill_dummy, load_safetensors
 from services.engine.ops.fp8 import FP8
-from services.engine.ops.launch_cache import compiling_ahead
+from services.engine.ops.launch_cache import compiling_ahead, warn_if_slow
 from services.engine.ops.processors import processors
-from services.engine.peak_memory import peak_bytes
+from services.engine.peak_memory import ALLOCATOR_SLACK_BYTES, peak_bytes
 from services.engine.precision import check_capability
 from services.engine.profile_run import (
     mixed_steps,
@@ -92,13 +93,14 @@ class Engine:
         self._steps: Steps | None = None
         self._kv_scales: Tensor | None = None
         self._pool: KvPool | None = None
-        self._moves: CopyStream | None = None
-        self._step_marks = StepEvents()
+        self._copies: CopyStream | None = None
+        self._step_events = StepEvents()
         self._graphs: DecodeGraphs | None = None
         self._geometry: KvGeometry | None = None
         if self.device.type == "cuda":
             check_capability(config, torch.cuda.get_device_capability(self.device))
             torch.cuda.set_device(self.device)
+            warn_if_slow()
         else:
             torch.set_num_threads(max(1, cpu_threads() // self.group.size))
 
@@ -143,11 +145,12 @@ class Engine:
         """Allocate and fill the weights; returns their bytes. `progress(done_bytes, total_bytes)` is called
         as they come. Raises `CheckpointError`."""
         self._move(EngineState.LOADED)
-        parameters = Parameters(self.dtype, self.device, self.config.quantization, self.group)
+        specs = self.model.tensors
+        parameters = Parameters(specs, self.dtype, self.device, self.config.quantization, self.group)
         shape = rank_shape(self.model, self.group.size)
-        decoder = make_decoder(shape, parameters)
+        decoder = Decoder(shape, parameters)
         if self.config.load_format == "dummy":
-            fill_dummy(self.model, parameters, progress)
+            fill_dummy(parameters, progress)
         else:
             load_safetensors(self.model, parameters, progress)
         if self.config.kv_dtype == "fp8":
@@ -162,7 +165,7 @@ class Engine:
     def measure_activations(self) -> int:
         """Peak bytes beyond the weights of one forward at `max_chunk_tokens` and `max_batch`, sampling with
         every filter on. A few pages stand in for the pool; contexts as long as the model allows read them
-        over and over. Two layers run: every further one reuses their memory."""
+        over and over. Only the first layers run: every further one reuses their memory."""
         if self.state is not EngineState.LOADED:
             raise EngineStateError(
                 f"activations are measured between load and allocate_pool, not when {self.state}"
@@ -171,22 +174,18 @@ class Engine:
         rows = profile_rows(
             self.config, self.layout, self.limits, scratch.pages, self.max_model_len, PROMPT_LOGPROB_ROWS
         )
-        windows = self.model.windows
-        widest = windows.index(None) if None in windows else 0
-        layers = min(self.model.layers, max(2, widest + 1))
+        layers = self.model.layers_of_every_kind()
 
-        moves, slot = (
-            CopyStream(scratch, 1),
-            torch.empty(self.page_bytes, dtype=torch.uint8, device=self.device),
-        )
+        copies = CopyStream(scratch, 1, self._step_events)
+        slot = torch.empty(self.page_bytes, dtype=torch.uint8, device=self.device)
         buffer, run = SlotBuffer(slot, self.page_bytes), SlotRun([0], 0, 1, 0, range(self.layout.kv_heads))
 
         def launch_all(worst: list[Row]) -> None:
-            """No request waits for kernels to be compiled; and the moves' stream keeps a little memory."""
+            """No request waits for kernels to be compiled; and the copies' stream keeps a little memory."""
             for step in (worst, *([row] for row in sample_rows())):
                 self.steps.launch(step, scratch, layers=layers)
-            for move in (moves.pack, moves.unpack):
-                move([run], buffer, True, moves.mark()).wait()
+            for copy in (copies.pack, copies.unpack):
+                copy([run], buffer, True, ALL_QUEUED_STEPS).wait()
 
         def work() -> None:
             if self.device.type == "cuda":
@@ -198,7 +197,8 @@ class Engine:
             launch_all(rows)
             self.synchronize()
 
-        return peak_bytes(work, self.device)
+        slack_bytes = ALLOCATOR_SLACK_BYTES if self.device.type == "cuda" else 0
+        return peak_bytes(work, self.device) + slack_bytes
 
     def _warm_up(self, scratch: KvPool, layers: int) -> None:
         """Launch what requests can want and the worst case has not."""
@@ -206,20 +206,22 @@ class Engine:
         steps += mixed_steps(self.config, self.layout.kv_heads, self.max_model_len, processors(self.device))
         for step in steps:
             self.steps.launch(step, scratch, layers=layers)
-        self._decode_graphs(scratch).warm_up(layers)
+        if self.model.family.captures_graphs:
+            self._decode_graphs(scratch).warm_up(layers)
 
     def allocate_pool(self, pages: int) -> int:
         """Allocate the KV pool, zeroed; returns its bytes."""
         self._move(EngineState.SERVING)
         self._pool = KvPool(self.layout, pages, self.kv_dtype, self.device, self._kv_scales)
-        self._moves = CopyStream(self._pool, self.config.staging_slots)
+        self._copies = CopyStream(self._pool, self.config.staging_slots, self._step_events)
         fill_pinned_pool(self.device)
         return self._pool.byte_count
 
     @torch.inference_mode()
     def capture_graphs(self) -> int:
-        """Record decode steps for every batch size of the ladder; returns the bytes they hold. 0 on a CPU."""
-        if self.device.type != "cuda":
+        """Record decode steps for every batch size of the ladder; returns the bytes they hold. 0 on a CPU,
+        and for a family whose steps no graph can hold."""
+        if self.device.type != "cuda" or not self.model.family.captures_graphs:
             return 0
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()  # what earlier work left behind would be used again unnoticed
@@ -260,14 +262,14 @@ class Engine:
         pool = self.pool
         launched = self.steps.launch(rows, pool, self._graphs)
         if rows:
-            self._step_marks.add(launched.done)
+            self._step_events.add(launched.done)
         return launched
 
     def execute(self, rows: list[Row]) -> list[RowResult]:
         """`launch`, and wait for its results, which come in the rows' order."""
         return self.launch(rows).collect()
 
-    # ------------------------------------------------------------ the pool's moves
+    # ------------------------------------------------------------ the pool's copies
 
     @torch.inference_mode()
     def copy_pages(self, pairs: list[tuple[int, int]]) -> None:
@@ -275,16 +277,16 @@ class Engine:
         `SegmentError`."""
         self.pool.copy_pages(pairs)
         if pairs:
-            self._step_marks.add(self.moves.mark())
+            self._step_events.add(self.copies.steps_event())
 
     @property
     def queued_step(self) -> int:
         """The number of the newest step, or copy of pages, that was queued; the first is number 1."""
-        return self._step_marks.queued
+        return self._step_events.queued
 
     def passed_step(self) -> int:
         """The number of the newest one that the device is done with. Does not wait for it."""
-        return self._step_marks.passed()
+        return self._step_events.passed()
 
     @torch.inference_mode()
     def pack(
@@ -292,11 +294,11 @@ class Engine:
         runs: Sequence[SlotRun],
         buffer: SlotBuffer,
         with_checksums: bool,
-        after_step: int,
+        after: StartAfter,
     ) -> Copy:
-        """Queue the gathering of runs of sequences' tokens into slots by one launch, after the steps up to
-        `after_step`. No two runs may share a slot. Raises `SegmentError`."""
-        return self.moves.pack(runs, buffer, with_checksums, self._step_marks.of(after_step))
+        """Queue the gathering of runs of sequences' tokens into slots by one launch. No two runs may share a
+        slot. Raises `SegmentError`."""
+        return self.copies.pack(runs, buffer, with_checksums, after)
 
     @torch.inference_mode()
     def unpack(
@@ -304,14 +306,14 @@ class Engine:
         runs: Sequence[SlotRun],
         buffer: SlotBuffer,
         with_checksums: bool,
-        after_step: int,
+        after: StartAfter,
     ) -> Copy:
         """Queue the scattering of slots into sequences' pages likewise. Raises `SegmentError`."""
-        return self.moves.unpack(runs, buffer, with_checksums, self._step_marks.of(after_step))
+        return self.copies.unpack(runs, buffer, with_checksums, after)
 
-    def fence(self, move: Copy) -> None:
-        """Steps and copies queued from now on wait for a move, on the device: its pages are given away."""
-        self.moves.fence(move)
+    def fence(self, copy: Copy) -> None:
+        """What is queued from now on waits for a pack or unpack, on the device: its pages are given away."""
+        self.copies.fence(copy)
 
     def synchronize(self) -> None:
         """Wait for all that is queued. On a CPU nothing is."""
@@ -348,10 +350,10 @@ class Engine:
         return self._pool
 
     @property
-    def moves(self) -> CopyStream:
-        if self._moves is None:
+    def copies(self) -> CopyStream:
+        if self._copies is None:
             raise EngineStateError("allocate the pool first")
-        return self._moves
+        return self._copies
 
     def _move(self, target: EngineState) -> None:
         if MOVES[self.state] is not target:

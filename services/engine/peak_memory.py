@@ -8,6 +8,11 @@ import torch
 
 from services.engine.errors import EngineError
 
+ALLOCATOR_SLACK_BYTES = 2 * (2 << 20) + (20 << 20)
+"""What torch's caching allocator may reserve beyond a peak that was measured once. It takes small blocks from
+segments of 2 MiB, one set for each of the two streams that a worker has, and those up to 10 MiB from segments
+of 20 MiB; how many it needs depends on the order in which blocks of different sizes come and go. A mixture of
+experts, whose sizes follow the tokens, was refused 2 MiB under a cap without this."""
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"

@@ -1,7 +1,7 @@
 """Which precision options go together: what is refused at start, by name and with what is supported."""
 
 from services.config import WorkerConfig
-from services.engine.checkpoint.model_config import ModelConfig
+from services.engine.models.model_config import ModelConfig
 
 FP8_CAPABILITY = (8, 9)
 """The first NVIDIA generation that converts and multiplies fp8."""
@@ -23,16 +23,13 @@ def check_flags(config: WorkerConfig) -> None:
 
 
 def check_precision(config: WorkerConfig, model: ModelConfig) -> None:
-    """Raises `PrecisionError` if these options cannot run this model."""
+    """Raises `PrecisionError` if these options cannot run this model, which is divided among `config.tp`
+    ranks."""
     check_flags(config)
     if config.quantization == "fp8" and config.device == "cuda":
-        sizes = {
-            "hidden_size": model.hidden_size,
-            "intermediate_size": model.intermediate_size,
-            "num_attention_heads * head_dim": model.heads * model.head_dim,
-            "num_key_value_heads * head_dim": model.kv_heads * model.head_dim,
-        }
-        for name, size in sizes.items():
+        matrices = [spec for spec in model.tensors if spec.quantisable]
+        for axis in dict.fromkeys(axis for spec in matrices for axis in spec.axes):
+            name, size = axis.key, axis.rank_size(config.tp)
             if size % FP8_ALIGNMENT:
                 raise PrecisionError(
                     f"--quantization fp8 on cuda: {name} is {size} "

@@ -7,8 +7,9 @@ import msgspec
 
 from services.config import WorkerConfig
 from services.engine.attention.decode_attention import decode_splits
-from services.engine.attention.plan import KvLayout, SpanLimits
+from services.engine.attention.plan import SpanLimits
 from services.engine.batch import Row, SampleSpec
+from services.engine.kv.layout import KvLayout
 from services.engine.ops.small_gemm import MAX_TOKENS
 from services.protocol.messages import MAX_TOP_LOGPROBS, Sampling
 

@@ -6,7 +6,7 @@ whoever packs or unpacks beside them waits for the step that its pages need, and
 
 from collections import deque
 
-from services.engine.events import Event
+from services.engine.events import NOW, Event, EventPassed, Now
 
 
 class StepEvents:
@@ -17,15 +17,16 @@ class StepEvents:
         self._passed = 0
         self._running: deque[tuple[int, Event]] = deque()
 
-    def add(self, mark: Event | None) -> None:
-        """One more is queued; `mark` passes when it is done. None: it is done, as all before it."""
+    def add(self, done: Event | None) -> None:
+        """One more is queued, which is done when the event passes; None: it is done already, as all before
+        it."""
         self.queued += 1
-        if mark is None:
+        if done is None:
             self._passed = self.queued
             self._running.clear()
         else:
             self.passed()  # no more are kept than run
-            self._running.append((self.queued, mark))
+            self._running.append((self.queued, done))
 
     def passed(self) -> int:
         """The number of the newest step that is done. Asks the device, and does not wait for it."""
@@ -33,10 +34,10 @@ class StepEvents:
             self._passed = self._running.popleft()[0]
         return self._passed
 
-    def of(self, step: int) -> Event | None:
-        """What passes when `step` is done; None if it is done. Raises `ValueError` for one not queued yet."""
+    def after(self, step: int) -> Now | EventPassed:
+        """What a copy behind step number `step` waits for. Raises `ValueError` for one not queued yet."""
         if step > self.queued:
             raise ValueError(f"step {step} is not queued yet: the newest is {self.queued}")
         if step <= self.passed():
-            return None
-        return next(mark for number, mark in self._running if number >= step)
+            return NOW
+        return EventPassed(next(event for number, event in self._running if number >= step))

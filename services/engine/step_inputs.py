@@ -1,17 +1,18 @@
 """Turns the rows of one engine step into the tensors every layer shares."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from services.engine.attention.backend import SpanAttention, StepAttention, kernel_attention, kernel_columns
-from services.engine.attention.plan import AttentionSequence, IntArray, KvLayout, SpanLimits, plan_spans
+from services.engine.attention.plan import AttentionSequence, SpanLimits, plan_spans
 from services.engine.batch import Row
-from services.engine.checkpoint.model_config import ModelConfig
 from services.engine.errors import RowError
 from services.engine.host_copy import Column, to_device
+from services.engine.kv.layout import IntArray, KvLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,19 @@ def check_row(row: Row, vocab_size: int, samples_before: int) -> None:
             raise RowError(f"draw names a token out of range: the vocabulary has {vocab_size}")
 
 
+class AttendingModel(Protocol):
+    """What a step's tensors depend on of a model; `windows` has each layer's sliding window."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def heads(self) -> int: ...
+
+    @property
+    def windows(self) -> tuple[int | None, ...]: ...
+
+
 def with_sampled(tokens: Tensor, sampled: Tensor, source: Tensor) -> Tensor:
     """int64 `[tokens]`: each from where `source` says, counted through `sampled` and then through
     `tokens`."""
@@ -66,7 +80,7 @@ def build_step(
     rows: list[Row],
     sampled: Tensor,
     sampled_at: list[int],
-    model: ModelConfig,
+    model: AttendingModel,
     layout: KvLayout,
     pages: int,
     limits: SpanLimits,

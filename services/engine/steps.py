@@ -12,10 +12,11 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from services.engine.attention.plan import KvLayout, SpanLimits
+from services.engine.attention.plan import SpanLimits
 from services.engine.batch import Row, SampleSpec
 from services.engine.decode_graphs import DecodeGraphs
 from services.engine.host_copy import indices, to_device, to_host
+from services.engine.kv.layout import KvLayout
 from services.engine.kv.pool import KvPool
 from services.engine.launched import Launched, QueuedNonfinite
 from services.engine.models.layers import Decoder

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from msgspec import Struct
 
-from services.protocol.messages import Ledger
+from services.protocol.worker_status import Ledger
 
 
 class DeviceShare(Struct, frozen=True):

@@ -6,9 +6,10 @@ start and the ledger shows both.
 
 from dataclasses import dataclass
 
+from kvtransfer.movers.registry import mover_context_bytes
 from kvtransfer.protocol.layout import rank_slot_bytes
 from services.config import Device, Dtype, WorkerConfig
-from services.engine.checkpoint.model_config import ModelConfig, dtype_bytes
+from services.engine.models.model_config import ModelConfig, dtype_bytes
 from services.engine.models.sharding import check_tp, rank_parameter_bytes, rank_shape
 from services.engine.precision import check_precision
 from services.memory.inputs import PlanInput
@@ -16,8 +17,6 @@ from services.memory.inputs import PlanInput
 _MIB = 1 << 20
 _CPU_ATTENTION_COPIES = 2
 """Scores and their softmax, which the torch reference holds whole and in float32."""
-
-NCCL_CONTEXT_BYTES = 1024 * _MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,27 +40,32 @@ def contexts(device: Device, tp: int = 1) -> Contexts:
 
 
 def transfer_context_bytes(device: Device, mover: str) -> int:
-    """What the transfer process takes besides its buffer. NCCL loads kernels and keeps buffers for each
-    communicator: about 1000 MiB were measured on H200 with one, context included."""
-    return NCCL_CONTEXT_BYTES if mover == "nccl" else contexts(device).transfer_bytes
+    """What the transfer process takes besides its buffer: a context, and what its mover's library adds."""
+    return contexts(device).transfer_bytes + mover_context_bytes(mover)
 
 
 def estimate_activation_bytes(
-    model: ModelConfig, dtype: Dtype, max_chunk_tokens: int, max_batch: int, device: Device = "cuda"
+    model: ModelConfig,
+    dtype: Dtype,
+    max_chunk_tokens: int,
+    max_batch: int,
+    device: Device = "cuda",
+    tp: int = 1,
 ) -> int:
-    """The peak of one forward of `max_chunk_tokens` tokens that samples for `max_batch` sequences.
+    """The peak of one forward of `max_chunk_tokens` tokens that samples for `max_batch` sequences, on one of
+    `tp` ranks.
 
-    The widest moment of a layer is the gated MLP (residual, its input, gate, up, their product) or
+    The widest moment of a layer is the feed-forward (residual, its input, and what the family says) or
     attention (residual, input, q, k, v, output), of which one at a time is alive; the logits follow in
     float32 with two copies for sorting and probabilities. On a CPU the plain attention also holds a chunk's
     scores against itself.
     """
-    mlp_width = 2 * model.hidden_size + 3 * model.intermediate_size
-    attention_width = 2 * model.hidden_size + model.head_dim * 2 * (model.heads + model.kv_heads)
-    forward_bytes = max_chunk_tokens * max(mlp_width, attention_width) * dtype_bytes(dtype)
+    feed_forward_width = 2 * model.hidden_size + model.family.feed_forward_width(model.published, tp)
+    attention_width = 2 * model.hidden_size + model.head_dim * 2 * (model.heads + model.kv_heads) // tp
+    forward_bytes = max_chunk_tokens * max(feed_forward_width, attention_width) * dtype_bytes(dtype)
     scores_bytes = 0
     if device == "cpu":
-        scores_bytes = _CPU_ATTENTION_COPIES * model.heads * max_chunk_tokens * max_chunk_tokens * 4
+        scores_bytes = _CPU_ATTENTION_COPIES * (model.heads // tp) * max_chunk_tokens * max_chunk_tokens * 4
     logits_bytes = 3 * max_batch * model.vocab_size * 4
     return forward_bytes + scores_bytes + logits_bytes + 8 * _MIB
 
@@ -80,7 +84,7 @@ def plan_input_for(
     """
     check_tp(model, config.tp)
     shape = rank_shape(model, config.tp)
-    check_precision(config, shape)
+    check_precision(config, model)
     if config.max_model_len > model.max_model_len:
         raise ValueError(
             f"--max-model-len: {config.max_model_len} exceeds the model's own limit of "
@@ -99,10 +103,10 @@ def plan_input_for(
         max_chunk_tokens=config.max_chunk_tokens,
         max_batch=config.max_batch,
         activation_bytes=estimate_activation_bytes(
-            shape, config.dtype, config.max_chunk_tokens, config.max_batch, config.device
+            model, config.dtype, config.max_chunk_tokens, config.max_batch, config.device, config.tp
         ),
         worker_context_bytes=outside.worker_bytes,
-        graphs_bytes=outside.graphs_bytes,
+        graphs_bytes=outside.graphs_bytes if model.family.captures_graphs else 0,
         staging_slots=config.staging_slots if staged else 0,
         staging_slot_bytes=rank_slot_bytes(config.staging_slot_bytes, config.tp) if staged else 0,
         transfer_context_bytes=outside.transfer_bytes if staged else 0,

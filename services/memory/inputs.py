@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from services.memory.sizes import format_flag
-from services.protocol.messages import share_of
+from services.protocol.worker_status import share_of
 
 
 @dataclass(frozen=True, slots=True)

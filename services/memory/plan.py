@@ -11,7 +11,7 @@ from services.memory.change import smallest_changes
 from services.memory.inputs import Change, PlanInput, Shortfall, shortfall
 from services.memory.render import table
 from services.memory.sizes import format_bytes, format_flag
-from services.protocol.messages import Ledger, LedgerEntry
+from services.protocol.worker_status import Ledger, LedgerEntry
 
 WEIGHTS = "weights"
 KV_POOL = "kv pool"

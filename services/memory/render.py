@@ -4,7 +4,7 @@ from io import StringIO
 
 from services.memory.devices import SharedDevice
 from services.memory.sizes import format_bytes
-from services.protocol.messages import Ledger, LedgerEntry
+from services.protocol.worker_status import Ledger, LedgerEntry
 
 _HEAD = ("process", "line", "planned", "measured", "difference", "note")
 _COLOURS = ("blue", "green", "yellow", "magenta", "cyan", "red", "bright_blue", "bright_green")

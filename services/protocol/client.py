@@ -1,11 +1,11 @@
 """The asyncio side of one worker: what a router holds for each of its workers.
 
 Life of a connection:
-1. `start()` opens a wire and greets with `RouterHello`.
+1. `start()` opens a connection and greets with `RouterHello`.
 2. `WorkerHello` makes it READY, until that worker's epoch ends; `Refusal` makes it REFUSED.
 3. Every `heartbeat_s` a `StatusRequest` goes out; any frame that comes back proves life.
 4. A closed connection, `timeout_s` of silence or another epoch makes it LOST: everything that was asked of
-   that life is void. The wire is thrown away with all it had queued, and a new one begins at 1.
+   that incarnation is void. The connection is closed with all it had queued, and a new one begins at 1.
 """
 
 import asyncio
@@ -16,17 +16,19 @@ from pathlib import Path
 
 from kvtransfer.errors import BatonTransferError, TransferConfigError
 from kvtransfer.net.channel import ChannelKeys
-from services.protocol.connection import Wire, open_wire
+from services.protocol.connection import WorkerConnection, open_connection
 from services.protocol.messages import (
     VERSION,
+    ConnectionReport,
     Refusal,
     Report,
     Request,
+    RequestReport,
     RouterHello,
-    Status,
     StatusRequest,
     WorkerHello,
 )
+from services.protocol.worker_status import Status
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +41,7 @@ class ClientState(enum.Enum):
     CLOSED = "closed"
 
 
-MOVES: dict[ClientState, frozenset[ClientState]] = {
+TRANSITIONS: dict[ClientState, frozenset[ClientState]] = {
     ClientState.CONNECTING: frozenset(
         {ClientState.READY, ClientState.REFUSED, ClientState.LOST, ClientState.CLOSED}
     ),
@@ -50,8 +52,10 @@ MOVES: dict[ClientState, frozenset[ClientState]] = {
 }
 
 
-_OWN_REPORTS = (WorkerHello, Refusal, Status)
-"""Of the connection itself. A tuple: `|` between classes would be computed for every token."""
+SECOND_LOOK_S = 0.02
+"""Before silence counts."""
+_CONNECTION_REPORTS = (WorkerHello, Refusal, Status)
+"""A tuple: `|` between classes would be computed for every token."""
 
 
 class ClientConfigError(ValueError):
@@ -59,7 +63,7 @@ class ClientConfigError(ValueError):
 
 
 class IllegalClientTransition(RuntimeError):
-    """A connection was moved between two states that `MOVES` does not join."""
+    """A connection was moved between two states that `TRANSITIONS` does not join."""
 
 
 def load_keys(key_dir: Path | None) -> ChannelKeys | None:
@@ -75,9 +79,9 @@ def load_keys(key_dir: Path | None) -> ChannelKeys | None:
 class WorkerClient:
     """One worker, as one event loop sees it. Not thread-safe: everything happens in that loop.
 
-    `on_reports(client, reports)` gets what concerns requests (never hello, refusal or status), one call for
-    each wake-up; `on_state(client, old, new)` every change of state. Both run inside the loop and must not
-    block. `hello` and `status` are those of the present life, None outside of one.
+    `on_reports(client, reports)` gets what concerns requests, one call for each wake-up; `on_state(client,
+    old, new)` every change of state. Both run inside the loop and must not block. `hello` and `status` are
+    those of the worker's present incarnation, None while there is none.
     """
 
     def __init__(
@@ -85,7 +89,7 @@ class WorkerClient:
         endpoint: str,
         *,
         router_epoch: int,
-        on_reports: Callable[["WorkerClient", list[Report]], None],
+        on_reports: Callable[["WorkerClient", list[RequestReport]], None],
         on_state: Callable[["WorkerClient", ClientState, ClientState], None],
         keys: ChannelKeys | None = None,
         heartbeat_s: float = 0.5,
@@ -101,9 +105,10 @@ class WorkerClient:
         self._router_epoch = router_epoch
         self._on_reports, self._on_state = on_reports, on_state
         self._keys, self._heartbeat_s, self._timeout_s = keys, heartbeat_s, timeout_s
-        self._wire: Wire | None = None
+        self._connection: WorkerConnection | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._heard_at_s = 0.0
+        self._is_second_look = False
         self._ask_id = 0
 
     def start(self) -> None:
@@ -121,20 +126,20 @@ class WorkerClient:
             return
         if self._timer is not None:
             self._timer.cancel()
-        self._drop_wire()
+        self._drop_connection()
         self.hello = self.status = None
-        self._move(ClientState.CLOSED, "closed")
+        self._transition(ClientState.CLOSED, "closed")
 
     def send(self, messages: list[Request]) -> bool:
-        """One frame to the worker's present life. False: there is none, or its queue is full."""
+        """One frame to the worker's present incarnation. False: there is none, or its queue is full."""
         if self.state is not ClientState.READY:
             return False
         return self._send(messages)
 
-    # -- the wire
+    # -- the connection
 
     def _open(self) -> None:
-        self._wire = open_wire(
+        self._connection = open_connection(
             self.endpoint,
             self._keys,
             on_reports=self._on_arrived,
@@ -143,19 +148,19 @@ class WorkerClient:
             on_drop=self._on_drop,
         )
         self._heard_at_s = self._loop.time()
-        self._move(ClientState.CONNECTING, "connecting")
+        self._transition(ClientState.CONNECTING, "connecting")
         self._send([RouterHello(VERSION, self._router_epoch)])
 
-    def _drop_wire(self) -> None:
-        wire, self._wire = self._wire, None
-        if wire is not None:
-            wire.close()
+    def _drop_connection(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
 
     def _send(self, messages: list[Request]) -> bool:
-        if self._wire is None:
+        if self._connection is None:
             return False
         try:
-            return self._wire.send(messages)
+            return self._connection.send(messages)
         except BatonTransferError as error:
             logger.error("worker %s: %s", self.endpoint, error)
             return False
@@ -165,22 +170,22 @@ class WorkerClient:
 
     def _on_mismatch(self, versions: str) -> None:
         if self.state is ClientState.CONNECTING:
-            self._move(ClientState.REFUSED, f"the worker speaks {versions}")
+            self._transition(ClientState.REFUSED, f"the worker speaks {versions}")
 
     def _on_arrived(self, reports: list[Report]) -> None:
-        wire = self._wire
+        connection = self._connection
         self._heard_at_s = self._loop.time()
-        passed_on: list[Report] = []
+        passed_on: list[RequestReport] = []
         for report in reports:
-            if isinstance(report, _OWN_REPORTS):
+            if isinstance(report, _CONNECTION_REPORTS):
                 if passed_on:
                     self._pass_on(passed_on)
                     passed_on = []
                 try:
-                    self._on_own(report)
+                    self._on_connection_report(report)
                 except Exception as error:
                     self._failed(error)
-                if self._wire is not wire:
+                if self._connection is not connection:
                     return
             elif self.state is ClientState.READY:
                 passed_on.append(report)
@@ -189,7 +194,7 @@ class WorkerClient:
         if passed_on:
             self._pass_on(passed_on)
 
-    def _pass_on(self, reports: list[Report]) -> None:
+    def _pass_on(self, reports: list[RequestReport]) -> None:
         try:
             self._on_reports(self, reports)
         except Exception as error:
@@ -200,10 +205,10 @@ class WorkerClient:
         logger.error("worker %s: internal error on a report", self.endpoint, exc_info=error)
         self._on_drop("internal_error")
 
-    def _on_own(self, report: WorkerHello | Refusal | Status) -> None:
+    def _on_connection_report(self, report: ConnectionReport) -> None:
         if isinstance(report, Refusal):
             if self.state is ClientState.CONNECTING:
-                self._move(ClientState.REFUSED, report.message)
+                self._transition(ClientState.REFUSED, report.message)
             elif self.state is ClientState.READY:
                 self._lose(f"the worker has forgotten this router: {report.message}")
             return
@@ -212,13 +217,13 @@ class WorkerClient:
                 self._lose("the worker was restarted")
             elif self.state is ClientState.CONNECTING:
                 if report.version != VERSION:
-                    self._move(ClientState.REFUSED, f"the worker runs {report.version}, not {VERSION}")
+                    self._transition(ClientState.REFUSED, f"the worker runs {report.version}, not {VERSION}")
                     return
                 self.hello = report
-                self._move(ClientState.READY, "ready")
+                self._transition(ClientState.READY, "ready")
                 self._ask()
             elif self.state is ClientState.READY:
-                self.hello = report  # the same life: its transfer process has another address
+                self.hello = report  # the same incarnation: its transfer process has another address
             return
         if self.hello is None:
             return
@@ -231,16 +236,17 @@ class WorkerClient:
         if self.state not in (ClientState.LOST, ClientState.CLOSED):
             self._lose("the connection was closed")
 
-    # -- life and death
+    # -- silence and loss
 
     def _tick(self) -> None:
-        self._timer = self._loop.call_later(self._heartbeat_s, self._tick)
         silent_s = self._loop.time() - self._heard_at_s
-        if silent_s > self._timeout_s:
+        if silent_s > self._timeout_s and self.state is not ClientState.LOST and not self._is_second_look:
             # If this process was stopped itself, what came meanwhile is still to be read.
-            if self._wire is not None:
-                self._wire.poll()
-            silent_s = self._loop.time() - self._heard_at_s
+            self._is_second_look = True
+            self._timer = self._loop.call_later(SECOND_LOOK_S, self._tick)
+            return
+        self._is_second_look = False
+        self._timer = self._loop.call_later(self._heartbeat_s, self._tick)
         if self.state is ClientState.LOST:
             try:
                 self._open()
@@ -256,12 +262,12 @@ class WorkerClient:
         self._send([StatusRequest(self._ask_id)])
 
     def _lose(self, why: str) -> None:
-        self._drop_wire()
+        self._drop_connection()
         self.hello = self.status = None
-        self._move(ClientState.LOST, why)
+        self._transition(ClientState.LOST, why)
 
-    def _move(self, state: ClientState, message: str) -> None:
-        if state not in MOVES[self.state]:
+    def _transition(self, state: ClientState, message: str) -> None:
+        if state not in TRANSITIONS[self.state]:
             raise IllegalClientTransition(f"{self.endpoint}: {self.state.value} -> {state.value}")
         old, self.state, self.message = self.state, state, message
         if old is not state and {old, state} != {ClientState.CONNECTING, ClientState.LOST}:

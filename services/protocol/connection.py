@@ -1,29 +1,25 @@
-"""How frames travel between a router and one worker: `open_wire` takes what the endpoint needs.
+"""A router's connection to one worker: `open_connection` takes what the endpoint needs.
 
-`ipc://`: ZMTP on a UNIX socket, read and written by the event loop itself. libzmq would hand every frame to a
-thread of its own and back, and two switches of threads cost a request more than all the router does for it.
-`tcp://`: libzmq, which has CURVE.
+`ipc://`: length-prefixed frames (framing.py) on a UNIX socket, read and written by the event loop itself.
+libzmq would hand every frame to a thread of its own and back, and two switches of threads cost a request more
+than all the router does for it. `tcp://`: libzmq, which has CURVE.
 """
 
 import asyncio
-import socket as sockets
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import zmq
 import zmq.utils.monitor
 
-from kvtransfer.errors import ProtocolError, TransferConfigError, VersionMismatch
-from kvtransfer.net.channel import ChannelKeys, Codec, Link
+from kvtransfer.net.channel import ChannelKeys, Codec, Link, decode_frame, split_endpoint
 from kvtransfer.net.keys import require_private_directory
+from services.protocol.framing import FrameSplitter, FrameTooLong, with_length
 from services.protocol.messages import Report, Request
-from services.protocol.zmtp import GREETING, READY, Incoming, ZmtpError, message
 
 READABLE = int(zmq.POLLIN)
 """A plain int: the enum's own `&` costs more than asking ZMQ."""
-RECEIVE_BYTES = 1 << 18
-"""At once: when tokens come faster than they are written, each stream's go out together."""
 MAX_UNSENT_BYTES = 64 << 20
 """Of a worker that does not read. One frame more is taken whole, whatever its size."""
 RETRY_S = 0.02
@@ -36,25 +32,22 @@ OnMismatch = Callable[[str], None]
 """Another protocol version was spoken: which, and which is ours."""
 
 
-class Wire(Protocol):
+class WorkerConnection(Protocol):
     """One connection, from the moment it is asked for.
 
     A worker that is not there yet is no error: it is tried again, and what was sent until then waits. Inside
     the loop `on_reports` gets what arrives, one call for each wake-up, and `on_end` is called when the
-    connection has ended, after all that came before; it may close the wire, and so may `on_reports`.
+    connection has ended, after all that came before; both may close the connection.
     """
 
     def send(self, messages: list[Request]) -> bool:
         """One frame. False: too much waits to be sent. Raises ProtocolError if it is too large."""
 
-    def poll(self) -> None:
-        """Takes what has arrived already, before the loop comes round to it."""
-
     def close(self) -> None:
         """Drops what is unsent; no callback follows. Idempotent."""
 
 
-def open_wire(
+def open_connection(
     endpoint: str,
     keys: ChannelKeys | None,
     *,
@@ -62,15 +55,15 @@ def open_wire(
     on_mismatch: OnMismatch,
     on_end: OnEnd,
     on_drop: OnDrop,
-) -> Wire:
+) -> WorkerConnection:
     """In the running loop. Raises TransferConfigError for a bad endpoint or missing keys."""
-    if endpoint.startswith("ipc:///"):
-        return UnixWire(endpoint, on_reports, on_mismatch, on_end, on_drop)
-    return ZmqWire(endpoint, keys, on_reports, on_mismatch, on_end, on_drop)
+    if split_endpoint(endpoint)[0] == "ipc":
+        return UnixConnection(endpoint, on_reports, on_mismatch, on_end, on_drop)
+    return ZmqConnection(endpoint, keys, on_reports, on_mismatch, on_end, on_drop)
 
 
-class UnixWire:
-    """ZMTP on a UNIX socket."""
+class UnixConnection(asyncio.Protocol):
+    """Length-prefixed frames on a UNIX socket."""
 
     def __init__(
         self,
@@ -81,135 +74,95 @@ class UnixWire:
         on_drop: OnDrop,
     ) -> None:
         self._path = endpoint.removeprefix("ipc://")
-        try:
-            require_private_directory(Path(self._path).parent, f"endpoint {endpoint}")
-        except OSError as error:
-            raise TransferConfigError(f"endpoint {endpoint}: {error}") from error
+        require_private_directory(Path(self._path).parent, f"endpoint {endpoint}")
         self._on_reports, self._on_end, self._on_drop = on_reports, on_end, on_drop
         self._on_mismatch = on_mismatch
         self._receives, self._sends = Codec[Report](Report), Codec[Request](Request)
-        self._loop = asyncio.get_running_loop()
-        self._socket: sockets.socket | None = None
-        # `recv` would take as much memory anew each time.
-        self._received = memoryview(bytearray(RECEIVE_BYTES))
-        self._incoming = Incoming(self._receives.max_frame_bytes)
+        self._frames = FrameSplitter(self._receives.max_frame_bytes)
+        self._transport: asyncio.Transport | None = None
         self._unsent = bytearray()
-        """Before the handshake's end: all. Afterwards what the socket's buffer had no room for."""
-        self._is_writing = False
-        self._retry_s = RETRY_S
-        self._retry: asyncio.TimerHandle | None = None
-        self._connect()
+        """Before there is a connection."""
+        self._is_full = self._is_closed = False
+        self._connecting = asyncio.get_running_loop().create_task(self._connect())
 
     def send(self, messages: list[Request]) -> bool:
-        data = message(self._sends.encode(messages))
-        if len(self._unsent) > MAX_UNSENT_BYTES:
+        data = with_length(self._sends.encode(messages))
+        transport = self._transport
+        if transport is None:
+            if len(self._unsent) > MAX_UNSENT_BYTES:
+                return False
+            self._unsent += data
+            return True
+        if self._is_full or transport.is_closing():
             return False
-        if self._incoming.ready and not self._unsent:
-            sent = self._write(data)
-            if sent == len(data):
-                return True
-            data = data[sent:]
-        self._unsent += data
-        if self._incoming.ready:
-            self._await_room()
+        transport.write(data)
         return True
 
     def close(self) -> None:
-        if self._retry is not None:
-            self._retry.cancel()
-            self._retry = None
-        connection, self._socket = self._socket, None
-        if connection is None:
-            return
-        self._loop.remove_reader(connection.fileno())
-        if self._is_writing:
-            self._loop.remove_writer(connection.fileno())
-        connection.close()
+        self._is_closed = True
+        self._connecting.cancel()
+        if self._transport is not None:
+            self._transport.abort()
 
-    def _connect(self) -> None:
-        self._retry = None
-        connection = sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM)
-        connection.setblocking(False)
-        try:
-            # A UNIX socket is connected at once or not at all.
-            connection.connect(self._path)
-            connection.sendall(GREETING + READY)
-        except OSError:
-            connection.close()
-            self._retry = self._loop.call_later(self._retry_s, self._connect)
-            self._retry_s = min(2 * self._retry_s, RETRY_MAX_S)
-            return
-        self._socket = connection
-        self._loop.add_reader(connection.fileno(), self.poll)
-
-    def poll(self) -> None:
-        connection = self._socket
-        if connection is None:
-            return
-        try:
-            data = self._received[: connection.recv_into(self._received)].tobytes()
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError:
-            data = b""
-        if not data:
-            self._end()
-            return
-        was_ready = self._incoming.ready
-        try:
-            bodies = self._incoming.feed(data)
-        except ZmtpError:
-            self._on_drop("malformed_frame")
-            self._end()
-            return
-        if not was_ready and self._incoming.ready and self._unsent:
-            self._await_room()
-        reports: list[Report] = []
-        for body in bodies:
+    async def _connect(self) -> None:
+        loop, pause_s = asyncio.get_running_loop(), RETRY_S
+        while True:
             try:
-                reports += self._receives.decode_each(body, self._on_bad)
-            except VersionMismatch as error:
-                self._on_drop("other_version")
-                self._on_mismatch(str(error))
-            except ProtocolError:
-                self._on_drop("malformed_frame")
-        if reports:
+                await loop.create_unix_connection(lambda: self, self._path)
+                return
+            except OSError:
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, RETRY_MAX_S)
+
+    # -- called by the loop
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = opened = cast(asyncio.Transport, transport)
+        if self._is_closed:  # while it was being opened
+            opened.abort()
+            return
+        opened.set_write_buffer_limits(high=MAX_UNSENT_BYTES)
+        if self._unsent:
+            opened.write(bytes(self._unsent))
+            self._unsent.clear()
+
+    def pause_writing(self) -> None:
+        self._is_full = True
+
+    def resume_writing(self) -> None:
+        self._is_full = False
+
+    def data_received(self, data: bytes) -> None:
+        reports: list[Report] = []
+        is_stream_broken = False
+        try:
+            for frame in self._frames.feed(data):
+                reports += self._decode(frame)
+        except FrameTooLong:
+            self._on_drop("oversized_frame")
+            is_stream_broken = True
+        if reports and not self._is_closed:
             self._on_reports(reports)
+        if is_stream_broken and self._transport is not None:
+            self._transport.abort()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if not self._is_closed:
+            self._on_end()
+
+    def _decode(self, frame: bytes) -> list[Report]:
+        return decode_frame(self._receives, [frame], self._on_drop, self._on_mismatch, self._on_bad) or []
 
     def _on_bad(self, said: object, why: str) -> None:
         """A report that is none costs the others of its frame nothing."""
         self._on_drop("malformed_report")
-
-    def _write(self, data: bytes | bytearray) -> int:
-        """How many bytes the socket took. An end of the connection is the reader's to find."""
-        if self._socket is None:
-            return 0
-        try:
-            return self._socket.send(data)
-        except OSError:
-            return 0
-
-    def _await_room(self) -> None:
-        if self._socket is not None and not self._is_writing:
-            self._is_writing = True
-            self._loop.add_writer(self._socket.fileno(), self._on_writable)
-
-    def _on_writable(self) -> None:
-        del self._unsent[: self._write(self._unsent)]
-        if not self._unsent and self._socket is not None:
-            self._is_writing = False
-            self._loop.remove_writer(self._socket.fileno())
-
-    def _end(self) -> None:
-        self.close()
-        self._on_end()
 
 
 def _descriptor(socket: "zmq.Socket[bytes]") -> int:
     return int(socket.getsockopt(zmq.FD))
 
 
-class ZmqWire:
+class ZmqConnection:
     """libzmq's DEALER, whose descriptors the loop watches."""
 
     def __init__(
@@ -234,7 +187,7 @@ class ZmqWire:
         self._closed = False
         self._loop = asyncio.get_running_loop()
         self._monitor: zmq.Socket[bytes] = self._link.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        self._loop.add_reader(_descriptor(self._link.socket), self.poll)
+        self._loop.add_reader(_descriptor(self._link.socket), self._receive)
         self._loop.add_reader(_descriptor(self._monitor), self._on_monitor)
         # A ZMQ descriptor only tells of a change after somebody has looked and found nothing.
         self._loop.call_soon(self._on_monitor)
@@ -243,7 +196,7 @@ class ZmqWire:
         sent = self._link.send(messages)
         # ZMQ's descriptor is edge-triggered and sending may swallow the edge of something that arrived.
         if self._link.pending():
-            self._loop.call_soon(self.poll)
+            self._loop.call_soon(self._receive)
         return sent
 
     def close(self) -> None:
@@ -256,7 +209,7 @@ class ZmqWire:
         self._monitor.close(linger=0)
         self._link.close()
 
-    def poll(self) -> None:
+    def _receive(self) -> None:
         if self._closed:
             return
         reports = self._link.receive()
@@ -267,7 +220,7 @@ class ZmqWire:
         self._on_reports(reports)
         # One batch a turn, so that a flood of frames does not starve the HTTP side.
         if not self._closed and self._link.pending():
-            self._loop.call_soon(self.poll)
+            self._loop.call_soon(self._receive)
 
     def _on_monitor(self) -> None:
         ended = False
@@ -278,6 +231,6 @@ class ZmqWire:
             return
         # Frames that came before the end still count: a last `Failed` says more than "lost".
         while not self._closed and self._link.pending():
-            self.poll()
+            self._receive()
         if not self._closed:
             self._on_end()

@@ -1,8 +1,8 @@
 """What a router and a worker say to each other.
 
-The router asks (`Request`), the worker reports (`Report`). A frame carries a list, so that a step of a
-worker costs one message for each router, however many tokens it made. Token ids are bounded by the
-worker against its vocabulary; everything that has a fixed bound has it here.
+The router asks (`Request`), the worker reports (`ConnectionReport`, `RequestReport`). A frame carries a list,
+so that a step of a worker costs one message for each router, however many tokens it made. Token ids are
+bounded by the worker against its vocabulary; everything that has a fixed bound has it here.
 
 A request is named by `request_id`, an integer the router draws at random: what a client calls its
 request is a label and stays in the router.
@@ -16,6 +16,8 @@ from msgspec import Meta, Struct
 from kvtransfer.messages import SpanList
 from kvtransfer.messages import TraceSpan as TraceSpan
 from kvtransfer.messages import TransferAddress as RankAddress
+from services.protocol.worker_status import Role as Role
+from services.protocol.worker_status import Status
 
 VERSION = version("baton")
 """Routers and workers of different versions refuse each other: there is one wire format at a time."""
@@ -27,7 +29,6 @@ RequestId = Annotated[int, Meta(ge=1, le=2**63 - 1)]
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 TokenIds = Annotated[list[TokenId], Meta(min_length=1, max_length=1 << 24)]
 ChoiceIndex = Annotated[int, Meta(ge=0, lt=MAX_CHOICES)]
-Role = Literal["prefill", "decode", "unified"]
 FinishReason = Literal["stop", "length"]
 FailureCode = Literal[
     "invalid", "too_long", "overloaded", "deadline", "transfer", "draining", "internal", "invalid_logits"
@@ -285,91 +286,6 @@ class Failed(Struct, frozen=True, array_like=True, tag="f"):
     retryable: bool
 
 
-class PageCounts(Struct, frozen=True, array_like=True):
-    """`free + cached + used == total`; cached pages hold reusable prefixes and no request."""
-
-    total: int
-    free: int
-    cached: int
-    used: int
-
-
-class Slots(Struct, frozen=True, array_like=True):
-    total: int
-    free: int
-    granted: int
-    filled: int
-    quarantined: int
-
-
-class LedgerEntry(Struct, frozen=True, forbid_unknown_fields=True):
-    """One line of the memory ledger. `inside` says whether it counts against `mem_fraction`."""
-
-    process: str
-    name: str
-    inside: bool
-    planned_bytes: int
-    measured_bytes: int | None
-    note: str = ""
-
-
-def share_of(size_bytes: int, fraction: float) -> int:
-    """Whole bytes, exactly: a product with a float may round up to one too many."""
-    share, of = fraction.as_integer_ratio()
-    return size_bytes * share // of
-
-
-class Ledger(Struct, frozen=True, forbid_unknown_fields=True):
-    """`device_id` tells one GPU from all others; workers whose ledgers have the same one share it. Empty for
-    host memory. `device_used_bytes` is what the driver says is taken of it, by whomever."""
-
-    device: str
-    device_bytes: int
-    mem_fraction: float
-    entries: list[LedgerEntry]
-    device_id: str = ""
-    device_used_bytes: int | None = None
-
-    @property
-    def budget_bytes(self) -> int:
-        return share_of(self.device_bytes, self.mem_fraction)
-
-
-class Status(Struct, frozen=True, array_like=True, tag="status"):
-    """A worker's account of itself, about once a second and in answer to `StatusRequest`.
-
-    Slots and open transfers are the transfer process's own account, `slots_age_s` old; with several ranks,
-    those of all together. `ledger` is that of rank 0's device, `rank_ledgers` are those of the others.
-
-    `counters` only grow (tokens, requests by outcome, prefix-cache queries and hits, transfer bytes,
-    dropped messages by reason ...).
-    """
-
-    ask_id: int | None
-    worker_epoch: int
-    name: str
-    role: Role
-    state: Literal["ready", "draining", "no_transfer"]
-    pid: int
-    transfer_pid: int | None
-    queued: int
-    running: int
-    reserved: int
-    holding: int
-    pages: PageCounts
-    slots: Slots | None
-    slots_age_s: float
-    open_sends: int
-    open_receives: int
-    prompt_tokens_per_s: float
-    output_tokens_per_s: float
-    counters: dict[str, float]
-    ledger: Ledger
-    mover: str | None = None
-    """What moves KV to and from this worker; None while no transfer process is attached."""
-    rank_ledgers: list[Ledger] = []
-
-
 class TraceReply(Struct, frozen=True, array_like=True, tag="trace"):
     """What `process` did for a request's transfer. `clock_s` is the worker's clock when it answered; its
     transfer process has the same one."""
@@ -381,15 +297,11 @@ class TraceReply(Struct, frozen=True, array_like=True, tag="trace"):
     spans: SpanList
 
 
-Report = (
-    WorkerHello
-    | Refusal
-    | Tokens
-    | PrefillDone
-    | DecodeStarted
-    | KvTransferFailed
-    | KvLeaseExpiring
-    | Failed
-    | Status
-    | TraceReply
+ConnectionReport = WorkerHello | Refusal | Status
+"""What concerns the connection: the router's client (client.py) takes it in."""
+RequestReport = (
+    Tokens | PrefillDone | DecodeStarted | KvTransferFailed | KvLeaseExpiring | Failed | TraceReply
 )
+"""What concerns one request, whose `request_id` it names: the client hands it on."""
+Report = ConnectionReport | RequestReport
+"""What a frame from a worker may hold."""

@@ -1,12 +1,12 @@
 """What the roles that decode share: the next step is launched while the one before runs.
 
-1. Plan a step as if every choice went on, and launch it. Tokens that the step before is still drawing are
-   named in its rows by their draws: they are on the device, and the host has not seen them.
+1. Plan a step as if every choice went on, and launch it. Tokens that the step before is still sampling are
+   named in its rows by their samples: they are on the device, and the host has not seen them.
 2. Collect the step before once the device is done with it: settle its tokens, report them, end the choices
    that end with them. Until then turns go by, so that the loop sees to transfers meanwhile.
 3. What the step now in flight computes for a choice that has ended is thrown away when it is collected.
 
-A draw that looks at all tokens before it (penalties) makes 2 come before 1. So does an engine that finishes
+A sample that looks at all tokens before it (penalties) makes 2 come before 1. So does an engine that finishes
 its steps before `launch` returns: there, nothing is left in flight between two steps.
 """
 
@@ -23,35 +23,35 @@ Scheduler = TypeVar("Scheduler", DecodeScheduler, UnifiedScheduler)
 
 
 class DecodingRole(Role, Generic[Scheduler]):
-    def __init__(self, parts: WorkerContext, scheduler: type[Scheduler]) -> None:
-        super().__init__(parts)
-        limits = parts.limits
+    def __init__(self, context: WorkerContext, scheduler: type[Scheduler]) -> None:
+        super().__init__(context)
+        limits = context.limits
         self.scheduler: Scheduler = scheduler(
-            parts.pool, limits.max_batch, parts.max_chunk_tokens, limits.max_sequence_tokens
+            context.pool, limits.max_batch, context.max_chunk_tokens, limits.max_sequence_tokens
         )
-        self._before: InFlightStep | None = None
-        self._flight: InFlightStep | None = None
+        self._step_before: InFlightStep | None = None
+        self._step_in_flight: InFlightStep | None = None
 
     @property
     def in_flight(self) -> bool:
-        return self._before is not None or self._flight is not None
+        return self._step_before is not None or self._step_in_flight is not None
 
     def step(self) -> bool:
-        if self._before is not None:
+        if self._step_before is not None:
             return self._collect_before()
         worked = self.in_flight
         if self.scheduler.batch.reads_pending() and not self._settle():
             return True
         preemptions = self.preemptions()
         plan = self.scheduler.schedule()
-        self._before, self._flight = self._flight, None
+        self._step_before, self._step_in_flight = self._step_in_flight, None
         if plan:
-            self._flight = self.launch(plan)
-            if self._flight is not None:
+            self._step_in_flight = self.launch(plan)
+            if self._step_in_flight is not None:
                 self.scheduler.launched(plan)
-        if self._before is not None:
+        if self._step_before is not None:
             self._collect_before()
-        if not self.parts.overlap:
+        if not self.context.overlap:
             self._settle()
         # Whoever lost its pages has left room for what waits, even if nothing is left to run now.
         return worked or bool(plan) or self.preemptions() > preemptions
@@ -69,33 +69,33 @@ class DecodingRole(Role, Generic[Scheduler]):
 
     def append(self, sequence: Sequence, sampled: SampledToken) -> None:
         """A choice's next token is known: report it, and end the choice if it ends with it."""
-        live = self.parts.requests.get(sequence.work.request_id)
-        if live is None:
+        running = self.context.requests.get(sequence.work.request_id)
+        if running is None:
             return
         output_tokens, choice = sequence.settle(sampled.token), sequence.choices[0]
-        ended = self.report_token(live, choice, output_tokens, sampled)
-        if ended and self.scheduler.end(live.work.request_id, choice):
-            self.end(live.work.request_id, WITHDRAWN)
+        ended = self.report_token(running, choice, output_tokens, sampled)
+        if ended and self.scheduler.end(running.work.request_id, choice):
+            self.end(running.work.request_id, WITHDRAWN)
 
     def _collect_before(self) -> bool:
         """Collect the step before the last, if it is done. True: there is more to do."""
-        if self._before is not None and self._before.launched.is_done:
-            before, self._before = self._before, None
+        if self._step_before is not None and self._step_before.launched.is_done:
+            before, self._step_before = self._step_before, None
             self._take_results(before)
         return True
 
     def _settle(self) -> bool:
         """Collect the step in flight, so that none is; False while it is not done."""
-        if self._flight is None:
+        if self._step_in_flight is None:
             return True
-        if not self._flight.launched.is_done:
+        if not self._step_in_flight.launched.is_done:
             return False
-        flight, self._flight = self._flight, None
-        self._take_results(flight)
+        step, self._step_in_flight = self._step_in_flight, None
+        self._take_results(step)
         return True
 
-    def _take_results(self, flight: InFlightStep) -> None:
-        result = self.collect(flight, after=self._flight)
+    def _take_results(self, step: InFlightStep) -> None:
+        result = self.collect(step, after=self._step_in_flight)
         if result is None:
             return
         for sequence, sampled in result.decodes:

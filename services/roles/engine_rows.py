@@ -12,12 +12,12 @@ def rows_of(plan: StepPlan) -> list[Row]:
 
 
 def decode_row(sequence: Sequence) -> Row:
-    """The last token of a sequence that has nothing else to compute, known or named by its draw; lists are
+    """The last token of a sequence that has nothing else to compute, known or named by its sample; lists are
     shared, not copied."""
     token = sequence.tokens[-1]
     row = Row([token], sequence.computed_tokens, sequence.pages, _samples(sequence, sequence.choices))
     if token == PENDING:
-        row.sampled_by = sequence.draw
+        row.sampled_by = sequence.sample_index
     return row
 
 

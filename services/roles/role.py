@@ -29,8 +29,8 @@ from services.protocol.messages import (
 )
 from services.roles.engine_rows import rows_of, wants_prompt_logprobs
 from services.roles.limits import WorkerLimits, finish_reason, refuse
-from services.roles.live_requests import Requests, RunningRequest
 from services.roles.report_queue import ReportQueue
+from services.roles.running_requests import Requests, RunningRequest
 from services.scheduler.chunks import DEFAULT_TAIL_TOKENS
 from services.scheduler.pages import PagePool
 from services.scheduler.sequence import Chunk, Sequence, State, StepPlan
@@ -42,7 +42,7 @@ ENGINE_FAILURES = (RuntimeError, ValueError, IndexError)
 
 @dataclass(slots=True, eq=False)
 class WorkerContext:
-    """What the worker built at start and assigns to its role."""
+    """What the worker built at start and its role works with."""
 
     engine: Engine
     pool: PagePool
@@ -79,21 +79,21 @@ class InFlightStep:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step drew, in the plan's order."""
+    """What a step sampled, in the plan's order."""
 
     decodes: list[tuple[Sequence, SampledToken]]
     chunks: list[tuple[Chunk, RowResult]]
 
 
 class Role(ABC):
-    def __init__(self, parts: WorkerContext) -> None:
-        self.parts = parts
+    def __init__(self, context: WorkerContext) -> None:
+        self.context = context
 
     # ------------------------------------------------------------ driven by the loop
 
     @abstractmethod
     def accept(self, router: bytes, request: Request) -> None:
-        """A `Generate`, `Prefill`, `Reserve`, `Join` or `Cancel`; one that is not this role's is counted."""
+        """A request's message; one that is not for this role is counted."""
 
     @abstractmethod
     def on_transfer(self, event: WorkerEvent) -> None: ...
@@ -126,18 +126,18 @@ class Role(ABC):
     def sweep(self) -> None:
         """End every request whose deadline has passed."""
 
-        def expire(live: RunningRequest) -> None:
-            message = f"not finished within {live.work.deadline_s:g} s"
-            self.fail(live.work.request_id, "deadline", message, False)
+        def expire(running: RunningRequest) -> None:
+            message = f"not finished within {running.work.deadline_s:g} s"
+            self.fail(running.work.request_id, "deadline", message, False)
 
-        self.each("sweep", self.parts.requests.expired(self.parts.clock()), expire)
+        self.each("sweep", self.context.requests.expired(self.context.clock()), expire)
 
     def drop_router(self, router: bytes) -> None:
         """A router is gone: nobody wants its requests any more."""
-        lost = self.parts.requests.of_router(router)
+        lost = self.context.requests.of_router(router)
         if lost:
             log.warning("router %s is gone with %d requests", router.hex(), len(lost))
-        self.each("router_lost", lost, lambda live: self.end(live.work.request_id, WITHDRAWN))
+        self.each("router_lost", lost, lambda running: self.end(running.work.request_id, WITHDRAWN))
 
     # ------------------------------------------------------------ entering and leaving
 
@@ -145,53 +145,53 @@ class Role(ABC):
         self, router: bytes, work: SequenceRequest, transfer_id: int | None, queued: int
     ) -> RunningRequest | None:
         """Keep a new request, or refuse it with one `Failed`; None if it was not kept."""
-        requests = self.parts.requests
+        requests = self.context.requests
         if work.request_id in requests or (transfer_id is not None and requests.has_transfer(transfer_id)):
-            self.parts.counters["dropped_duplicate_request"] += 1
+            self.context.counters["dropped_duplicate_request"] += 1
             return None
-        failed = refuse(work, self.parts.limits, queued)
+        failed = refuse(work, self.context.limits, queued)
         if failed is not None:
-            self.parts.counters["requests_refused"] += 1
-            self.parts.outbox.add(router, failed)
+            self.context.counters["requests_refused"] += 1
+            self.context.outbox.add(router, failed)
             return None
-        self.parts.counters["requests_accepted"] += 1
-        return requests.add(work, router, self.parts.clock(), transfer_id)
+        self.context.counters["requests_accepted"] += 1
+        return requests.add(work, router, self.context.clock(), transfer_id)
 
     def cancel(self, request: Cancel) -> None:
-        if request.choice is None and request.request_id in self.parts.requests:
-            self.parts.counters["requests_cancelled"] += 1
+        if request.choice is None and request.request_id in self.context.requests:
+            self.context.counters["requests_cancelled"] += 1
             self.end(request.request_id, WITHDRAWN)
 
     def end(self, request_id: int, reason: str) -> None:
-        """Forget a request without a report; `reason` is what the other side of its transfer is told."""
-        if request_id in self.parts.requests:
+        """Forget a request without a report; `reason` goes to the other side of its transfer."""
+        if request_id in self.context.requests:
             self.release(request_id, reason)
-            self.parts.requests.remove(request_id)
+            self.context.requests.remove(request_id)
 
     def fail(self, request_id: int, code: FailureCode, message: str, retryable: bool) -> None:
-        live = self.parts.requests.get(request_id)
-        if live is None:
+        running = self.context.requests.get(request_id)
+        if running is None:
             return
         log.warning("request %d failed: %s: %s", request_id, code, message)
-        self.parts.counters[f"requests_failed_{code}"] += 1
-        self.parts.outbox.add(live.router, Failed(request_id, code, message, retryable))
+        self.context.counters[f"requests_failed_{code}"] += 1
+        self.context.outbox.add(running.router, Failed(request_id, code, message, retryable))
         # What nobody tries again ends at its other worker by the router's word: nothing is lost there.
         self.end(request_id, code if retryable else WITHDRAWN)
 
     def contain(self, where: str, request_id: int | None, error: Exception) -> None:
-        """What nobody foresaw ends the request that it came from, and no other; see `borders.contain`."""
-        parts = self.parts
-        contain(where, request_id, error, parts.counters, parts.engine.device.type == "cuda")
+        """What nobody foresaw ends the request that it came from, and no other; see `isolation.contain`."""
+        context = self.context
+        contain(where, request_id, error, context.counters, context.engine.device.type == "cuda")
         if request_id is not None:
             self.fail(request_id, "internal", "the worker failed on this request", False)
 
     def each(self, where: str, requests: list[RunningRequest], act: Callable[[RunningRequest], None]) -> None:
         """Something that is done for many requests, of which each fails by itself."""
-        for live in requests:
+        for running in requests:
             try:
-                act(live)
+                act(running)
             except Exception as error:
-                self.contain(where, live.work.request_id, error)
+                self.contain(where, running.work.request_id, error)
 
     # ------------------------------------------------------------ a step
 
@@ -201,38 +201,38 @@ class Role(ABC):
         On a GPU an error may have spoilt the context, so there it ends the process.
         """
         for chunk in plan.chunks:
-            live = self.parts.requests.get(chunk.sequence.work.request_id)
-            if live is not None and live.started_s is None:
-                live.started_s = self.parts.clock()
+            running = self.context.requests.get(chunk.sequence.work.request_id)
+            if running is not None and running.started_s is None:
+                running.started_s = self.context.clock()
         try:
-            launched = self.parts.engine.launch(rows_of(plan))
+            launched = self.context.engine.launch(rows_of(plan))
         except ENGINE_FAILURES as error:
             self._engine_failed(plan, error)
             return None
-        self.parts.pool.step = self.parts.engine.queued_step
-        self.parts.counters["steps"] += 1
-        self.parts.counters["prompt_tokens"] += sum(chunk.count for chunk in plan.chunks)
-        return InFlightStep(plan, launched, self.parts.clock())
+        self.context.pool.step = self.context.engine.queued_step
+        self.context.counters["steps"] += 1
+        self.context.counters["prompt_tokens"] += sum(chunk.count for chunk in plan.chunks)
+        return InFlightStep(plan, launched, self.context.clock())
 
     def copy_pages(self, pairs: list[tuple[int, int]]) -> None:
         """Copies that fork choices; a step to all who know steps by number."""
-        self.parts.engine.copy_pages(pairs)
-        self.parts.pool.step = self.parts.engine.queued_step
+        self.context.engine.copy_pages(pairs)
+        self.context.pool.step = self.context.engine.queued_step
 
-    def collect(self, flight: InFlightStep, after: InFlightStep | None = None) -> StepResult | None:
+    def collect(self, step: InFlightStep, after: InFlightStep | None = None) -> StepResult | None:
         """Wait for a launched plan. An error fails its requests likewise, and those of the step launched
         `after` it, which went on from what it should have computed. Since pages are findable prefixes from
         the launch on that computes them, no prefix is trusted any more.
 
         A request whose numbers are not finite ends here, without the others of the step."""
-        plan = flight.plan
+        plan = step.plan
         try:
-            results = flight.launched.collect()
+            results = step.launched.collect()
         except ENGINE_FAILURES as error:
             self._engine_failed(plan, error)
             if after is not None:
                 self._fail_plan(after.plan, "the step before failed")
-            self.parts.pool.forget_prefixes()
+            self.context.pool.forget_prefixes()
             return None
         for sequence, result in zip(plan.sequences(), results, strict=True):
             if result.nonfinite_at is not None:
@@ -262,42 +262,42 @@ class Role(ABC):
 
     def _engine_failed(self, plan: StepPlan, error: Exception) -> None:
         log.error("engine step with %d rows failed", len(plan.sequences()), exc_info=error)
-        self.parts.counters["engine_errors"] += 1
-        if self.parts.engine.device.type == "cuda":
+        self.context.counters["engine_errors"] += 1
+        if self.context.engine.device.type == "cuda":
             raise error
         self._fail_plan(plan, type(error).__name__)
 
     def collect_prompt_logprobs(self, chunk: Chunk, result: RowResult) -> None:
-        live = self.parts.requests.get(chunk.sequence.work.request_id)
-        if live is not None and wants_prompt_logprobs(chunk.sequence):
-            del live.prompt_logprobs[chunk.start :]  # a prompt that was preempted starts again
-            live.prompt_logprobs.extend(result.prompt_logprobs)
+        running = self.context.requests.get(chunk.sequence.work.request_id)
+        if running is not None and wants_prompt_logprobs(chunk.sequence):
+            del running.prompt_logprobs[chunk.start :]  # a prompt that was preempted starts again
+            running.prompt_logprobs.extend(result.prompt_logprobs)
 
-    def report_prefill(self, live: RunningRequest, sequence: Sequence) -> None:
-        now_s = self.parts.clock()
-        started_s = live.started_s if live.started_s is not None else now_s
-        self.parts.outbox.add(
-            live.router,
+    def report_prefill(self, running: RunningRequest, sequence: Sequence) -> None:
+        now_s = self.context.clock()
+        started_s = running.started_s if running.started_s is not None else now_s
+        self.context.outbox.add(
+            running.router,
             PrefillDone(
-                live.work.request_id,
-                started_s - live.arrived_s,
+                running.work.request_id,
+                started_s - running.arrived_s,
                 now_s - started_s,
                 sequence.cached_tokens,
-                live.prompt_logprobs if live.work.sampling.prompt_logprobs is not None else None,
+                running.prompt_logprobs if running.work.sampling.prompt_logprobs is not None else None,
             ),
         )
 
     def report_token(
-        self, live: RunningRequest, choice: int, output_tokens: int, sampled: SampledToken
+        self, running: RunningRequest, choice: int, output_tokens: int, sampled: SampledToken
     ) -> bool:
         """Report a choice's newly sampled token, its `output_tokens`-th; True if the choice ends with it."""
-        finish = finish_reason(live.work, sampled.token, output_tokens, self.parts.limits)
+        finish = finish_reason(running.work, sampled.token, output_tokens, self.context.limits)
         logprobs = None if sampled.logprob is None else [sampled.logprob]
-        report = Tokens(live.work.request_id, choice, [sampled.token], logprobs, finish)
-        self.parts.outbox.add(live.router, report)
-        self.parts.counters["output_tokens"] += 1
+        report = Tokens(running.work.request_id, choice, [sampled.token], logprobs, finish)
+        self.context.outbox.add(running.router, report)
+        self.context.counters["output_tokens"] += 1
         if finish is not None:
-            self.parts.counters[f"choices_finished_{finish}"] += 1
+            self.context.counters[f"choices_finished_{finish}"] += 1
         return finish is not None
 
 

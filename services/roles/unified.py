@@ -10,8 +10,8 @@ from services.scheduler.unified import UnifiedScheduler
 
 
 class UnifiedRole(DecodingRole[UnifiedScheduler]):
-    def __init__(self, parts: WorkerContext) -> None:
-        super().__init__(parts, UnifiedScheduler)
+    def __init__(self, context: WorkerContext) -> None:
+        super().__init__(context, UnifiedScheduler)
 
     def accept(self, router: bytes, request: Request) -> None:
         match request:
@@ -20,14 +20,14 @@ class UnifiedRole(DecodingRole[UnifiedScheduler]):
                     self.scheduler.add(work)
             case Cancel(request_id=request_id, choice=int(choice)):
                 if self.scheduler.end(request_id, choice):
-                    self.parts.requests.remove(request_id)
+                    self.context.requests.remove(request_id)
             case Cancel():
                 self.cancel(request)
             case _:
-                self.parts.counters["dropped_wrong_role"] += 1
+                self.context.counters["dropped_wrong_role"] += 1
 
     def on_transfer(self, event: WorkerEvent) -> None:
-        self.parts.counters["dropped_transfer_event"] += 1
+        self.context.counters["dropped_transfer_event"] += 1
 
     def take_chunk(self, chunk: Chunk, row: RowResult) -> None:
         self.collect_prompt_logprobs(chunk, row)
@@ -46,19 +46,19 @@ class UnifiedRole(DecodingRole[UnifiedScheduler]):
     def _fork(self, chunk: Chunk, row: RowResult) -> None:
         """A prompt's end: report every choice's first token, and go on with those that did not end.
 
-        A prompt that lost its pages meanwhile is computed again, and draws the same tokens then.
+        A prompt that lost its pages meanwhile is computed again, and samples the same tokens then.
         """
         prompt = chunk.sequence
-        live = self.parts.requests.get(prompt.work.request_id)
-        if live is None or prompt.state is not State.RUNNING:
+        running = self.context.requests.get(prompt.work.request_id)
+        if running is None or prompt.state is not State.RUNNING:
             return
-        self.report_prefill(live, prompt)
-        output_tokens = live.work.output_tokens + 1
+        self.report_prefill(running, prompt)
+        output_tokens = running.work.output_tokens + 1
         going: list[FirstToken] = []
         for choice, sampled in zip(chunk.samples, row.sampled, strict=True):
             # a choice may have been cancelled while the step was in flight
-            if choice in prompt.choices and not self.report_token(live, choice, output_tokens, sampled):
+            if choice in prompt.choices and not self.report_token(running, choice, output_tokens, sampled):
                 going.append(FirstToken(choice, sampled.token))
         self.copy_pages(self.scheduler.fork(prompt, going))
         if not going:
-            self.parts.requests.remove(live.work.request_id)
+            self.context.requests.remove(running.work.request_id)

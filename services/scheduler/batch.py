@@ -6,7 +6,7 @@ sequences that have more pending. When a sequence needs a page and none is left,
 preempted: its pages are released, and it is computed again later (mostly from the prefix cache). The
 oldest always goes on, so the batch never stands still.
 
-Every step is `plan_step`, then `launched` once the engine has it; what it drew is settled in the sequences
+Every step is `plan_step`, then `launched` once the engine has it; what it sampled is settled in the sequences
 when it is collected, which may be after the next step was launched. Pages may be released while a step that
 uses them is in flight: the engine's steps run in order, so their next user writes after it.
 
@@ -82,7 +82,7 @@ class RunningBatch:
         if not self._take_pages(sequence, len(sequence.tokens) - 1, len(self)):
             return False
         sequence.computed_tokens = sequence.cached_tokens
-        sequence.move(State.RUNNING)
+        sequence.transition(State.RUNNING)
         insort(self.computing, sequence, key=_age)
         return True
 
@@ -97,7 +97,7 @@ class RunningBatch:
         headroom = len(self) + sequence.work.choices if len(self) else 0
         if not self._take_pages(sequence, len(sequence.tokens), headroom):
             return False
-        sequence.move(State.RESERVED)
+        sequence.transition(State.RESERVED)
         return True
 
     def fork(
@@ -131,7 +131,7 @@ class RunningBatch:
             sequence.digests = list(prompt.digests)
             sequence.published_pages = prompt.published_pages
             sequence.computed_tokens = prompt.computed_tokens
-            sequence.move(State.RUNNING)
+            sequence.transition(State.RUNNING)
             insort(self.decoding, sequence, key=_age)
         self.end(prompt)
         return copies, sequences
@@ -139,7 +139,7 @@ class RunningBatch:
     # ------------------------------------------------------------ a step
 
     def reads_pending(self) -> bool:
-        """Whether the next step has a draw that looks at a token which is not known yet."""
+        """Whether the next step has a sample that looks at a token which is not known yet."""
         return any(
             one.reads_output and one.tokens[-1] == PENDING and len(one.tokens) < one.limit_tokens
             for one in self.decoding
@@ -147,7 +147,7 @@ class RunningBatch:
 
     def plan_step(self) -> StepPlan:
         """The next step, as if no choice ended with the step in flight, but for those whose last token it
-        draws: their length says so. A prompt whose last chunk is in flight has nothing to compute."""
+        samples: their length says so. A prompt whose last chunk is in flight has nothing to compute."""
         plan = StepPlan()
         due = [one for one in self.decoding if len(one.tokens) < one.limit_tokens]
         preemptions = self.preemptions
@@ -174,20 +174,20 @@ class RunningBatch:
         its output when it leaves its pages: hashing them during decode would cost more than the rest of the
         step. A choice that was computed again decodes from now on.
         """
-        for draw, sequence in enumerate(plan.decodes):
+        for index, sequence in enumerate(plan.decodes):
             sequence.computed_tokens += 1
-            sequence.launched(draw)
-        draw = len(plan.decodes)
+            sequence.launched(index)
+        index = len(plan.decodes)
         for chunk in plan.chunks:
             sequence = chunk.sequence
             sequence.computed_tokens += chunk.count
             sequence.computed_up_to(sequence.computed_tokens, self.pool.step)
             self.publish(sequence, self.pool.step)
             if chunk.samples and len(sequence.tokens) > sequence.prompt_tokens:
-                sequence.launched(draw)
+                sequence.launched(index)
                 self.computing.remove(sequence)
                 insort(self.decoding, sequence, key=_age)
-            draw += len(chunk.samples)
+            index += len(chunk.samples)
 
     def publish(self, sequence: Sequence, step: int) -> None:
         """Make the full pages that are computed once `step` is done, and whose tokens are known, findable as
@@ -215,7 +215,7 @@ class RunningBatch:
     def hold(self, sequence: Sequence) -> None:
         """Out of the batch, with its pages."""
         self._remove(sequence)
-        sequence.move(State.HOLDING)
+        sequence.transition(State.HOLDING)
 
     def end(self, sequence: Sequence) -> None:
         """From any state to `ENDED`: out of the batch, pages released."""
@@ -224,7 +224,7 @@ class RunningBatch:
         elif sequence in self.resuming:
             self.resuming.remove(sequence)
         self._release(sequence)
-        sequence.move(State.ENDED)
+        sequence.transition(State.ENDED)
 
     def preempt(self, sequence: Sequence) -> None:
         self.preemptions += 1
@@ -237,18 +237,18 @@ class RunningBatch:
         if sequence.state is State.RUNNING:
             self._remove(sequence)
         self._release(sequence)
-        sequence.move(State.WAITING)
+        sequence.transition(State.WAITING)
 
     def _remove(self, sequence: Sequence) -> None:
-        for part in (self.decoding, self.computing):
-            if sequence in part:
-                part.remove(sequence)
+        for half in (self.decoding, self.computing):
+            if sequence in half:
+                half.remove(sequence)
                 return
         raise IllegalSequenceTransition(f"request {sequence.work.request_id} runs, but not in this batch")
 
     def _wait_again(self, sequence: Sequence) -> None:
         if sequence.state is not State.WAITING:
-            sequence.move(State.WAITING)
+            sequence.transition(State.WAITING)
         insort(self.resuming, sequence, key=_age)
 
     # ------------------------------------------------------------ pages

@@ -28,7 +28,7 @@ class Reservation:
     def complete(self) -> bool:
         return self.arrived and self.first_tokens is not None
 
-    def live_choices(self) -> set[int]:
+    def remaining_choices(self) -> set[int]:
         """Choices that may still go on: those joined, or all while none is named, less the ended ones."""
         if self.first_tokens is None:
             return set(self.prompt.work.choice_numbers) - self.ended_choices
@@ -93,7 +93,7 @@ class DecodeScheduler:
         if reservation is None or reservation.first_tokens is not None:
             return None
         reservation.first_tokens = first_tokens
-        if not reservation.live_choices():
+        if not reservation.remaining_choices():
             self._drop(reservation)
             return None
         return self._complete(reservation)
@@ -103,14 +103,14 @@ class DecodeScheduler:
         copies: list[tuple[int, int]] = []
         while self._joined:
             reservation = self._joined[0]
-            choices = reservation.live_choices()
-            live = [one for one in reservation.first_tokens or [] if one.choice in choices]
-            if not self.batch.has_room(len(live)):
+            choices = reservation.remaining_choices()
+            going = [one for one in reservation.first_tokens or [] if one.choice in choices]
+            if not self.batch.has_room(len(going)):
                 break
             self._joined.popleft()
             request_id = reservation.prompt.work.request_id
             del self.reservations[request_id]
-            forked, sequences = self.batch.fork(reservation.prompt, live)
+            forked, sequences = self.batch.fork(reservation.prompt, going)
             copies += forked
             if sequences:
                 self._sequences[request_id] = sequences
@@ -128,7 +128,7 @@ class DecodeScheduler:
     def sequences(self) -> list[Sequence]:
         """All that have not ended."""
         prompts = [reservation.prompt for reservation in self.reservations.values()]
-        return prompts + [one for parts in self._sequences.values() for one in parts]
+        return prompts + [one for sequences in self._sequences.values() for one in sequences]
 
     def end(self, request_id: int, choice: int | None = None) -> bool:
         """End a request, or one choice; True when nothing of the request is left. Unknown ids: False."""
@@ -157,7 +157,7 @@ class DecodeScheduler:
     def _end_reservation(self, reservation: Reservation, choice: int | None) -> bool:
         if choice is not None:
             reservation.ended_choices.add(choice)
-            if reservation.live_choices():
+            if reservation.remaining_choices():
                 return False
         self._drop(reservation)
         return True

@@ -14,4 +14,4 @@ class OutOfPages(SchedulerError):
 
 
 class IllegalSequenceTransition(SchedulerError):
-    """A sequence was moved between states in a way the table of moves does not list."""
+    """A sequence was moved between states in a way the table of transitions does not list."""

@@ -2,7 +2,7 @@
 
 A prompt whose reservation is confirmed goes first: its KV can leave while it is computed. One that is not
 confirmed yet runs only while no confirmed one waits, and gives its pages back if a confirmed one needs
-them; it is then computed again later, without drawing its first tokens a second time.
+them; it is then computed again later, without sampling its first tokens a second time.
 """
 
 from services.protocol.messages import SequenceRequest

@@ -2,10 +2,10 @@
 
 There is one idea of work for prefill and decode alike: a sequence has `tokens`, of which the first
 `computed_tokens` have their KV in its pages. A step computes some of the pending ones; when none is left,
-the last position's logits draw what comes next. A prompt is a sequence with many tokens pending, a
+what comes next is sampled from the last position's logits. A prompt is a sequence with many tokens pending, a
 decoding choice has exactly one, a preempted choice has all of them again (vLLM v1 schedules this way).
 
-A step is planned while the one before still runs. What that one draws is in `tokens` from its launch on, as
+A step is planned while the one before still runs. What that one samples is in `tokens` from its launch on, as
 `PENDING`, and is `settled` when the step is collected. With at most one step in flight while the next is
 planned, a sequence ends in at most two such placeholders, and the first of them is the next to be settled.
 """
@@ -29,7 +29,7 @@ class State(StrEnum):
     ENDED = "ended"  # holds nothing
 
 
-MOVES: dict[State, frozenset[State]] = {
+TRANSITIONS: dict[State, frozenset[State]] = {
     State.WAITING: frozenset({State.RESERVED, State.RUNNING, State.ENDED}),
     State.RESERVED: frozenset({State.RUNNING, State.WAITING, State.ENDED}),
     State.RUNNING: frozenset({State.WAITING, State.HOLDING, State.ENDED}),
@@ -43,7 +43,7 @@ class Sequence:
     """`prompt_tokens` of `tokens` are the prompt, whose own end may be earlier output; the rest is generated
     here.
 
-    `choices` tells which of the request's choices start from the next draw: all of them for a prompt,
+    `choices` tells which of the request's choices start from the next sample: all of them for a prompt,
     one for a choice that decodes, none for a prompt whose first tokens are already out. `arrival` orders
     sequences by age: the youngest is preempted first.
     """
@@ -65,8 +65,8 @@ class Sequence:
     sound_tokens: int = 1 << 62  # from here on, what was computed is no prefix for anybody
     output_start: int = 0  # where the output begins, that of earlier workers included
     limit_tokens: int = 0  # with so many tokens it ends; known before the last one is
-    draw: int = -1  # the number of its last draw, among those of that step
-    reads_output: bool = False  # a draw looks at all tokens before it, so the host must know them
+    sample_index: int = -1  # the number of its last sample, among those of that step
+    reads_output: bool = False  # sampling looks at all tokens before it, so the host must know them
 
     def __post_init__(self) -> None:
         sampling = self.work.sampling
@@ -98,10 +98,11 @@ class Sequence:
     def output(self) -> list[int]:
         return self.tokens[self.output_start :]
 
-    def launched(self, draw: int) -> None:
-        """The step that draws this choice's next token has been launched; it is its draw number `draw`."""
+    def launched(self, sample_index: int) -> None:
+        """The step that samples this choice's next token has been launched; it is its sample number
+        `sample_index`."""
         self.tokens.append(PENDING)
-        self.draw = draw
+        self.sample_index = sample_index
 
     def settle(self, token: int) -> int:
         """That token is known now. Returns how many tokens of output there are up to it."""
@@ -123,19 +124,19 @@ class Sequence:
 
     def tokens_done(self, passed_step: int) -> int:
         """How many of the first tokens are computed by steps up to `passed_step`. Of a prompt only: what a
-        choice decodes is not kept account of."""
+        choice decodes is not counted."""
         while self.chunk_steps and self.chunk_steps[0][1] <= passed_step:
             self.done_tokens = self.chunk_steps.popleft()[0]
         return self.done_tokens
 
-    def move(self, to: State) -> None:
-        if to not in MOVES[self.state]:
+    def transition(self, to: State) -> None:
+        if to not in TRANSITIONS[self.state]:
             raise IllegalSequenceTransition(f"request {self.work.request_id}: {self.state} -> {to}")
         self.state = to
 
 
 def prompt_sequence(work: SequenceRequest) -> Sequence:
-    """The sequence that runs a request's prompt and draws every choice's first token."""
+    """The sequence that runs a request's prompt and samples every choice's first token."""
     return Sequence(work=work, tokens=list(work.prompt), choices=list(work.choice_numbers))
 
 
@@ -148,7 +149,7 @@ def choice_sequence(work: SequenceRequest, first: FirstToken) -> Sequence:
 class Chunk:
     """Tokens `[start, start + count)` of a sequence with many pending, computed in this step.
 
-    `samples` are the choices that draw after it: none if tokens are still pending.
+    `samples` are the choices that sample a token after it: none if tokens are still pending.
     """
 
     sequence: Sequence

@@ -49,7 +49,7 @@ class UnifiedScheduler:
 
     def sequences(self) -> list[Sequence]:
         """All that have not ended."""
-        return [one for parts in self._sequences.values() for one in parts]
+        return [one for sequences in self._sequences.values() for one in sequences]
 
     def end(self, request_id: int, choice: int | None = None) -> bool:
         """End a request, or one choice; True when nothing of the request is left. Unknown ids: False."""

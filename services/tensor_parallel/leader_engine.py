@@ -1,4 +1,4 @@
-"""The engine of a worker's rank 0: whatever it is called to do, the other ranks are told first."""
+"""The engine of a worker's rank 0: it sends whatever it is called to do to the other ranks first."""
 
 import contextlib
 import tempfile
@@ -10,10 +10,10 @@ import torch
 
 from services.config import WorkerConfig
 from services.engine.batch import Row
-from services.engine.checkpoint.model_config import ModelConfig
 from services.engine.engine import Engine
 from services.engine.events import Event
 from services.engine.launched import Launched
+from services.engine.models.model_config import ModelConfig
 from services.engine.rank_group import DistributedGroup
 from services.tensor_parallel.messages import (
     AllocatePool,
@@ -26,15 +26,15 @@ from services.tensor_parallel.messages import (
     RankMemory,
     ReportMemory,
 )
-from services.tensor_parallel.page_tables import PageTableBook
-from services.tensor_parallel.rank_pool import START_TIMEOUT_S, STEP_TIMEOUT_S, RankError, Ranks
+from services.tensor_parallel.page_tables import SentPageTables
+from services.tensor_parallel.rank_pool import START_TIMEOUT_S, STEP_TIMEOUT_S, RankError, RankPool
 
 _IPC = "ipc://"
 TABLES_PER_SEQUENCE = 4
 """Of the sequences a batch holds: those that wait, or were preempted, come back."""
 
 
-class LeadingEngine(Engine):
+class LeaderEngine(Engine):
     """Of sizes, it returns the largest of all ranks'. An error in any rank is the worker's end."""
 
     def __init__(self, config: WorkerConfig, model: ModelConfig) -> None:
@@ -42,7 +42,7 @@ class LeadingEngine(Engine):
         Raises `RankError`, `RankGroupError`."""
         store = _meeting_place(config.listen)
         store.unlink(missing_ok=True)
-        self.ranks = Ranks(config, store)
+        self.ranks = RankPool(config, store)
         try:
             with self.ranks.within(START_TIMEOUT_S, "the meeting of the ranks"):
                 group = DistributedGroup(config, store)
@@ -53,19 +53,19 @@ class LeadingEngine(Engine):
         self._store = store
         self.limit_bytes = 1 << 62
         """What every rank's allocator is capped at, with the pool."""
-        self._book = PageTableBook(TABLES_PER_SEQUENCE * config.max_batch)
+        self._page_tables = SentPageTables(TABLES_PER_SEQUENCE * config.max_batch)
 
     # ------------------------------------------------------------ start
 
     def load(self, progress: Callable[[int, int], None]) -> int:
-        return self._together(LoadWeights(), lambda: super(LeadingEngine, self).load(progress))
+        return self._together(LoadWeights(), lambda: super(LeaderEngine, self).load(progress))
 
     def measure_activations(self) -> int:
         return self._together(MeasureActivations(), super().measure_activations)
 
     def allocate_pool(self, pages: int) -> int:
         return self._together(
-            AllocatePool(pages, self.limit_bytes), lambda: super(LeadingEngine, self).allocate_pool(pages)
+            AllocatePool(pages, self.limit_bytes), lambda: super(LeaderEngine, self).allocate_pool(pages)
         )
 
     def capture_graphs(self) -> int:
@@ -86,7 +86,7 @@ class LeadingEngine(Engine):
     def launch(self, rows: list[Row]) -> Launched:
         if not rows:
             return super().launch(rows)
-        step, own = self._book.step(rows)
+        step, own = self._page_tables.step(rows)
         self.ranks.send(step)
         try:
             with self.ranks.within(STEP_TIMEOUT_S, "a step"):
@@ -113,9 +113,9 @@ class LeadingEngine(Engine):
             with contextlib.suppress(FileNotFoundError):
                 self._store.parent.rmdir()
 
-    def _together(self, order: RankCommand, own: Callable[[], int]) -> int:
-        self.ranks.send(order)
-        what = f"{type(order).__name__} of the ranks"
+    def _together(self, command: RankCommand, own: Callable[[], int]) -> int:
+        self.ranks.send(command)
+        what = f"{type(command).__name__} of the ranks"
         with self.ranks.within(START_TIMEOUT_S, what):
             mine = own()
             answers = self.ranks.answers(START_TIMEOUT_S)
@@ -137,7 +137,7 @@ def _meeting_place(listen: str) -> Path:
 class _Watched:
     """A step's event whose wait the watcher sees, and which does not stay away for ever."""
 
-    def __init__(self, event: Event, ranks: Ranks) -> None:
+    def __init__(self, event: Event, ranks: RankPool) -> None:
         self._event, self._ranks = event, ranks
         self._launched_s = time.monotonic()
 

@@ -1,5 +1,5 @@
-"""Frames over the socket pair between the leading rank and another: four bytes of length, then a frame as on
-every other edge (kvtransfer/net/codec.py). A pair has no name: nobody else can reach it."""
+"""The link between the leading rank and another: frames over a socket pair, each four bytes of length, then a
+frame as on every other edge (kvtransfer/net/codec.py). A pair has no name: nobody else can reach it."""
 
 import socket
 import time
@@ -46,7 +46,7 @@ class RankLink(Generic[In, Out]):
         try:
             self._socket.sendall(frame)
         except OSError as error:
-            raise RankLost(f"it takes no orders: {error}") from error
+            raise RankLost(f"it takes no commands: {error}") from error
 
     def receive(self, timeout_s: float | None) -> In:
         """The next message; None waits as long as the other end lives."""

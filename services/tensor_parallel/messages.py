@@ -1,14 +1,16 @@
-"""What the leading rank of a worker and its other ranks say to each other, over a socket pair.
+"""Messages between the leading rank of a worker and its other ranks, over a socket pair.
 
-The leader orders (`RankCommand`), in the order in which it calls its own engine; a rank answers (`Answer`)
-only what has an answer. Steps have none: the ranks meet in the step's sums.
+The leader sends a `RankCommand` for each call of its own engine, in the same order; a rank sends an `Answer`
+only to a command that has one. Steps have none: the ranks meet in the step's sums.
 """
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
+import msgspec
 from msgspec import Meta, Struct
 
-Rank = Annotated[int, Meta(ge=1, lt=1024)]
+from services.config import WorkerConfig
 
 
 class StartRank(Struct, frozen=True, tag="start", forbid_unknown_fields=True):
@@ -46,7 +48,7 @@ class Grown(Struct, frozen=True, array_like=True):
 
 
 class StepRow(Struct, frozen=True, array_like=True):
-    """An engine's `Row`, with its page table by number and only the number of its draws: rank 0 draws."""
+    """An engine's `Row`, with its page table by number and only the number of its samples: rank 0 samples."""
 
     tokens: list[int]
     start: int
@@ -66,8 +68,8 @@ class CopyPages(Struct, frozen=True, tag="copy", forbid_unknown_fields=True):
 
 
 class MapStaging(Struct, frozen=True, tag="map", forbid_unknown_fields=True):
-    """The staging buffer of the rank's transfer process, in its present life: as a UNIX socket that hands it
-    out, or as a CUDA IPC handle; with neither there is none. A former one is let go."""
+    """The staging buffer of the rank's transfer process, in its present incarnation: as a UNIX socket that
+    hands it out, or as a CUDA IPC handle; with neither there is none. A former one is unmapped."""
 
     slots: Annotated[int, Meta(ge=0, lt=2**20)]
     slot_bytes: Annotated[int, Meta(ge=0, lt=2**40)]
@@ -87,9 +89,9 @@ class CopyRun(Struct, frozen=True, array_like=True):
     end_head: int
 
 
-class MoveKv(Struct, frozen=True, tag="move", forbid_unknown_fields=True):
+class CopyKv(Struct, frozen=True, tag="move", forbid_unknown_fields=True):
     """Pack runs into their slots, or unpack them, after the steps up to number `after_step`; answered with
-    `Copied` once it is done, in the order of orders."""
+    `Copied` once it is done, in the order of commands."""
 
     is_pack: bool
     after_step: Annotated[int, Meta(ge=0)]
@@ -97,8 +99,8 @@ class MoveKv(Struct, frozen=True, tag="move", forbid_unknown_fields=True):
     with_checksums: bool
 
 
-class HoldSteps(Struct, frozen=True, tag="hold", forbid_unknown_fields=True):
-    """Steps ordered from now on wait for the moves so far: their pages are given away."""
+class FenceSteps(Struct, frozen=True, tag="hold", forbid_unknown_fields=True):
+    """Steps queued from now on wait for the packs and unpacks so far: their pages are given away."""
 
 
 class ReportMemory(Struct, frozen=True, tag="report", forbid_unknown_fields=True):
@@ -118,27 +120,27 @@ RankCommand = (
     | Step
     | CopyPages
     | MapStaging
-    | MoveKv
-    | HoldSteps
+    | CopyKv
+    | FenceSteps
     | ReportMemory
     | StopRank
 )
 
 
 class Done(Struct, frozen=True, tag="done", forbid_unknown_fields=True):
-    """The answer of an order that has one: a number of bytes."""
+    """The answer to a command that has one: a number of bytes."""
 
     byte_count: int
 
 
 class Copied(Struct, frozen=True, tag="moved", forbid_unknown_fields=True):
-    """A move is done; with the checksum of each run's bytes if they were asked for."""
+    """A `CopyKv` is done; with the checksum of each run's bytes if they were asked for."""
 
     checksums: list[int] | None
 
 
 class RankMemory(Struct, frozen=True, tag="memory", forbid_unknown_fields=True):
-    """What the rank measured of its own lines of the ledger; None where nobody tells."""
+    """What the rank measured of its own lines of the ledger; None where the driver does not know."""
 
     weights_bytes: int
     kv_pool_bytes: int
@@ -154,3 +156,19 @@ class RankFailed(Struct, frozen=True, tag="failed", forbid_unknown_fields=True):
 
 
 Answer = Done | Copied | RankMemory | RankFailed
+
+
+def encode_config(config: WorkerConfig) -> bytes:
+    """A worker's configuration on its way to another rank."""
+    return msgspec.json.encode(config, enc_hook=str)
+
+
+def decode_config(data: bytes) -> WorkerConfig:
+    """Raises msgspec.MsgspecError for anything but what `encode_config` made."""
+    return msgspec.json.decode(data, type=WorkerConfig, dec_hook=_decode_path)
+
+
+def _decode_path(kind: type, value: Any) -> Any:
+    if kind is Path:
+        return Path(value)
+    raise ValueError(f"{kind} is no part of a configuration")

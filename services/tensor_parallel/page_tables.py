@@ -1,7 +1,7 @@
 """Page tables that the ranks of a worker share: a step names them by number and brings only what is new.
 
-The engine knows a sequence by the identity of its list of pages (table_slots.py), and in which order it takes
-rows follows from that. So all ranks, the leading one too, run on lists made here from the same messages.
+The engine knows a sequence by the identity of its list of pages (page_table_rows.py), and in which order it
+takes rows follows from that. So all ranks, the leading one too, run on lists made here of the same messages.
 """
 
 from collections import OrderedDict
@@ -12,7 +12,7 @@ from services.protocol.messages import Sampling
 from services.tensor_parallel.messages import Grown, Step, StepRow
 
 _ELSEWHERE = SampleSpec(choice=0, position=0, sampling=Sampling(max_tokens=1, seed=0), prompt=[], output=[])
-"""A draw that rank 0 makes."""
+"""A sample that rank 0 takes."""
 
 
 class PageTables:
@@ -39,7 +39,7 @@ class PageTables:
             raise ValueError(f"no page table {table}") from None
 
     def rows(self, step: Step) -> list[Row]:
-        """The step's rows, for a rank that draws nothing."""
+        """The step's rows, for a rank that samples nothing."""
         self.apply(step.grown)
         return [
             Row(
@@ -66,8 +66,8 @@ class _SentTable:
 
 
 @dataclass(slots=True)
-class PageTableBook:
-    """The leading rank's side: which lists are which tables, and how much of each has been told.
+class SentPageTables:
+    """The leading rank's side: which lists are which tables, and how much of each has been sent.
 
     At most `capacity` tables are kept, more only while one step names more; the one used least recently goes
     first.

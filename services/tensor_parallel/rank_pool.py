@@ -1,9 +1,9 @@
-"""The other ranks of a worker as its leading rank sees them: started, ordered, asked, watched, stopped.
+"""The other ranks of a worker as its leading rank sees them: started, commanded, asked, watched, stopped.
 
 A rank that dies leaves the others waiting in a sum: on a GPU for ever, in a call that no exception reaches.
 So a thread watches the rank processes, and how long the leader has waited for something; when one has died,
-or the time is up, it says so in one line and ends the process, and with it (rank.py) every rank. Whoever
-started the worker starts it again.
+or the time is up, it says so in one line and ends the process, and with it (rank_process.py) every rank.
+Whoever started the worker starts it again.
 """
 
 import logging
@@ -26,13 +26,13 @@ from services.tensor_parallel.link import RankLink, RankLost
 from services.tensor_parallel.messages import (
     Answer,
     Copied,
-    MoveKv,
+    CopyKv,
     RankCommand,
     RankFailed,
     StartRank,
     StopRank,
+    encode_config,
 )
-from services.tensor_parallel.rank_config import encode_config
 
 log = logging.getLogger(__name__)
 
@@ -52,11 +52,11 @@ class RankError(Exception):
 
 
 class CopyAnswer:
-    """A move of another rank, asked like an event of a device, and like checksums that are on their way."""
+    """A pack or unpack of another rank, asked like an event of a device, and like checksums on their way."""
 
-    def __init__(self, ranks: "Ranks", rank: int) -> None:
+    def __init__(self, ranks: "RankPool", rank: int) -> None:
         self._ranks, self._rank = ranks, rank
-        self.ordered_s = time.monotonic()
+        self.sent_s = time.monotonic()
         self._is_done = False
         self._checksums: list[int] | None = None
 
@@ -66,18 +66,18 @@ class CopyAnswer:
     def query(self) -> bool:
         """Raises `RankError` if the rank cannot answer any more."""
         if not self._is_done:
-            self._ranks.take_moves(self._rank)
+            self._ranks.take_copied(self._rank)
         return self._is_done
 
     def synchronize(self) -> None:
         while not self._is_done:
-            self._ranks.take_moves(self._rank, STEP_TIMEOUT_S)
+            self._ranks.take_copied(self._rank, STEP_TIMEOUT_S)
 
     def values(self) -> list[int] | None:
         return self._checksums
 
 
-class Ranks:
+class RankPool:
     """Ranks 1 ... `config.tp` - 1, each a process with a link of its own."""
 
     def __init__(self, config: WorkerConfig, store: Path) -> None:
@@ -85,7 +85,7 @@ class Ranks:
         self._name = config.name
         self._processes: list[subprocess.Popen[bytes]] = []
         self._links: list[RankLink[Answer, RankCommand]] = []
-        self._moves: list[deque[CopyAnswer]] = [deque() for _ in range(1, config.tp)]
+        self._copies: list[deque[CopyAnswer]] = [deque() for _ in range(1, config.tp)]
         self._wait: tuple[float, str] | None = None
         self._left = threading.Event()
         self._stopping = self._closed = False
@@ -114,26 +114,26 @@ class Ranks:
         """Of ranks 1 and on."""
         return [process.pid for process in self._processes]
 
-    # ------------------------------------------------------------ orders
+    # ------------------------------------------------------------ commands
 
-    def send(self, order: RankCommand) -> None:
+    def send(self, command: RankCommand) -> None:
         """Raises `RankError`."""
-        frame = self._links[0].encode(order)
+        frame = self._links[0].encode(command)
         for rank, link in enumerate(self._links, 1):
             try:
                 link.send_frame(frame)
             except RankLost as error:
                 raise self._fault(rank, str(error)) from error
 
-    def send_one(self, rank: int, order: RankCommand) -> None:
+    def send_one(self, rank: int, command: RankCommand) -> None:
         """Only rank `rank`, at least 1. Raises `RankError`."""
         try:
-            self._links[rank - 1].send(order)
+            self._links[rank - 1].send(command)
         except RankLost as error:
             raise self._fault(rank, str(error)) from error
 
     def answers(self, timeout_s: float) -> list[Answer]:
-        """What each rank answers to the order before, in the order of ranks. Raises `RankError`."""
+        """What each rank answers to the command before, in the order of ranks. Raises `RankError`."""
         return [self.answer(rank, timeout_s) for rank in range(1, len(self._links) + 1)]
 
     def answer(self, rank: int, timeout_s: float) -> Answer:
@@ -146,26 +146,29 @@ class Ranks:
             raise RankError(f"rank {rank} of {self._name} failed: {answer.message}")
         return answer
 
-    def move(self, rank: int, order: MoveKv) -> "CopyAnswer":
-        """Order a move of rank `rank`, at least 1. Raises `RankError`."""
-        self.send_one(rank, order)
+    def copy_kv(self, rank: int, command: CopyKv) -> "CopyAnswer":
+        """Have rank `rank`, at least 1, pack or unpack. Raises `RankError`."""
+        self.send_one(rank, command)
         answer = CopyAnswer(self, rank)
-        self._moves[rank - 1].append(answer)
+        self._copies[rank - 1].append(answer)
         return answer
 
-    def take_moves(self, rank: int, timeout_s: float = 0.0) -> None:
-        """Note which moves of a rank are done; waits for the first for `timeout_s`. Raises `RankError`."""
-        link, waiting = self._links[rank - 1], self._moves[rank - 1]
+    def take_copied(self, rank: int, timeout_s: float = 0.0) -> None:
+        """Note which packs and unpacks of a rank are done; waits for the first for `timeout_s`.
+
+        Raises `RankError`.
+        """
+        link, waiting = self._links[rank - 1], self._copies[rank - 1]
         try:
             while waiting and (answer := link.poll(timeout_s)) is not None:
                 if not isinstance(answer, Copied):
-                    raise self._fault(rank, f"it answers a move with {answer!r}")
+                    raise self._fault(rank, f"it answers a pack or unpack with {answer!r}")
                 waiting.popleft().done(answer.checksums)
                 timeout_s = 0.0
         except RankLost as error:
             raise self._fault(rank, str(error)) from error
-        if waiting and time.monotonic() > waiting[0].ordered_s + STEP_TIMEOUT_S:
-            raise self._fault(rank, f"a move is not done after {STEP_TIMEOUT_S:g} s")
+        if waiting and time.monotonic() > waiting[0].sent_s + STEP_TIMEOUT_S:
+            raise self._fault(rank, f"a pack or unpack is not done after {STEP_TIMEOUT_S:g} s")
 
     # ------------------------------------------------------------ watch
 
@@ -231,7 +234,7 @@ class Ranks:
     # ------------------------------------------------------------ end
 
     def stop(self) -> None:
-        """Tell them to leave. Idempotent."""
+        """Send them the command to leave. Idempotent."""
         if self._stopping:
             return
         self._stopping = True

@@ -1,22 +1,23 @@
-"""Packs and unpacks of one rank as the leader's books see them: its own, or those of another process."""
+"""Packs and unpacks of one rank as sender and receiver queue them: in rank 0, or in another process."""
 
 from collections.abc import Sequence
 from typing import Protocol
 
 from kvtransfer.client import TransferClient
 from services.engine.engine import Engine
+from services.engine.events import NOW
 from services.engine.kv.copies import Copy
 from services.engine.kv.run_table import SlotRun
-from services.tensor_parallel.leader_engine import LeadingEngine
-from services.tensor_parallel.messages import CopyRun, HoldSteps, MapStaging, MoveKv
+from services.tensor_parallel.leader_engine import LeaderEngine
+from services.tensor_parallel.messages import CopyKv, CopyRun, FenceSteps, MapStaging
 from services.transfer.staging import StagingSlots
 
 
 class KvCopier(Protocol):
     """Slots are numbers in the rank's staging buffer, heads are counted within the rank.
 
-    One call is one launch: whoever has several runs hands them over together. What a move needs must have
-    passed already: it starts after the newest step that is done, and waits for no other.
+    One call is one launch: whoever has several runs hands them over together. What a copy needs must be done
+    already, by `passed_step`: nothing is queued that would wait.
     """
 
     def pack(self, runs: Sequence[SlotRun], with_checksums: bool) -> Copy: ...
@@ -26,9 +27,10 @@ class KvCopier(Protocol):
     def passed_step(self) -> int:
         """The number of the newest step that is done; see `Engine.passed_step`."""
 
-    def fence(self, move: Copy) -> None: ...
+    def fence(self, copy: Copy) -> None:
+        """See `Engine.fence`."""
 
-    def let_go(self) -> None:
+    def unmap_staging(self) -> None:
         """The staging buffer's owner is gone: mapped, its memory would stay taken."""
 
 
@@ -39,18 +41,18 @@ class OwnCopier:
         self._engine, self._staging = engine, staging
 
     def pack(self, runs: Sequence[SlotRun], with_checksums: bool) -> Copy:
-        return self._engine.pack(runs, self._staging.slots(), with_checksums, self.passed_step())
+        return self._engine.pack(runs, self._staging.slots(), with_checksums, NOW)
 
     def unpack(self, runs: Sequence[SlotRun], with_checksums: bool) -> Copy:
-        return self._engine.unpack(runs, self._staging.slots(), with_checksums, self.passed_step())
+        return self._engine.unpack(runs, self._staging.slots(), with_checksums, NOW)
 
     def passed_step(self) -> int:
         return self._engine.passed_step()
 
-    def fence(self, move: Copy) -> None:
-        self._engine.fence(move)
+    def fence(self, copy: Copy) -> None:
+        self._engine.fence(copy)
 
-    def let_go(self) -> None:
+    def unmap_staging(self) -> None:
         self._staging.close()
 
 
@@ -59,53 +61,49 @@ class RankCopier:
     is about to pass there, and its device waits for that."""
 
     def __init__(
-        self, engine: LeadingEngine, rank: int, client: TransferClient, page_size_tokens: int
+        self, engine: LeaderEngine, rank: int, client: TransferClient, page_size_tokens: int
     ) -> None:
         self._engine, self._ranks, self._rank, self._client = engine, engine.ranks, rank, client
         self._head_bytes = engine.geometry.token_bytes // engine.geometry.kv_heads
         self._page_size_tokens = page_size_tokens
         self._mapped_epoch = 0
 
-    def open(self) -> None:
-        """Has the buffer mapped now; see `StagingSlots.open`. What goes wrong is the rank's answer to what it
-        is told next."""
-        self._map_staging()
-
     def pack(self, runs: Sequence[SlotRun], with_checksums: bool) -> Copy:
-        return self._move(True, runs, with_checksums)
+        return self._copy(True, runs, with_checksums)
 
     def unpack(self, runs: Sequence[SlotRun], with_checksums: bool) -> Copy:
-        return self._move(False, runs, with_checksums)
+        return self._copy(False, runs, with_checksums)
 
     def passed_step(self) -> int:
         return self._engine.passed_step()
 
-    def fence(self, move: Copy) -> None:
-        self._ranks.send_one(self._rank, HoldSteps())
+    def fence(self, copy: Copy) -> None:
+        self._ranks.send_one(self._rank, FenceSteps())
 
-    def let_go(self) -> None:
+    def map_staging(self) -> None:
+        """Has the rank map the buffer of its transfer process, anew in each incarnation of that. What goes
+        wrong is the rank's answer to the next command."""
+        attached = self._client.attached
+        if self._mapped_epoch != attached.address.epoch:
+            command = MapStaging(
+                attached.slots, attached.slot_bytes, attached.staging_socket, attached.cuda_ipc_handle
+            )
+            self._ranks.send_one(self._rank, command)
+            self._mapped_epoch = attached.address.epoch
+
+    def unmap_staging(self) -> None:
         self._ranks.send_one(self._rank, MapStaging(0, 0, None, None))
         self._mapped_epoch = 0
 
-    def _move(self, is_pack: bool, runs: Sequence[SlotRun], with_checksums: bool) -> Copy:
-        self._map_staging()
+    def _copy(self, is_pack: bool, runs: Sequence[SlotRun], with_checksums: bool) -> Copy:
+        self.map_staging()
         size = self._page_size_tokens
         sent, byte_counts = [], []
         for pages, start, count, slot, heads in runs:
             covering = pages[start // size : (start + count - 1) // size + 1]
             sent.append(CopyRun(covering, start % size, count, slot, heads.start, heads.stop))
             byte_counts.append(count * len(heads) * self._head_bytes)
-        order = MoveKv(is_pack, self.passed_step(), sent, with_checksums)
-        answer = self._ranks.move(self._rank, order)
-        # An answer asked as an event is, and as checksums that are on their way.
+        command = CopyKv(is_pack, self.passed_step(), sent, with_checksums)
+        answer = self._ranks.copy_kv(self._rank, command)
+        # An answer is asked as an event is, and as checksums that are on their way.
         return Copy(byte_counts, answer, answer if with_checksums else None)  # type: ignore[arg-type]
-
-    def _map_staging(self) -> None:
-        """The rank maps the buffer of its transfer process, anew in each life of that."""
-        attached = self._client.attached
-        if self._mapped_epoch != attached.address.epoch:
-            order = MapStaging(
-                attached.slots, attached.slot_bytes, attached.staging_socket, attached.cuda_ipc_handle
-            )
-            self._ranks.send_one(self._rank, order)
-            self._mapped_epoch = attached.address.epoch

@@ -1,4 +1,4 @@
-"""The transfer processes of a worker's ranks, one client each, driven by the worker's loop as one."""
+"""The links to the transfer processes of a worker's ranks, which the worker's loop drives as one."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from services.protocol.messages import WorkerTransferAddress
 
 
 class TransferRanks:
-    """`clients[i]` is that of rank i. Parts of a transfer have ids of their own, so events need no rank."""
+    """`clients[i]` is that of rank i. Slices of a transfer have ids of their own, so events need no rank."""
 
     def __init__(self, clients: Sequence[TransferClient]) -> None:
         self.clients = list(clients)
@@ -43,7 +43,7 @@ class TransferRanks:
         return [event for client in self.clients for event in client.receive(now_s)]
 
     def ask_spans(self, transfer_id: int) -> None:
-        """What is remembered of the part between both ranks 0, which stands for the whole."""
+        """Asks for what is remembered of the slice between both ranks 0, which stands for the whole."""
         self.clients[0].ask_spans(transfer_id)
 
     def flush(self) -> None:
@@ -54,10 +54,10 @@ class TransferRanks:
         for client in self.clients:
             client.close()
 
-    # ------------------------------------------------------------ accounts
+    # ------------------------------------------------------------ stats
 
     def stats(self) -> list[Stats]:
-        """The last account of every rank's process, in the order of ranks; empty while one is missing."""
+        """The last stats of every rank's process, in the order of ranks; empty while one is missing."""
         found = [client.last_stats for client in self.clients]
         return [stats for stats in found if stats is not None] if None not in found else []
 

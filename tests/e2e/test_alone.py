@@ -14,14 +14,13 @@ from typing import Any
 import httpx
 import pytest
 
-from kvtransfer.net.channel import Link
-from kvtransfer.net.codec import Codec
-from services.protocol.messages import VERSION, Refusal, Report, Request, RouterHello
+from services.protocol.messages import VERSION, Refusal, RouterHello
 from tests.checkpoints import make_checkpoint
 from tests.e2e.cluster import wait_until
 from tests.e2e.test_tokens import prompt_of, reference
 from tests.patience import patient
 from tests.ports import free_port
+from tests.router_peer import RouterPeer
 
 PROMPTS = [prompt_of(length, 4) for length in (1, 7, 16, 33, 150)]
 LONG = {"prompt": [5] * 40, "temperature": 0, "ignore_eos": True, "stream": True}
@@ -167,13 +166,12 @@ def test_pages_of_different_sizes_and_processes_of_their_own(system: System, htt
 
 def test_a_router_of_another_version_is_refused_with_both_named(system: System, http: httpx.Client) -> None:
     endpoint = f"ipc://{system.sockets}/decode"
-    link: Link[Report, Request] = Link(endpoint, Codec(Report), Codec(Request), on_drop=print)
+    peer = RouterPeer(endpoint)
     try:
-        assert link.send([RouterHello("0.0.9", 1)])
-        assert link.socket.poll(10_000)
-        assert link.receive() == [Refusal(f"this worker is version {VERSION}, the router is 0.0.9")]
+        peer.send([RouterHello("0.0.9", 1)])
+        assert peer.wait() == [Refusal(f"this worker is version {VERSION}, the router is 0.0.9")]
     finally:
-        link.close()
+        peer.close()
 
 
 def test_a_router_that_dies_takes_only_its_own_requests_along(system: System, http: httpx.Client) -> None:

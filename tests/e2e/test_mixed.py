@@ -143,7 +143,7 @@ def test_two_hundred_mixed_requests_end_as_they_should(size: str, tmp_path: Path
 
 def _fraction_for_pages(model_dir: Path, pages: int) -> str:
     """The --mem-fraction that leaves about so many pages of a 2 GiB device."""
-    from services.engine.checkpoint.model_config import read_model_config
+    from services.engine.models.model_config import read_model_config
 
     model = read_model_config(model_dir)
     needed = model.parameter_bytes("float32") + (pages + 1) * 16 * model.kv_token_bytes("float32")

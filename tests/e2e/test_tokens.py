@@ -35,6 +35,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 40},
     "qwen2": {"rope": YARN_ROPE, "tied": True},
     "qwen3": {"sharded": True},
+    "qwen3_moe": {"norm_topk_prob": True, "layers": 3, "mlp_only_layers": [1]},
 }
 
 

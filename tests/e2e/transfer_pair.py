@@ -94,7 +94,7 @@ class Worker:
         self.aborted: dict[int, str] = {}
         self.lost: list[int] = []
         self.paused = False
-        """Keeps lent and arrived slots instead of using them."""
+        """Keeps assigned and arrived slots instead of using them."""
 
     def send(self, transfer_id: int, content: bytes, deadline_s: float = 30.0) -> None:
         self.content[transfer_id], self.sent_tokens[transfer_id] = content, 0

@@ -7,11 +7,12 @@ import torch
 
 from services.config import WorkerConfig
 from services.engine.batch import Row, RowResult, SampleSpec
-from services.engine.checkpoint.model_config import read_model_config
 from services.engine.engine import Engine
+from services.engine.events import ALL_QUEUED_STEPS
 from services.engine.kv.run_table import SlotRun
 from services.engine.kv.segments import Memory, SlotBuffer
 from services.engine.launched import Launched
+from services.engine.models.model_config import read_model_config
 from services.protocol.messages import Sampling
 
 GREEDY = Sampling(max_tokens=1, seed=1, temperature=0.0)
@@ -94,11 +95,11 @@ def run_ahead(engine: Engine, sequences: list[Sequence], output_tokens: int) -> 
     """Like `run_together`, but every step is launched before the one before it is collected."""
     left = {sequence: output_tokens - len(sequence.output) for sequence in sequences}
     sample_of: dict[Sequence, int] = {}
-    flight: tuple[list[Sequence], Launched] | None = None
-    while flight is not None or any(left.values()):
+    in_flight: tuple[list[Sequence], Launched] | None = None
+    while in_flight is not None or any(left.values()):
         running = [sequence for sequence in sequences if left[sequence]]
         rows = [one.row_after(sample_of[one]) if one in sample_of else one.next_row() for one in running]
-        before, flight = flight, (running, engine.launch(rows)) if rows else None
+        before, in_flight = in_flight, (running, engine.launch(rows)) if rows else None
         sampled_rows = [sequence for sequence, row in zip(running, rows, strict=True) if row.samples]
         sample_of = {sequence: number for number, sequence in enumerate(sampled_rows)}
         for sequence in sampled_rows:
@@ -114,9 +115,9 @@ def packed(
 ) -> tuple[int, int | None]:
     """A pack that is waited for: its bytes and their checksum."""
     run = SlotRun(pages, start, count, 0, range(engine.layout.kv_heads))
-    move = engine.pack([run], SlotBuffer(slot, len(slot)), with_checksum, engine.queued_step)
-    move.wait()
-    return move.byte_counts[0], move.checksum(0)
+    copy = engine.pack([run], SlotBuffer(slot, len(slot)), with_checksum, ALL_QUEUED_STEPS)
+    copy.wait()
+    return copy.byte_counts[0], copy.checksum(0)
 
 
 def unpacked(
@@ -124,9 +125,9 @@ def unpacked(
 ) -> None:
     """An unpack that is waited for and judged."""
     run = SlotRun(pages, start, count, 0, range(engine.layout.kv_heads))
-    move = engine.unpack([run], SlotBuffer(slot, len(slot)), expected is not None, engine.queued_step)
-    move.wait()
-    move.judge(0, expected)
+    copy = engine.unpack([run], SlotBuffer(slot, len(slot)), expected is not None, ALL_QUEUED_STEPS)
+    copy.wait()
+    copy.judge(0, expected)
 
 
 def scattered_pages(count: int, sequences: int, pool_pages: int) -> list[list[int]]:

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from services.engine.batch import Row, SampleSpec
-from services.engine.checkpoint.model_config import ModelConfig, read_model_config
 from services.engine.engine import Engine
 from services.engine.errors import CheckpointError, EngineStateError, RowError, SegmentError
+from services.engine.models.model_config import ModelConfig, read_model_config
 from services.engine.peak_memory import peak_bytes
 from services.protocol.messages import Sampling
 from tests.checkpoints import VOCAB_SIZE, make_checkpoint

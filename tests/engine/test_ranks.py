@@ -11,13 +11,13 @@ import torch
 
 from services.config import WorkerConfig
 from services.engine.batch import Row, SampleSpec
-from services.engine.checkpoint.model_config import read_model_config
 from services.engine.engine import Engine
+from services.engine.models.model_config import read_model_config
 from services.engine.models.sharding import TensorParallelError, allowed_tp, rank_parameter_bytes
 from services.engine.rank_group import RankGroup
 from services.memory.estimate import plan_input_for
 from services.protocol.messages import Sampling
-from services.tensor_parallel.leader_engine import LeadingEngine
+from services.tensor_parallel.leader_engine import LeaderEngine
 from tests.checkpoints import make_checkpoint
 from tests.engine.harness import Sequence, prompt_of, run_ahead, run_together, scattered_pages, start_engine
 
@@ -26,10 +26,10 @@ SAMPLED = Sampling(max_tokens=1, seed=11, temperature=0.9, top_p=0.95)
 
 
 @contextmanager
-def two_ranks(model_dir: Path, directory: Path, **config: Any) -> Iterator[LeadingEngine]:
+def two_ranks(model_dir: Path, directory: Path, **config: Any) -> Iterator[LeaderEngine]:
     values = {"page_size_tokens": 4, "max_batch": 8, "max_chunk_tokens": 64, "tp": 2} | config
     worker = WorkerConfig("worker", "unified", model_dir, f"ipc://{directory}/worker", **values)
-    engine = LeadingEngine(worker, read_model_config(model_dir))
+    engine = LeaderEngine(worker, read_model_config(model_dir))
     try:
         engine.load(lambda done_bytes, total_bytes: None)
         engine.measure_activations()
@@ -47,12 +47,14 @@ def sequences_of(sampling: Sampling) -> list[Sequence]:
     ]
 
 
-@pytest.mark.parametrize("family", ["qwen3", "llama"])
+@pytest.mark.parametrize("family", ["qwen3", "llama", "qwen3_moe"])
 def test_two_ranks_give_the_tokens_of_one(family: Any, tmp_path: Path) -> None:
-    """qwen3: norms of heads, an output matrix; llama: a tied one, and biases that only one rank may add."""
+    """qwen3: norms of heads, an output matrix; llama: a tied one, and biases that only one rank may add;
+    qwen3_moe: a router that must choose alike."""
     special: dict[str, Any] = {
         "qwen3": {},
         "llama": {"attention_bias": True, "mlp_bias": True, "sharded": True, "tied": True},
+        "qwen3_moe": {"decoder_sparse_step": 2, "layers": 3, "norm_topk_prob": True},
     }[family]
     model_dir = make_checkpoint(family, tmp_path / "model", seed=4, eos=False, kv_heads=4, **special)
     one = start_engine(model_dir, pages=PAGES)

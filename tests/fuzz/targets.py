@@ -8,8 +8,8 @@ from typing import Any
 
 from kvtransfer.errors import ProtocolError
 from kvtransfer.net.codec import Codec
-from router.api.openai_requests import BodyDecoder, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from router.errors import ApiError
+from router.openai.requests import BodyDecoder, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from tests.fuzz.frames import BOUNDARIES, damaged, message_types, nasty, sample
 
 BODIES: list[tuple[type[Any], list[dict[str, Any]]]] = [

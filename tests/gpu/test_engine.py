@@ -49,7 +49,7 @@ def test_graphs_give_the_same_tokens(family: Family, tmp_path: Path) -> None:
     for device in ("cpu", "cuda"):
         engine = start_engine(tmp_path, device=device)
         held_bytes = engine.capture_graphs()
-        assert (held_bytes > 0) == (device == "cuda")
+        assert (held_bytes > 0) == (device == "cuda" and engine.model.family.captures_graphs)
         first = 0
         sequences = []
         for length in (1, 7, 16, 23, 40):

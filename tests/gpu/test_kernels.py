@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from services.engine.attention.decode_attention import decode_attention, decode_attention_reference
-from services.engine.attention.plan import KvLayout
+from services.engine.kv.layout import KvLayout
 from tests.engine.ops import test_kernels as kernels
 
 pytestmark = [

@@ -3,7 +3,6 @@
 Both processes may use one GPU; what needs two, or a library that is not here, is skipped with the reason.
 """
 
-import importlib.util
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kvtransfer.buffer.cuda import CudaDevice
-from kvtransfer.movers.nccl_library import find_nccl
+from kvtransfer.movers.registry import registered_movers
 from services.memory.measure import gpu_facts
 from tests.e2e.cluster import wait_until
 from tests.e2e.transfer_pair import (
@@ -26,7 +25,7 @@ from tests.e2e.transfer_pair import (
 
 TOKENS = 700
 """Several times what the slots hold."""
-MOVERS = ("cuda_ipc", "nixl", "nccl")
+MOVERS = {mover.name: mover for mover in registered_movers()}
 GPU_PAIRS = ((0, 0), (0, 1), (1, 0))
 
 
@@ -80,10 +79,8 @@ def require(device: CudaDevice, mover: str, gpus: tuple[int, int]) -> None:
         pytest.skip("no peer access between GPU 0 and 1")
     if mover == "nccl" and gpus[0] == gpus[1]:
         pytest.skip("NCCL takes no two processes on one GPU")
-    if mover == "nccl" and find_nccl() is None:
-        pytest.skip("libnccl.so.2 is not here")
-    if mover == "nixl" and importlib.util.find_spec("nixl_cu13") is None:
-        pytest.skip("nixl-cu13 is not installed")
+    if (missing := MOVERS[mover].missing()) is not None:
+        pytest.skip(missing)
 
 
 class Both:
@@ -173,7 +170,7 @@ def test_both_ways_at_once(both: Both) -> None:
 @pytest.mark.parametrize("victim", ["prefill", "decode"])
 def test_a_killed_side_is_survived_and_replaced(both: Both, victim: str) -> None:
     both.move(1)
-    both.prefill.paused = True  # Grants are out, and slots are lent: the middle of a transfer.
+    both.prefill.paused = True  # Grants are out, and slots are assigned: the middle of a transfer.
     both.decode.receive(2, both.prefill, TOKENS)
     both.prefill.send(2, content_of(TOKENS, 2))
     drive([both.prefill, both.decode], lambda: _granted(both.decode) > 0, "slots are granted")
@@ -184,7 +181,7 @@ def test_a_killed_side_is_survived_and_replaced(both: Both, victim: str) -> None
     drive(
         [both.prefill, both.decode],
         lambda: bool(killed.lost) and killed.client.ready and 2 in survivor.aborted,
-        "the survivor notices, the other is attached to the next life",
+        "the survivor notices, the other is attached to the next incarnation",
     )
     both.prefill.paused = False
     killed.map_staging()
@@ -223,7 +220,11 @@ def test_killed_destinations_leave_no_memory_behind(device: CudaDevice) -> None:
                 used_bytes.append(settled_bytes())
                 sides.start("decode")
                 both: list[Worker] = [sides.prefill, sides.decode]
-                drive(both, lambda: bool(sides.decode.lost) and sides.decode.client.ready, "the next life")
+                drive(
+                    both,
+                    lambda: bool(sides.decode.lost) and sides.decode.client.ready,
+                    "the next incarnation",
+                )
                 sides.decode.map_staging()
         finally:
             sides.close()
@@ -261,8 +262,8 @@ def test_two_movers_refuse_each_other_by_name(device: CudaDevice) -> None:
 
 
 def test_nccl_on_one_gpu_is_refused_with_the_way_out(device: CudaDevice) -> None:
-    if find_nccl() is None:
-        pytest.skip("libnccl.so.2 is not here")
+    if (missing := MOVERS["nccl"].missing()) is not None:
+        pytest.skip(missing)
     with tempfile.TemporaryDirectory(prefix="baton-") as directory:
         sides = Both(Path(directory), device, "nccl", (0, 0))
         try:

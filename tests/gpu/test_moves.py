@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from services.engine.engine import Engine
+from services.engine.events import ALL_QUEUED_STEPS, NOW, EventPassed, StartAfter, StepsUpTo
 from services.engine.kv import pack_kernels as kv_segment
 from services.engine.kv.copies import Copy, CopyStream
 from services.engine.kv.pinned_ring import FIRST_WORDS, TableRing
 from services.engine.kv.pool import KvPool
 from services.engine.kv.run_table import SlotRun
 from services.engine.kv.segments import SlotBuffer
+from services.engine.step_events import StepEvents
 from services.protocol.messages import Sampling
 from tests.checkpoints import make_checkpoint
 from tests.engine.harness import Sequence, prompt_of, run_ahead, start_engine
@@ -54,24 +56,24 @@ def new_slot(slots: int = 1) -> torch.Tensor:
     return torch.zeros(slots * SLOT_BYTES, dtype=torch.uint8, device="cuda")
 
 
-def move_one(
+def copy_one(
     unpacks: bool,
     engine: Engine,
     pages: list[int],
     tokens: int,
     slot: torch.Tensor,
     checked: bool = False,
-    after: torch.cuda.Event | None = None,
+    after: StartAfter = ALL_QUEUED_STEPS,
 ) -> Copy:
     """One run, from the sequence's first token on, into or out of a buffer of one slot."""
     run = SlotRun(pages, 0, tokens, 0, range(engine.layout.kv_heads))
-    verb = engine.moves.unpack if unpacks else engine.moves.pack
+    verb = engine.copies.unpack if unpacks else engine.copies.pack
     with torch.inference_mode():
-        return verb([run], SlotBuffer(slot, SLOT_BYTES), checked, after or engine.moves.mark())
+        return verb([run], SlotBuffer(slot, SLOT_BYTES), checked, after)
 
 
-pack = partial(move_one, False)
-unpack = partial(move_one, True)
+pack = partial(copy_one, False)
+unpack = partial(copy_one, True)
 
 
 def fill_pages(engine: Engine, seed: int) -> None:
@@ -115,16 +117,17 @@ def test_tokens_are_the_same_while_segments_move(engine: Engine) -> None:
     kept = list(moved.output)
     expected = run_ahead(engine, sequences(), 20)
 
-    slots, moves = [new_slot() for _ in range(4)], []
+    slots, copies = [new_slot() for _ in range(4)], []
     launch = engine.launch
     target = list(range(20, 35))
 
     def launch_beside(rows):  # type: ignore[no-untyped-def]
-        mark = engine.moves.mark()
+        steps_before = engine.copies.steps_event()
+        assert steps_before is not None
         launched = launch(rows)
-        slot = slots[len(moves) // 2 % 4]
-        moves.append(pack(engine, moved.pages, TOKENS, slot, True, mark))
-        moves.append(unpack(engine, target, TOKENS, slot, True, mark))
+        slot = slots[len(copies) // 2 % 4]
+        copies.append(pack(engine, moved.pages, TOKENS, slot, True, EventPassed(steps_before)))
+        copies.append(unpack(engine, target, TOKENS, slot, True, EventPassed(steps_before)))
         return launched
 
     engine.launch = launch_beside  # type: ignore[method-assign]
@@ -132,9 +135,9 @@ def test_tokens_are_the_same_while_segments_move(engine: Engine) -> None:
         assert run_ahead(engine, sequences(), 20) == expected
     finally:
         engine.launch = launch  # type: ignore[method-assign]
-    assert len(moves) >= 40
-    moves[-1].wait()
-    assert len({move.checksum(0) for move in moves}) == 1
+    assert len(copies) >= 40
+    copies[-1].wait()
+    assert len({copy.checksum(0) for copy in copies}) == 1
     copy = Sequence(moved.prompt, target, SAMPLED)
     copy.done_tokens, copy.output = TOKENS, list(kept)
     assert run_ahead(engine, [copy], 8) == run_ahead(engine, [moved], 8)
@@ -150,10 +153,11 @@ def test_the_host_waits_for_none_of_it(engine: Engine) -> None:
     with nothing_may_wait():
         torch.cuda._sleep(SLEEP_CYCLES)
         launched = engine.launch([row])
-        packed = pack(engine, PAGES, TOKENS, slot, True, launched.done)
-        unpacked = unpack(engine, list(range(20, 30)), TOKENS, other, True, launched.done)
+        step = StepsUpTo(engine.queued_step)
+        packed = pack(engine, PAGES, TOKENS, slot, True, step)
+        unpacked = unpack(engine, list(range(20, 30)), TOKENS, other, True, step)
         engine.fence(unpacked)
-        later = engine.moves.mark()
+        later = engine.copies.steps_event()
         assert not (launched.is_done or packed.is_done or unpacked.is_done)
         assert later is not None and not later.query()
     launched.collect()
@@ -161,7 +165,7 @@ def test_the_host_waits_for_none_of_it(engine: Engine) -> None:
     assert packed.is_done and packed.checksum(0) is not None
 
 
-def test_a_pack_starts_after_its_mark_and_needs_no_later_step(engine: Engine) -> None:
+def test_a_pack_starts_after_its_event_and_needs_no_later_step(engine: Engine) -> None:
     fill_pages(engine, 2)
     pack(engine, PAGES, TOKENS, expected := new_slot()).wait()
     fill_pages(engine, 3)
@@ -174,11 +178,12 @@ def test_a_pack_starts_after_its_mark_and_needs_no_later_step(engine: Engine) ->
     fill_pages(engine, 2)
     torch.cuda._sleep(SLEEP_CYCLES)
     engine.pool.data.index_copy_(0, pages, wanted)  # the step that computes what is packed
-    mark = engine.moves.mark()
+    step = engine.copies.steps_event()
     torch.cuda._sleep(SLEEP_CYCLES)  # the next one
-    end = engine.moves.mark()
+    end = engine.copies.steps_event()
     found = new_slot_beside()
-    move = pack(engine, PAGES, TOKENS, found, after=mark)
+    assert step is not None
+    move = pack(engine, PAGES, TOKENS, found, after=EventPassed(step))
     move.wait()
     assert end is not None and not end.query(), "it waited for the step after its own"
     torch.cuda.synchronize()
@@ -200,12 +205,12 @@ def test_steps_are_known_by_number_as_they_pass(engine: Engine) -> None:
     torch.cuda._sleep(SLEEP_CYCLES)
     engine.copy_pages([(120, 121)])
     run = SlotRun(PAGES, 0, TOKENS, 0, range(engine.layout.kv_heads))
-    move = engine.pack([run], SlotBuffer(new_slot_beside(), SLOT_BYTES), False, before + 1)
+    move = engine.pack([run], SlotBuffer(new_slot_beside(), SLOT_BYTES), False, StepsUpTo(before + 1))
     assert not move.is_done
     move.wait()
     assert launched.is_done and before + 1 <= engine.passed_step() < before + 3
     with pytest.raises(ValueError, match="not queued yet"):
-        engine.pack([run], SlotBuffer(new_slot(), SLOT_BYTES), False, before + 4)
+        engine.pack([run], SlotBuffer(new_slot(), SLOT_BYTES), False, StepsUpTo(before + 4))
     torch.cuda.synchronize()
     assert engine.passed_step() == before + 3
 
@@ -228,7 +233,7 @@ def test_a_step_does_not_overtake_a_move_that_was_given_up(engine: Engine, held:
     page, source = 30, 31
     engine.pool.data[source] = 1.0
     torch.cuda.synchronize()
-    move: Copy = unpack(engine, [page], 4, slot, after=busy_elsewhere())
+    move: Copy = unpack(engine, [page], 4, slot, after=EventPassed(busy_elsewhere()))
     if held:
         engine.fence(move)
     engine.copy_pages([(source, page)])
@@ -275,8 +280,8 @@ def test_many_slots_take_one_launch_and_no_wait(engine: Engine, monkeypatch: pyt
     with nothing_may_wait():
         torch.cuda._sleep(SLEEP_CYCLES)
         with torch.inference_mode():
-            packed = engine.moves.pack(packs, buffer, True, engine.moves.mark())
-            unpacked = engine.moves.unpack(unpacks, buffer, True)
+            packed = engine.copies.pack(packs, buffer, True, ALL_QUEUED_STEPS)
+            unpacked = engine.copies.unpack(unpacks, buffer, True, NOW)
         assert not packed.is_done and not unpacked.is_done
     assert launches == [{"unpack": False}, {"unpack": True}]
     unpacked.wait()
@@ -301,14 +306,14 @@ def test_tables_that_are_still_read_are_not_written_again(engine: Engine) -> Non
     find the former ones' memory."""
     pool = KvPool(engine.layout, 64, engine.kv_dtype, engine.device)
     pool.data[:] = torch.arange(64, device="cuda").view(64, 1, 1, 1, 1, 1).to(pool.data.dtype)
-    moves, heads = CopyStream(pool, 8), range(engine.layout.kv_heads)
+    copies, heads = CopyStream(pool, 8, StepEvents()), range(engine.layout.kv_heads)
     memories = [new_slot() for _ in range(40)]
     torch.cuda.synchronize()
     rings = []
     for rounds in range(2):
-        held = busy_elsewhere()
+        busy = EventPassed(busy_elsewhere())
         queued = [
-            moves.pack([SlotRun([at + rounds], 0, 1, 0, heads)], SlotBuffer(memory, SLOT_BYTES), False, held)
+            copies.pack([SlotRun([at + rounds], 0, 1, 0, heads)], SlotBuffer(memory, SLOT_BYTES), False, busy)
             for at, memory in enumerate(memories)
         ]
         assert not queued[0].is_done
@@ -316,7 +321,7 @@ def test_tables_that_are_still_read_are_not_written_again(engine: Engine) -> Non
         used = queued[0].byte_counts[0]
         found = [memory[:used].view(pool.data.dtype).unique().tolist() for memory in memories]
         assert found == [[at + rounds] for at in range(40)]
-        rings.append(len(moves._segments.ring))
+        rings.append(len(copies._segments.ring))
     assert rings[0] == rings[1] == 40
 
 

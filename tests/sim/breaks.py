@@ -16,7 +16,7 @@ from services.roles.role import Role
 from services.scheduler.batch import RunningBatch
 from services.scheduler.decode import Reservation
 from services.scheduler.pages import PagePool
-from services.transfer.pull import IncomingTransfer, KvPull
+from services.transfer.receiver import KvReceiver
 from tests.sim import faults
 
 
@@ -109,15 +109,15 @@ def cancels_are_forgotten() -> Any:
 
 def commits_come_early() -> Any:
     """The last segment is not waited for."""
-    finish = KvPull.unpack
+    arrived = KvReceiver.arrived
 
-    def broken(self: KvPull, event: Any) -> IncomingTransfer | None:
-        incoming = self._incoming.get(event.transfer_id)
+    def broken(self: KvReceiver, event: Any) -> None:
+        incoming = self._slices.get(event.transfer_id)
         if incoming is not None and incoming.first_arrival_s is None:
             incoming.missing_tokens = max(1, incoming.missing_tokens - 4)
-        return finish(self, event)
+        arrived(self, event)
 
-    return replaced(KvPull, "unpack", broken)
+    return replaced(KvReceiver, "arrived", broken)
 
 
 def joined_is_arrived() -> Any:
@@ -141,10 +141,10 @@ def ends_keep_the_transfer() -> Any:
     end = Role.end
 
     def broken(self: Role, request_id: int, reason: str) -> None:
-        live = self.parts.requests.get(request_id)
-        if live is not None and reason != "withdrawn":
-            self.parts.requests._by_transfer.pop(live.transfer_id or 0, None)
-            live.transfer_id = None
+        running = self.context.requests.get(request_id)
+        if running is not None and reason != "withdrawn":
+            self.context.requests._by_transfer.pop(running.transfer_id or 0, None)
+            running.transfer_id = None
         end(self, request_id, reason)
 
     return replaced(Role, "end", broken)

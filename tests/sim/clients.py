@@ -3,9 +3,8 @@
 from dataclasses import dataclass, field
 
 from router.errors import ApiError
-from router.routing.attempt import Attempt
 from router.routing.dispatcher import Dispatcher
-from router.routing.prompt_request import PromptRequest
+from router.routing.routed_request import PromptRequest, RoutedRequest
 from services.protocol.messages import PrefillDone, Sampling, Tokens
 from tests.sim.engine import EOS, continuation
 from tests.sim.kernel import Violation, World
@@ -27,7 +26,8 @@ class Wish:
 
 
 class Client:
-    """An `Output` of the router. `end` is None until the client has seen its end."""
+    """A `PromptOutput` of the router, and the output of each choice. `end` is None until the client has seen
+    its end."""
 
     def __init__(self, world: World, name: str, router: RouterHost, wish: Wish) -> None:
         self.world, self.name, self.router, self.wish = world, name, router, wish
@@ -40,7 +40,7 @@ class Client:
             continuation(wish.prompt, choice, wish.seed, wish.max_tokens) for choice in range(wish.choices)
         ]
         self._going = set(range(wish.choices))
-        self._attempts: list[Attempt] = []
+        self._requests: list[RoutedRequest] = []
 
     def ask(self) -> None:
         """Sends the request, or sees at once that the router is not there."""
@@ -57,27 +57,31 @@ class Client:
         sampling = Sampling(max_tokens=wish.max_tokens, seed=wish.seed)
         prompt_request = PromptRequest(wish.prompt, sampling, wish.choices, wish.salt, self)
         try:
-            self._attempts = dispatcher.submit([prompt_request])
+            self._requests = dispatcher.submit([prompt_request])
         except ApiError as error:
             self.error = error
             self._end("refused")
             return
-        self.world.note(self.name, "asks", self._attempts[0].work.request_id)
+        self.world.note(self.name, "asks", self._requests[0].work.request_id)
         self.router.loop.call_later(self.router.config.request_timeout_s, self._expire, dispatcher)
         if wish.patience_s is not None:
             self.router.loop.call_later(wish.patience_s, self._leave, dispatcher)
 
     def _expire(self, dispatcher: Dispatcher) -> None:
         if self.end is None:
-            dispatcher.end(self._attempts, ApiError(504, "out of time", code="deadline_exceeded"))
+            dispatcher.end(self._requests, ApiError(504, "out of time", code="deadline_exceeded"))
             self._require(self.end is not None, "is left without an end at its deadline")
 
     def _leave(self, dispatcher: Dispatcher) -> None:
         if self.end is None:
             self._end("left")
-            dispatcher.end(self._attempts)
+            dispatcher.end(self._requests)
 
-    # ------------------------------------------------------------ Output
+    # ------------------------------------------------------------ PromptOutput
+
+    @property
+    def choices(self) -> "list[Client]":
+        return [self] * self.wish.choices
 
     def on_prefilled(self, report: PrefillDone) -> None:
         self._require(self.end is None, f"hears of its prefill after it has {self.end}")

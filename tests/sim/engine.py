@@ -14,6 +14,7 @@ from typing import Any
 
 from kvtransfer.messages import KvGeometry
 from services.engine.batch import Row, RowResult, SampledToken, SampleSpec
+from services.engine.events import StartAfter
 from services.engine.kv.copies import Copy
 from services.engine.kv.run_table import SlotRun
 from services.engine.kv.segments import SlotBuffer
@@ -95,14 +96,14 @@ class SimEngine:
         """Every step is done when its call returns."""
         return self.queued_step
 
-    def fence(self, move: Copy) -> None:
-        """Every move is done when its call returns."""
+    def fence(self, copy: Copy) -> None:
+        """Every copy is done when its call returns."""
 
     def close(self) -> None:
         """Nothing is held."""
 
     def pack(
-        self, runs: Sequence[SlotRun], buffer: SlotBuffer, with_checksums: bool, after_step: int
+        self, runs: Sequence[SlotRun], buffer: SlotBuffer, with_checksums: bool, after: StartAfter
     ) -> Copy:
         contents = []
         for run in runs:
@@ -110,12 +111,12 @@ class SimEngine:
             data = b"".join(struct.pack("<q", cell) * COPIES for cell in cells)
             _slot(buffer, run.slot)[: len(data)] = data
             contents.append(data)
-        return _moved(contents, with_checksums)
+        return _copied(contents, with_checksums)
 
     def unpack(
-        self, runs: Sequence[SlotRun], buffer: SlotBuffer, with_checksums: bool, after_step: int
+        self, runs: Sequence[SlotRun], buffer: SlotBuffer, with_checksums: bool, after: StartAfter
     ) -> Copy:
-        """With checksums, what arrives in pieces is for whoever judges the move."""
+        """With checksums, what arrives in pieces is for whoever judges the copy."""
         contents = []
         for run in runs:
             data = bytes(_slot(buffer, run.slot)[: run.token_count * CELL_BYTES])
@@ -126,7 +127,7 @@ class SimEngine:
                     raise Violation(f"token {token} arrives in pieces of different writes")
                 self._write(run.pages, token, copies.pop() if len(copies) == 1 else EMPTY)
             contents.append(data)
-        return _moved(contents, with_checksums)
+        return _copied(contents, with_checksums)
 
     def synchronize(self) -> None:
         """Everything is done when its call returns."""
@@ -172,7 +173,7 @@ def _slot(buffer: SlotBuffer, slot: int) -> memoryview:
     return buffer.memory[slot * buffer.slot_bytes : (slot + 1) * buffer.slot_bytes]
 
 
-def _moved(contents: list[bytes], with_checksums: bool) -> Copy:
+def _copied(contents: list[bytes], with_checksums: bool) -> Copy:
     found = [zlib.crc32(data) for data in contents]
     checksums: Any = SimpleNamespace(values=lambda: found) if with_checksums else None
     return Copy([len(data) for data in contents], None, checksums)

@@ -43,7 +43,7 @@ def check_pages(name: str, worker: Worker) -> None:
         if one.state is State.ENDED or one.computed_tokens > one.capacity_tokens:
             raise Violation(f"{name}: {one}")
     known = {one.work.request_id for one in sequences}
-    if known != worker.parts.requests._live.keys():
+    if known != worker.parts.requests._running.keys():
         raise Violation(f"{name}: requests {worker.parts.requests.all()}, scheduled {sorted(known)}")
 
 
@@ -97,7 +97,8 @@ def worker_rest(worker: Worker) -> str | None:
     if worker.parts.pool.counts().used or worker.role.in_flight:
         return f"{worker.parts.pool.counts()}, in flight: {worker.role.in_flight}"
     role = worker.role
-    moving = role.push if isinstance(role, PrefillRole) else role.pull if isinstance(role, DecodeRole) else ()
-    if moving:
-        return f"{len(moving)} transfers"
+    if isinstance(role, PrefillRole) and len(role.sender):
+        return f"{len(role.sender)} transfers out"
+    if isinstance(role, DecodeRole) and len(role.receiver):
+        return f"{len(role.receiver)} transfers in"
     return None

@@ -14,8 +14,7 @@ from typing import Any
 
 import zmq
 
-from kvtransfer.net.channel import FRAMES_PER_RECEIVE, HIGH_WATER_FRAMES, DropReport
-from kvtransfer.net.channel import _decode as decode_frame
+from kvtransfer.net.channel import FRAMES_PER_RECEIVE, HIGH_WATER_FRAMES, DropReport, decode_frame
 from kvtransfer.net.codec import Codec
 from tests.sim.kernel import Process, Violation, World
 

@@ -14,7 +14,8 @@ from router.routing.dispatcher import Dispatcher
 from router.routing.metrics import Metrics
 from services.config import WorkerConfig
 from services.memory.plan import Measured
-from services.protocol.messages import Ledger, Role
+from services.protocol.messages import Role
+from services.protocol.worker_status import Ledger
 from services.transfer.copies import OwnCopier
 from services.transfer.links import TransferRanks
 from services.transfer.staging import StagingSlots
@@ -74,7 +75,7 @@ class TransferHost(Process):
         process, incarnation = self.process, self.incarnation
 
         def end() -> None:
-            process._farewell()
+            process._shut_down()
             process.close()
 
         self._run(end)
@@ -185,7 +186,7 @@ class WorkerHost(Process):
             engine=self.engine,
             model=SimpleNamespace(kv_heads=GEOMETRY.kv_heads),
             transfer=None if client is None else TransferRanks([client]),
-            moves=[] if client is None else [OwnCopier(engine, StagingSlots(client, 0))],
+            copiers=[] if client is None else [OwnCopier(engine, StagingSlots(client, 0))],
             plan=plan,
             measured=[Measured()],
             devices=None,

@@ -2,7 +2,8 @@
 
 import msgspec
 
-from services.protocol.messages import Status, StatusRequest
+from services.protocol.messages import StatusRequest
+from services.protocol.worker_status import Status
 from tests.sim.kernel import START_S, LogEntry
 from tests.sim.scenario import Outcome
 

@@ -15,11 +15,12 @@ import kvtransfer.process
 import kvtransfer.stats
 import services.protocol.client
 import services.protocol.connection
+import services.protocol.frame_server
 import services.worker
+from kvtransfer.buffer.region import Region
 from kvtransfer.client import TransferClient
 from kvtransfer.config import TransferConfig
 from kvtransfer.errors import TransferConfigError
-from kvtransfer.movers.base import Region
 from tests.sim.fabric import Fabric, SimMover
 from tests.sim.kernel import World
 from tests.sim.network import Link, Network, Server
@@ -55,19 +56,19 @@ class SimStaging:
         """See `Mapping`."""
 
 
-class SimDoor:
-    def __init__(self, doors: dict[str, Mapping], path: Path, fd: Mapping) -> None:
-        self._doors, self._path = doors, str(path)
-        doors[self._path] = fd
+class SimStagingServer:
+    def __init__(self, buffers: dict[str, Mapping], path: Path, fd: Mapping) -> None:
+        self._buffers, self._path = buffers, str(path)
+        buffers[self._path] = fd
 
     def fileno(self) -> int:
         return -1
 
     def serve(self) -> None:
-        """Whoever maps the buffer finds it in `doors`."""
+        """Whoever maps the buffer finds it in `buffers`."""
 
     def close(self) -> None:
-        self._doors.pop(self._path, None)
+        self._buffers.pop(self._path, None)
 
 
 class SimProbe:
@@ -86,13 +87,13 @@ class SimProbe:
 
 
 class Seams:
-    """`doors` are the staging buffers, by the path of the socket that hands each out."""
+    """`buffers` are the staging buffers, by the path of the socket that hands each out."""
 
     def __init__(self, world: World) -> None:
         self.world = world
         self.network = Network(world)
         self.fabric = Fabric(world, self.network.parted_until_s)
-        self.doors: dict[str, Mapping] = {}
+        self.buffers: dict[str, Mapping] = {}
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -102,7 +103,7 @@ class Seams:
             (kvtransfer.process, "Server", self._server),
             (kvtransfer.process, "HostStaging", SimStaging),
             (kvtransfer.process, "select_mover", self._mover),
-            (kvtransfer.process, "StagingDoor", partial(SimDoor, self.doors)),
+            (kvtransfer.process, "StagingSocketServer", partial(SimStagingServer, self.buffers)),
             (kvtransfer.stats, "psutil", SimpleNamespace(Process=lambda: process_info)),
             (kvtransfer.process, "secrets", SimpleNamespace(randbelow=self.world.rng.randrange)),
             (kvtransfer.peers.sources, "secrets", SimpleNamespace(randbelow=self.world.rng.randrange)),
@@ -112,10 +113,10 @@ class Seams:
             (kvtransfer.peers.sources, "IncarnationProbe", partial(SimProbe, self.network)),
             (kvtransfer.client, "Link", self._link),
             (kvtransfer.client, "receive_staging", self._receive_staging),
-            (services.worker, "Server", self._server),
+            (services.protocol.frame_server, "FrameServer", self._server),
             (services.worker, "time", clock),
             (services.worker, "os", SimpleNamespace(getpid=lambda: 1)),
-            (services.protocol.client, "open_wire", services.protocol.connection.ZmqWire),
+            (services.protocol.client, "open_connection", services.protocol.connection.ZmqConnection),
             (services.protocol.connection, "Link", self._link),
         ]
         with ExitStack() as stack:
@@ -135,6 +136,7 @@ class Seams:
         on_drop: Any,
         refusal: Any = None,
         on_bad: Any = None,
+        on_end: Any = None,
     ) -> Server:
         return Server(self.network, endpoint, receives, sends, on_drop)
 
@@ -154,7 +156,7 @@ class Seams:
         return SimMover(self.fabric, agent_name, config.slots * config.slot_bytes, config.slot_bytes)
 
     def _receive_staging(self, path: Path, byte_count: int, timeout_s: float) -> Mapping:
-        found = self.doors.get(str(path))
+        found = self.buffers.get(str(path))
         if found is None:
             raise TransferConfigError(f"staging_socket {path}: nobody hands out a buffer")
         return found

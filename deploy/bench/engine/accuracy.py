@@ -26,8 +26,8 @@ import deploy.demo
 from deploy.demo.text import documents, render
 from services.config import WorkerConfig
 from services.engine.batch import Row
-from services.engine.checkpoint.model_config import read_model_config
 from services.engine.engine import Engine
+from services.engine.models.model_config import read_model_config
 from services.engine.step_inputs import build_step, order_rows
 
 DEMO_MODEL = Path(deploy.demo.__file__).parent / "model"

@@ -126,13 +126,13 @@ def median_s(call: Callable[[], object], on_gpu: bool, repeats: int) -> float:
             call()
             times_s.append(time.perf_counter() - started_s)
         return statistics.median(times_s)
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]  # type: ignore[no-untyped-call]
-    marks[0].record()
-    for mark in marks[1:]:
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]  # type: ignore[no-untyped-call]
+    events[0].record()
+    for event in events[1:]:
         call()
-        mark.record()
-    marks[-1].synchronize()
-    return statistics.median(float(before.elapsed_time(after)) for before, after in pairwise(marks)) / 1e3
+        event.record()
+    events[-1].synchronize()
+    return statistics.median(float(before.elapsed_time(after)) for before, after in pairwise(events)) / 1e3
 
 
 def main() -> None:

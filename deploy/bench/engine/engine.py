@@ -25,9 +25,9 @@ from deploy.bench.engine.loop import EngineLoop
 from deploy.bench.engine.memory import DeviceMarks, memory_report
 from deploy.bench.engine.report import (
     EngineMachine,
+    EngineReport,
     ModelFigures,
     ReportRow,
-    RowResultFigures,
     head_line,
     memory_lines,
     rate_row,
@@ -51,7 +51,7 @@ PREPARE_ROW = "load, measure, pool, graphs"
 
 
 @dataclass(frozen=True, slots=True)
-class BenchOrder:
+class BenchRequest:
     """What the command line asked for. `only` names the groups that run."""
 
     config: WorkerConfig
@@ -69,40 +69,40 @@ class BenchOrder:
     trace: Path | None
 
 
-def run(order: BenchOrder) -> int:
-    """The exit code: 1 when anything failed, whatever else was measured."""
-    bench = _Bench(order)
+def run(request: BenchRequest) -> int:
+    """Runs the benchmark. The exit code is 1 when anything failed, whatever else was measured."""
+    bench = _Bench(request)
     bench.measure()
     return bench.finish()
 
 
 class _Bench:
-    def __init__(self, order: BenchOrder) -> None:
-        self.order = order
+    def __init__(self, request: BenchRequest) -> None:
+        self.request = request
         machine = EngineMachine(
-            order.device_name, order.device_bytes, cpu_name(), len(os.sched_getaffinity(0))
+            request.device_name, request.device_bytes, cpu_name(), len(os.sched_getaffinity(0))
         )
-        self.result = RowResultFigures(machine, versions(), order.settings)
+        self.result = EngineReport(machine, versions(), request.settings)
         self.marks: DeviceMarks | None = None
-        if order.config.device == "cuda":
-            self.marks = DeviceMarks(gpu_facts(order.config.device_index).used_bytes)
+        if request.config.device == "cuda":
+            self.marks = DeviceMarks(gpu_facts(request.config.device_index).used_bytes)
 
     def measure(self) -> None:
-        only = self.order.only
-        self._say(f"{self.order.model_name} on {self.order.device_name}, {self.order.config.dtype}")
+        only = self.request.only
+        self._say(f"{self.request.model_name} on {self.request.device_name}, {self.request.config.dtype}")
         self._try("ceilings", self._ceilings)
         self._say(f"\n{FORMULA}\n\n{head_line()}")
         if "ready" in only:
             self._try_row(READY_ROW, partial(self._ready, READY_ROW))
-            if self.order.config.device == "cuda" and not self.order.quick:
+            if self.request.config.device == "cuda" and not self.request.quick:
                 self._try_row(READY_AGAIN_ROW, partial(self._ready, READY_AGAIN_ROW))
         if only - {"ready"}:
             self._try("worker", self._worker)
 
     def finish(self) -> int:
         result = self.result
-        if self.order.out is not None:
-            self.order.out.write_bytes(json.format(json.encode(result), indent=1))
+        if self.request.out is not None:
+            self.request.out.write_bytes(json.format(json.encode(result), indent=1))
         for failure in result.failures:
             self._say(f"failed: {failure}")
         return 1 if result.failures else 0
@@ -110,7 +110,7 @@ class _Bench:
     # ------------------------------------------------------------ before the worker
 
     def _ceilings(self) -> None:
-        found = ceilings.measure(self.order.config.device)
+        found = ceilings.measure(self.request.config.device)
         self.result.ceilings = found
         self._say(
             f"read {found.read_bytes_per_s / 1e12:.3f} TB/s, copy {found.copy_bytes_per_s / 1e12:.3f} TB/s "
@@ -120,7 +120,7 @@ class _Bench:
         )
 
     def _ready(self, name: str) -> ReportRow:
-        measured_s = ready.seconds_to_ready(self.order.worker_flags, self.order.directory)
+        measured_s = ready.seconds_to_ready(self.request.worker_flags, self.request.directory)
         note = "from the start of `baton worker --load-format dummy` to its answer to a router"
         return ReportRow(name, "s", measured_s, note=note)
 
@@ -128,19 +128,19 @@ class _Bench:
 
     def _worker(self) -> None:
         started_s = time.perf_counter()
-        prepared = prepare(self.order.config, 1, lambda done, total: None)
+        prepared = prepare(self.request.config, 1, lambda done, total: None)
         prepare_s = time.perf_counter() - started_s
         inputs, model = prepared.plan.inputs, prepared.model
         kv_token_bytes = inputs.page_bytes / inputs.page_size_tokens
         self.result.model = ModelFigures(
-            self.order.model_name,
+            self.request.model_name,
             model.architecture,
             model.layers,
             inputs.weights_bytes,
             kv_token_bytes,
-            self.order.config.dtype,
+            self.request.config.dtype,
         )
-        config = self.order.config
+        config = self.request.config
         fp8_layers = config.quantization == "fp8"
         cost = model_cost(model, config.dtype, inputs.weights_bytes, kv_token_bytes, fp8_layers)
         self._add(ReportRow(PREPARE_ROW, "s", prepare_s, note="the same in this process, after its imports"))
@@ -152,14 +152,14 @@ class _Bench:
             self._rows(loop, cost)
             if self.marks is not None:
                 self.marks.stop(prepared)
-            if self.order.trace is not None and "trace" in self.order.only:
-                self._traces(loop, self.order.trace)
+            if self.request.trace is not None and "trace" in self.request.only:
+                self._traces(loop, self.request.trace)
             self._try("memory", lambda: self._memory(prepared))
         finally:
             loop.close()
 
     def _rows(self, loop: EngineLoop, cost: ModelCost) -> None:
-        only, load = self.order.only, self.order.workload
+        only, load = self.request.only, self.request.workload
         if "decode" in only:
             for decode in load.decodes:
                 self._try_row(decode.name, partial(self._decode, loop, cost, decode))
@@ -170,7 +170,7 @@ class _Bench:
             self._try_row(load.offline.name, partial(self._offline, loop, cost, load.offline))
 
     def _decode(self, loop: EngineLoop, cost: ModelCost, row: Decode) -> ReportRow:
-        load = self.order.workload
+        load = self.request.workload
         times = loop.decode_times(row, load.warm_steps, load.steps)
         phases = cost.decode(row.batch, times.mean_context)
         ordered = sorted(times.steps_s)
@@ -185,7 +185,7 @@ class _Bench:
     def _prefill(self, loop: EngineLoop, cost: ModelCost, row: PrefillRow) -> ReportRow:
         several = row.requests > 1
         loop.prefill_s(PrefillRow(1, row.tokens) if several else row)
-        repeats = 1 if several else self.order.workload.repeats
+        repeats = 1 if several else self.request.workload.repeats
         times_s = sorted(loop.prefill_s(row) for _ in range(repeats))
         measured_s, phases = times_s[len(times_s) // 2], cost.prefill(row)
         if several:
@@ -195,12 +195,12 @@ class _Bench:
 
     def _offline(self, loop: EngineLoop, cost: ModelCost, row: Offline) -> ReportRow:
         measured_s = loop.offline_s(row)
-        phases = cost.offline(row, self.order.config.max_batch)
+        phases = cost.offline(row, self.request.config.max_batch)
         tokens = row.requests * row.output_tokens
         return rate_row(row.name, tokens, measured_s, phases, self.result.ceilings)
 
     def _traces(self, loop: EngineLoop, prefix: Path) -> None:
-        load = self.order.workload
+        load = self.request.workload
         stem = prefix.name.removesuffix(".gz").removesuffix(".json")
         decode_file = prefix.with_name(f"{stem}-decode.json.gz")
         prefill_file = prefix.with_name(f"{stem}-prefill.json.gz")

@@ -5,10 +5,11 @@ A row takes at least the larger of
     bytes it must read / read bandwidth      and      floating-point operations / matmul rate
 
 with the bandwidth and the rate that were measured on this device: a bound for any order and overlap of the
-work (Williams et al., Roofline, 2009). Weights are read once a step, the KV of a sequence once a step; a
-product does 2 operations a weight and token, attention 4 a query head, element of a head and pair of
-positions, counting only pairs that the causal mask and a sliding window leave. Activations, norms, sampling
-and launches are taken as free.
+work (Williams et al., Roofline, 2009). Weights are read once a step, the KV of a sequence once a step; of a
+router's experts only those that so many tokens, choosing at random, can be expected to ask for. A product
+does 2 operations a weight and token, attention 4 a query head, element of a head and pair of positions,
+counting only pairs that the causal mask and a sliding window leave. Activations, norms, sampling and launches
+are taken as free.
 
 On one stream of kernels the products with the weights and attention do not overlap. That closer bound, the
 sum over these phases of each one's larger time, stands beside the limit.
@@ -16,12 +17,13 @@ sum over these phases of each one's larger time, stands beside the limit.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import prod
 
 from msgspec import Struct
 
 from deploy.bench.engine.workload import Offline, PrefillRow
 from services.config import Dtype
-from services.engine.checkpoint.model_config import ModelConfig, dtype_bytes
+from services.engine.models.model_config import ModelConfig, dtype_bytes
 
 FORMULA = (
     "limit = max((weights + KV bytes) / read bandwidth, (products + attention FLOP) / matmul rate)\n"
@@ -87,29 +89,34 @@ def formula(phases: Sequence[RooflinePhase], ceilings: Ceilings) -> str:
 class ModelCost:
     """`weights_bytes` are those a step reads: of the input embedding it reads next to nothing.
 
-    `layer_weights` multiply every token, `output_weights` those that are drawn from.
+    `layer_weights` multiply a token, `output_weights` those that are drawn from. `expert_bytes` of all bytes
+    are of experts, of which a token is multiplied with `expert_share`.
     """
 
     weights_bytes: int
-    layer_weights: int
+    layer_weights: float
     output_weights: int
     kv_layer_token_bytes: float
     pair_flop: int
     windows: tuple[int | None, ...]
     fp8_layers: bool = False
     """Whether the layers' products are of fp8 numbers; the output matrix's never are."""
+    expert_bytes: int = 0
+    expert_share: float = 1.0
 
     def decode(self, batch: int, context: float) -> list[RooflinePhase]:
         """One step of `batch` sequences that each attend to `context` positions."""
         return [
-            self._products(self.weights_bytes, batch, batch),
+            self._products(self._read_bytes(batch), batch, batch),
             self._decode_attention("attention", batch, [context]),
         ]
 
     def prefill(self, row: PrefillRow) -> list[RooflinePhase]:
         """Weights once, however many steps the prompts take: no schedule could do with less."""
         return [
-            self._products(self.weights_bytes, row.requests * row.tokens, row.requests),
+            self._products(
+                self._read_bytes(row.requests * row.tokens), row.requests * row.tokens, row.requests
+            ),
             self._prompt_attention("attention", row.requests, row.tokens),
         ]
 
@@ -120,10 +127,15 @@ class ModelCost:
         tokens = row.requests * row.input_tokens + decoded
         contexts = [row.input_tokens + done for done in range(1, row.output_tokens)]
         return [
-            self._products(float(steps * self.weights_bytes), tokens, samples),
+            self._products(steps * self._read_bytes(tokens / steps), tokens, samples),
             self._prompt_attention("prompts' attention", row.requests, row.input_tokens),
             self._decode_attention("decode attention", row.requests, contexts),
         ]
+
+    def _read_bytes(self, tokens: float) -> float:
+        """Weights that a step of so many tokens reads."""
+        unread: float = self.expert_bytes * (1.0 - self.expert_share) ** tokens
+        return self.weights_bytes - unread
 
     def _products(self, read_bytes: float, tokens: int, samples: int) -> RooflinePhase:
         layers, output = 2.0 * tokens * self.layer_weights, 2.0 * samples * self.output_weights
@@ -152,16 +164,18 @@ def model_cost(
 ) -> ModelCost:
     """`weights_bytes` and `kv_token_bytes` as they lie in memory, all layers together."""
     embedding = model.vocab_size * model.hidden_size
-    shapes = model.tensor_shapes().items()
-    matrices = sum(shape[0] * shape[1] for name, shape in shapes if len(shape) == 2 and ".layers." in name)
+    matrices = [spec for spec in model.tensors if spec.layer is not None and len(spec.axes) == 2]
+    experts = [spec for spec in matrices if spec.token_share < 1.0]
     return ModelCost(
         weights_bytes=weights_bytes - (0 if model.tied_embeddings else embedding * dtype_bytes(dtype)),
-        layer_weights=matrices,
+        layer_weights=sum(prod(spec.shape) * spec.token_share for spec in matrices),
         output_weights=embedding,
         kv_layer_token_bytes=kv_token_bytes / model.layers,
         pair_flop=4 * model.heads * model.head_dim,
         windows=model.windows,
         fp8_layers=fp8_layers,
+        expert_bytes=sum(spec.rank_bytes(dtype_bytes(dtype), fp8_layers) for spec in experts),
+        expert_share=experts[0].token_share if experts else 1.0,
     )
 
 

@@ -1,5 +1,5 @@
 """A unified worker in this process, driven turn by turn: the role, scheduler and engine that serve, without
-sockets. Tokens count when they are in the outbox: drawn, copied to the host, and reported.
+sockets. Tokens count when they are in the outbox: sampled, copied to the host, and reported.
 """
 
 import random
@@ -31,7 +31,7 @@ class DecodeTimes:
 
 
 class EngineLoop:
-    """Every method leaves the worker idle, also when it raises BenchError."""
+    """One worker, turn by turn. Every method leaves it idle, also when it raises BenchError."""
 
     def __init__(self, prepared: PreparedWorker) -> None:
         self.worker = Worker(prepared, worker_epoch=1)
@@ -49,11 +49,11 @@ class EngineLoop:
     # ------------------------------------------------------------ measurements
 
     def prefill_s(self, row: PrefillRow, around: AbstractContextManager[object] | None = None) -> float:
-        """From giving the prompts until the last one's first token is here; `around` is entered just then."""
+        """Seconds from giving the prompts, when `around` is entered, to the last one's first token."""
         return self._all_tokens_s(row.requests, row.tokens, 1, around)
 
     def offline_s(self, row: Offline) -> float:
-        """From giving all requests until the last one's last token is here."""
+        """Seconds from giving all requests to the last one's last token."""
         return self._all_tokens_s(row.requests, row.input_tokens, row.output_tokens, None)
 
     def decode_times(self, row: Decode, warm_steps: int, steps: int) -> DecodeTimes:
@@ -61,15 +61,15 @@ class EngineLoop:
         try:
             prompts = self.start_decoding(row, warm_steps, steps)
             self.until_total(self.total_tokens + row.batch * warm_steps)
-            # The step that draws a sequence's token n + 1 attends to its prompt and n tokens.
+            # The step that samples a sequence's token n + 1 attends to its prompt and n tokens.
             first_context = (sum(prompts) + sum(self.output_tokens.values())) / row.batch
             wanted = self.total_tokens + row.batch * steps
             times_s: list[float] = []
             last_s = time.perf_counter()
             while self.total_tokens < wanted:
-                held = self.total_tokens
+                before = self.total_tokens
                 self.turn()
-                if self.total_tokens > held:
+                if self.total_tokens > before:
                     now_s = time.perf_counter()
                     times_s.append(now_s - last_s)
                     last_s = now_s
@@ -96,12 +96,12 @@ class EngineLoop:
     def turn(self) -> None:
         """What the worker's loop does in one turn. Raises BenchError when a request failed, or when there is
         nothing to do."""
-        held = self.total_tokens
+        before = self.total_tokens
         busy = self.role.step()
         self.parts.outbox.flush()
         if self._failure is not None:
             raise BenchError(self._failure)
-        if not busy and self.total_tokens == held:
+        if not busy and self.total_tokens == before:
             raise BenchError("the worker has nothing to run, but not all tokens are here")
 
     def until_total(self, tokens: int) -> None:

@@ -13,8 +13,8 @@ BEYOND_REST, HELD = "allocator: most beyond its rest", "allocator: most it held,
 
 @dataclass(slots=True)
 class DeviceMarks:
-    """What only a GPU's allocator and driver tell. `others_bytes` were in use before this benchmark began:
-    it is alone on the device, so that the driver's sum tells the worker's context even where the driver
+    """What only a GPU's allocator and driver know. `others_bytes` were in use before this benchmark began:
+    it is alone on the device, so that the driver's sum shows the worker's context even where the driver
     does not name processes."""
 
     others_bytes: int

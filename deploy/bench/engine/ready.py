@@ -1,9 +1,10 @@
-"""From the start of a worker process to its first answer.
+"""The time from the start of a worker process to its first answer.
 
 Everything a user waits for is in it: the interpreter, imports, weights, the measured forward, the pool, the
 graphs, and, with an empty kernel cache, compiling.
 """
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -12,11 +13,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import zmq
-
 from deploy.bench.errors import BenchError
-from kvtransfer.net.channel import Codec, Link
-from services.protocol.messages import VERSION, Refusal, Report, Request, RouterHello, WorkerHello
+from services.protocol.client import ClientState, WorkerClient
 
 TIMEOUT_S = 300.0
 END_TIMEOUT_S = 30.0
@@ -41,27 +39,30 @@ def seconds_to_ready(worker_flags: Sequence[str], directory: Path) -> float:
             if time.monotonic() - started_s > TIMEOUT_S:
                 raise BenchError(f"the worker is not ready after {TIMEOUT_S:g} s: {_last_line(log)}")
             time.sleep(LOOK_INTERVAL_S)
-        _greet(f"ipc://{socket}")
+        asyncio.run(_greet(f"ipc://{socket}"))
         return time.monotonic() - started_s
     finally:
         _end(process)
 
 
-def _greet(endpoint: str) -> None:
-    link: Link[Report, Request] = Link(endpoint, Codec(Report), Codec(Request), on_drop=lambda reason: None)
+async def _greet(endpoint: str) -> None:
+    """Returns when the worker has said hello."""
+    answered = asyncio.Event()
+
+    def on_state(client: WorkerClient, old: ClientState, new: ClientState) -> None:
+        if new in (ClientState.READY, ClientState.REFUSED):
+            answered.set()
+
+    client = WorkerClient(endpoint, router_epoch=1, on_reports=lambda *_: None, on_state=on_state)
+    client.start()
     try:
-        link.send([RouterHello(VERSION, 1)])
-        if not link.socket.poll(int(TIMEOUT_S * 1000), zmq.POLLIN):
-            raise BenchError("the worker listens but does not answer")
-        match link.receive():
-            case [WorkerHello(), *_]:
-                return
-            case [Refusal(message=message), *_]:
-                raise BenchError(message)
-            case _:
-                raise BenchError("the worker answered without a hello")
+        await asyncio.wait_for(answered.wait(), TIMEOUT_S)
+        if client.state is ClientState.REFUSED:
+            raise BenchError(client.message)
+    except TimeoutError as error:
+        raise BenchError("the worker listens but does not answer") from error
     finally:
-        link.close()
+        client.close()
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:

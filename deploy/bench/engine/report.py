@@ -56,7 +56,7 @@ class MemoryLine(Struct, frozen=True):
     difference_percent: float
 
 
-class RowResultFigures(Struct):
+class EngineReport(Struct):
     machine: EngineMachine
     versions: dict[str, str]
     settings: dict[str, str | int | float]

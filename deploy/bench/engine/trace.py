@@ -30,7 +30,7 @@ WINDOW = "measured"
 KEPT_CATEGORIES = (*DEVICE_CATEGORIES, "cuda_runtime", "cuda_driver", "user_annotation", *HOST_CATEGORIES)
 MAX_FILE_BYTES = 1_000_000
 STEPS_AROUND = 3
-Mark = Callable[[], AbstractContextManager[object]]
+Stretch = Callable[[], AbstractContextManager[object]]
 
 
 class Traced(Struct, frozen=True):
@@ -50,9 +50,9 @@ def trace_decode(loop: EngineLoop, row: Decode, steps: int, file: Path) -> Trace
         loop.start_decoding(row, 3 * STEPS_AROUND, steps)
         loop.until_total(loop.total_tokens + STEPS_AROUND * row.batch)
 
-        def run(mark: Mark) -> None:
+        def run(stretch: Stretch) -> None:
             loop.until_total(loop.total_tokens + STEPS_AROUND * row.batch)
-            with mark():
+            with stretch():
                 loop.until_total(loop.total_tokens + steps * row.batch)
             loop.until_total(loop.total_tokens + STEPS_AROUND * row.batch)
 
@@ -62,14 +62,14 @@ def trace_decode(loop: EngineLoop, row: Decode, steps: int, file: Path) -> Trace
 
 
 def trace_prefill(loop: EngineLoop, row: PrefillRow, file: Path) -> Traced:
-    def run(mark: Mark) -> None:
-        loop.prefill_s(row, mark())
+    def run(stretch: Stretch) -> None:
+        loop.prefill_s(row, stretch())
 
     loop.prefill_s(row)
     return _traced(loop, row.name, 1, run, file)
 
 
-def _traced(loop: EngineLoop, name: str, steps: int, run: Callable[[Mark], None], file: Path) -> Traced:
+def _traced(loop: EngineLoop, name: str, steps: int, run: Callable[[Stretch], None], file: Path) -> Traced:
     import torch
     from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -93,15 +93,15 @@ def _traced(loop: EngineLoop, name: str, steps: int, run: Callable[[Mark], None]
 
 
 def window_of(events: list[TraceEvent]) -> TraceEvent:
-    """The marked stretch. On a GPU its mark is there twice: the host's is the one that counts."""
+    """The event of the measured stretch. On a GPU it is there twice: the host's is the one that counts."""
     for event in events:
         if event.name == WINDOW and event.category == "user_annotation":
             return event
-    raise BenchError("the profiler's trace has no mark of the measured stretch")
+    raise BenchError("the profiler's trace has no event of the measured stretch")
 
 
 def write_small(trace: dict[str, Any], window: TraceEvent, file: Path) -> None:
-    """The trace of the marked stretch, compressed, for a trace viewer. Host events are left out where the
+    """Writes the trace of the measured stretch, compressed, for a viewer. Host events are left out where the
     file would exceed `MAX_FILE_BYTES`, and then the latest ones."""
     kept = [one for one in trace["traceEvents"] if one.get("ph") == "M"]
     timed = [_slim(one) for one in trace["traceEvents"] if _is_kept(one, window)]

@@ -23,7 +23,7 @@ class Decode:
 
 @dataclass(frozen=True, slots=True)
 class PrefillRow:
-    """`requests` prompts of `tokens` tokens, given at once, one token drawn of each."""
+    """`requests` prompts of `tokens` tokens, given at once, one token sampled of each."""
 
     requests: int
     tokens: int

@@ -47,8 +47,8 @@ from services.engine.attention.decode_attention import (
     decode_attention_kernel,
     decode_splits,
 )
-from services.engine.attention.plan import KvLayout
 from services.engine.attention.prefill_attention import prefill_attention, prefill_attention_kernel
+from services.engine.kv.layout import KvLayout
 from services.engine.kv.pack_kernels import move_runs_kernel
 from services.engine.kv.run_table import RunTables, SlotRun
 from services.engine.ops import tuning

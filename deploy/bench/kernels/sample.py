@@ -1,4 +1,4 @@
-"""Drawing tokens at Qwen3's vocabulary in bfloat16, checked and timed: `python -m
+"""Sampling tokens at Qwen3's vocabulary in bfloat16, checked and timed: `python -m
 deploy.bench.kernels.sample`.
 
 Times are medians of CUDA graphs, of the kernels and beside them of their reference: a float64 sampler in
@@ -135,7 +135,7 @@ def measure(tune: bool) -> Iterator[SampleResult]:
 def run(out: Path | None, tune: bool) -> int:
     """1. Check and time every shape; 2. write the results; 3. fail if a token was wrong."""
     if not torch.cuda.is_available():
-        print("the benchmark of draws needs an NVIDIA GPU", file=sys.stderr)
+        print("the benchmark of sampling needs an NVIDIA GPU", file=sys.stderr)
         return 1
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
     results: list[SampleResult] = []

@@ -17,7 +17,7 @@ def arrival_times(kind: Kind, rate: float, count: int, burstiness: float, seed: 
     """`count` times in seconds, the first at 0 and the mean gap 1 / `rate` exactly, so that few requests make
     the rate that was asked for.
 
-    `burstiness` is the shape of the gamma distribution that gaps are drawn from: their variance is
+    `burstiness` is the shape of the gamma distribution that gaps are sampled from: their variance is
     1 / burstiness of the squared mean, so 1 is Poisson, and less is burstier. Poisson ignores it.
     """
     shape = burstiness if kind == "gamma" else 1.0

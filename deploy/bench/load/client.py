@@ -22,7 +22,10 @@ OnEnd = Callable[[], None]
 
 
 class LoadClient:
-    """Made and used inside a running event loop. `on_end` is called once for each request that was sent."""
+    """Sends requests and notes when their answers come, inside a running event loop.
+
+    `on_end` is called once for each request that was sent.
+    """
 
     def __init__(self, target: Target, timeout_s: float, on_end: OnEnd) -> None:
         self._target, self._timeout_s, self._on_end = target, timeout_s, on_end

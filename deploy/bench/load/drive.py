@@ -30,7 +30,7 @@ class Driven:
 
 
 async def drive(target: Target, load: PlannedLoad, timeout_s: float) -> Driven:
-    """Everything that was planned, sent and ended. Cancelling it closes every connection."""
+    """Sends everything that was planned, and waits for its end. Cancelling it closes every connection."""
     left = len(load.planned)
     all_ended = asyncio.Event()
 
@@ -63,7 +63,7 @@ async def _sleep_until(due_s: float) -> None:
 
 @contextlib.contextmanager
 def _many_files() -> Iterator[None]:
-    """As many open connections as the system lets this process have."""
+    """Raises the limit of open files to what the system lets this process have."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     try:
@@ -74,7 +74,7 @@ def _many_files() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
-    """Garbage is collected before: a pause in the middle would count as the server's."""
+    """Keeps the garbage collector off: a pause in the middle would count as the server's."""
     gc.collect()
     gc.freeze()
     gc.disable()

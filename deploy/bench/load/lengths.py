@@ -1,4 +1,4 @@
-"""How many tokens prompts and answers have: always the same, or drawn. Pure."""
+"""How many tokens prompts and answers have: always the same, or sampled. Pure."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ Tokens = NDArray[np.int64]
 class Fixed:
     tokens: int
 
-    def draw(self, count: int, random: np.random.Generator) -> Tokens:
+    def sample(self, count: int, random: np.random.Generator) -> Tokens:
         return np.full(count, self.tokens, dtype=np.int64)
 
     def __str__(self) -> str:
@@ -27,7 +27,7 @@ class Uniform:
     low: int
     high: int
 
-    def draw(self, count: int, random: np.random.Generator) -> Tokens:
+    def sample(self, count: int, random: np.random.Generator) -> Tokens:
         return random.integers(self.low, self.high, count, endpoint=True)
 
     def __str__(self) -> str:
@@ -42,7 +42,7 @@ class LogNormal:
     sigma: float
     most: int
 
-    def draw(self, count: int, random: np.random.Generator) -> Tokens:
+    def sample(self, count: int, random: np.random.Generator) -> Tokens:
         sampled = random.lognormal(np.log(self.median), self.sigma, count)
         return np.clip(np.rint(sampled), 1, self.most).astype(np.int64)
 

@@ -95,7 +95,7 @@ class LoadSettings:
     )
     warm_up: int = setting(10, integer(0, 100_000), "Requests before, at the same rate, that do not count.")
     seed: int = setting(0, integer(0, (1 << 31) - 1), "The same seed makes the same load.")
-    token_ids: tuple[int, int] = setting((256, 1023), parse_token_ids, "Ids that prompts are drawn from.")
+    token_ids: tuple[int, int] = setting((256, 1023), parse_token_ids, "Ids that prompts are sampled from.")
     temperature: float = setting(0.0, number(0, 2), "Of the answers.")
     slo_ttft_ms: float | None = setting(None, _positive_ms, "Most ms to the first token of a good request.")
     slo_tpot_ms: float | None = setting(None, _positive_ms, "Most ms for each token after the first.")
@@ -117,7 +117,7 @@ class BenchServeSettings(LoadSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchedSettings(LoadSettings, StagingSettings, MoverSettings, EngineSettings):
-    """Of systems that are launched to be measured."""
+    """What is launched to be measured, and the load on it."""
 
     prefix_cache: bool = setting(True, flag, "Reuse the KV of common prefixes.", switch=True)
     log: Path | None = setting(None, path, "File for what the systems print.")

@@ -33,7 +33,7 @@ class Outcome:
 
     @property
     def tokens(self) -> int:
-        """As the server counts them; without its word, one for each chunk."""
+        """The answer's tokens as the server counts them; without its count, one for each chunk."""
         return sum(self.chunks) if self.completion_tokens is None else self.completion_tokens
 
     @property
@@ -43,7 +43,7 @@ class Outcome:
 
     @property
     def first_token_s(self) -> float:
-        """From when it was due, not from when it was sent: a client that lags does not hide it."""
+        """Time to the first token from when the request was due, not sent: a client's lag is not hidden."""
         return self.arrived_s[0] - self.scheduled_s
 
     @property

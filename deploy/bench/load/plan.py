@@ -62,7 +62,7 @@ class Sizes:
 def sampled_sizes(inputs: Lengths, outputs: Lengths, count: int, seed: int) -> list[Sizes]:
     """The same for every rate; more of them begin with the same."""
     given, made = (np.random.default_rng((seed, which)) for which in (1, 2))
-    sampled = zip(inputs.draw(count, given), outputs.draw(count, made), strict=True)
+    sampled = zip(inputs.sample(count, given), outputs.sample(count, made), strict=True)
     return [Sizes(int(prompt), int(answer)) for prompt, answer in sampled]
 
 
@@ -129,7 +129,7 @@ def make_load(
 
 
 def body(prompt: TokenIds, size: Sizes, ask: RequestTemplate, number: int) -> bytes:
-    """Exactly `output_tokens` are wanted, whatever the model draws, and whatever a server's defaults are."""
+    """A request for exactly `output_tokens`, whatever the model samples and a server's defaults are."""
     return msgspec.json.encode(
         {
             "model": ask.model,

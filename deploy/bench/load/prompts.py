@@ -1,6 +1,6 @@
 """Prompts as token ids, so that their lengths are exact whatever the tokenizer. Pure.
 
-Ids are drawn from a range; what each prompt holds depends on the seed, the stream it belongs to (one for
+Ids are sampled from a range; what each prompt holds depends on the seed, the stream it belongs to (one for
 each rate of a run) and its number or its blocks' ids alone. A second rate therefore finds nothing of the
 first one's in a prefix cache, and two systems that are compared get the same prompts.
 """

@@ -17,7 +17,6 @@ from deploy.bench.load.plan import (
 )
 from deploy.bench.load.prompts import Prompts
 from deploy.bench.load.traces import TracedRequest, TraceError, read_trace
-from deploy.bench.serving.statistics import SloLimits
 from deploy.errors import UserError
 
 DEFAULT_RATE = 1.0
@@ -25,7 +24,7 @@ DEFAULT_RATE = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """`rates` holds None where a trace goes at its own speed."""
+    """The loads of a run. `rates` holds None where a trace goes at its own speed."""
 
     settings: LoadSettings
     trace: tuple[TracedRequest, ...]
@@ -90,7 +89,10 @@ MOST_TRACE_REQUESTS = 1_000_000
 
 
 def rates_of(settings: LoadSettings) -> Rates:
-    """Raises UserError where settings do not go together, or the trace cannot be read."""
+    """The loads that settings ask for.
+
+    Raises UserError where settings do not go together, or the trace cannot be read.
+    """
     if settings.trace is None:
         if settings.arrivals == "trace":
             raise UserError("--arrivals trace: --trace is missing, the file that has them")
@@ -104,7 +106,3 @@ def rates_of(settings: LoadSettings) -> Rates:
     if settings.rates is None and settings.arrivals != "trace":
         raise UserError(f"--rates is missing: --arrivals {settings.arrivals} needs it; or --arrivals trace")
     return Rates(settings, trace, settings.rates or (None,))
-
-
-def limits_of(settings: LoadSettings) -> SloLimits:
-    return SloLimits(settings.slo_ttft_ms, settings.slo_tpot_ms, settings.slo_itl_ms)

@@ -38,14 +38,14 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """`max_model_len` is None where the server does not tell."""
+    """The model behind an endpoint. `max_model_len` is None where the server does not say."""
 
     name: str
     max_model_len: int | None
 
 
 def target_of(url: str, api_key: str | None) -> Target:
-    """From a base address, with or without `/v1`. Raises LoadError."""
+    """The endpoint at a base address, with or without `/v1`. Raises LoadError."""
     try:
         parts = urlsplit(url)
         port = parts.port
@@ -66,7 +66,7 @@ def target_of(url: str, api_key: str | None) -> Target:
 
 
 def served_model(url: str, api_key: str | None, wanted: str | None) -> ServedModel:
-    """Of `GET /v1/models`: the one named `wanted`, else the first. Raises LoadError."""
+    """One model of `GET /v1/models`: the one named `wanted`, else the first. Raises LoadError."""
     address = url.rstrip("/").removesuffix("/v1") + "/v1/models"
     request = urllib.request.Request(address)
     if api_key is not None:

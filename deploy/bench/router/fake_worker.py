@@ -1,24 +1,22 @@
 """Workers without a model for the router's benchmark: they answer at once, from the benchmark's own loop.
 
-They speak ZMTP 3.0 (RFC 23) themselves: a ZMQ socket of the benchmark's would move every frame through a
-thread of its own, and two more switches of threads would count as the router's time.
+They read and write their sockets in that loop: work that a thread of its own had to do would count as the
+router's time.
 """
 
 import socket
-import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from deploy.bench.router.http_client import RECEIVE_BYTES, HttpBenchError, HttpLoop, Stamps
-from kvtransfer.net.codec import Codec
+from kvtransfer.net.codec import MAX_FRAME_BYTES, Codec
+from services.protocol.framing import FrameSplitter, with_length
 from services.protocol.messages import (
     VERSION,
     Cancel,
     DecodeStarted,
     Generate,
-    Ledger,
-    PageCounts,
     Prefill,
     PrefillDone,
     Report,
@@ -26,20 +24,16 @@ from services.protocol.messages import (
     Role,
     RouterHello,
     StartDecode,
-    Status,
     StatusRequest,
     Tokens,
     WorkerHello,
     WorkerTransferAddress,
 )
+from services.protocol.worker_status import Ledger, PageUsage, Status
 
 TOKEN = 65
 """What every answer is made of: a byte of every byte-level vocabulary."""
 MAX_LEN = 1 << 20
-_GREETING = b"\xff" + bytes(8) + b"\x7f" + b"\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
-_READY = b"\x05READY\x0bSocket-Type\x00\x00\x00\x06ROUTER"
-_LONG, _COMMAND = 2, 4
-_MORE = 1
 
 
 class Peer:
@@ -48,46 +42,15 @@ class Peer:
     def __init__(self, connection: socket.socket, on_frame: "Callable[[Peer, bytes], None]") -> None:
         self.socket = connection
         self._on_frame = on_frame
-        self._in = bytearray()
-        self._greeted = False
-        self.socket.sendall(_GREETING + bytes((_COMMAND, len(_READY))) + _READY)
+        self._frames = FrameSplitter(MAX_FRAME_BYTES)
 
     def on_readable(self) -> None:
-        self._in += self.socket.recv(RECEIVE_BYTES)
-        if not self._greeted:
-            if len(self._in) < len(_GREETING):
-                return
-            del self._in[: len(_GREETING)]
-            self._greeted = True
-        while (frame := self._next()) is not None:
-            flags, body = frame
-            if flags & _MORE:
-                raise HttpBenchError("a message of several parts")
-            if not flags & _COMMAND:
-                self._on_frame(self, body)
-
-    def _next(self) -> tuple[int, bytes] | None:
-        data = self._in
-        if len(data) < 2:
-            return None
-        flags = data[0]
-        if not flags & _LONG:
-            start, size = 2, data[1]
-        elif len(data) >= 9:
-            start, size = 9, struct.unpack_from(">Q", data, 1)[0]
-        else:
-            return None
-        if len(data) < start + size:
-            return None
-        body = bytes(data[start : start + size])
-        del data[: start + size]
-        return flags, body
+        for frame in self._frames.feed(self.socket.recv(RECEIVE_BYTES)):
+            self._on_frame(self, frame)
 
     def send(self, frame: bytes) -> None:
-        size = len(frame)
-        head = struct.pack(">BQ", _LONG, size) if size > 255 else bytes((0, size))
         self.socket.setblocking(True)
-        self.socket.sendall(head + frame)
+        self.socket.sendall(with_length(frame))
         self.socket.setblocking(False)
 
 
@@ -202,7 +165,7 @@ class FakeWorker:
             running=0,
             reserved=0,
             holding=0,
-            pages=PageCounts(1 << 16, 1 << 16, 0, 0),
+            pages=PageUsage(1 << 16, 1 << 16, 0, 0),
             slots=None,
             slots_age_s=0.0,
             open_sends=0,

@@ -46,7 +46,7 @@ class HttpLoop:
         at: Callable[[float], float] | None = None,
         rest_s: float = 0.0,
     ) -> None:
-        """Until `done`. `at(now_s)` is called when its time has come and returns the next one (monotonic).
+        """Runs until `done`. `at(now_s)` is called when its time has come and returns the next (monotonic).
 
         It sleeps `rest_s` between two looks: not at all where times are taken, a little where only the sum
         counts, since looking for every single frame costs more than reading it.
@@ -81,7 +81,7 @@ class Stamps:
     first_ns: int = 0
 
 
-class HttpConnection:
+class KeepAliveConnection:
     """One keep-alive connection with at most one request on it."""
 
     def __init__(self, loop: HttpLoop, port: int) -> None:
@@ -92,10 +92,10 @@ class HttpConnection:
         self.busy = self.closed = False
         self.stamps = Stamps()
         self._tail = b""
-        self._on_end: Callable[[HttpConnection], None] = lambda connection: None
+        self._on_end: Callable[[KeepAliveConnection], None] = lambda connection: None
         loop.add(self.socket, self._on_readable)
 
-    def ask(self, raw: bytes, stamps: Stamps, on_end: "Callable[[HttpConnection], None]") -> None:
+    def ask(self, raw: bytes, stamps: Stamps, on_end: "Callable[[KeepAliveConnection], None]") -> None:
         """`on_end` is called when the answer has ended."""
         self.busy, self.stamps, self._on_end, self._tail = True, stamps, on_end, b""
         stamps.written_ns = time.monotonic_ns()
@@ -146,7 +146,7 @@ class PromptBodies:
         self._words = [word for word in " ".join(texts).split() if word.isascii()]
         self._characters, self._random = characters, random.Random(seed)
 
-    def draw(self) -> str:
+    def sample(self) -> str:
         words: list[str] = []
         left = self._characters
         while left > 0:

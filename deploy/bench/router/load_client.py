@@ -1,8 +1,8 @@
 """What the load generator of `baton bench serve` itself can do: `python -m deploy.bench.router.load_client`.
 
 Three processes: `baton bench serve` as a user starts it, the router, and this one with a worker that gives
-every stream one token a step. The client tells how late it was and what CPU it took; from the second follows
-how much it could generate with a core of its own, whatever else the machine does meanwhile.
+every stream one token a step. The client reports how late it was and what CPU it took; from that follows how
+much it could generate with a core of its own, whatever else the machine does meanwhile.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """What the router adds, without any model: `python -m deploy.bench.router.router`.
 
 Two processes: the router on a core of its own, and this one on another, with the clients and with workers
-that answer at once, all in one thread (`router_client.py`, `router_worker.py`). Measured:
+that answer at once, all in one thread (`http_client.py`, `fake_worker.py`). Measured:
 
 - latency at 200 requests a second, at random times (Poisson), where requests meet, and evenly spaced.
   `GET /version` shows what HTTP and the machine cost without any of ours; the first token's time is from the
@@ -25,7 +25,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from deploy.bench.router.http_client import GET_VERSION, HttpConnection, PromptBodies, Stamps, completion
+from deploy.bench.router.http_client import GET_VERSION, KeepAliveConnection, PromptBodies, Stamps, completion
 from deploy.bench.router.router_process import Cluster, Cores, cluster
 
 PROMPT_CHARACTERS = 960
@@ -59,7 +59,7 @@ class Arrivals:
         self._is_even = spacing == "even"
         self._random = random.Random(1)
         self._seeds = 0
-        self._idle: list[HttpConnection] = []
+        self._idle: list[KeepAliveConnection] = []
         self._open = 0
 
     def warm_up(self) -> None:
@@ -86,13 +86,13 @@ class Arrivals:
         if self._prompts is not None:
             self._seeds += 1
             self._cluster.stamps[self._seeds] = stamps
-            raw = completion(self._prompts.draw(), 2, self._seeds)
+            raw = completion(self._prompts.sample(), 2, self._seeds)
         self._idle = [connection for connection in self._idle if not connection.closed]
         connection = self._idle.pop() if self._idle else self._cluster.connect()
         self._open += 1
         connection.ask(raw, stamps, self._ended)
 
-    def _ended(self, connection: HttpConnection) -> None:
+    def _ended(self, connection: KeepAliveConnection) -> None:
         self._open -= 1
         self._idle.append(connection)
 
@@ -151,7 +151,7 @@ def measure_streaming(cores: Cores, streams: int, offered: int) -> Streamed:
         connections = [one.connect() for _ in range(streams)]
         left = streams
 
-        def ended(connection: HttpConnection) -> None:
+        def ended(connection: KeepAliveConnection) -> None:
             nonlocal left
             left -= 1
 

@@ -13,7 +13,7 @@ import psutil
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from deploy.bench.router.fake_worker import FakeWorker
-from deploy.bench.router.http_client import HttpBenchError, HttpConnection, HttpLoop, Stamps
+from deploy.bench.router.http_client import HttpBenchError, HttpLoop, KeepAliveConnection, Stamps
 from router.config import RouterConfig
 from router.process import run
 from services.protocol.messages import Role
@@ -95,8 +95,8 @@ class Cluster:
         times = psutil.cpu_times(percpu=True)[self._cores.router]
         return float(sum(times) - times.guest - times.guest_nice - times.idle - times.iowait) - self.cpu_s()
 
-    def connect(self) -> HttpConnection:
-        return HttpConnection(self.loop, self.port)
+    def connect(self) -> KeepAliveConnection:
+        return KeepAliveConnection(self.loop, self.port)
 
 
 def _router(config: RouterConfig, cores: Cores) -> None:
@@ -108,7 +108,7 @@ def _router(config: RouterConfig, cores: Cores) -> None:
 
 @contextlib.contextmanager
 def cluster(kind: str, cores: Cores, of_each: int = 1) -> Iterator[Cluster]:
-    """With so many workers of each role. Raises HttpBenchError if the router does not become ready."""
+    """A router with so many workers of each role. Raises HttpBenchError if the router does not get ready."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)

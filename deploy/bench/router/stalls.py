@@ -6,7 +6,7 @@ Meanwhile a client sends the largest bodies that are allowed, one after the othe
 without an end on four. The longest answer in each of these times is what the event loop stood still for,
 and the machine's own delays: the first line is the same without any such client. On a busy machine they are
 most of it; so the time that the router's thread had the processor while the neighbour waited is shown too, by
-the kernel's account (`schedstat`): the event loop cannot have stood still at its own work for longer.
+the kernel's statistics (`schedstat`): the event loop cannot have stood still at its own work for longer.
 
 The router and the processes that prepare bodies for it have one core, all else has another.
 """
@@ -146,14 +146,14 @@ def _attack(name: str, port: int, count: int, results: Connection) -> None:
 
 
 def _neighbour(port: int, router_pid: int, results: Connection) -> None:
-    """Until it is told to end: when each question was asked, how long its answer took, and how much of this
-    the router's main thread ran."""
-    account = Path(f"/proc/{router_pid}/task/{router_pid}/schedstat")
+    """Asks until its pipe says to end, and notes when each question was asked, how long its answer took, and
+    how much of this the router's main thread ran."""
+    schedstat = Path(f"/proc/{router_pid}/task/{router_pid}/schedstat")
 
     def ran_s() -> float:
-        return int(account.read_bytes().split()[0]) / 1e9
+        return int(schedstat.read_bytes().split()[0]) / 1e9
 
-    times: list[Wait] = []
+    times: list[NeighbourWait] = []
     with socket.create_connection(("127.0.0.1", port), TIMEOUT_S) as connection:
         while not results.poll():
             before_s, asked_s = ran_s(), time.monotonic()
@@ -161,13 +161,13 @@ def _neighbour(port: int, router_pid: int, results: Connection) -> None:
             data = b""
             while not data.endswith(b'"}'):
                 data += _received(connection)
-            times.append(Wait(asked_s, time.monotonic() - asked_s, ran_s() - before_s))
+            times.append(NeighbourWait(asked_s, time.monotonic() - asked_s, ran_s() - before_s))
             time.sleep(PAUSE_S)
     results.send(times)
 
 
 @dataclass(frozen=True, slots=True)
-class Wait:
+class NeighbourWait:
     asked_s: float
     took_s: float
     router_s: float
@@ -203,7 +203,7 @@ def measure(one: Cluster, count: int, names: list[str], quiet_s: float) -> dict[
         windows.append(Window(name, start_s, time.monotonic(), results.recv()))
     ours.send(None)
     one.loop.run(ours.poll, LIMIT_S, rest_s=REST_S)
-    times: list[Wait] = ours.recv()
+    times: list[NeighbourWait] = ours.recv()
     return {window.name: _figures(window, times) for window in windows}
 
 
@@ -212,7 +212,7 @@ def _after(seconds: float) -> Callable[[], bool]:
     return lambda: time.monotonic() >= end_s
 
 
-def _figures(window: Window, times: list[Wait]) -> dict[str, Any]:
+def _figures(window: Window, times: list[NeighbourWait]) -> dict[str, Any]:
     waits = [one for one in times if window.start_s <= one.asked_s < window.end_s]
     took = sorted(one.took_s * 1e3 for one in waits)
     return {

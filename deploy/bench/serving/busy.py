@@ -1,4 +1,4 @@
-"""How busy the workers behind an endpoint are: which role limits a load. Only Baton's router tells."""
+"""How busy the workers behind an endpoint are: which role limits a load. Only Baton's router knows."""
 
 import http.client
 import json
@@ -16,7 +16,7 @@ _ROLES = ("prefill", "decode", "unified")
 
 @dataclass(frozen=True, slots=True)
 class WorkerTime:
-    """A worker's account of its time since it started, in seconds; `pid` tells one life from the next."""
+    """A worker's time since it started, in seconds; `pid` tells one incarnation from the next."""
 
     role: str
     pid: int
@@ -25,7 +25,7 @@ class WorkerTime:
 
 
 def worker_times(target: Target) -> dict[str, WorkerTime]:
-    """By name. Empty where the endpoint does not tell: it may be any server."""
+    """The workers' times by name. Empty where the endpoint has none: it may be any server."""
     request = urllib.request.Request(f"{target.base}/cluster")
     if target.api_key is not None:
         request.add_header("Authorization", f"Bearer {target.api_key}")

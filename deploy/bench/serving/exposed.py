@@ -23,7 +23,7 @@ class Buckets:
     counts: list[float]
 
     def since(self, before: "Buckets") -> "Buckets":
-        """Those that came after `before`, of the same router; all, if it is of another one."""
+        """The counts that came after `before`, of the same router; all, if it is of another one."""
         if before.bounds_s != self.bounds_s or before.counts[-1] > self.counts[-1]:
             return self
         counts = [late - early for late, early in zip(self.counts, before.counts, strict=True)]
@@ -41,7 +41,7 @@ class Buckets:
 
 
 class Exposed(Struct, frozen=True):
-    """Of every request that was handed over while a rate was measured, warm-up included."""
+    """Times of every request that was handed over while a rate was measured, warm-up included."""
 
     count: int
     p50: float
@@ -49,7 +49,7 @@ class Exposed(Struct, frozen=True):
 
 
 def exposed_buckets(target: Target) -> Buckets | None:
-    """None where the endpoint does not tell: it may be any server."""
+    """The histogram as it is now. None where the endpoint has none: it may be any server."""
     request = urllib.request.Request(f"{target.base}/metrics")
     if target.api_key is not None:
         request.add_header("Authorization", f"Bearer {target.api_key}")
@@ -68,7 +68,7 @@ def exposed_buckets(target: Target) -> Buckets | None:
 
 
 def exposed_ms(before: Buckets | None, after: Buckets | None) -> Exposed | None:
-    """None if nothing was handed over, or nobody tells."""
+    """Quantiles between two looks. None if nothing was handed over, or a look found no histogram."""
     if after is None:
         return None
     found = after if before is None else after.since(before)

@@ -33,7 +33,7 @@ class SystemEnded(Exception):
 
 @dataclass(frozen=True, slots=True)
 class SystemCandidate:
-    """A system to be: everything about it was checked."""
+    """A system that is checked and not yet launched."""
 
     name: str
     settings: ServeSettings
@@ -42,7 +42,7 @@ class SystemCandidate:
 
     @property
     def gpus(self) -> int:
-        """Workers, on a CPU."""
+        """The GPUs that it takes; its workers, on a CPU."""
         if self.device == "cpu":
             return len(self.slots)
         return len({slot.device_index for slot in self.slots})

@@ -11,15 +11,15 @@ import uvloop
 
 from deploy.bench.load.errors import LoadError
 from deploy.bench.load.options import LaunchedSettings, Layout
-from deploy.bench.load.rates import Rates, limits_of, rates_of
+from deploy.bench.load.rates import Rates, rates_of
 from deploy.bench.load.target import served_model, target_of
 from deploy.bench.serving import report
 from deploy.bench.serving.chart import check_matplotlib
 from deploy.bench.serving.launched import SystemCandidate, SystemEnded, with_launched
 from deploy.bench.serving.measure import measure
-from deploy.bench.serving.statistics import RateFigures, System
-from deploy.commands.serve import checked_slots
+from deploy.bench.serving.statistics import RateFigures, System, limits_of
 from deploy.errors import UserError
+from deploy.launcher.preflight import checked_slots
 from deploy.launcher.readiness import claim_port
 from deploy.settings.options import EngineSettings, MoverSettings, ServeSettings, StagingSettings
 from deploy.settings.schema import settings_of
@@ -29,7 +29,10 @@ INTERRUPTED = 130
 
 
 def measured(settings: LaunchedSettings, layouts: Sequence[Layout]) -> list[System]:
-    """Everything is checked before the first is started. Raises UserError, and typer.Exit if one ends."""
+    """The figures of each layout. Everything is checked before the first is started.
+
+    Raises UserError, and typer.Exit if one ends.
+    """
     report.check_writable(out=settings.out, chart=settings.chart, log=settings.log)
     if settings.chart is not None:
         check_matplotlib()
@@ -68,7 +71,7 @@ def _candidates(settings: LaunchedSettings, layouts: Sequence[Layout]) -> list[S
 async def _measure_all(
     candidates: Sequence[SystemCandidate], settings: LaunchedSettings, rates: Rates, log: TextIO
 ) -> list[System]:
-    """Figures are printed as they come."""
+    """Measures layouts one after the other, and prints figures as they come."""
     limits = limits_of(settings)
     systems: list[System] = []
     for candidate in candidates:

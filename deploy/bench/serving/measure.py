@@ -7,11 +7,11 @@ import msgspec
 
 from deploy.bench.load.drive import drive
 from deploy.bench.load.plan import RequestTemplate
-from deploy.bench.load.rates import Rates, limits_of
+from deploy.bench.load.rates import Rates
 from deploy.bench.load.target import ServedModel, Target
 from deploy.bench.serving.busy import busy_shares, worker_times
 from deploy.bench.serving.exposed import exposed_buckets, exposed_ms
-from deploy.bench.serving.statistics import RateFigures, figures_of
+from deploy.bench.serving.statistics import RateFigures, figures_of, limits_of
 
 Show = Callable[[RateFigures], None]
 

@@ -83,7 +83,7 @@ def head_lines() -> str:
 
 
 def row_lines(one: RateFigures, limits: SloLimits) -> str:
-    """One line, and below it whatever should not be overlooked."""
+    """The line of one rate, and below it whatever should not be overlooked."""
     ttft, gap = one.ttft_ms, one.itl_ms
     line = f"{one.rate:>8.3g} {one.completed:>6} {_cells(ttft)}  {_cell(one.second_token_ms, 'p50'):>7}"
     line += f" {_cells(gap)}  {_cell(one.tpot_ms, 'p50'):>6} {_cell(one.tpot_ms, 'p99'):>6}"

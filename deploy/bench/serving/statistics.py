@@ -1,4 +1,4 @@
-"""From outcomes to the figures of one rate. Pure."""
+"""The figures of one rate, from the outcomes of its requests. Pure."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from msgspec import Struct
 
+from deploy.bench.load.options import LoadSettings
 from deploy.bench.load.outcome import Outcome
 from deploy.bench.load.plan import PlannedLoad
 from deploy.bench.serving.exposed import Exposed
@@ -25,6 +26,10 @@ class SloLimits(Struct, frozen=True):
     def text(self) -> str:
         named = (("TTFT", self.ttft_ms), ("TPOT", self.tpot_ms), ("ITL", self.itl_ms))
         return ", ".join(f"{name} <= {limit:g} ms" for name, limit in named if limit is not None)
+
+
+def limits_of(settings: LoadSettings) -> SloLimits:
+    return SloLimits(settings.slo_ttft_ms, settings.slo_tpot_ms, settings.slo_itl_ms)
 
 
 class Spread(Struct, frozen=True):
@@ -90,7 +95,7 @@ class System(Struct, frozen=True):
 
 
 def spread(values: Sequence[float]) -> Spread | None:
-    """None of nothing."""
+    """The spread of values; None where there are none."""
     if not values:
         return None
     array = np.asarray(values, dtype=np.float64)
@@ -99,7 +104,7 @@ def spread(values: Sequence[float]) -> Spread | None:
 
 
 def is_good(outcome: Outcome, limits: SloLimits) -> bool:
-    """Whether it got all its tokens, and each limit was kept."""
+    """Whether a request got all its tokens, and each limit was kept."""
     if outcome.failure is not None:
         return False
     if limits.ttft_ms is not None and outcome.first_token_s * 1e3 > limits.ttft_ms:
@@ -121,7 +126,7 @@ def figures_of(
     gpus: int,
     cpu_share: float,
 ) -> RateFigures:
-    """Of the measured requests; only the output rate counts every token that arrived in the window."""
+    """The figures of the measured requests; only the output rate counts all that came in the window."""
     measured = [one for one in outcomes if one.planned.measured]
     done = [one for one in measured if one.failure is None]
     good = sum(is_good(one, limits) for one in measured)

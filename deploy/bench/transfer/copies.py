@@ -1,7 +1,7 @@
 """What packs and unpacks cost the host, and how fast they are: `python -m deploy.bench.transfer.copies`.
 
-A worker's own books (`KvPush`, `KvPull`) are given slots for computed tokens, or slots that have arrived,
-some at a time. A row says what the host pays for a slot (the median launch), from there to the queued
+A worker's own sender and receiver are given slots for computed tokens, or slots that have arrived, some at a
+time. A row says what the host pays for a slot (the median launch), from there to the queued
 launch and from its end to the message for the transfer process, and how many bytes a second that allows. On
 a GPU nothing is left out, and the last column is the rate that was met, with at most `--in-flight` launches
 queued. Without one (`--device cpu`) the launch, its events and the copy of its table are left out, and
@@ -23,26 +23,28 @@ from rich.table import Table
 
 from deploy.bench.engine.shapes import write_shape
 from deploy.bench.machine import cpu_name, versions
-from kvtransfer.client import TransferClient
-from kvtransfer.messages import Arrived, Segment, SendConfirmed, SendGranted, SlotUse, TransferAddress
+from kvtransfer.client import SlotsAssigned, TransferClient
+from kvtransfer.messages import Arrived, Segment, SendConfirmed, SendGranted, SlotUse
 from kvtransfer.spans import Spans
-from services.engine.attention.plan import KvLayout
-from services.engine.checkpoint.model_config import read_model_config
+from services.engine.events import NOW
 from services.engine.kv.copies import Copy, CopyStream
+from services.engine.kv.layout import KvLayout
 from services.engine.kv.pool import KvPool
 from services.engine.kv.run_table import RunTables, SlotRun
 from services.engine.kv.segments import SlotBuffer
-from services.protocol.messages import Sampling, SequenceRequest
+from services.engine.models.model_config import read_model_config
+from services.engine.step_events import StepEvents
+from services.protocol.messages import Sampling, SequenceRequest, WorkerTransferAddress
 from services.scheduler.sequence import Sequence as Prompt
 from services.scheduler.sequence import prompt_sequence
 from services.transfer.copies import KvCopier
-from services.transfer.pull import KvPull
-from services.transfer.push import KvPush
+from services.transfer.receiver import KvReceiver
+from services.transfer.sender import KvSender
 
 SLOTS_TOGETHER = (1, 2, 4, 10, 32)
 PAGE_SIZE_TOKENS = 64
 WARM_LAUNCHES = 20
-SOURCE = TransferAddress("ipc://nobody", 1)
+SOURCE = WorkerTransferAddress("ipc://nobody", 1)
 SAMPLING = Sampling(max_tokens=1, seed=0, temperature=0.0)
 
 
@@ -92,7 +94,7 @@ class NoProcess:
 
 
 class TablesOnly:
-    """Moves that end before their launch: the table of what would be moved is all that is made."""
+    """Copies that end before their launch: the table of what would be copied is all that is made."""
 
     def __init__(self, tables: RunTables, slots: int, slot_bytes: int) -> None:
         self._tables, self._slots, self._slot_bytes = tables, slots, slot_bytes
@@ -105,80 +107,81 @@ class TablesOnly:
     def passed_step(self) -> int:
         return 0
 
-    def fence(self, move: Copy) -> None: ...
+    def fence(self, copy: Copy) -> None: ...
 
-    def let_go(self) -> None: ...
+    def unmap_staging(self) -> None: ...
 
 
 class DeviceCopies(TablesOnly):
-    """A worker's moves, of a pool and a staging buffer of the device."""
+    """A worker's copies, of a pool and a staging buffer of the device."""
 
     def __init__(self, pool: KvPool, tables: RunTables, slots: int, slot_bytes: int) -> None:
         super().__init__(tables, slots, slot_bytes)
-        self._moves = CopyStream(pool, slots)
+        self._copies = CopyStream(pool, slots, StepEvents())
         memory = torch.zeros(slots * slot_bytes, dtype=torch.uint8, device=pool.data.device)
         self._buffer = SlotBuffer(memory, slot_bytes)
 
     def pack(self, runs: Sequence[SlotRun], with_checksums: bool) -> Copy:
-        return self._moves.pack(runs, self._buffer, with_checksums)
+        return self._copies.pack(runs, self._buffer, with_checksums, NOW)
 
     def unpack(self, runs: Sequence[SlotRun], with_checksums: bool) -> Copy:
-        return self._moves.unpack(runs, self._buffer, with_checksums)
+        return self._copies.unpack(runs, self._buffer, with_checksums, NOW)
 
 
 class PackFigures:
     """One prompt after the other, each with as many slots as are packed together."""
 
-    def __init__(self, moves: KvCopier, heads: int, tokens: int, together: int) -> None:
+    def __init__(self, copier: KvCopier, heads: int, tokens: int, together: int) -> None:
         self._together = together
-        self._push = KvPush(moves, cast(TransferClient, NoProcess()), time.monotonic, Spans())
-        self._heads, self._tokens = range(heads), tokens
+        ranks = [(copier, cast(TransferClient, NoProcess()))]
+        self._sender = KvSender(ranks, heads, time.monotonic, Spans())
+        self._heads, self._tokens = heads, tokens
         self._open: list[int] = []
 
     def prepare(self, transfer_id: int, prompt: Prompt, slots: range) -> None:
-        self._push.open(prompt, transfer_id, 1.0)
+        self._sender.open(prompt, transfer_id, 1.0)
         end = prompt.prompt_tokens
-        confirmed = SendConfirmed(transfer_id, 0, end, len(self._heads), self._tokens, 1)
-        self._push.confirmed(confirmed, self._heads)
-        self._push.granted(SendGranted(transfer_id, len(slots)))
-        self._push.assign([SlotUse(slot, 1) for slot in slots])
+        self._sender.on_event(SendConfirmed(transfer_id, 0, end, self._heads, self._tokens, 1))
+        self._sender.on_event(SendGranted(transfer_id, len(slots)))
+        self._sender.on_event(SlotsAssigned([SlotUse(slot, 1) for slot in slots]))
         prompt.done_tokens = end
         self._open.append(transfer_id)
 
     def queue(self) -> int:
         """Returns how many prompts are done already."""
-        self._push.pack()
+        self._sender.pack()
         return 0
 
     def finish(self) -> int:
         """Hand over what is done; returns how many prompts."""
-        prompts = self._push.deliver() // self._together
+        prompts = self._sender.deliver() // self._together
         for _ in range(prompts):
-            self._push.close(self._open.pop(0))
+            self._sender.end(self._open.pop(0))
         return prompts
 
 
 class UnpackFigures:
     """One prompt after the other, whose slots arrive together."""
 
-    def __init__(self, moves: KvCopier, heads: int, tokens: int, together: int) -> None:
-        self._pull = KvPull(moves, cast(TransferClient, NoProcess()), time.monotonic, Spans())
-        self._heads, self._tokens = range(heads), tokens
+    def __init__(self, copier: KvCopier, heads: int, tokens: int, together: int) -> None:
+        ranks = [(copier, cast(TransferClient, NoProcess()))]
+        self._receiver = KvReceiver(ranks, heads, time.monotonic, Spans())
+        self._heads, self._tokens = heads, tokens
         self._event: Arrived | None = None
 
     def prepare(self, transfer_id: int, prompt: Prompt, slots: range) -> None:
-        self._pull.open(prompt, transfer_id, SOURCE, 1.0, self._heads)
+        self._receiver.open(prompt, transfer_id, SOURCE, 1.0)
         size = self._tokens
         segments = [Segment(slot, 1, at * size, size, 1) for at, slot in enumerate(slots)]
         self._event = Arrived(transfer_id, segments)
 
     def queue(self) -> int:
         if self._event is not None:
-            self._pull.unpack(self._event)
+            self._receiver.arrived(self._event)
         return self.finish()
 
     def finish(self) -> int:
-        return len(self._pull.settle().whole)
+        return len(self._receiver.settle().whole)
 
 
 def run(
@@ -234,11 +237,11 @@ def measure(layout: KvLayout, arguments: argparse.Namespace) -> list[CopyFigures
         prompts = prompts_of(in_flight, together * tokens)
         pages, slots = in_flight * len(prompts[0].pages), in_flight * together
         tables = RunTables(layout, pages, dtype.itemsize)
-        moves = TablesOnly(tables, slots, slot_bytes)
+        copier = TablesOnly(tables, slots, slot_bytes)
         if device.type == "cuda":
-            moves = DeviceCopies(KvPool(layout, pages, dtype, device), tables, slots, slot_bytes)
+            copier = DeviceCopies(KvPool(layout, pages, dtype, device), tables, slots, slot_bytes)
         for name, kind in (("packing", PackFigures), ("unpacking", UnpackFigures)):
-            side = kind(moves, layout.kv_heads, tokens, together)
+            side = kind(copier, layout.kv_heads, tokens, together)
             host_s, launch_s = run(side, prompts, together, arguments.launches)
             slot_s = host_s / together
             moved_bytes = together * tokens * layout.kv_heads * tables.head_bytes

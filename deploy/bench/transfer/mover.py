@@ -20,20 +20,19 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, get_args
+from typing import IO
 
 from rich.console import Console
 from rich.table import Table
 
 from kvtransfer.buffer.cuda import CudaDevice
+from kvtransfer.buffer.region import Region
 from kvtransfer.buffer.staging import DeviceStaging, HostStaging
-from kvtransfer.config import Device, MoverName
+from kvtransfer.config import Device
 from kvtransfer.errors import BatonTransferError
-from kvtransfer.movers.base import Mover, PieceOfWrite, Progress, Region, two_sided
-from kvtransfer.movers.cuda_ipc import CudaIpcMover
-from kvtransfer.movers.nccl import NcclMover
-from kvtransfer.movers.nccl_library import NcclLibrary
-from kvtransfer.movers.nixl import NixlMover
+from kvtransfer.movers.base import Mover, PieceOfWrite, Progress, two_sided
+from kvtransfer.movers.registry import registered_movers
+from kvtransfer.movers.spec import HostFacts, MoverSetup, MoverSpec
 
 KIB, MIB = 1 << 10, 1 << 20
 SLOT_BYTES: dict[Device, tuple[int, ...]] = {
@@ -42,6 +41,7 @@ SLOT_BYTES: dict[Device, tuple[int, ...]] = {
 }
 BUFFER_BYTES: dict[Device, int] = {"cpu": 64 * MIB, "cuda": 512 * MIB}
 PLAIN_COPIES = 5
+MOVERS = {mover.name: mover for mover in registered_movers()}
 DEADLINE_S = 60.0
 
 
@@ -55,22 +55,17 @@ class MoverRow:
 class Side:
     """One process' staging buffer and mover."""
 
-    def __init__(self, name: str, mover: str, device: Device, gpu: int) -> None:
+    def __init__(self, name: str, mover: MoverSpec, device: Device, gpu: int) -> None:
+        why = mover.why_not(HostFacts(device, same_host=True)) or mover.missing()
+        if why is not None:
+            raise SystemExit(f"--mover {mover.name}: {why}")
         self.gpu = CudaDevice(gpu) if device == "cuda" else None
         size_bytes = BUFFER_BYTES[device]
         self.staging: HostStaging | DeviceStaging
         self.staging = HostStaging(size_bytes) if self.gpu is None else DeviceStaging(size_bytes, self.gpu)
         self.ipc_handle = self.staging.cuda_ipc_handle
         agent_name = f"{name}-{os.getpid()}"
-        self.mover: Mover
-        if mover == "nixl":
-            self.mover = NixlMover(agent_name, same_host=self.gpu is None)
-        elif self.gpu is None or self.ipc_handle is None:
-            raise SystemExit(f"--mover {mover} needs --device cuda")
-        elif mover == "nccl":
-            self.mover = NcclMover(agent_name, NcclLibrary(same_host=True), self.gpu)
-        else:
-            self.mover = CudaIpcMover(agent_name, self.gpu, self.ipc_handle)
+        self.mover = mover.build(MoverSetup(agent_name, True, self.gpu, self.ipc_handle))
         self.mover.register(self.staging.region)
 
     def offer(self) -> str:
@@ -221,7 +216,7 @@ def measure(
     options: argparse.Namespace, slots: list[int], in_flight: list[int]
 ) -> tuple[float, list[MoverRow]]:
     """Bytes a second of the plain copy, and a row for each slot size and number of writes in flight."""
-    side = Side("sender", options.mover, options.device, options.source_gpu)
+    side = Side("sender", MOVERS[options.mover], options.device, options.source_gpu)
     command = [sys.executable, "-m", "deploy.bench.transfer.mover", "--receive", "--mover", options.mover]
     command += ["--device", options.device, "--target-gpu", str(options.target_gpu)]
     receiver = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -261,11 +256,10 @@ def _counts(text: str) -> list[int]:
 
 
 def main() -> None:
-    movers = [name for name in get_args(MoverName) if name != "auto"]
     parser = argparse.ArgumentParser(
         prog="python -m deploy.bench.transfer.mover", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("--mover", choices=movers, default="nixl")
+    parser.add_argument("--mover", choices=MOVERS, default="nixl")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the buffers lie")
     parser.add_argument("--source-gpu", type=int, default=0)
     parser.add_argument("--target-gpu", type=int, default=0, help="may be the source's")
@@ -277,7 +271,7 @@ def main() -> None:
     options = parser.parse_args()
     try:
         if options.receive:
-            receive(Side("receiver", options.mover, options.device, options.target_gpu))
+            receive(Side("receiver", MOVERS[options.mover], options.device, options.target_gpu))
             return
         slots = options.slot_mib or list(SLOT_BYTES[options.device])
         if not all(0 < slot <= BUFFER_BYTES[options.device] for slot in slots):

@@ -2,7 +2,7 @@
 
 Steps of a full batch are launched one ahead, as a worker does; beside them slots of the staging buffer's size
 are packed, or unpacked, at a given rate, some by each launch, from and into pages that no sequence of the
-batch uses. A row says what a step took, what it took more than without moves, what rate was met, and what the
+batch uses. A row says what a step took, what it took more than without them, what rate was met, and what the
 host paid for a slot.
 """
 
@@ -21,12 +21,13 @@ from rich.table import Table
 from deploy.bench.engine.shapes import write_shape
 from services.config import Device, WorkerConfig
 from services.engine.batch import Row, SampleSpec
-from services.engine.checkpoint.model_config import read_model_config
 from services.engine.engine import Engine
+from services.engine.events import NOW
 from services.engine.kv.copies import Copy
 from services.engine.kv.run_table import SlotRun
 from services.engine.kv.segments import SlotBuffer
 from services.engine.launched import Launched
+from services.engine.models.model_config import read_model_config
 from services.protocol.messages import Sampling
 
 RATES_BYTES_PER_S = (0.0, 6e9, 25e9, 50e9, 100e9, 340e9)
@@ -74,46 +75,46 @@ class Stepping:
 
     def run(self, steps: int, beside: Callable[[], None]) -> float:
         """Seconds of a step. `beside` is called again and again while a step runs."""
-        flight: Launched = self._engine.launch(self._first)
+        in_flight: Launched = self._engine.launch(self._first)
         started_s = 0.0
         for step in range(WARM_STEPS + steps):
             if step == WARM_STEPS:
                 started_s = time.perf_counter()
             following = self._engine.launch(self._next)
             beside()
-            while not flight.is_done:
+            while not in_flight.is_done:
                 beside()
-            flight.collect()
-            flight = following
+            in_flight.collect()
+            in_flight = following
         took_s = time.perf_counter() - started_s
-        flight.collect()
+        in_flight.collect()
         return took_s / steps
 
 
-class Moving:
-    """Queues moves at a rate, never more than `MOST_IN_FLIGHT`; what is late stays undone."""
+class Copying:
+    """Queues copies at a rate, at most `MOST_IN_FLIGHT`; what is late stays undone."""
 
     def __init__(self, queue: Callable[[int], Copy], rate_bytes_per_s: float) -> None:
         self._queue, self._rate = queue, rate_bytes_per_s
-        self._flying: deque[Copy] = deque()
+        self._in_flight: deque[Copy] = deque()
         self._started_s = time.perf_counter()
-        self.moved_bytes, self.moves, self.slots, self.host_s = 0, 0, 0, 0.0
+        self.copied_bytes, self.copies, self.slots, self.host_s = 0, 0, 0, 0.0
 
     def __call__(self) -> None:
-        while self._flying and self._flying[0].is_done:
-            self._flying.popleft()
+        while self._in_flight and self._in_flight[0].is_done:
+            self._in_flight.popleft()
         elapsed_s = time.perf_counter() - self._started_s
-        if len(self._flying) < MOST_IN_FLIGHT and self.moved_bytes < self._rate * elapsed_s:
+        if len(self._in_flight) < MOST_IN_FLIGHT and self.copied_bytes < self._rate * elapsed_s:
             before_s = time.perf_counter()
-            move = self._queue(self.moves % MOST_IN_FLIGHT)
+            copy = self._queue(self.copies % MOST_IN_FLIGHT)
             self.host_s += time.perf_counter() - before_s
-            self._flying.append(move)
-            self.moved_bytes += sum(move.byte_counts)
-            self.slots += len(move.byte_counts)
-            self.moves += 1
+            self._in_flight.append(copy)
+            self.copied_bytes += sum(copy.byte_counts)
+            self.slots += len(copy.byte_counts)
+            self.copies += 1
 
     def rate_bytes_per_s(self) -> float:
-        return self.moved_bytes / (time.perf_counter() - self._started_s)
+        return self.copied_bytes / (time.perf_counter() - self._started_s)
 
 
 def measure(engine: Engine, arguments: argparse.Namespace) -> list[OverlapFigures]:
@@ -134,22 +135,22 @@ def measure(engine: Engine, arguments: argparse.Namespace) -> list[OverlapFigure
         return [SlotRun(tables[at], one * tokens, tokens, first + one, heads) for one in range(together)]
 
     def pack(at: int) -> Copy:
-        return engine.pack(runs(at), buffer, False, 0)
+        return engine.pack(runs(at), buffer, False, NOW)
 
     def unpack(at: int) -> Copy:
-        return engine.unpack(runs(at), buffer, False, 0)
+        return engine.unpack(runs(at), buffer, False, NOW)
 
     found: list[OverlapFigures] = []
     for kind, queue in (("pack", pack), ("unpack", unpack)):
         queue(0).wait()
         alone_s = 0.0
         for rate in RATES_BYTES_PER_S:
-            moving = Moving(queue, rate)
-            step_s = stepping.run(arguments.steps, moving)
+            copying = Copying(queue, rate)
+            step_s = stepping.run(arguments.steps, copying)
             alone_s = alone_s or step_s
-            host_s = moving.host_s / max(1, moving.slots)
+            host_s = copying.host_s / max(1, copying.slots)
             found.append(
-                OverlapFigures(kind, rate, moving.rate_bytes_per_s(), step_s, step_s / alone_s - 1, host_s)
+                OverlapFigures(kind, rate, copying.rate_bytes_per_s(), step_s, step_s / alone_s - 1, host_s)
             )
             engine.synchronize()
     return found

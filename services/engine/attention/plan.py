@@ -5,23 +5,13 @@ pages there are."""
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-IntArray = npt.NDArray[np.int64]
+from services.engine.kv.layout import IntArray, KvLayout
+
 MASKED = -1e30
 """Added to scores that must not count: finite, so that no difference of two of them is NaN."""
-
-
-@dataclass(frozen=True, slots=True)
-class KvLayout:
-    """Extents of the pool `[pages, layers, 2, kv_heads, page_size_tokens, head_dim]` but the first."""
-
-    layers: int
-    kv_heads: int
-    page_size_tokens: int
-    head_dim: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Attention over keys and values that lie in pages (Kwon et al., PagedAttention, 2023).
 
 The reference gathers a span's pages and multiplies in float32. A span is a group of queries that see the
-same number of pages: a group of decoding sequences, or a run of one prefill chunk (attention_plan.py). Long
+same number of pages: a group of decoding sequences, or a run of one prefill chunk (plan.py). Long
 spans go in blocks of keys with a running softmax (Dao et al., FlashAttention, 2022), so that memory does
 not grow with the context.
 """

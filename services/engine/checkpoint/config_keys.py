@@ -1,5 +1,6 @@
 """Every key of `config.json` and `generation_config.json` that transformers reads for the families that are
-served, and what becomes of it: obeyed, harmless, or refused unless its value changes nothing.
+served, and what becomes of it: obeyed, harmless, or refused unless its value changes nothing. Keys that one
+family alone has are in its file (services/engine/models/).
 
 A test holds these tables against transformers' configuration classes. A key in none of them is not read by
 transformers either; it is named when the model is loaded. For tokenizer_config.json there is
@@ -7,7 +8,7 @@ router/text/tokenizer_keys.py.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -241,11 +242,13 @@ GENERATION_ONLY: dict[str, tuple[Any, ...]] = {
 }
 
 
-def check_config_keys(raw: Mapping[str, Any], path: Path) -> list[str]:
+def check_config_keys(raw: Mapping[str, Any], own_keys: Collection[str], path: Path) -> list[str]:
     """The keys of config.json that nobody reads. Raises CheckpointError for one that is not supported.
 
-    Old files hold keys of generation_config.json too, which some versions of transformers obey.
+    `own_keys` are those that the model's family alone has, whatever the tables say. Old files hold keys of
+    generation_config.json too, which some versions of transformers obey.
     """
+    raw = {key: value for key, value in raw.items() if key not in own_keys}
     _refuse(raw, ONLY, path)
     _refuse(raw, GENERATION_ONLY, path)
     known = (

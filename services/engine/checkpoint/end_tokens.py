@@ -3,6 +3,7 @@
 Chat models often name the end of a turn in one of the three only.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +11,24 @@ from services.engine.checkpoint.config_keys import shown
 from services.engine.checkpoint.json_files import read_json
 from services.engine.errors import CheckpointError
 
+TokenizerClass = Callable[[Any, bool], str]
+"""`Family.tokenizer_class`."""
 _DEFAULT = {"LlamaTokenizer": "</s>", "Qwen2Tokenizer": "<|endoftext|>"}
 """What transformers' tokenizer classes take where the files name none; its general class takes none."""
 
 
 def read_end_tokens(
-    model_dir: Path, model_type: str, vocab_size: int, from_config: Any, generation: dict[str, Any]
+    model_dir: Path,
+    tokenizer_class: TokenizerClass,
+    vocab_size: int,
+    from_config: Any,
+    generation: dict[str, Any],
 ) -> tuple[tuple[int, ...], list[str]]:
     """The ids in order, and notes on those that no model of this size can make. Raises CheckpointError."""
     found: set[int] = set()
     notes: list[str] = []
     sources = [("config.json", from_config), ("generation_config.json", generation.get("eos_token_id"))]
-    sources.append(("the tokenizer", _of_tokenizer(model_dir, model_type)))
+    sources.append(("the tokenizer", _of_tokenizer(model_dir, tokenizer_class)))
     for name, value in sources:
         ids = value if isinstance(value, list) else [] if value is None else [value]
         for token in ids:
@@ -36,26 +43,18 @@ def read_end_tokens(
     return tuple(sorted(found)), notes
 
 
-def _of_tokenizer(model_dir: Path, model_type: str) -> int | None:
+def _of_tokenizer(model_dir: Path, tokenizer_class: TokenizerClass) -> int | None:
     """The id of the tokenizer's `eos_token`, None if it has none."""
     settings = _read_if_there(model_dir / "tokenizer_config.json")
     older = {}
     if "added_tokens_decoder" not in settings:
         older = _read_if_there(model_dir / "special_tokens_map.json")
     named = {**settings, **older}
-    kind = _kind(model_type, settings.get("tokenizer_class"), (model_dir / "tokenizer.json").exists())
+    has_file = (model_dir / "tokenizer.json").exists()
+    kind = tokenizer_class(settings.get("tokenizer_class"), has_file)
     token = named.get("eos_token", _DEFAULT.get(kind))
     text = token.get("content") if isinstance(token, dict) else token
     return _id_of(text, settings, model_dir) if isinstance(text, str) else None
-
-
-def _kind(model_type: str, named: Any, has_file: bool) -> str:
-    """The class that transformers takes, as far as it has a default."""
-    if model_type == "qwen2" or (model_type == "qwen3" and named is None):
-        return "Qwen2Tokenizer"
-    if not has_file:
-        return "Qwen2Tokenizer" if model_type == "qwen3" else "LlamaTokenizer"
-    return "" if model_type == "mistral" else str(named).removesuffix("Fast")
 
 
 def _id_of(text: str, settings: dict[str, Any], model_dir: Path) -> int | None:

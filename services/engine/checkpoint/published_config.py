@@ -6,7 +6,7 @@ everything else in the start of a worker; a test compares the two.
 """
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
@@ -17,7 +17,10 @@ Eos = int | list[int] | None
 
 
 class PublishedConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Llama's defaults. `rope_scaling` and `rope_theta` are the old spelling of `rope_parameters`."""
+    """What all families have, with Llama's defaults; a family's own is in its file under models/.
+
+    `rope_scaling` and `rope_theta` are the old spelling of `rope_parameters`.
+    """
 
     vocab_size: Count = 32_000
     hidden_size: Count = 4096
@@ -63,6 +66,12 @@ class PublishedConfig(msgspec.Struct, frozen=True, kw_only=True):
         """The sliding window, in tokens, of the layers that slide."""
         return self.sliding_window
 
+    def kv_heads(self) -> int:
+        return self.num_key_value_heads or self.num_attention_heads
+
+    def head_size(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
     def kinds(self) -> list[str]:
         """What each layer is, by the names of `layer_types`."""
         if self.layer_types is not None:
@@ -74,52 +83,10 @@ class PublishedConfig(msgspec.Struct, frozen=True, kw_only=True):
         """How many layers that predict further tokens the configuration announces."""
         return self.num_nextn_predict_layers or self.mtp_num_hidden_layers or self.num_mtp_layers or 0
 
-
-class LlamaPublished(PublishedConfig, frozen=True, kw_only=True):
-    def window(self) -> int | None:
-        """One that holds every prompt is none: some Llamas were made of Qwens, and kept theirs."""
-        window = self.sliding_window
-        return None if window is not None and window >= self.max_position_embeddings else window
-
-
-class MistralPublished(PublishedConfig, frozen=True, kw_only=True):
-    """With `layer_types`, transformers makes it a Ministral, which differs in nothing else."""
-
-    intermediate_size: Count = 14_336
-    num_key_value_heads: Count | None = 8
-    max_position_embeddings: Count = 131_072
-    sliding_window: int | None = 4096
-
-
-class Qwen2Published(PublishedConfig, frozen=True, kw_only=True):
-    vocab_size: Count = 151_936
-    intermediate_size: Count = 22_016
-    num_key_value_heads: Count | None = 32
-    max_position_embeddings: Count = 32_768
-    eos_token_id: Eos = None
-    sliding_window: int | None = 4096
-
-    def window(self) -> int | None:
-        return self.sliding_window if self.use_sliding_window else None
-
-    def kinds(self) -> list[str]:
-        if self.layer_types is not None or self.window() is None:
-            return super().kinds()
-        full = min(max(self.max_window_layers, 0), self.num_hidden_layers)
-        return ["full_attention"] * full + ["sliding_attention"] * (self.num_hidden_layers - full)
-
-
-class Qwen3Published(Qwen2Published, frozen=True, kw_only=True):
-    head_dim: Count | None = 128
-
-
-FAMILIES: dict[str, tuple[str, type[PublishedConfig]]] = {
-    "LlamaForCausalLM": ("llama", LlamaPublished),
-    "MistralForCausalLM": ("mistral", MistralPublished),
-    "Qwen2ForCausalLM": ("qwen2", Qwen2Published),
-    "Qwen3ForCausalLM": ("qwen3", Qwen3Published),
-}
-"""By architecture: its `model_type`, and its configuration."""
+    @classmethod
+    def own_keys(cls) -> tuple[str, ...]:
+        """The keys that only this family has."""
+        return tuple(name for name in cls.__struct_fields__ if name not in PublishedConfig.__struct_fields__)
 
 
 _WORDS = {
@@ -136,11 +103,11 @@ _EXPECTED = re.compile(
 )
 
 
-def published_config(raw: dict[str, Any], architecture: str) -> PublishedConfig:
+Config = TypeVar("Config", bound=PublishedConfig)
+
+
+def published_config(raw: dict[str, Any], kind: type[Config]) -> Config:
     """Raises ValueError where a key has a type or value that it cannot have, naming the key."""
-    model_type, kind = FAMILIES[architecture]
-    if raw.get("model_type", model_type) != model_type:
-        raise ValueError(f"model_type is {raw['model_type']!r}, but {model_type!r} goes with {architecture}")
     try:
         return msgspec.convert(_whole_numbers(raw), kind)
     except msgspec.ValidationError as error:

@@ -9,9 +9,9 @@ In fp8 a number lies divided by its head's scale (kv_scales.py); the scales lie 
 import torch
 from torch import Tensor
 
-from services.engine.attention.plan import KvLayout
 from services.engine.errors import SegmentError
 from services.engine.host_copy import indices, to_device
+from services.engine.kv.layout import KvLayout
 from services.engine.ops.fp8 import as_bytes
 
 

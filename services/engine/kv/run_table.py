@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from services.engine.attention.plan import KvLayout
 from services.engine.errors import SegmentError
+from services.engine.kv.layout import KvLayout
 
 RUN_FIELDS = 8
 """int32 fields that describe a run: slot, 64-bit words, tokens, first token's place in its first page, first

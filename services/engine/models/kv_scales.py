@@ -22,12 +22,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from services.engine.checkpoint.model_config import ModelConfig
 from services.engine.checkpoint.safetensors_files import read_checkpoint_files
-from services.engine.checkpoint.tensor_names import kv_scales_of
 from services.engine.errors import CheckpointError
+from services.engine.models.model_config import ModelConfig
 from services.engine.models.parameters import Parameters
 from services.engine.models.rope import inverse_frequencies
+from services.engine.models.tensor_names import kv_scales_of
 from services.engine.ops.fp8 import FP8_MAX
 from services.engine.rank_group import RankGroup
 
@@ -50,8 +50,9 @@ def _bounds(model: ModelConfig, parameters: Parameters, layer: int) -> Tensor:
     prefix = f"model.layers.{layer}."
     factor = inverse_frequencies(model.rope, model.head_dim)[1]
     values = _rows(model, parameters, prefix, "v_proj").amax(dim=1)
-    if model.qk_norm:
-        largest = parameters.values(prefix + "self_attn.k_norm.weight").abs().max()
+    norm = prefix + "self_attn.k_norm.weight"
+    if parameters.has(norm):
+        largest = parameters.values(norm).abs().max()
         keys = (math.sqrt(model.head_dim) * largest).expand(model.kv_heads)
     else:
         first, second = _rows(model, parameters, prefix, "k_proj").chunk(2, dim=1)
@@ -64,8 +65,9 @@ def _rows(model: ModelConfig, parameters: Parameters, prefix: str, part: str) ->
     weight = parameters.values(f"{prefix}self_attn.{part}.weight")
     normed = weight * parameters.values(prefix + "input_layernorm.weight")
     bound = math.sqrt(model.hidden_size) * torch.linalg.vector_norm(normed, dim=1)
-    if model.qkv_bias:
-        bound += parameters.values(f"{prefix}self_attn.{part}.bias").abs()
+    bias = f"{prefix}self_attn.{part}.bias"
+    if parameters.has(bias):
+        bound += parameters.values(bias).abs()
     heads: Tensor = bound.view(model.kv_heads, model.head_dim)
     return heads
 

@@ -1,16 +1,17 @@
 """The parts that the decoders of all families are built from, and the decoder's frame."""
 
-from abc import ABC, abstractmethod
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from services.engine.checkpoint.model_config import ModelConfig
 from services.engine.kv.pool import KvPool
 from services.engine.models.linear import make_linear
+from services.engine.models.model_config import ModelConfig
 from services.engine.models.parameters import Parameters
 from services.engine.models.rope import inverse_frequencies, rotation
+from services.engine.models.tensor_specs import EMBEDDING, FINAL_NORM, OUTPUT
 from services.engine.ops.qkv import qkv_to_pool
 from services.engine.ops.rms_norm import add_rms_norm, rms_norm
 from services.engine.ops.small_gemm import small_linear
@@ -20,37 +21,23 @@ from services.engine.step_inputs import StepInputs
 class Attention:
     """Grouped-query attention (Ainslie et al., 2023) with rotary positions over the paged pool.
 
-    The families differ in which biases there are, in the norm of query and key heads (`head_norm`), and in
-    the window.
+    The families differ in which biases there are and in the norm of query and key heads, which their tensors
+    tell, and in the window.
     """
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        parameters: Parameters,
-        layer: int,
-        *,
-        qkv_bias: bool = False,
-        output_bias: bool = False,
-        head_norm: bool = False,
-        window: int | None = None,
-    ) -> None:
+    def __init__(self, model: ModelConfig, parameters: Parameters, layer: int) -> None:
         name = f"model.layers.{layer}.self_attn."
         self.layer = layer
         self.heads, self.kv_heads, self.head_dim = model.heads, model.kv_heads, model.head_dim
-        self.window = window
+        self.window = model.windows[layer]
         self.scale = model.head_dim**-0.5
         self.eps = model.rms_norm_eps
         self.group = parameters.group
-        heads_of = {"q_proj": self.heads, "k_proj": self.kv_heads, "v_proj": self.kv_heads}
-        rows_of = {name + part: heads * self.head_dim for part, heads in heads_of.items()}
-        hidden, mixed = model.hidden_size, self.heads * self.head_dim
-        self.qkv = make_linear(parameters, rows_of, hidden, qkv_bias)
-        self.output = make_linear(parameters, {name + "o_proj": hidden}, mixed, output_bias)
+        self.qkv = make_linear(parameters, *(name + part for part in ("q_proj", "k_proj", "v_proj")))
+        self.output = make_linear(parameters, name + "o_proj")
         self.head_norm: Tensor | None = None
-        if head_norm:
-            copies = {name + "q_norm.weight": self.heads, name + "k_norm.weight": self.kv_heads}
-            self.head_norm = parameters.repeated(copies, self.head_dim)
+        if parameters.has(name + "q_norm.weight"):
+            self.head_norm = parameters.fused(name + "q_norm.weight", name + "k_norm.weight")
 
     def forward(
         self, x: Tensor, step: StepInputs, cos: Tensor, sin: Tensor, pool: KvPool, wanted: Tensor | None
@@ -79,15 +66,19 @@ class Attention:
         return self.group.sum(self.output.forward(mixed))
 
 
-class GatedMlp:
-    """SwiGLU feed-forward, gate and up in one product."""
+class FeedForward(Protocol):
+    """What comes after a layer's attention."""
 
-    def __init__(self, model: ModelConfig, parameters: Parameters, layer: int, *, bias: bool = False) -> None:
-        name = f"model.layers.{layer}.mlp."
-        size = model.intermediate_size
-        rows_of = {name + "gate_proj": size, name + "up_proj": size}
-        self.gate_up = make_linear(parameters, rows_of, model.hidden_size, bias)
-        self.down = make_linear(parameters, {name + "down_proj": model.hidden_size}, size, bias)
+    def forward(self, x: Tensor) -> Tensor:
+        """`[tokens, hidden]` to the same, summed over the ranks."""
+
+
+class GatedMlp:
+    """SwiGLU feed-forward, gate and up in one product. `name` is what its tensors' names begin with."""
+
+    def __init__(self, parameters: Parameters, name: str) -> None:
+        self.gate_up = make_linear(parameters, name + "gate_proj", name + "up_proj")
+        self.down = make_linear(parameters, name + "down_proj")
         self.group = parameters.group
 
     def forward(self, x: Tensor) -> Tensor:
@@ -99,13 +90,13 @@ class DecoderLayer:
     follows. A family's layer is this with its own attention and feed-forward."""
 
     def __init__(
-        self, model: ModelConfig, parameters: Parameters, layer: int, attention: Attention, mlp: GatedMlp
+        self, model: ModelConfig, parameters: Parameters, layer: int, attention: Attention, mlp: FeedForward
     ) -> None:
         name = f"model.layers.{layer}."
         self.eps = model.rms_norm_eps
         self.attention, self.mlp = attention, mlp
-        self.attention_norm = parameters.tensor(name + "input_layernorm.weight", model.hidden_size)
-        self.mlp_norm = parameters.tensor(name + "post_attention_layernorm.weight", model.hidden_size)
+        self.attention_norm = parameters.fused(name + "input_layernorm.weight")
+        self.mlp_norm = parameters.fused(name + "post_attention_layernorm.weight")
 
     def forward(
         self,
@@ -127,28 +118,23 @@ class DecoderLayer:
         return self.mlp.forward(x), residual
 
 
-class Decoder(ABC):
-    """Embedding, layers, final norm, output matrix. A family says what its layers are.
+class Decoder:
+    """Embedding, layers, final norm, output matrix. The family says what its layers are.
 
-    `model` is the shape of this rank's part (`sharding.rank_shape`), with the whole vocabulary; of embedding
-    and output matrix the rank has its rows.
+    All is allocated, unfilled. `model` is the shape of this rank's part (`sharding.rank_shape`), with the
+    whole vocabulary; of embedding and output matrix the rank has its rows.
     """
 
     def __init__(self, model: ModelConfig, parameters: Parameters) -> None:
         self.model, self.group = model, parameters.group
-        rows = model.vocab_size // self.group.size
-        self.embedding = parameters.tensor("model.embed_tokens.weight", rows, model.hidden_size)
-        self.layers = [self.make_layer(parameters, layer) for layer in range(model.layers)]
-        self.final_norm = parameters.tensor("model.norm.weight", model.hidden_size)
+        self.embedding = parameters.fused(EMBEDDING)
+        self.layers = [model.family.make_layer(model, parameters, layer) for layer in range(model.layers)]
+        self.final_norm = parameters.fused(FINAL_NORM)
         self.output = self.embedding
         if not model.tied_embeddings:
-            self.output = parameters.tensor("lm_head.weight", rows, model.hidden_size)
+            self.output = parameters.fused(OUTPUT)
         frequencies, self.rotation_factor = inverse_frequencies(model.rope, model.head_dim)
         self.frequencies = frequencies.to(parameters.device)
-
-    @abstractmethod
-    def make_layer(self, parameters: Parameters, layer: int) -> DecoderLayer:
-        """Allocate layer number `layer`."""
 
     def forward(
         self, step: StepInputs, pool: KvPool, layers: int | None = None, wanted: Tensor | None = None

@@ -6,6 +6,7 @@ with both scales applied to its sums; elsewhere the same numbers are multiplied 
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -82,16 +83,28 @@ def fp8_product(
     return out
 
 
-def make_linear(parameters: Parameters, rows_of: dict[str, int], columns: int, bias: bool) -> Linear:
-    """Allocate one layer `[sum of rows, columns]`, of the kind that `parameters` asks for, unfilled.
+def make_linear(parameters: Parameters, *names: str) -> Linear:
+    """Allocate one layer, unfilled, that holds the rows of the checkpoint's layers `names` one after the
+    other, like `model.layers.0.mlp.down_proj`. It is quantised if its tensors can be and `parameters` asks
+    for it, and has a bias if they have."""
+    return make_linears(parameters, [names])[0]
 
-    `rows_of` names the checkpoint's layers whose rows it holds one after the other, like
-    `model.layers.0.mlp.down_proj`.
-    """
-    weights = {f"{name}.weight": rows for name, rows in rows_of.items()}
-    biases = {f"{name}.bias": rows for name, rows in rows_of.items()}
-    if parameters.quantization == "fp8":
-        weight, scale = parameters.quantised(weights, columns)
-        return Fp8Linear(weight, scale, parameters.fused(biases) if bias else None)
-    weight = parameters.fused(weights, columns)
-    return DenseLinear(weight, parameters.fused(biases) if bias else None)
+
+def make_linears(parameters: Parameters, groups: Sequence[Sequence[str]]) -> list[Linear]:
+    """As `make_linear`, a layer for each of `groups`, whose parameters lie one after the other in one
+    allocation. All groups are of the same sizes."""
+    names = [name for group in groups for name in group]
+    weights = [f"{name}.weight" for name in names]
+    biases: list[Tensor | None] = [None] * len(groups)
+    scales: list[Tensor | None] = [None] * len(groups)
+    if parameters.is_quantised(weights):
+        whole, scale = parameters.quantised(*weights)
+        scales = list(scale.chunk(len(groups)))
+    else:
+        whole = parameters.fused(*weights)
+    if parameters.has(f"{names[0]}.bias"):
+        biases = list(parameters.fused(*(f"{name}.bias" for name in names)).chunk(len(groups)))
+    return [
+        DenseLinear(weight, bias) if scale is None else Fp8Linear(weight, scale, bias)
+        for weight, scale, bias in zip(whole.chunk(len(groups)), scales, biases, strict=True)
+    ]

@@ -1,13 +1,22 @@
 """Llama 2 and 3: full attention, biases only where the configuration asks for them."""
 
-from services.engine.models.layers import Attention, Decoder, DecoderLayer, GatedMlp
-from services.engine.models.parameters import Parameters
+from collections.abc import Iterator
+
+from services.engine.checkpoint.published_config import PublishedConfig
+from services.engine.models.family import Family
+from services.engine.models.tensor_specs import TensorSpec, dense_layer_tensors
 
 
-class LlamaDecoder(Decoder):
-    def make_layer(self, parameters: Parameters, layer: int) -> DecoderLayer:
-        attention = Attention(
-            self.model, parameters, layer, qkv_bias=self.model.qkv_bias, output_bias=self.model.output_bias
-        )
-        mlp = GatedMlp(self.model, parameters, layer, bias=self.model.mlp_bias)
-        return DecoderLayer(self.model, parameters, layer, attention, mlp)
+class LlamaConfig(PublishedConfig, frozen=True, kw_only=True):
+    def window(self) -> int | None:
+        """One that holds every prompt is none: some Llamas were made of Qwens, and kept theirs."""
+        window = self.sliding_window
+        return None if window is not None and window >= self.max_position_embeddings else window
+
+
+def layer_tensors(config: LlamaConfig, layer: int) -> Iterator[TensorSpec]:
+    bias = config.attention_bias
+    return dense_layer_tensors(config, layer, qkv_bias=bias, output_bias=bias, mlp_bias=config.mlp_bias)
+
+
+FAMILY = Family("LlamaForCausalLM", "llama", LlamaConfig, layer_tensors, full_attention_only=True)

@@ -1,11 +1,26 @@
 """Mistral: no biases, and (in its first version) one sliding window in every layer."""
 
-from services.engine.models.layers import Attention, Decoder, DecoderLayer, GatedMlp
-from services.engine.models.parameters import Parameters
+from typing import Any
+
+from services.engine.checkpoint.published_config import Count, PublishedConfig
+from services.engine.models.family import Family
+from services.engine.models.tensor_specs import dense_layer_tensors
 
 
-class MistralDecoder(Decoder):
-    def make_layer(self, parameters: Parameters, layer: int) -> DecoderLayer:
-        attention = Attention(self.model, parameters, layer, window=self.model.windows[layer])
-        mlp = GatedMlp(self.model, parameters, layer)
-        return DecoderLayer(self.model, parameters, layer, attention, mlp)
+class MistralConfig(PublishedConfig, frozen=True, kw_only=True):
+    """With `layer_types`, transformers makes it a Ministral, which differs in nothing else."""
+
+    intermediate_size: Count = 14_336
+    num_key_value_heads: Count | None = 8
+    max_position_embeddings: Count = 131_072
+    sliding_window: int | None = 4096
+
+
+def tokenizer_class(named: Any, has_file: bool) -> str:
+    """A tokenizer.json is taken as it is, whatever class is named."""
+    return "" if has_file else "LlamaTokenizer"
+
+
+FAMILY = Family(
+    "MistralForCausalLM", "mistral", MistralConfig, dense_layer_tensors, tokenizer_class=tokenizer_class
+)

@@ -1,27 +1,12 @@
-"""Which decoder runs which architecture."""
+"""The model families that are served. To add one: its file, and its name here."""
 
-from services.engine.checkpoint.model_config import ModelConfig
-from services.engine.errors import CheckpointError
-from services.engine.models.layers import Decoder
-from services.engine.models.llama import LlamaDecoder
-from services.engine.models.mistral import MistralDecoder
-from services.engine.models.parameters import Parameters
-from services.engine.models.qwen2 import Qwen2Decoder
-from services.engine.models.qwen3 import Qwen3Decoder
+from typing import Any
 
-DECODERS: dict[str, type[Decoder]] = {
-    "LlamaForCausalLM": LlamaDecoder,
-    "MistralForCausalLM": MistralDecoder,
-    "Qwen2ForCausalLM": Qwen2Decoder,
-    "Qwen3ForCausalLM": Qwen3Decoder,
+from services.engine.models import llama, mistral, qwen2, qwen3, qwen3_moe
+from services.engine.models.family import Family
+
+FAMILIES: dict[str, Family[Any]] = {
+    family.architecture: family
+    for family in (llama.FAMILY, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY, qwen3_moe.FAMILY)
 }
-
-
-def make_decoder(model: ModelConfig, parameters: Parameters) -> Decoder:
-    """Allocate the model's decoder, unfilled. Raises `CheckpointError` for an unknown architecture."""
-    decoder = DECODERS.get(model.architecture)
-    if decoder is None:
-        raise CheckpointError(
-            f"architecture {model.architecture!r} is not supported (supported: {', '.join(DECODERS)})"
-        )
-    return decoder(model, parameters)
+"""By architecture."""

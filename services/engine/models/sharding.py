@@ -2,20 +2,16 @@
 
 Query, key, value, gate and up projections are divided by rows, so that each rank has whole heads and whole
 feed-forward units of its own; output and down projections by columns, so that what the ranks compute has
-only to be summed. Embedding and output matrix are divided by rows of the vocabulary: copied to every rank,
-they would be the larger part of what a small model's ranks hold. Norms are small and lie on every rank.
+only to be summed. Norms are small and lie on every rank. What is divided by what is said by each tensor
+(tensor_specs.py); here is what follows for the model.
 """
 
 from dataclasses import replace
 from math import gcd
 
 from services.config import Dtype, Quantization
-from services.engine.checkpoint.model_config import ModelConfig
-
-_BY_ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head")
-_BY_COLUMNS = ("o_proj", "down_proj")
-
-Part = tuple[slice, ...]
+from services.engine.models.model_config import ModelConfig, dtype_bytes
+from services.engine.models.tensor_specs import Units
 
 
 class TensorParallelError(ValueError):
@@ -24,7 +20,7 @@ class TensorParallelError(ValueError):
 
 def allowed_tp(model: ModelConfig) -> list[int]:
     """How many ranks the model can be divided among."""
-    common = gcd(model.heads, model.kv_heads, model.intermediate_size, model.vocab_size)
+    common = gcd(*(units.count for units in _divided(model)))
     return [tp for tp in range(1, common + 1) if common % tp == 0]
 
 
@@ -32,45 +28,26 @@ def check_tp(model: ModelConfig, tp: int) -> None:
     """Raises `TensorParallelError` unless every rank gets whole heads and equal parts."""
     allowed = allowed_tp(model)
     if tp not in allowed:
+        *most, last = [units.text for units in _divided(model)]
         raise TensorParallelError(
-            f"--tp: {tp} does not divide this model's {model.heads} heads, {model.kv_heads} KV heads, "
-            f"intermediate size {model.intermediate_size} and vocabulary of {model.vocab_size} "
+            f"--tp: {tp} does not divide this model's {', '.join(most)} and {last} "
             f"(allowed: {', '.join(map(str, allowed))})"
         )
 
 
+def _divided(model: ModelConfig) -> list[Units]:
+    """What the ranks divide, each once, the layers' first."""
+    layers_first = sorted(model.tensors, key=lambda spec: spec.layer is None)
+    found = (axis.units for spec in layers_first for axis in spec.axes)
+    return list(dict.fromkeys(units for units in found if units is not None))
+
+
 def rank_shape(model: ModelConfig, tp: int) -> ModelConfig:
     """The decoder that one of `tp` ranks runs, with the whole vocabulary: token ids stay what they are."""
-    return replace(
-        model,
-        heads=model.heads // tp,
-        kv_heads=model.kv_heads // tp,
-        intermediate_size=model.intermediate_size // tp,
-    )
+    return replace(model, heads=model.heads // tp, kv_heads=model.kv_heads // tp)
 
 
 def rank_parameter_bytes(model: ModelConfig, tp: int, dtype: Dtype, quantization: Quantization) -> int:
-    """Bytes of the parameters on one of `tp` ranks."""
-    held = replace(rank_shape(model, tp), vocab_size=model.vocab_size // tp)
-    return held.parameter_bytes(dtype, quantization)
-
-
-def part_of(name: str, shape: tuple[int, ...], rank: int, tp: int) -> Part | None:
-    """What `rank` of `tp` holds of the checkpoint's tensor `name`. None: zeros stand for it there, because it
-    is added to what the ranks sum up and rank 0 has it."""
-    layer, _, kind = name.rpartition(".")
-    layer = layer.rpartition(".")[2]
-    if tp == 1:
-        return tuple(slice(0, extent) for extent in shape)
-    if layer in _BY_ROWS:
-        return (_share(shape[0], rank, tp), *(slice(0, extent) for extent in shape[1:]))
-    if layer in _BY_COLUMNS and kind == "weight":
-        return slice(0, shape[0]), _share(shape[1], rank, tp)
-    if layer in _BY_COLUMNS and rank != 0:
-        return None
-    return tuple(slice(0, extent) for extent in shape)
-
-
-def _share(extent: int, rank: int, tp: int) -> slice:
-    size = extent // tp
-    return slice(rank * size, (rank + 1) * size)
+    """Bytes of the parameters on one of `tp` ranks. `model` is whole."""
+    number_bytes, fp8 = dtype_bytes(dtype), quantization == "fp8"
+    return sum(spec.rank_bytes(number_bytes, fp8, tp) for spec in model.tensors)

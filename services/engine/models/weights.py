@@ -7,15 +7,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from services.engine.checkpoint.files import (
-    DUMMY_SEED,
-    Located,
-    check_tensors,
-)
-from services.engine.checkpoint.model_config import ModelConfig
 from services.engine.checkpoint.safetensors_files import read_checkpoint_files
 from services.engine.errors import CheckpointError
+from services.engine.models.model_config import ModelConfig
 from services.engine.models.parameters import Parameters
+from services.engine.models.stored_tensors import DUMMY_SEED, Located, check_tensors
 
 Progress = Callable[[int, int], None]
 
@@ -46,7 +42,7 @@ def load_safetensors(model: ModelConfig, parameters: Parameters, progress: Progr
 
 
 def _fill(parameters: Parameters, name: str, found: Located, stored: Any) -> None:
-    part = parameters.part(name, found.tensor.shape)
+    part = parameters.part(name)
     if part is None:
         parameters.views[name].zero_()
     elif parameters.group.size == 1:
@@ -55,31 +51,30 @@ def _fill(parameters: Parameters, name: str, found: Located, stored: Any) -> Non
         parameters.fill(name, stored.get_slice(found.tensor.name)[part])
 
 
-def fill_dummy(model: ModelConfig, parameters: Parameters, progress: Progress) -> None:
+def fill_dummy(parameters: Parameters, progress: Progress) -> None:
     """Random weights from a fixed seed, sampled on the device: norms are 1, matrices keep the variance.
 
     A matrix that is to be quantised is sampled in the model's dtype, so that its numbers are those of the
     model without quantization. A rank draws every matrix whole and keeps its part, so that ranks together are
     the model that one alone would have.
     """
-    shapes = model.tensor_shapes()
     generator = torch.Generator(device=parameters.device).manual_seed(DUMMY_SEED)
     total_bytes = sum(view.numel() * view.element_size() for view in parameters.views.values())
     done_bytes = 0
     progress(0, total_bytes)
     for name, view in parameters.views.items():
-        if "norm" in name:
-            view.fill_(1.0)
-        elif name.endswith(".bias"):
+        shape = parameters.specs[name].shape
+        if name.endswith(".bias"):
             view.zero_()
+        elif len(shape) == 1:
+            view.fill_(1.0)
         else:
             in_place = name not in parameters.scales and parameters.group.size == 1
-            shape = shapes[name]
             sampled = (
                 view if in_place else torch.empty(shape, dtype=parameters.dtype, device=parameters.device)
             )
             sampled.normal_(0.0, shape[-1] ** -0.5, generator=generator)
             if not in_place:
-                parameters.fill(name, sampled[parameters.part(name, shape)])
+                parameters.fill(name, sampled[parameters.part(name)])
         done_bytes += view.numel() * view.element_size()
         progress(done_bytes, total_bytes)

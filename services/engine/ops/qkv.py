@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from services.engine.kv.kv_write import write_kv
 from services.engine.ops.dependent_launch import await_earlier, launch_options, let_next_start
 from services.engine.ops.fp8 import FP8
+from services.engine.ops.kv_write import write_kv
 from services.engine.ops.launch_cache import cached_kernel, cdiv, next_power_of_2
 from services.engine.ops.rms_norm import head_rms_norm
 from services.engine.ops.rotary import rotate

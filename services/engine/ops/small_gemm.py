@@ -2,7 +2,7 @@
 
 At up to some hundred tokens such a product costs what reading the weights costs. The library's kernels reach
 that with large matrices only: a kernel of 10 us spends a good part of them on starting, filling its pipeline
-and draining it. The kernels here (product_kernels.py) start under the one before them. Which one a shape
+and draining it. The kernels here (small_gemm_kernels.py) start under the one before them. Which one a shape
 gets, and with what tiles, was measured (tuning.py); "library" is one of the answers.
 
 CUDA tensors in bfloat16 or float16 go to the kernels, others and larger ones to the reference.

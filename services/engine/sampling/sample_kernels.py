@@ -1,7 +1,7 @@
 """Samples tokens from logits on the device: no sort, nothing read back by the host.
 
 A first launch splits the vocabulary into runs of 128 tokens and finds each run's largest logit and its mass.
-A second one, of one program a draw, finds the lowest logit that the filters keep (`draw_threshold.py`),
+A second one, of one program a draw, finds the lowest logit that the filters keep (top_k_top_p_threshold.py),
 measures again the runs in which something is kept, and inverts the distribution twice: over the runs, then
 over the tokens of one run. Masses are added as integers, so their order cannot matter, and a draw depends on
 nothing but its row and its parameters. CUDA tensors go to the kernels, others to the reference.

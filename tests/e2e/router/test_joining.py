@@ -61,13 +61,13 @@ def known(router: Router) -> dict[str, dict[str, Any]]:
 
 def test_workers_join_and_leave_while_requests_run(served: tuple[Fakes, Router]) -> None:
     fakes, router = served
-    with router.api.asgi() as http:
+    with router.http() as http:
         assert http.post("/v1/completions", json={"prompt": "a"}).json()["error"]["code"] == "no_workers"
     fakes.start("p0")
     fakes.start("d0")
     fakes.list("p0", "d0")
     until(router.ready, "a ready router")
-    with router.api.asgi() as http, Askers(lambda number: wrong_with(http), 4) as load:
+    with router.http() as http, Askers(lambda number: wrong_with(http), 4) as load:
         fakes.list("p0", "d0", "p1", "d1")
         until(lambda: len(known(router)) == 4, "workers that are listed and not there yet")
         asked_s = time.monotonic()
@@ -121,7 +121,7 @@ def wrong_with(http: httpx.Client) -> str | None:
 
 
 def ask(router: Router, prompt: str | list[int] = "a") -> list[int]:
-    with router.api.asgi() as http:
+    with router.http() as http:
         answer = http.post("/v1/completions", json={**BODY, "prompt": prompt})
     assert answer.status_code == 200, answer.text
     tokens: list[int] = answer.json()["choices"][0]["token_ids"]

@@ -69,7 +69,7 @@ class Asking:
         self._thread.start()
 
     def _ask(self, router: Router) -> None:
-        with router.api.asgi() as http:
+        with router.http() as http:
             body = {"prompt": "a", "max_tokens": 4, "return_token_ids": True}
             self._answers.append(http.post("/v1/completions", json=body))
 
@@ -152,7 +152,7 @@ def test_held_kv_goes_to_the_worker_that_is_left(served: tuple[Fakes, Router]) -
     asking.check()
     fakes.prefill.wait_for(RepushKv)
     assert len(fakes.prefill.of(Prefill)) == 1 and len(fakes.prefill.of(RepushKv)) == 1
-    with router.api.asgi() as http:
+    with router.http() as http:
         text = http.get("/metrics").text
     assert 'baton_migrations_total{reason="decode_lost"} 1.0' in text
     assert 'baton_migrations_total{reason="transfer"}' in text

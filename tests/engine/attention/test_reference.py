@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from services.engine.attention.plan import AttentionSequence, KvLayout, SpanLimits, plan_spans
+from services.engine.attention.plan import AttentionSequence, SpanLimits, plan_spans
 from services.engine.attention.reference import paged_attention
+from services.engine.kv.layout import KvLayout
 from services.engine.kv.pool import KvPool
 
 HEADS = 6

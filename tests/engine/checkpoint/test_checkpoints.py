@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from services.engine.checkpoint.files import model_digest
-from services.engine.checkpoint.model_config import read_model_config
 from services.engine.checkpoint.safetensors_files import INDEX_NAME, SINGLE_NAME
 from services.engine.errors import CheckpointError
+from services.engine.models.layers import Decoder
+from services.engine.models.model_config import read_model_config
 from services.engine.models.parameters import Parameters
-from services.engine.models.registry import DECODERS, make_decoder
+from services.engine.models.stored_tensors import model_digest
 from services.engine.models.weights import fill_dummy, load_safetensors
 from tests.checkpoints import FAMILIES, YARN_ROPE, make_checkpoint
 
@@ -26,8 +26,8 @@ def _ignore(done_bytes: int, total_bytes: int) -> None:
 
 def _load(model_dir: Path) -> Parameters:
     model = read_model_config(model_dir)
-    parameters = Parameters(torch.float32, torch.device("cpu"))
-    make_decoder(model, parameters)
+    parameters = Parameters(model.tensors, torch.float32, torch.device("cpu"))
+    Decoder(model, parameters)
     with torch.inference_mode():
         load_safetensors(model, parameters, _ignore)
     return parameters
@@ -88,8 +88,8 @@ def test_harmless_extra_tensors_are_ignored(tmp_path: Path) -> None:
 def test_progress_grows_to_the_total(tmp_path: Path) -> None:
     make_checkpoint("mistral", tmp_path, sharded=True)
     model = read_model_config(tmp_path)
-    parameters = Parameters(torch.bfloat16, torch.device("cpu"))
-    make_decoder(model, parameters)
+    parameters = Parameters(model.tensors, torch.bfloat16, torch.device("cpu"))
+    Decoder(model, parameters)
     seen: list[tuple[int, int]] = []
     load_safetensors(model, parameters, lambda done, total: seen.append((done, total)))
     total_bytes = model.parameter_bytes("float32")
@@ -104,9 +104,9 @@ def test_dummy_weights_are_the_same_every_time_and_finite(tmp_path: Path) -> Non
     model = read_model_config(tmp_path)
     filled = []
     for _ in range(2):
-        parameters = Parameters(torch.bfloat16, torch.device("cpu"))
-        make_decoder(model, parameters)
-        fill_dummy(model, parameters, _ignore)
+        parameters = Parameters(model.tensors, torch.bfloat16, torch.device("cpu"))
+        Decoder(model, parameters)
+        fill_dummy(parameters, _ignore)
         filled.append(parameters.views)
     for name, view in filled[0].items():
         assert torch.equal(view, filled[1][name])
@@ -119,12 +119,6 @@ def test_old_and_new_rope_spelling_read_alike(tmp_path: Path) -> None:
     old = read_model_config(make_checkpoint("llama", tmp_path / "old", rope=YARN_ROPE, legacy_rope=True))
     assert new.rope == old.rope
     assert (new.rope.kind, new.rope.factor, new.rope.original_max_positions) == ("yarn", 4.0, 64)
-
-
-def test_every_supported_architecture_has_a_decoder() -> None:
-    from services.engine.checkpoint.model_config import SUPPORTED_ARCHITECTURES
-
-    assert set(SUPPORTED_ARCHITECTURES) == set(DECODERS)
 
 
 # ---------------------------------------------------------------- the digest

@@ -1,12 +1,7 @@
-"""Every key that transformers reads of config.json and generation_config.json: in the tables of
-config_keys.py, and with another value either the same tokens as transformers', or a refusal that names it."""
+"""Every key of config.json and generation_config.json with another value: either the same tokens as
+transformers', or a refusal that names it."""
 
-import ast
-import dataclasses
-import importlib
-import inspect
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,80 +9,16 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    GenerationConfig,
-    LlamaConfig,
-    MinistralConfig,
-    MistralConfig,
-    Qwen2Config,
-    Qwen3Config,
 )
 
 from services.engine.checkpoint import config_keys as keys
-from services.engine.checkpoint.model_config import read_model_config
 from services.engine.errors import CheckpointError
+from services.engine.models.model_config import read_model_config
 from services.engine.models.rope import inverse_frequencies
 from tests.checkpoints import FAMILIES, make_checkpoint
 from tests.engine.harness import Sequence, prompt_of, run_together, scattered_pages, start_engine
 
 PROMPT_TOKENS, OUTPUT_TOKENS, LAYERS = 40, 5, 2
-
-# ---------------------------------------------------------------- the tables are whole
-
-READING = (
-    *(f"models.{name}.modeling_{name}" for name in ("llama", "mistral", "ministral", "qwen2", "qwen3")),
-    "masking_utils",
-    "cache_utils",
-    "modeling_rope_utils",
-)
-"""Modules of transformers that compute with a configuration's attributes."""
-NOT_KEYS = {"get_text_config", "standardize_rope_params", "validate_rope", "__class__"}
-
-
-def _is_config(node: ast.expr) -> bool:
-    if isinstance(node, ast.Name):
-        return node.id in ("config", "layer_config", "decoder_config")
-    return isinstance(node, ast.Attribute) and node.attr == "config"
-
-
-def _read_attributes(module: str) -> Iterator[str]:
-    tree = ast.parse(inspect.getsource(importlib.import_module(f"transformers.{module}")))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and _is_config(node.value):
-            yield node.attr
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and len(node.args) > 1:
-            name = node.args[1]
-            if (
-                node.func.id in ("getattr", "hasattr")
-                and _is_config(node.args[0])
-                and isinstance(name, ast.Constant)
-            ):
-                yield str(name.value)
-
-
-def test_every_key_of_the_configuration_classes_is_in_a_table() -> None:
-    known = keys.OBEYED.keys() | keys.HARMLESS.keys() | keys.ONLY.keys()
-    for kind in (LlamaConfig, MistralConfig, MinistralConfig, Qwen2Config, Qwen3Config):
-        assert {field.name for field in dataclasses.fields(kind)} | kind().to_dict().keys() <= known, kind
-    read = {name for module in READING for name in _read_attributes(module)} - NOT_KEYS
-    assert len(read) > 20
-    assert read <= known, read - known
-
-
-def test_every_key_of_the_generation_configuration_is_in_a_table() -> None:
-    known = keys.GENERATION_HARMLESS.keys() | keys.GENERATION_ONLY.keys() | keys.BY_THE_ROUTER.keys()
-    read = GenerationConfig().__dict__.keys() | GenerationConfig._get_default_generation_params().keys()
-    assert read <= known, read - known
-
-
-def test_no_key_is_in_two_tables() -> None:
-    for tables in (
-        (keys.OBEYED, keys.HARMLESS, keys.ONLY),
-        (keys.GENERATION_HARMLESS, keys.GENERATION_ONLY, keys.BY_THE_ROUTER),
-    ):
-        assert len(set().union(*tables)) == sum(map(len, tables))
-
-
-# ---------------------------------------------------------------- each key with other values
 
 OTHER: dict[str, list[Any]] = {
     "architectures": [None, [], ["Odd", "{architecture}"], ["{decoder}"], ["OtherForCausalLM"]],
@@ -171,6 +102,13 @@ OTHER: dict[str, list[Any]] = {
     "mtp_num_hidden_layers": [1],
     "num_mtp_layers": [1],
     "mtp_layer_types": [["full_attention"]],
+    "num_experts": [8, 0, None],
+    "num_local_experts": [5, None],
+    "num_experts_per_tok": [1, 4, 7, 0],
+    "moe_intermediate_size": [40],
+    "norm_topk_prob": [True, None],
+    "decoder_sparse_step": [2, 0],
+    "mlp_only_layers": [[0], [7], [], None, [-1]],
 }
 """Of the keys that are obeyed, values that change the model, or would."""
 TOGETHER: list[dict[str, Any]] = [
@@ -215,6 +153,8 @@ HARMLESS_VALUES: dict[str, Any] = {
     "tokenizer_class": "Odd",
     "unread_by_all": 1,
 }
+OWN_HARMLESS_VALUES: dict[str, Any] = {"output_router_logits": True, "router_aux_loss_coef": 0.5}
+"""Of the keys that one family alone has."""
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -242,6 +182,12 @@ def variant(base: Path, directory: Path, changes: dict[str, Any]) -> Path:
 
 def family_of(model_dir: Path) -> Any:
     return json.loads((model_dir / "config.json").read_text())["model_type"]
+
+
+def refused_by(model_dir: Path) -> dict[str, tuple[Any, ...]]:
+    """Those of `ONLY` that are not keys of the family's own."""
+    own_keys = read_model_config(model_dir).family.own_keys
+    return {key: values for key, values in keys.ONLY.items() if key not in own_keys}
 
 
 def theirs(model_dir: Path) -> list[int]:
@@ -329,6 +275,7 @@ SHAPES = {
         "hidden_size",
     ),
     *("intermediate_size", "attention_bias", "mlp_bias"),
+    *("num_experts", "num_local_experts", "moe_intermediate_size", "decoder_sparse_step", "mlp_only_layers"),
 }
 NEVER_SERVED = SHAPES | {"model_type"}
 """No other value goes with the weights."""
@@ -349,7 +296,8 @@ def test_keys_that_work_together(base: Path, tmp_path: Path) -> None:
 
 
 def test_harmless_keys_change_no_token(base: Path, tmp_path: Path) -> None:
-    assert check(base, tmp_path, HARMLESS_VALUES)
+    own = {key: OWN_HARMLESS_VALUES[key] for key in read_model_config(base).family.harmless_keys}
+    assert check(base, tmp_path, HARMLESS_VALUES | own)
     assert read_model_config(tmp_path).notes == (
         "config.json: not read: unread_by_all",
         "config.json: auto_map names code of the checkpoint, which is not run",
@@ -358,7 +306,7 @@ def test_harmless_keys_change_no_token(base: Path, tmp_path: Path) -> None:
 
 
 def test_a_key_that_is_off_is_as_good_as_absent(base: Path, tmp_path: Path) -> None:
-    off = {key: values[0] for key, values in keys.ONLY.items()}
+    off = {key: values[0] for key, values in refused_by(base).items()}
     off |= {key: values[0] for key, values in keys.GENERATION_ONLY.items()}
     model_dir = variant(base, tmp_path, off)
     (model_dir / "generation_config.json").write_text(
@@ -369,7 +317,7 @@ def test_a_key_that_is_off_is_as_good_as_absent(base: Path, tmp_path: Path) -> N
 
 
 def test_a_key_that_nobody_obeys_is_refused_by_its_name(base: Path, tmp_path: Path) -> None:
-    for key, values in keys.ONLY.items():
+    for key, values in refused_by(base).items():
         assert "odd" not in values
         variant(base, tmp_path, {key: "odd"})
         with pytest.raises(

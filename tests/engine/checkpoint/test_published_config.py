@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from services.engine.checkpoint.model_config import read_model_config
-from services.engine.checkpoint.published_config import FAMILIES, published_config
+from services.engine.checkpoint.published_config import published_config
 from services.engine.errors import CheckpointError
+from services.engine.models.model_config import read_model_config
+from services.engine.models.registry import FAMILIES
 
 VALUES: dict[str, list[Any]] = {
     "vocab_size": [700],
@@ -49,11 +50,23 @@ VALUES: dict[str, list[Any]] = {
         {"rope_type": "yarn", "rope_theta": 7e5, "factor": 2.0},
     ],
 }
+OWN_VALUES: dict[str, dict[str, list[Any]]] = {
+    "Qwen3MoeForCausalLM": {
+        "num_experts": [16],
+        "num_local_experts": [12],
+        "num_experts_per_tok": [2],
+        "moe_intermediate_size": [64],
+        "norm_topk_prob": [True],
+        "decoder_sparse_step": [2],
+        "mlp_only_layers": [[0, 2], None],
+    }
+}
+"""Of the keys that one family alone has."""
 COMPARED = sorted(VALUES.keys() - {"rope_theta", "rope_scaling", "rope_parameters", "use_sliding_window"})
 
 
 def write(directory: Path, architecture: str, **fields: Any) -> dict[str, Any]:
-    raw = {"architectures": [architecture], "model_type": FAMILIES[architecture][0], **fields}
+    raw = {"architectures": [architecture], "model_type": FAMILIES[architecture].model_type, **fields}
     (directory / "config.json").write_text(json.dumps(raw))
     return raw
 
@@ -61,7 +74,7 @@ def write(directory: Path, architecture: str, **fields: Any) -> dict[str, Any]:
 def check(directory: Path, architecture: str, **fields: Any) -> None:
     raw = write(directory, architecture, **fields)
     theirs = AutoConfig.from_pretrained(directory, local_files_only=True)
-    ours = published_config(raw, architecture)
+    ours = published_config(raw, FAMILIES[architecture].config)
     known = theirs.to_dict()
     for name in COMPARED:
         if name not in known or (name == "sliding_window" and architecture == "LlamaForCausalLM"):
@@ -74,6 +87,13 @@ def check(directory: Path, architecture: str, **fields: Any) -> None:
         elif name == "sliding_window":
             mine = ours.window()
         assert mine == known[name], (name, raw)
+    for name in FAMILIES[architecture].config.own_keys():
+        mine = getattr(ours, name)
+        if name in ("num_experts", "num_local_experts"):
+            mine = ours.experts()  # type: ignore[attr-defined]
+        elif name == "mlp_only_layers":
+            mine = mine or []
+        assert mine == getattr(theirs, name), (name, raw)
     assert ours.rope() == theirs.rope_parameters, raw
     if "layer_types" in known and ours.window() is not None:
         assert ours.kinds() == known["layer_types"], raw
@@ -89,7 +109,8 @@ def test_fields_old_spellings_and_layers_are_read_as_by_transformers(
     architecture: str, tmp_path: Path
 ) -> None:
     random_ = random.Random(architecture)
-    for name, values in VALUES.items():
+    assert OWN_VALUES.get(architecture, {}).keys() == set(FAMILIES[architecture].config.own_keys())
+    for name, values in (VALUES | OWN_VALUES.get(architecture, {})).items():
         for value in values:
             if name != "eos_token_id" or value is not None or architecture.startswith("Qwen"):
                 check(tmp_path, architecture, **{name: value})

@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from services.engine.checkpoint.files import check_tensors
-from services.engine.checkpoint.model_config import read_model_config
 from services.engine.checkpoint.safetensors_files import INDEX_NAME, SINGLE_NAME, read_checkpoint_files
 from services.engine.errors import CheckpointError
 from services.engine.models.kv_scales import kv_scales
+from services.engine.models.layers import Decoder
+from services.engine.models.model_config import read_model_config
 from services.engine.models.parameters import Parameters
-from services.engine.models.registry import make_decoder
+from services.engine.models.stored_tensors import check_tensors
 from services.engine.models.weights import load_safetensors
 from tests.checkpoints import (
     FAMILIES,
@@ -231,8 +231,8 @@ SCALES = {
 
 def _load(model_dir: Path) -> tuple[Any, Parameters]:
     model = read_model_config(model_dir)
-    parameters = Parameters(torch.float32, torch.device("cpu"))
-    make_decoder(model, parameters)
+    parameters = Parameters(model.tensors, torch.float32, torch.device("cpu"))
+    Decoder(model, parameters)
     with torch.inference_mode():
         load_safetensors(model, parameters, lambda done, total: None)
     return model, parameters

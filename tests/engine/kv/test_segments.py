@@ -10,14 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.engine.attention.plan import KvLayout
 from services.engine.errors import ChecksumMismatch, SegmentError
+from services.engine.events import NOW
 from services.engine.kv.checksum import BLOCK_WORDS, checksum, queue_checksums
 from services.engine.kv.copies import Copy, CopyStream
+from services.engine.kv.layout import KvLayout
 from services.engine.kv.pool import KvPool
 from services.engine.kv.run_table import RUN_FIELDS, RunTable, SlotRun
 from services.engine.kv.segments import SlotBuffer
 from services.engine.kv.staging_view import StagingError, host_view
+from services.engine.step_events import StepEvents
 
 CPU = torch.device("cpu")
 LAYERS, KV_HEADS, HEAD_DIM = 3, 2, 4
@@ -46,9 +48,9 @@ def _bytes(buffer: SlotBuffer, slot: int) -> bytes:
 
 
 def _pack(pool: KvPool, buffer: SlotBuffer, *runs: SlotRun) -> Copy:
-    move = CopyStream(pool, 8).pack(runs, buffer, True, None)
-    assert move.is_done
-    return move
+    copy = CopyStream(pool, 8, StepEvents()).pack(runs, buffer, True, NOW)
+    assert copy.is_done
+    return copy
 
 
 def _canonical(pool: KvPool, run: SlotRun) -> bytes:
@@ -120,7 +122,7 @@ def test_round_trip_between_page_sizes(
     assert set(_bytes(buffer, order[-1])) == {0xEE}
 
     before = destination.data.clone()
-    unpacked = CopyStream(destination, 8).unpack(unpacks, buffer, True, None)
+    unpacked = CopyStream(destination, 8, StepEvents()).unpack(unpacks, buffer, True, NOW)
     touched = torch.zeros_like(before, dtype=torch.bool)
     for number, run in enumerate(unpacks):
         unpacked.judge(number, packed.checksum([one.slot for one in packs].index(run.slot)))
@@ -148,7 +150,7 @@ def test_non_finite_numbers_do_not_enter_the_pool() -> None:
     pool, slot = _pool(4), bytearray(1 << 14)
     (byte_count,) = _pack(pool, _buffer(slot), _run([0, 1], 0, 8)).byte_counts
     np.frombuffer(slot, dtype=np.float32)[: byte_count // 8] = np.nan
-    CopyStream(pool, 8).unpack([_run([0, 1], 0, 7)], _buffer(slot), False, None)
+    CopyStream(pool, 8, StepEvents()).unpack([_run([0, 1], 0, 7)], _buffer(slot), False, NOW)
     assert bool(pool.data.isfinite().all())
 
 
@@ -158,18 +160,19 @@ def test_a_wrong_checksum_is_told_when_it_is_judged() -> None:
     buffer, pages = _buffer(memory, slots=2), list(range(4))
     digests = _pack(pool, buffer, _run(pages, 0, 8, 1), _run(pages, 8, 8, 0)).checksums()
     assert digests is not None and len(set(digests)) == 2
-    moves, runs = CopyStream(pool, 8), [_run([4, 5, 6, 7], 0, 8, 1), _run([4, 5, 6, 7], 8, 8, 0)]
-    moved = moves.unpack(runs, buffer, True, None)
+    copies = CopyStream(pool, 8, StepEvents())
+    runs = [_run([4, 5, 6, 7], 0, 8, 1), _run([4, 5, 6, 7], 8, 8, 0)]
+    moved = copies.unpack(runs, buffer, True, NOW)
     for run, digest in enumerate(digests):
         moved.judge(run, digest)
     memory[17] ^= 1
-    moved = moves.unpack(runs, buffer, True, None)
+    moved = copies.unpack(runs, buffer, True, NOW)
     moved.judge(0, digests[0])
     with pytest.raises(ChecksumMismatch, match=f"the sender packed {digests[1]:016x}"):
         moved.judge(1, digests[1])
     moved.judge(1, None)
     with pytest.raises(ChecksumMismatch, match="was not computed"):
-        moves.unpack(runs, buffer, False, None).judge(0, digests[0])
+        copies.unpack(runs, buffer, False, NOW).judge(0, digests[0])
 
 
 @pytest.mark.parametrize(
@@ -192,12 +195,12 @@ def test_impossible_segments_are_refused(run: SlotRun, message: str) -> None:
     """And none of those beside it is moved."""
     pool, memory = _pool(4), bytearray(8192)
     before = pool.data.clone()
-    for move in (CopyStream(pool, 8).pack, CopyStream(pool, 8).unpack):
+    for copy in (CopyStream(pool, 8, StepEvents()).pack, CopyStream(pool, 8, StepEvents()).unpack):
         with pytest.raises(SegmentError, match=message):
-            move([_run([3], 0, 1, slot=0), run], _buffer(memory, slots=2), False, None)
+            copy([_run([3], 0, 1, slot=0), run], _buffer(memory, slots=2), False, NOW)
     assert not any(memory) and torch.equal(pool.data, before)
     with pytest.raises(SegmentError, match="no runs"):
-        CopyStream(pool, 8).pack([], _buffer(memory), False, None)
+        CopyStream(pool, 8, StepEvents()).pack([], _buffer(memory), False, NOW)
 
 
 def test_slots_are_views_not_copies() -> None:

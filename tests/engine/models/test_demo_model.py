@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import deploy.demo
-from deploy.demo.tales import send
+from deploy.demo.tales import tell
 from deploy.demo.text import ChatTurn, documents, render, render_chat
 
 MODEL = Path(deploy.demo.__file__).parent / "model"
@@ -132,7 +132,7 @@ def test_tells_a_tale_to_its_end(model: Any, tokenizer: Any) -> None:
 
 
 def test_long_prompt_and_earlier_turns(model: Any, tokenizer: Any) -> None:
-    story = send(random.Random(1)).text
+    story = tell(random.Random(1)).text
     turns = [
         "Tell me a story about an owl.",
         story,

@@ -49,6 +49,16 @@ CASES = {
             "layer_types": ["sliding_attention", "full_attention"],
         },
     ),
+    "qwen3-moe": Case("qwen3_moe", {"sharded": True}),
+    "qwen3-moe-normalised": Case(
+        "qwen3_moe", {"norm_topk_prob": True, "num_experts_per_tok": 3, "tied": True}
+    ),
+    "qwen3-moe-some-layers": Case(
+        "qwen3_moe", {"layers": 5, "decoder_sparse_step": 2, "mlp_only_layers": [3], "attention_bias": True}
+    ),
+    "qwen3-moe-window": Case(
+        "qwen3_moe", {"use_sliding_window": True, "sliding_window": 9, "rope": YARN_ROPE, "legacy_rope": True}
+    ),
 }
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from services.engine.attention import decode_attention as decode
 from services.engine.attention import prefill_attention as prefill
-from services.engine.attention.plan import KvLayout
 from services.engine.kv import pack_kernels as kv_segment
+from services.engine.kv.layout import KvLayout
 from services.engine.kv.pool import KvPool
 from services.engine.kv.run_table import RunTables
 from services.engine.models.rope import rotation

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from deploy.cli import run
-from services.engine.checkpoint.model_config import read_model_config
+from services.engine.models.model_config import read_model_config
 from services.memory.measure import NotMeasurable
 from services.memory.sizes import parse_bytes
 
@@ -193,7 +193,7 @@ def test_one_line_and_code_2(
     def no_gpu(device_index: int) -> None:
         raise NotMeasurable("no NVIDIA driver")
 
-    monkeypatch.setattr("deploy.commands.serve.gpu_count", lambda: 0)
+    monkeypatch.setattr("deploy.launcher.preflight.gpu_count", lambda: 0)
     monkeypatch.setattr("deploy.settings.planning.gpu_facts", no_gpu)
     places["MODEL/config.json"] = f"{model_dir}/config.json"
     code = run([places.get(argument, argument) for argument in arguments])

@@ -5,6 +5,7 @@ import random
 from collections import deque
 from dataclasses import dataclass, field
 
+from kvtransfer.buffer.region import Region
 from kvtransfer.messages import (
     Abort,
     Aborted,
@@ -25,7 +26,7 @@ from kvtransfer.messages import (
     SlotUse,
     TransferAddress,
 )
-from kvtransfer.movers.base import PieceOfWrite, Progress, Region
+from kvtransfer.movers.base import PieceOfWrite, Progress
 from kvtransfer.movers.loopback import LoopbackFabric, LoopbackMover
 from kvtransfer.peers.writes import Writes
 from kvtransfer.protocol.limits import TransferLimits

@@ -32,7 +32,7 @@ print("went on", flush=True)
 """
 
 
-def test_it_ends_without_a_farewell() -> None:
+def test_it_ends_without_an_orderly_shutdown() -> None:
     with tempfile.TemporaryDirectory(prefix="baton-") as directory:
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(

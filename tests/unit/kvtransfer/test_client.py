@@ -46,35 +46,35 @@ WAIT_MS = int(patient(20_000))
 
 
 class Script:
-    """A transfer process that says what the test tells it to. Device memory, so nothing is mapped."""
+    """A transfer process that sends what the test has it send. Device memory, so nothing is mapped."""
 
     def __init__(self, directory: Path) -> None:
         self.server: Server[Command, Event] = Server(
             f"ipc://{directory}/w", WORKER_COMMANDS, WORKER_EVENTS, on_drop=lambda reason: None
         )
         self.peer = b""
-        self.heard: list[Command] = []
+        self.received: list[Command] = []
 
     def hear(self) -> None:
         assert self.server.socket.poll(WAIT_MS)
         for peer, messages in self.server.receive():
             self.peer = peer
-            self.heard.extend(messages)
+            self.received.extend(messages)
 
     def take(self) -> list[Command]:
         self.hear()
-        heard, self.heard = self.heard, []
-        return heard
+        received, self.received = self.received, []
+        return received
 
-    def say(self, *events: Event) -> None:
+    def send(self, *events: Event) -> None:
         assert self.server.send(self.peer, list(events))
 
     def attach(self, epoch: int = 70) -> None:
-        while not any(isinstance(message, AttachWorker) for message in self.heard):
+        while not any(isinstance(message, AttachWorker) for message in self.received):
             self.hear()
-        self.heard.clear()
+        self.received.clear()
         address = TransferAddress(HERE.endpoint, epoch)
-        self.say(Attached(address, "nixl", 4, 64, True, None, b"handle", 0))
+        self.send(Attached(address, "nixl", 4, 64, True, None, b"handle", 0))
 
 
 class Scene:
@@ -88,7 +88,7 @@ class Scene:
 
     def hear(self, *events: Event) -> list[WorkerEvent]:
         """What the client makes of these events."""
-        self.script.say(*events)
+        self.script.send(*events)
         assert self.client.socket.poll(WAIT_MS)
         return self.client.receive(self.now_s)
 
@@ -123,7 +123,7 @@ def test_one_frame_for_all_commands_freed_first(scene: Scene) -> None:
     client.freed([B])
     client.commit(2)
     client.flush()
-    client.flush()  # Nothing left to say.
+    client.flush()  # Nothing left to send.
     [(_, messages)] = scene.script.server.receive() if scene.script.server.socket.poll(WAIT_MS) else []
     assert messages == [
         Freed([A, B]),
@@ -183,7 +183,7 @@ def test_a_reborn_process_is_attached_again(scene: Scene) -> None:
     assert not client.ready
     client.open_send(2, 9.0)
     client.freed([A])
-    client.flush()  # All of it was about the life that is over.
+    client.flush()  # All of it was about the incarnation that has ended.
     scene.now_s += 2.0
     client.tick(scene.now_s)
     scene.script.attach(71)
@@ -195,8 +195,8 @@ def test_a_reborn_process_is_attached_again(scene: Scene) -> None:
 
 
 def test_an_answer_of_a_life_that_has_ended_meanwhile_is_not_kept(scene: Scene) -> None:
-    """The worker hangs just after it has asked. One life answers and dies, the next one answers as well, and
-    only then does the worker look."""
+    """The worker hangs just after it has asked. One incarnation answers and dies, the next one answers as
+    well, and only then does the worker look."""
     client = scene.client
     assert scene.hear(NotAttached(71)) == [TransferLost(70)]
     first, second = (
@@ -208,7 +208,7 @@ def test_an_answer_of_a_life_that_has_ended_meanwhile_is_not_kept(scene: Scene) 
     assert scene.hear(SendSlots([A]), second) == [TransferLost(71)]
     assert client.ready and client.address.epoch == 72
     client.open_send(2, 9.0)
-    assert scene.flushed()[-1:] == [OpenSend(2, 9.0)], "what was said to the life before is forgotten"
+    assert scene.flushed()[-1:] == [OpenSend(2, 9.0)], "what was sent to the earlier incarnation is forgotten"
 
 
 def test_an_account_of_another_life_ends_the_attachment(scene: Scene) -> None:
@@ -230,11 +230,11 @@ def test_silence_ends_the_attachment(scene: Scene) -> None:
         client.tick(scene.now_s)
     assert client.receive(scene.now_s) == [TransferLost(70)]
     assert not client.ready
-    heard = scene.script.take()
-    while not isinstance(heard[-1], AttachWorker):
-        heard += scene.script.take()
-    assert heard[:6] == [Ping(3)] * 6
-    assert all(isinstance(message, AttachWorker) for message in heard[6:])
+    received = scene.script.take()
+    while not isinstance(received[-1], AttachWorker):
+        received += scene.script.take()
+    assert received[:6] == [Ping(3)] * 6
+    assert all(isinstance(message, AttachWorker) for message in received[6:])
 
 
 def test_a_worker_that_was_busy_itself_does_not_blame_the_process(scene: Scene) -> None:
@@ -250,7 +250,7 @@ def test_refusal_is_told() -> None:
 
         def refuse() -> None:
             script.hear()
-            script.say(AttachRefused("no room"))
+            script.send(AttachRefused("no room"))
 
         helper = threading.Thread(target=refuse)
         helper.start()
@@ -261,7 +261,7 @@ def test_refusal_is_told() -> None:
 
 
 def test_a_transfer_process_that_dies_is_missed_at_once(scene: Scene) -> None:
-    """Its connection ends: no silence is waited for. The next life is attached to."""
+    """Its connection ends: no silence is waited for. The client attaches to the next incarnation."""
     client, endpoint = scene.client, scene.script.server.endpoint
     client.open_send(9, 60.0)
     scene.flushed()

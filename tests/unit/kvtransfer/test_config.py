@@ -1,4 +1,5 @@
-"""Bad settings are named; two processes that do not fit say why; a death is told from a silence."""
+"""Bad settings are named; two processes that do not fit give the reason; a death is distinguished from a
+silence."""
 
 import os
 import socket
@@ -56,7 +57,7 @@ def test_binding_every_interface_needs_an_address_to_tell_peers() -> None:
 
 def test_an_unknown_mover_names_the_flag() -> None:
     with pytest.raises(MoverUnavailable, match="--mover carrier-pigeon"):
-        select_mover(replace(CONFIG, mover="carrier-pigeon"), "a", None, None)  # type: ignore[arg-type]
+        select_mover(replace(CONFIG, mover="carrier-pigeon"), "a", None, None)
 
 
 def test_the_users_transports_are_left_alone() -> None:

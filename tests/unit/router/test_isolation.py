@@ -16,15 +16,12 @@ from router.routing.attempt import Attempt, AttemptPhase, IllegalAttemptTransiti
 from router.routing.discovery import LOOK_S, Discovery
 from router.routing.dispatcher import Dispatcher
 from router.routing.metrics import Metrics, exposition
-from router.routing.prompt_request import PromptRequest
-from router.routing.routed_request import RetryBudget, RoutedRequest
+from router.routing.routed_request import Decision, PromptRequest, RetryBudget, RoutedRequest
 from services.protocol.client import ClientState, WorkerClient
 from services.protocol.messages import (
     VERSION,
     Cancel,
     DecodeStarted,
-    Ledger,
-    PageCounts,
     Prefill,
     PrefillDone,
     Report,
@@ -33,11 +30,11 @@ from services.protocol.messages import (
     Role,
     Sampling,
     StartDecode,
-    Status,
     Tokens,
     WorkerHello,
     WorkerTransferAddress,
 )
+from services.protocol.worker_status import Ledger, PageUsage, Status
 from tests.patience import patient
 
 PREFILL, DECODE = "ipc:///r/p", "ipc:///r/d"
@@ -56,9 +53,6 @@ class Wire:
         self.sent += messages
         return True
 
-    def poll(self) -> None:
-        """Nothing ever waits."""
-
     def close(self) -> None:
         """There is nothing to close."""
 
@@ -71,6 +65,10 @@ class Client:
         self.tokens: list[int] = []
         self.errors: list[ApiError] = []
         self.ended = False
+
+    @property
+    def choices(self) -> "list[Client]":
+        return [self]
 
     def _may_fail(self, at: str) -> None:
         if at == self._fails_at:
@@ -108,13 +106,13 @@ class World:
     def connect(self, client: WorkerClient, role: Role) -> None:
         self.wires[client.endpoint] = wire = Wire()
         client._loop = asyncio.get_running_loop()
-        client._wire = wire
-        client._move(ClientState.CONNECTING, "connecting")
+        client._connection = wire
+        client._transition(ClientState.CONNECTING, "connecting")
         address = WorkerTransferAddress(client.endpoint, 1)
         client.hello = WorkerHello(VERSION, role, role, 1, "m", 320, 1024, 1024, 16, 64, address)
-        client._move(ClientState.READY, "ready")
+        client._transition(ClientState.READY, "ready")
         client.status = Status(
-            None, 1, role, role, "ready", 1, None, 0, 0, 0, 0, PageCounts(64, 64, 0, 0), None, 0.0, 0, 0, 0.0,
+            None, 1, role, role, "ready", 1, None, 0, 0, 0, 0, PageUsage(64, 64, 0, 0), None, 0.0, 0, 0, 0.0,
             0.0, {}, Ledger("cpu", 1, 0.5, []),
         )  # fmt: skip
 
@@ -155,7 +153,6 @@ class World:
         return (
             dispatcher.live == 0
             and not dispatcher._attempts
-            and not dispatcher._branches
             and all(worker_load.empty and not worker_load.live_tokens for worker_load in worker_loads)
         )
 
@@ -204,19 +201,19 @@ def test_the_rest_of_a_frame_is_handled(
     play(scenario)
 
 
-def test_an_illegal_move_ends_the_request_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_illegal_transition_ends_its_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
         world = World(tmp_path)
         broken, other = Client(), Client()
         bad, good = world.submit(broken), world.submit(other)
-        move = Attempt._move
+        transition = Attempt._transition
 
         def fails(attempt: Attempt, phase: AttemptPhase) -> None:
             if attempt.work.request_id == bad:
                 raise IllegalAttemptTransition("a bug")
-            move(attempt, phase)
+            transition(attempt, phase)
 
-        monkeypatch.setattr(Attempt, "_move", fails)
+        monkeypatch.setattr(Attempt, "_transition", fails)
         world.report(PREFILL, Tokens(bad, 0, [7]), Tokens(good, 0, [7]))
         assert [error.status for error in broken.errors] == [500]
         assert world.cancelled(bad) == {PREFILL: 1, DECODE: 1}
@@ -254,17 +251,17 @@ def test_a_lost_worker_is_lost_for_every_request(tmp_path: Path, monkeypatch: py
         world = World(tmp_path, max_waiting=100)
         clients = [Client(), Client(), Client()]
         ids = [world.submit(client) for client in clients]
-        settle = RoutedRequest.settle
+        decide = RoutedRequest.decide
 
-        def fails_once(routed: RoutedRequest, branch: Any, now_s: float) -> Any:
+        def fails_once(routed: RoutedRequest, *given: Any) -> Decision:
             if routed.work.request_id == ids[1]:
                 raise RuntimeError("a bug")
-            return settle(routed, branch, now_s)
+            return decide(routed, *given)
 
-        monkeypatch.setattr(RoutedRequest, "settle", fails_once)
+        monkeypatch.setattr(RoutedRequest, "decide", fails_once)
         client = world.dispatcher.clients[DECODE]
         client._lose("gone")
-        monkeypatch.setattr(RoutedRequest, "settle", settle)
+        monkeypatch.setattr(RoutedRequest, "decide", decide)
         assert [error.code for error in clients[1].errors] == ["internal_error"]
         assert not clients[0].errors and not clients[2].errors
         assert world.counted("worker_lost")
@@ -286,14 +283,14 @@ def test_a_sweep_goes_on_behind_a_request_that_fails(tmp_path: Path, monkeypatch
         ids = [world.submit(client) for client in clients]
         client = world.dispatcher.clients[PREFILL]
         client._lose("gone")
-        seek = Dispatcher._seek
+        find_workers = Dispatcher._find_workers
 
-        def fails_once(dispatcher: Dispatcher, branch: Any, now_s: float) -> None:
-            if branch.routed.work.request_id == ids[0]:
+        def fails_once(dispatcher: Dispatcher, attempt: Attempt, now_s: float) -> None:
+            if attempt.routed.work.request_id == ids[0]:
                 raise RuntimeError("a bug")
-            seek(dispatcher, branch, now_s)
+            find_workers(dispatcher, attempt, now_s)
 
-        monkeypatch.setattr(Dispatcher, "_seek", fails_once)
+        monkeypatch.setattr(Dispatcher, "_find_workers", fails_once)
         world.connect(client, "prefill")
         deadline_s = asyncio.get_running_loop().time() + 10
         while len(world.sent(PREFILL, Prefill)) < 2:
@@ -307,20 +304,20 @@ def test_a_sweep_goes_on_behind_a_request_that_fails(tmp_path: Path, monkeypatch
     play(scenario)
 
 
-def test_prompts_of_one_request_depart_together_or_not_at_all(
+def test_prompts_of_one_request_start_together_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario() -> None:
         world = World(tmp_path)
-        depart = RoutedRequest.depart
+        start = RoutedRequest.start
         clients = [Client(), Client()]
 
         def fails(routed: RoutedRequest, *given: Any) -> Any:
             if routed.output is clients[1]:
                 raise RuntimeError("a bug")
-            return depart(routed, *given)
+            return start(routed, *given)
 
-        monkeypatch.setattr(RoutedRequest, "depart", fails)
+        monkeypatch.setattr(RoutedRequest, "start", fails)
         sampling = Sampling(max_tokens=9, seed=1)
         prompt_requests = [PromptRequest([1, 2], sampling, 1, b"", client) for client in clients]
         with pytest.raises(ApiError) as caught:
@@ -387,7 +384,7 @@ def test_a_report_on_the_connection_that_fails_costs_no_tokens(
         client = Client()
         request_id = world.submit(client)
         worker = world.dispatcher.clients[PREFILL]
-        monkeypatch.setattr(WorkerClient, "_on_own", lambda worker, report: 1 / 0)
+        monkeypatch.setattr(WorkerClient, "_on_connection_report", lambda worker, report: 1 / 0)
         status = worker.status
         assert status is not None
         world.report(PREFILL, status, Tokens(request_id, 0, [7]), status)

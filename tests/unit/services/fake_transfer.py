@@ -1,4 +1,4 @@
-"""A transfer client and a rank's moves that only note what they are asked."""
+"""A transfer client and a rank's copier that only note what they are asked."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,6 +15,7 @@ class FakeClient:
     """Transfer, source's endpoint and number of heads."""
     committed: list[int] = field(default_factory=list)
     aborted: list[int] = field(default_factory=list)
+    given_back: list[SlotUse] = field(default_factory=list)
     ready: bool = True
     checksum: bool = False
 
@@ -30,7 +31,8 @@ class FakeClient:
 
     def filled(self, transfer_id: int, segments: list[Segment]) -> None: ...
 
-    def freed(self, slots: list[SlotUse]) -> None: ...
+    def freed(self, slots: list[SlotUse]) -> None:
+        self.given_back += slots
 
     def commit(self, transfer_id: int) -> None:
         self.committed.append(transfer_id)
@@ -48,7 +50,7 @@ class Made:
 
 
 @dataclass
-class FakeMoves:
+class FakeCopier:
     made: list[Made] = field(default_factory=list)
 
     def pack(self, runs: Sequence[SlotRun], with_checksums: bool) -> Copy:
@@ -60,4 +62,4 @@ class FakeMoves:
     def passed_step(self) -> int:
         return 0
 
-    def fence(self, move: Copy) -> None: ...
+    def fence(self, copy: Copy) -> None: ...

@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 
-from kvtransfer.net.channel import Codec, Link
+from kvtransfer.net.codec import Codec
 from services.config import WorkerConfig
 from services.memory.plan import Measured
 from services.protocol.messages import (
     VERSION,
     Failed,
     Generate,
-    Report,
     Request,
     RouterHello,
     Sampling,
@@ -28,6 +27,7 @@ from services.roles.role import Role
 from services.roles.unified import UnifiedRole
 from services.scheduler.errors import PageAccountingError
 from services.worker import Worker
+from tests.router_peer import RouterPeer
 from tests.sim.engine import PAGE_TOKENS, SimEngine, continuation
 from tests.sim.processes import LEDGER
 
@@ -57,22 +57,19 @@ class Asked:
             measured=[Measured()], devices=None,
         )  # fmt: skip
         self.worker = Worker(prepared, 1)
-        self.dropped: list[str] = []
         # Any message can be sent, also those that are no requests.
-        self.link: Link[Report, object] = Link(
-            endpoint, Codec(Report), Codec(object), on_drop=self.dropped.append
-        )
+        self.peer = RouterPeer(endpoint, object)
         self.failed: dict[int, Failed] = {}
         self.tokens: dict[int, list[int]] = {one: [] for one in IDS}
-        self.link.send([RouterHello(VERSION, 7)])
+        self.peer.send([RouterHello(VERSION, 7)])
 
     def until_at_rest(self, ended: int) -> None:
         deadline_s = time.monotonic() + DEADLINE_S
         done = 0
-        while done < ended or self.worker.parts.requests._live:
+        while done < ended or self.worker.parts.requests._running:
             assert time.monotonic() < deadline_s, (self.failed, self.tokens)
             self.worker.turn()
-            for report in self.link.receive():
+            for report in self.peer.receive():
                 if isinstance(report, Failed):
                     assert report.request_id not in self.failed, "failed twice"
                     self.failed[report.request_id] = report
@@ -98,7 +95,7 @@ class Asked:
 def asked(tmp_path: Path) -> Iterator[Asked]:
     asked = Asked(tmp_path)
     yield asked
-    asked.link.close()
+    asked.peer.close()
     asked.worker.server.close()
 
 
@@ -113,7 +110,7 @@ def frame() -> list[object]:
 @pytest.mark.parametrize("choices", [0, "two"])
 def test_a_request_that_cannot_be_read_costs_its_neighbours_nothing(asked: Asked, choices: object) -> None:
     bad = {"type": "generate", "work": {"request_id": BAD, "prompt": [5], "choices": choices}}
-    asked.link.send([generate(1), bad, "no message at all", generate(3)])
+    asked.peer.send([generate(1), bad, "no message at all", generate(3)])
     asked.until_at_rest(3)
     asked.check_others()
     assert asked.failed[BAD].code == "internal" and "choices" in asked.failed[BAD].message
@@ -121,9 +118,9 @@ def test_a_request_that_cannot_be_read_costs_its_neighbours_nothing(asked: Asked
 
 
 def test_a_request_that_cannot_be_read_is_answered_where_it_comes_alone(asked: Asked) -> None:
-    asked.link.send([generate(1), generate(3)])
+    asked.peer.send([generate(1), generate(3)])
     asked.until_at_rest(2)
-    asked.link.send([{"type": "generate", "work": {"request_id": BAD, "prompt": []}}])
+    asked.peer.send([{"type": "generate", "work": {"request_id": BAD, "prompt": []}}])
     asked.until_at_rest(1)
     asked.check_others()
 
@@ -176,7 +173,7 @@ def test_one_request_fails_by_itself(
     where: str,
 ) -> None:
     failing(monkeypatch, owner, name, KeyError("a bug"), at)
-    asked.link.send(frame())
+    asked.peer.send(frame())
     asked.until_at_rest(3)
     asked.check_others()
     assert asked.failed[BAD].code == "internal"
@@ -206,7 +203,7 @@ def test_what_is_everybodys_ends_the_worker(
 ) -> None:
     failing(monkeypatch, UnifiedRole, "report_token", error)
     monkeypatch.setattr(SimEngine, "device", SimpleNamespace(type=device))
-    asked.link.send(frame())
+    asked.peer.send(frame())
     with pytest.raises(type(error), match=str(error)):
         asked.until_at_rest(3)
 

@@ -1,4 +1,4 @@
-"""Orders to a launcher over its socket."""
+"""Commands to a launcher over its socket."""
 
 import asyncio
 import contextlib
@@ -11,7 +11,7 @@ import pytest
 
 from deploy.errors import UserError
 from deploy.launcher import run_directory
-from deploy.launcher.control import give_order, taking_orders
+from deploy.launcher.control import control_server, request_scale
 from deploy.launcher.scale_plan import Scale
 from tests.patience import patient
 
@@ -19,14 +19,14 @@ DEADLINE_S = patient(30.0)
 
 
 class Launcher:
-    """Takes orders, and does as it is told to."""
+    """Takes commands, and does what the test says."""
 
     def __init__(self, refuses: str = "") -> None:
         self.refuses = refuses
-        self.orders: list[Scale] = []
+        self.commands: list[Scale] = []
 
-    async def order(self, wanted: Scale, say: Callable[[str], None]) -> None:
-        self.orders.append(wanted)
+    async def handle(self, wanted: Scale, say: Callable[[str], None]) -> None:
+        self.commands.append(wanted)
         say("starting")
         if self.refuses:
             raise UserError(self.refuses)
@@ -35,26 +35,26 @@ class Launcher:
         """What `client` comes to, called in a thread while we listen."""
 
         async def both() -> object:
-            async with taking_orders(path, self.order):
+            async with control_server(path, self.handle):
                 return await asyncio.wait_for(asyncio.to_thread(client), DEADLINE_S)
 
         return asyncio.run(both())
 
 
-def test_an_order_is_carried_out_and_told_of(tmp_path: Path) -> None:
+def test_a_command_is_carried_out_and_answered(tmp_path: Path) -> None:
     launcher = Launcher()
     dead = tmp_path / "dead"
     with socket.socket(socket.AF_UNIX) as gone:
         gone.bind(str(dead))
-    told = launcher.serve(tmp_path / "c", lambda: list(give_order([dead, tmp_path / "c"], Scale(2, 3))))
-    assert told == ["starting"]
-    assert launcher.orders == [Scale(2, 3, None)]
+    lines = launcher.serve(tmp_path / "c", lambda: list(request_scale([dead, tmp_path / "c"], Scale(2, 3))))
+    assert lines == ["starting"]
+    assert launcher.commands == [Scale(2, 3, None)]
 
 
 def test_a_refusal_is_an_error_with_its_reason(tmp_path: Path) -> None:
     def ask() -> str:
         with pytest.raises(UserError) as caught:
-            list(give_order([tmp_path / "c"], Scale(2)))
+            list(request_scale([tmp_path / "c"], Scale(2)))
         return str(caught.value)
 
     assert Launcher("no room on GPU 0").serve(tmp_path / "c", ask) == "no room on GPU 0"
@@ -72,7 +72,7 @@ def test_a_refusal_is_an_error_with_its_reason(tmp_path: Path) -> None:
         b"1" * (1 << 17),
     ],
 )
-def test_what_is_not_an_order_is_refused(raw: bytes, tmp_path: Path) -> None:
+def test_what_is_not_a_command_is_refused(raw: bytes, tmp_path: Path) -> None:
     launcher = Launcher()
 
     def send() -> list[bytes]:
@@ -91,12 +91,12 @@ def test_what_is_not_an_order_is_refused(raw: bytes, tmp_path: Path) -> None:
     for answer in answers:
         assert json.loads(answer)["end"] == "refused"
     assert answers or len(raw) > 1 << 16
-    assert launcher.orders == []
+    assert launcher.commands == []
 
 
 def test_nobody_listens(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no launcher listens"):
-        list(give_order([tmp_path / "c"], Scale(1)))
+        list(request_scale([tmp_path / "c"], Scale(1)))
 
 
 def test_a_launcher_is_found_by_its_port_or_its_directory(short_path: Path) -> None:

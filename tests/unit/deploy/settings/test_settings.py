@@ -1,5 +1,6 @@
 """Flag, variable, file and default: precedence, and one message whatever the source."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,8 @@ from tests.unit.deploy.commandline import parse
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("BATON_PORT", "BATON_MEM_FRACTION", "BATON_API_KEY", "BATON_CHECKSUM", "BATON_CONFIG"):
-        monkeypatch.delenv(name, raising=False)
+    for name in [name for name in os.environ if name.startswith("BATON_")]:
+        monkeypatch.delenv(name)
 
 
 def written(tmp_path: Path, text: str) -> str:
@@ -77,6 +78,42 @@ def test_switches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert parse(["serve", "m", "--no-checksum"]).checksum is False
     file = written(tmp_path, "prefix-cache: false")
     assert parse(["serve", "m", "--config", file]).prefix_cache is False
+
+
+def test_a_wrong_switch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"yaml: checksum: 'perhaps' is neither true nor false$"):
+        parse(["serve", "m", "--config", written(tmp_path, "checksum: perhaps")])
+    monkeypatch.setenv("BATON_CHECKSUM", "maybe")
+    with pytest.raises(UserError, match=r"^BATON_CHECKSUM: 'maybe' is neither true nor false$"):
+        parse(["serve", "m"])
+
+
+def test_a_list_in_a_variable_is_split_at_commas_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BATON_API_KEY", "a  b, c")
+    assert parse(["serve", "m"]).api_key == ("a  b", "c")
+
+
+def test_a_list_in_the_file_gives_way_to_flags(tmp_path: Path) -> None:
+    for text in ("api-key: e", "api-key: [e]"):
+        file = written(tmp_path, text)
+        assert parse(["serve", "m", "--config", file]).api_key == ("e",)
+        assert parse(["serve", "m", "--config", file, "--api-key", "f"]).api_key == ("f",)
+
+
+def test_a_positional_setting_has_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BATON_MODEL_DIR", "/srv/with blanks")
+    assert parse(["serve"]).model_dir == Path("/srv/with blanks")
+    assert parse(["serve", "m"]).model_dir == Path("m")
+
+
+def test_an_empty_variable_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BATON_PORT", "")
+    assert parse(["serve", "m"]).port == 8000
+
+
+def test_flags_between_our_own_processes_have_no_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BATON_PARENT_PID", "7")
+    assert parse(["router", "m", "--worker", "ipc:///w"]).parent_pid is None
 
 
 def test_sizes() -> None:

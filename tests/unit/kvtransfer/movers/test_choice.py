@@ -1,18 +1,27 @@
-"""Which mover a host gets, and what it says about it."""
+"""Which mover a host gets, and with which warning."""
 
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from kvtransfer.config import MoverName
 from kvtransfer.errors import MoverUnavailable
-from kvtransfer.movers.choice import HostFacts, choose_mover
+from kvtransfer.movers.choice import MoverChoice, choose_mover
 from kvtransfer.movers.facts import on_this_host, rdma_cards
+from kvtransfer.movers.registry import registered_movers
+from kvtransfer.movers.spec import HostFacts
 
 CPU = HostFacts("cpu", same_host=True)
 GPU = HostFacts("cuda", same_host=True)
 FAR = HostFacts("cuda", same_host=False, rdma_cards=("mlx5_0",))
+
+
+def choose(wanted: str, facts: HostFacts) -> MoverChoice:
+    return choose_mover(wanted, facts, registered_movers())
+
+
+def lacking(facts: HostFacts, **missing: str) -> HostFacts:
+    return replace(facts, missing=missing)
 
 
 @pytest.mark.parametrize(
@@ -23,25 +32,25 @@ FAR = HostFacts("cuda", same_host=False, rdma_cards=("mlx5_0",))
         (GPU, "cuda_ipc", None),
         (FAR, "nixl", None),
         (replace(FAR, rdma_cards=()), "nixl", "no RDMA card"),
-        (replace(GPU, no_cuda_ipc="not permitted"), "nixl", "not cuda_ipc: not permitted"),
+        (lacking(GPU, cuda_ipc="not permitted"), "nixl", "not cuda_ipc: not permitted"),
         (replace(GPU, unreachable_gpus=(2,)), "nixl", "not cuda_ipc: no peer access from this GPU to GPU 2"),
-        (replace(FAR, no_nixl="no package"), "nccl", "not nixl: no package"),
-        (replace(GPU, no_cuda_ipc="x", no_nixl="y"), "nccl", "not cuda_ipc: x; not nixl: y; nccl runs"),
+        (lacking(FAR, nixl="no package"), "nccl", "not nixl: no package"),
+        (lacking(GPU, cuda_ipc="x", nixl="y"), "nccl", "not cuda_ipc: x; not nixl: y; nccl runs"),
     ],
 )
 def test_auto(facts: HostFacts, mover: str, warning: str | None) -> None:
-    choice = choose_mover("auto", facts)
-    assert choice.mover == mover
+    choice = choose("auto", facts)
+    assert choice.mover.name == mover
     assert (choice.warning is None) == (warning is None)
     assert warning is None or (choice.warning or "").startswith(warning)
 
 
 @pytest.mark.parametrize(
-    "facts", [replace(CPU, no_nixl="no package"), replace(FAR, no_nixl="no package", no_nccl="no library")]
+    "facts", [lacking(CPU, nixl="no package"), lacking(FAR, nixl="no package", nccl="no library")]
 )
 def test_auto_where_nothing_works(facts: HostFacts) -> None:
     with pytest.raises(MoverUnavailable, match=r"--mover auto: nothing here.*no package.*not nccl"):
-        choose_mover("auto", facts)
+        choose("auto", facts)
 
 
 @pytest.mark.parametrize(
@@ -49,28 +58,33 @@ def test_auto_where_nothing_works(facts: HostFacts) -> None:
     [
         ("cuda_ipc", CPU, ["--mover cuda_ipc", "--device cuda", "here would work: --mover nixl"]),
         ("nccl", CPU, ["--mover nccl", "--device cuda", "here would work: --mover nixl"]),
-        ("cuda_ipc", replace(GPU, no_cuda_ipc="closed"), ["closed", "--mover nixl, --mover nccl"]),
-        ("nixl", replace(GPU, no_nixl="no package"), ["no package", "--mover cuda_ipc, --mover nccl"]),
-        ("nixl", replace(CPU, no_nixl="no package"), ["no other mover works here"]),
-        ("nccl", replace(GPU, no_nccl="no library"), ["no library", "--mover nixl, --mover cuda_ipc"]),
+        ("cuda_ipc", lacking(GPU, cuda_ipc="closed"), ["closed", "--mover nixl, --mover nccl"]),
+        ("nixl", lacking(GPU, nixl="no package"), ["no package", "--mover cuda_ipc, --mover nccl"]),
+        ("nixl", lacking(CPU, nixl="no package"), ["no other mover works here"]),
+        ("nccl", lacking(GPU, nccl="no library"), ["no library", "--mover cuda_ipc, --mover nixl"]),
     ],
 )
 def test_what_is_forced_is_refused_and_never_replaced(
-    wanted: MoverName, facts: HostFacts, words: list[str]
+    wanted: str, facts: HostFacts, words: list[str]
 ) -> None:
     with pytest.raises(MoverUnavailable) as caught:
-        choose_mover(wanted, facts)
+        choose(wanted, facts)
     assert all(word in str(caught.value) for word in words), caught.value
 
 
 @pytest.mark.parametrize("wanted", ["nixl", "cuda_ipc", "nccl"])
-def test_what_is_forced_and_works_is_taken(wanted: MoverName) -> None:
-    assert choose_mover(wanted, GPU).mover == wanted
-    assert choose_mover(wanted, FAR).mover == wanted
+def test_what_is_forced_and_works_is_taken(wanted: str) -> None:
+    assert choose(wanted, GPU).mover.name == wanted
+    assert choose(wanted, FAR).mover.name == wanted
+
+
+def test_a_name_that_no_mover_has_is_refused_with_those_there_are() -> None:
+    with pytest.raises(MoverUnavailable, match=r"--mover pigeon: not known.* auto, cuda_ipc, nixl, nccl"):
+        choose("pigeon", GPU)
 
 
 def test_a_forced_one_that_reaches_not_every_gpu_says_so() -> None:
-    choice = choose_mover("cuda_ipc", replace(GPU, unreachable_gpus=(1,)))
+    choice = choose("cuda_ipc", replace(GPU, unreachable_gpus=(1,)))
     assert choice.warning is not None and "no peer access from this GPU to GPU 1" in choice.warning
 
 

@@ -3,8 +3,9 @@
 import msgspec
 import pytest
 
+from kvtransfer.buffer.region import Region
 from kvtransfer.errors import MoverBroken, MoverError
-from kvtransfer.movers.base import PieceOfWrite, Progress, Region
+from kvtransfer.movers.base import PieceOfWrite, Progress
 from kvtransfer.movers.cuda_ipc import STREAMS_A_PEER, CudaIpcMover, IpcDescription
 from tests.unit.kvtransfer.fake_gpu import FakeDevice, Host
 

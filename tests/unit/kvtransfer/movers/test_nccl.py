@@ -13,9 +13,10 @@ import msgspec
 import pytest
 
 from kvtransfer import process
+from kvtransfer.buffer.region import Region
 from kvtransfer.config import TransferConfig
 from kvtransfer.errors import MoverError
-from kvtransfer.movers.base import PieceOfWrite, Progress, Region, two_sided
+from kvtransfer.movers.base import PieceOfWrite, Progress, two_sided
 from kvtransfer.movers.nccl import Announce, JoinPair, NcclMover
 from kvtransfer.protocol.deferred import DeferredMessages
 from kvtransfer.protocol.peer_messages import Closed
@@ -36,8 +37,8 @@ class Node:
         self.buffer = (ctypes.c_char * SIZE)()
         self.library = FakeNccl(wire)
         self.device = FakeStreams(self.library, gpu)
-        self.aside = inline
-        self.mover = NcclMover(name, self.library, self.device, lambda work: self.aside(work))
+        self.run_in_background = inline
+        self.mover = NcclMover(name, self.library, self.device, lambda work: self.run_in_background(work))
         self.region = Region(ctypes.addressof(self.buffer), SIZE, 0, on_device=True)
         self.mover.register(self.region)
 
@@ -121,7 +122,7 @@ def test_a_stopped_pair_ends_its_batches_only_when_the_abort_has(side: str) -> N
         waiting.append(work)
         return lambda: bool(done)
 
-    two.a.aside = two.b.aside = later
+    two.a.run_in_background = two.b.run_in_background = later
     if side == "a":
         two.a.mover.cut("b")
     else:
@@ -214,14 +215,14 @@ def test_one_gpu_is_refused_with_the_way_out() -> None:
 
 
 def test_messages_wait_for_what_was_announced_before_them() -> None:
-    held = DeferredMessages()
-    assert not held.hold(Closed(1), announced=2, landed=2)
-    assert held.hold(Closed(2), announced=3, landed=2)
-    assert held.hold(Closed(3), announced=4, landed=2)
-    assert held.release(2) == []
-    assert held.release(3) == [Closed(2)]
-    assert held.hold(Closed(4), announced=4, landed=4), "never before what came before it"
-    assert held.release(4) == [Closed(3), Closed(4)] and len(held) == 0
+    deferred = DeferredMessages()
+    assert not deferred.defer(Closed(1), announced=2, landed=2)
+    assert deferred.defer(Closed(2), announced=3, landed=2)
+    assert deferred.defer(Closed(3), announced=4, landed=2)
+    assert deferred.take_due(2) == []
+    assert deferred.take_due(3) == [Closed(2)]
+    assert deferred.defer(Closed(4), announced=4, landed=4), "never before what came before it"
+    assert deferred.take_due(4) == [Closed(3), Closed(4)] and len(deferred) == 0
 
 
 # ---------------------------------------------------------------- two transfer processes
@@ -330,11 +331,11 @@ def test_kv_goes_both_ways_survives_a_fault_and_a_restart(threads: Threads) -> N
     drive(sides, lambda: 9 in decode.aborted, "its end is noticed")
     threads.wire.running = True
     threads.start("prefill")
-    drive(sides, lambda: bool(prefill.lost) and prefill.client.ready, "the next life")
+    drive(sides, lambda: bool(prefill.lost) and prefill.client.ready, "the next incarnation")
     all_free(*sides)
     decode.receive(10, prefill, 300)
     prefill.send(10, content_of(300, 10))
-    drive(sides, lambda: 10 in prefill.committed, "the next life serves")
+    drive(sides, lambda: 10 in prefill.committed, "the next incarnation serves")
     assert decode.got[10] == content_of(300, 10)
     for worker in sides:
         worker.client.close()

@@ -178,7 +178,7 @@ def test_tcp_refuses_who_is_not_allowed(directory: Path) -> None:
     stranger = new_link(server.endpoint, [], ChannelKeys.load(directory / "theirs"))
     friend = new_link(server.endpoint, [], ChannelKeys.load(directory / "ours"))
     stranger.send([Commit(7)])
-    exchange(server, friend)  # By then the stranger, which was first, would have been heard.
+    exchange(server, friend)  # By then the stranger, which was first, would have been received.
     assert not server.socket.poll(200)
     stranger.close()
     friend.close()

@@ -62,9 +62,9 @@ def test_damaged_frames(data: st.DataObject) -> None:
 
 @given(st.data())
 def test_no_changed_frame_passes_its_seal(data: st.DataObject) -> None:
-    said: list[PeerMessage] = [PeerConnection(3), Grant(7, [SlotUse(0, 2)]), Closed(7)]
-    frame = bytearray(PEER_MESSAGES.encode(said))
-    assert PEER_MESSAGES.decode(bytes(frame)) == said
+    messages: list[PeerMessage] = [PeerConnection(3), Grant(7, [SlotUse(0, 2)]), Closed(7)]
+    frame = bytearray(PEER_MESSAGES.encode(messages))
+    assert PEER_MESSAGES.decode(bytes(frame)) == messages
     for at in data.draw(st.sets(st.integers(0, len(frame) - 1), min_size=1, max_size=4)):
         frame[at] ^= data.draw(st.integers(1, 255))
     with pytest.raises(ProtocolError):
@@ -123,7 +123,7 @@ def test_messages_that_are_none_cost_the_others_nothing(mixed: list[object]) -> 
     bad: list[object] = []
     frame = VERSION + msgspec.msgpack.encode(mixed)
     try:
-        found = WORKER_COMMANDS.decode_each(frame, lambda said, why: bad.append(said))
+        found = WORKER_COMMANDS.decode_each(frame, lambda content, why: bad.append(content))
     except ProtocolError:
         assert mixed and not good
         found = []
@@ -134,4 +134,4 @@ def test_messages_that_are_none_cost_the_others_nothing(mixed: list[object]) -> 
 def test_a_frame_that_is_none_is_refused_as_a_whole() -> None:
     for frame in (b"", b"\x00\x90", VERSION + b"\x93\x01", VERSION + b"\x81\x01\x02"):
         with pytest.raises(ProtocolError):
-            WORKER_COMMANDS.decode_each(frame, lambda said, why: None)
+            WORKER_COMMANDS.decode_each(frame, lambda content, why: None)

@@ -2,8 +2,8 @@
 
 from msgspec.structs import replace
 
+from kvtransfer.buffer.region import Region
 from kvtransfer.messages import OpenSend, SendConfirmed, SendGranted, SlotUse
-from kvtransfer.movers.base import Region
 from kvtransfer.movers.loopback import LoopbackFabric, LoopbackMover
 from kvtransfer.peers.destinations import TWO_HELLOS, Destinations, PeerServer
 from kvtransfer.peers.handshake import PEER_VERSION
@@ -29,18 +29,18 @@ def theirs(epoch: int) -> PeerHello:
 
 
 class Frames(PeerServer):
-    """A server without a socket: what arrives is put there, what is said is kept."""
+    """A server without a socket: what arrives is put there, what is sent is kept."""
 
     def __init__(self) -> None:
         self.arrived: list[tuple[bytes, list[PeerMessage]]] = []
-        self.said: list[tuple[bytes, list[PeerMessage]]] = []
+        self.sent: list[tuple[bytes, list[PeerMessage]]] = []
 
     def receive(self) -> list[tuple[bytes, list[PeerMessage]]]:  # type: ignore[override]
         arrived, self.arrived = self.arrived, []
         return arrived
 
     def send(self, peer: bytes, messages: list[PeerMessage]) -> bool:
-        self.said.append((peer, messages))
+        self.sent.append((peer, messages))
         return True
 
 
@@ -53,17 +53,17 @@ def scene() -> tuple[Destinations, Frames]:
 
 
 def test_a_connection_speaks_for_one_life_only() -> None:
-    """A hello that is heard again, from a life before, must not take the connection of the present one: what
-    is written for it would then go into the memory of the dead."""
+    """A hello that arrives again, from an earlier incarnation, must not take the connection of the present
+    one: what is written for it would then go into the memory of the dead."""
     destinations, frames = scene()
     frames.arrived = [(b"a", [FIRST, theirs(2)])]
     destinations.receive(0.0)
-    assert destinations.agent(2) == "theirs-2" and frames.said == [(b"a", [FIRST, OURS])]
+    assert destinations.agent(2) == "theirs-2" and frames.sent == [(b"a", [FIRST, OURS])]
     frames.arrived = [(b"a", [SECOND, theirs(1)])]
     destinations.receive(1.0)
     assert len(destinations) == 0 and destinations.agent(1) is None
     refused = PeerRefused(TWO_HELLOS)
-    assert frames.said[1:] == [(b"a", [FIRST, refused]), (b"a", [SECOND, refused])]
+    assert frames.sent[1:] == [(b"a", [FIRST, refused]), (b"a", [SECOND, refused])]
     frames.arrived = [(b"b", [SECOND, theirs(2)])]
     destinations.receive(2.0)
     assert destinations.agent(2) == "theirs-2" and len(destinations) == 1
@@ -73,12 +73,12 @@ def test_the_same_hello_again_changes_nothing() -> None:
     destinations, frames = scene()
     frames.arrived = [(b"a", [FIRST, theirs(2), theirs(2)])]
     destinations.receive(0.0)
-    assert len(destinations) == 1 and frames.said == [(b"a", [FIRST, OURS])] * 2
+    assert len(destinations) == 1 and frames.sent == [(b"a", [FIRST, OURS])] * 2
 
 
 def test_what_was_said_on_another_connection_is_dropped() -> None:
-    """An offer and its grant that are heard again, when the life that made them has ended: the transfer may
-    be waiting for its next offer, and the slot be somebody else's in the same generation."""
+    """An offer and its grant that arrive again, when the incarnation that made them has ended: the transfer
+    may be waiting for its next offer, and the slot be somebody else's in the same generation."""
     destinations, frames = scene()
     machine = destinations._machine
     machine.on_command(OpenSend(7, 60.0), 0.0)
@@ -95,4 +95,4 @@ def test_a_stranger_is_answered_on_its_own_connection() -> None:
     destinations, frames = scene()
     frames.arrived = [(b"a", [SECOND, Closed(1)])]
     destinations.receive(0.0)
-    assert frames.said == [(b"a", [SECOND, PeerRefused("say hello first")])]
+    assert frames.sent == [(b"a", [SECOND, PeerRefused("send hello first")])]

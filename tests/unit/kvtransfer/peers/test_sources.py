@@ -59,18 +59,18 @@ class Scene:
 
     def hear(self) -> list[PeerMessage]:
         assert self.server.socket.poll(WAIT_MS)
-        heard: list[PeerMessage] = []
+        received: list[PeerMessage] = []
         for peer, (connection, *messages) in self.server.receive():
             assert isinstance(connection, PeerConnection)
             self.peer, self.connection = peer, connection
-            heard.extend(messages)
-        return heard
+            received.extend(messages)
+        return received
 
-    def say(self, message: PeerMessage, now_s: float) -> None:
-        self.say_at_once([message], now_s)
+    def send(self, message: PeerMessage, now_s: float) -> None:
+        self.send_at_once([message], now_s)
 
-    def say_at_once(self, messages: list[PeerMessage], now_s: float) -> None:
-        """In one frame, on the connection that was heard last."""
+    def send_at_once(self, messages: list[PeerMessage], now_s: float) -> None:
+        """In one frame, on the connection that the last frame came on."""
         assert self.server.send(self.peer, [self.connection, *messages])
         assert self.sources._sources[self.address].link.socket.poll(WAIT_MS)
         self.sources.receive(now_s)
@@ -78,7 +78,7 @@ class Scene:
     def ready(self) -> None:
         [hello] = self.hear()
         assert isinstance(hello, PeerHello) and hello.expected_epoch == 50
-        self.say(THEIRS, 0.0)
+        self.send(THEIRS, 0.0)
         assert len(self.sources) == 1
         self.machine.settle(0.0)
         assert self.machine.pool.counts().granted == 2
@@ -109,7 +109,7 @@ def test_the_next_deadline_always_lies_ahead(scene: Scene) -> None:
 
 def test_a_source_that_does_not_fit_is_left_alone(scene: Scene) -> None:
     scene.hear()
-    scene.say(msgspec.structs.replace(THEIRS, mover="other"), 0.0)
+    scene.send(msgspec.structs.replace(THEIRS, mover="other"), 0.0)
     assert "mover differs" in scene.reasons[0]
     assert scene.sockets == [] and scene.machine.pool.free == 8
 
@@ -121,30 +121,30 @@ def test_silence_loses_it_and_asks_again_for_what_is_quarantined(scene: Scene) -
     assert scene.machine.pool.counts().quarantined == 2
     while not any(isinstance(message, PeerHello) for message in scene.hear()):
         pass
-    scene.say(THEIRS, 6.0)
+    scene.send(THEIRS, 6.0)
     [(_, cancel)] = [
         entry for entry in scene.machine.outbox.to_sources if isinstance(entry[1], CancelTransfer)
     ]
     assert isinstance(cancel, CancelTransfer)
-    scene.say(Closed(1), 6.0)
+    scene.send(Closed(1), 6.0)
     assert scene.machine.pool.free == 8
 
 
 def test_heartbeats_keep_it(scene: Scene) -> None:
     scene.ready()
     for second in range(1, 20):
-        scene.say(PeerPing(50), float(second))
+        scene.send(PeerPing(50), float(second))
         scene.sources.tick(float(second))
     assert scene.reasons == []
 
 
 def test_another_life_at_the_same_address_proves_the_former_over(scene: Scene) -> None:
     scene.ready()
-    scene.say(PeerRefused("say hello first"), 1.0)  # What a reborn source says to an old connection.
+    scene.send(PeerRefused("send hello first"), 1.0)  # What a restarted source sends on an old connection.
     assert scene.machine.pool.counts().quarantined == 2
     while not any(isinstance(message, PeerHello) for message in scene.hear()):
         pass
-    scene.say(msgspec.structs.replace(THEIRS, epoch=51), 2.0)
+    scene.send(msgspec.structs.replace(THEIRS, epoch=51), 2.0)
     assert scene.machine.pool.counts().quarantined == 2  # What was on the way may still be landing.
     scene.sources.tick(2.0 + SETTLE_S)
     assert scene.machine.pool.free == 8 and scene.sockets == []
@@ -160,8 +160,9 @@ def test_a_refused_connection_proves_death(scene: Scene) -> None:
 
 
 def test_what_was_said_on_another_connection_is_dropped(scene: Scene) -> None:
-    """A hello of a life before, heard again, must not prove the present one over: slots in quarantine would
-    be free while it may still write. A `Closed` that is heard again would free them likewise."""
+    """A hello of an earlier incarnation, received again, must not prove the present one dead: slots in
+    quarantine would be free while it may still write. A `Closed` that is received again would free them
+    likewise."""
     scene.ready()
     former = scene.connection
     scene.sources.tick(TIMEOUT_S)
@@ -169,18 +170,18 @@ def test_what_was_said_on_another_connection_is_dropped(scene: Scene) -> None:
         pass
     renewed, scene.connection = scene.connection, former
     assert renewed != former
-    scene.say(msgspec.structs.replace(THEIRS, epoch=49), 6.0)
-    scene.say_at_once([THEIRS, Closed(1)], 6.0)
+    scene.send(msgspec.structs.replace(THEIRS, epoch=49), 6.0)
+    scene.send_at_once([THEIRS, Closed(1)], 6.0)
     assert len(scene.sources) == 0 and scene.machine.pool.counts().quarantined == 2
     assert scene.machine.outbox.drops["other_connection"] == 2
     scene.connection = renewed
-    scene.say_at_once([THEIRS, Closed(1)], 6.0)
+    scene.send_at_once([THEIRS, Closed(1)], 6.0)
     assert len(scene.sources) == 1 and scene.machine.pool.free == 8
 
 
 def test_what_is_said_before_hello_is_dropped(scene: Scene) -> None:
     scene.hear()
-    scene.say(Closed(1), 0.0)
+    scene.send(Closed(1), 0.0)
     assert scene.machine.outbox.drops["peer_before_hello"] == 1
     assert scene.reasons == []
 
@@ -188,7 +189,7 @@ def test_what_is_said_before_hello_is_dropped(scene: Scene) -> None:
 def test_two_refusals_at_once_are_one(scene: Scene) -> None:
     scene.hear()
     refusal = PeerRefused("not now")
-    scene.say_at_once([refusal, refusal], 0.0)  # Nothing is quarantined, so the first one forgets it.
+    scene.send_at_once([refusal, refusal], 0.0)  # Nothing is quarantined, so the first one forgets it.
     assert len(scene.reasons) == 1 and "not now" in scene.reasons[0]
     assert scene.sockets == []
 
@@ -196,12 +197,12 @@ def test_two_refusals_at_once_are_one(scene: Scene) -> None:
 def test_what_was_said_on_an_ended_connection_does_not_count_for_the_next(scene: Scene) -> None:
     scene.ready()
     former = scene.sources._sources[scene.address].link
-    scene.say_at_once([PeerRefused("say hello first"), THEIRS, PeerRefused("again")], 1.0)
+    scene.send_at_once([PeerRefused("send hello first"), THEIRS, PeerRefused("again")], 1.0)
     renewed = scene.sources._sources[scene.address].link
     assert renewed is not former and scene.sockets == [renewed]
     assert len(scene.sources) == 0  # The new connection has not been greeted yet.
     while not any(isinstance(message, PeerHello) for message in scene.hear()):
         pass
-    scene.say(THEIRS, 2.0)
+    scene.send(THEIRS, 2.0)
     assert len(scene.sources) == 1
     assert scene.sources._sources[scene.address].link is renewed

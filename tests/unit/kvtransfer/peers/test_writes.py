@@ -2,9 +2,10 @@
 
 import pytest
 
+from kvtransfer.buffer.region import Region
 from kvtransfer.errors import MoverBroken, MoverError, PeerLostError
 from kvtransfer.messages import Aborted, Filled, OpenSend, Segment, SendReady, SendSlots, SlotUse
-from kvtransfer.movers.base import PieceOfWrite, Progress, Region
+from kvtransfer.movers.base import PieceOfWrite, Progress
 from kvtransfer.movers.loopback import LoopbackFabric, LoopbackMover
 from kvtransfer.peers.writes import Writes
 from kvtransfer.protocol.machine import TransferMachine
@@ -45,16 +46,16 @@ class Bench:
         self.machine.outbox.to_destinations.clear()
 
     @property
-    def said(self) -> list[type]:
+    def sent(self) -> list[type]:
         return [type(message) for _, message in self.machine.outbox.to_destinations]
 
 
 def test_done() -> None:
     bench = Bench(Progress.DONE)
     bench.writes.post(bench.write, "there", 0.0)
-    assert len(bench.writes) == 1 and bench.said == []
+    assert len(bench.writes) == 1 and bench.sent == []
     bench.writes.poll(0.5)
-    assert bench.said == [Written] and len(bench.writes) == 0
+    assert bench.sent == [Written] and len(bench.writes) == 0
     assert bytes(bench.there) == bytes(SLOT_BYTES) + b"x" * SLOT_BYTES
     assert (bench.writes.moved_bytes, bench.writes.moved_segments) == (SLOT_BYTES, 1)
     assert bench.writes.move_seconds == 0.5
@@ -64,7 +65,7 @@ def test_failed_half_way() -> None:
     bench = Bench(Progress.FAILED)
     bench.writes.post(bench.write, "there", 0.0)
     bench.writes.poll(0.1)
-    assert bench.said[-1] is Closed and Written not in bench.said
+    assert bench.sent[-1] is Closed and Written not in bench.sent
     assert bench.machine.pool.free == 2 and bench.writes.moved_bytes == 0
 
 
@@ -120,7 +121,7 @@ def test_a_write_that_takes_time_to_stop_keeps_its_slots_until_then(
     bench.writes.post(bench.write, "there", 0.0)
     bench.writes.poll(5.0)
     assert bench.disconnected == [DESTINATION]
-    assert len(bench.writes) == 1 and bench.machine.pool.free == 1 and Closed not in bench.said
+    assert len(bench.writes) == 1 and bench.machine.pool.free == 1 and Closed not in bench.sent
     if stops:
         bench.fate = Progress.FAILED
         bench.writes.poll(5.1)

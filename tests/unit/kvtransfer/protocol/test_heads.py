@@ -77,7 +77,7 @@ def test_more_heads_than_there_are_are_refused_on_both_sides() -> None:
 
 @pytest.mark.parametrize(("theirs", "together"), [(3, 3), (100, 8)])
 def test_a_segment_fits_the_smaller_slot(theirs: int, together: int) -> None:
-    """Our slots hold 8 tokens of half of our heads, theirs as many as they say."""
+    """Our slots hold 8 tokens of half of our heads, theirs as many as their offer has."""
     sending = machine(tp=1, slot_tokens=4)
     sending.on_command(OpenSend(1, 10.0), 0.0)
     sending.on_command(SendReady(1), 0.0)

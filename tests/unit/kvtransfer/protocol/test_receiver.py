@@ -1,4 +1,4 @@
-"""What a source may say and what is made of it, message by message."""
+"""The messages of a source, and what follows from each."""
 
 import pytest
 
@@ -77,8 +77,8 @@ def test_one_that_surely_moves_holds_its_share_of_what_is_free_before_data() -> 
     for transfer_id in (1, 2, 3, 4):
         machine.on_source(SOURCE, Ready(transfer_id), 0.0)
     machine.settle(0.0)
-    held = [len(m.slots) for _, m in machine.outbox.to_sources if isinstance(m, Grant)]
-    assert len(held) == 4 and max(held) - min(held) <= 1 and 3 <= max(held) <= 5, held
+    granted = [len(m.slots) for _, m in machine.outbox.to_sources if isinstance(m, Grant)]
+    assert len(granted) == 4 and max(granted) - min(granted) <= 1 and 3 <= max(granted) <= 5, granted
 
 
 def test_never_more_grants_than_tokens_need() -> None:
@@ -185,7 +185,7 @@ def test_grants_are_quarantined_until_the_source_says_closed() -> None:
     assert machine.outbox.to_worker == [Aborted(1, "deadline")]
     assert machine.outbox.to_sources == [(SOURCE, CancelTransfer(1, "deadline"))]
     assert machine.pool.counts().quarantined == len(grants)
-    machine.tick(11.0)  # No answer: said again.
+    machine.tick(11.0)  # No answer: sent again.
     assert len(machine.outbox.to_sources) == 2
     machine.on_source(SOURCE, Closed(1), 11.0)
     assert machine.pool.free == SLOTS and machine.next_deadline_s() is None

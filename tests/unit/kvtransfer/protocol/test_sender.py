@@ -1,4 +1,4 @@
-"""What a worker and a destination may say to the sending side and what is made of it."""
+"""The messages of a worker and a destination to the sending side, and what follows from each."""
 
 import pytest
 
@@ -27,7 +27,7 @@ REMOTE_SLOTS = 10
 SLOTS = 4
 
 
-def say(machine: TransferMachine, *messages: object, destination: int = HERE, now_s: float = 0.0) -> None:
+def deliver(machine: TransferMachine, *messages: object, destination: int = HERE, now_s: float = 0.0) -> None:
     for message in messages:
         machine.on_destination(destination, message, REMOTE_SLOTS, now_s)  # type: ignore[arg-type]
     machine.settle(now_s)
@@ -38,7 +38,7 @@ def confirmed(tokens: int = 12, grants: int = 2) -> tuple[TransferMachine, list[
     machine = TransferMachine(limits(SLOTS))
     machine.on_command(OpenSend(1, 10.0), 0.0)
     machine.on_command(SendReady(1), 0.0)
-    say(machine, Offer(1, 0, tokens), Grant(1, [SlotUse(i, 5) for i in range(grants)]))
+    deliver(machine, Offer(1, 0, tokens), Grant(1, [SlotUse(i, 5) for i in range(grants)]))
     assert machine.outbox.to_destinations == [(HERE, Ready(1))]
     machine.outbox.to_destinations.clear()
     event, *rest = machine.outbox.to_worker
@@ -63,11 +63,11 @@ def only_write(machine: TransferMachine) -> Write:
 def test_offer_and_open_in_either_order(offer_first: bool) -> None:
     machine = TransferMachine(limits(SLOTS))
     if offer_first:
-        say(machine, Offer(1, 3, 9))
+        deliver(machine, Offer(1, 3, 9))
         machine.on_command(OpenSend(1, 10.0), 0.0)
     else:
         machine.on_command(OpenSend(1, 10.0), 0.0)
-        say(machine, Offer(1, 3, 9))
+        deliver(machine, Offer(1, 3, 9))
     assert machine.outbox.to_worker == [SendConfirmed(1, 3, 9, 1, TOKENS_PER_SLOT, 1)]
     assert machine.outbox.drops == {}
 
@@ -77,11 +77,11 @@ def test_a_cancel_whose_offer_was_lost_ends_the_transfer() -> None:
     machine = TransferMachine(limits(SLOTS))
     machine.on_command(OpenSend(1, 10.0), 0.0)
     machine.on_command(SendReady(1), 0.0)
-    say(machine, CancelTransfer(1, "the worker is gone"))
+    deliver(machine, CancelTransfer(1, "the worker is gone"))
     assert machine.outbox.to_worker == [Aborted(1, "the worker is gone")]
     assert machine.outbox.to_destinations == [(HERE, Closed(1))]
     machine.outbox.to_destinations.clear()
-    say(machine, Offer(1, 0, 12), Grant(1, [SlotUse(0, 5)]))
+    deliver(machine, Offer(1, 0, 12), Grant(1, [SlotUse(0, 5)]))
     assert [type(message) for _, message in machine.outbox.to_destinations] == [CancelTransfer, Closed]
     assert machine.outbox.to_worker == [Aborted(1, "the worker is gone")]
     assert machine.sender.open_transfers == 0
@@ -90,7 +90,7 @@ def test_a_cancel_whose_offer_was_lost_ends_the_transfer() -> None:
 def test_no_slot_is_lent_without_a_grant() -> None:
     machine, assigned = confirmed(grants=0)
     assert assigned == [] and machine.pool.free == SLOTS
-    say(machine, Grant(1, [SlotUse(3, 1)]))
+    deliver(machine, Grant(1, [SlotUse(3, 1)]))
     granted, event = machine.outbox.to_worker
     assert granted == SendGranted(1, 1) and isinstance(event, SendSlots) and len(event.slots) == 1
 
@@ -106,7 +106,7 @@ def test_no_slot_is_lent_to_a_prompt_that_waits_for_pages() -> None:
     for transfer_id in (1, 2, 3):
         machine.on_command(OpenSend(transfer_id, 10.0), 0.0)
         grants = [SlotUse(slot, transfer_id) for slot in range(3)]
-        say(machine, Offer(transfer_id, 0, 40), Grant(transfer_id, grants))
+        deliver(machine, Offer(transfer_id, 0, 40), Grant(transfer_id, grants))
     assert machine.pool.free == SLOTS
     machine.on_command(SendReady(2), 0.0)
     machine.on_command(SendReady(2), 0.0)
@@ -129,7 +129,7 @@ def test_a_packed_segment_is_written_and_reported_where_it_lies() -> None:
     expected = Written(1, [Segment(0, 5, 0, 4, size, 9), Segment(1, 5, 4, 4, size, 9)])
     assert machine.outbox.to_destinations == [(HERE, expected)]
     assert machine.pool.free == SLOTS
-    say(machine, Committed(1))
+    deliver(machine, Committed(1))
     assert machine.outbox.to_worker == [SendCommitted(1)]
     assert machine.outbox.to_destinations[1:] == [(HERE, Closed(1))]
 
@@ -138,7 +138,7 @@ def test_closed_waits_for_the_write_in_flight() -> None:
     machine, assigned = confirmed(grants=1)
     machine.on_command(Filled(1, [packed(assigned[0])]), 0.0)
     write = only_write(machine)
-    say(machine, CancelTransfer(1, "gone"))
+    deliver(machine, CancelTransfer(1, "gone"))
     assert machine.outbox.to_worker == [Aborted(1, "gone")]
     assert machine.outbox.to_destinations == []
     assert machine.pool.counts().quarantined == 1
@@ -151,7 +151,7 @@ def test_closed_waits_for_the_write_in_flight() -> None:
 def test_lent_slots_outlive_a_transfer_until_the_worker_gives_them_back(answer: str) -> None:
     """It may be packing into one right now."""
     machine, assigned = confirmed(grants=1)
-    say(machine, CancelTransfer(1, "gone"))
+    deliver(machine, CancelTransfer(1, "gone"))
     assert machine.pool.counts().granted == 1
     if answer == "freed":
         machine.on_command(Freed(assigned), 0.0)
@@ -168,7 +168,7 @@ def test_a_lent_slot_is_for_whatever_transfer_has_grants() -> None:
     machine, assigned = confirmed(grants=2)
     machine.on_command(OpenSend(2, 10.0), 0.0)
     machine.on_command(SendReady(2), 0.0)
-    say(machine, Offer(2, 0, 12), Grant(2, [SlotUse(7, 1)]))
+    deliver(machine, Offer(2, 0, 12), Grant(2, [SlotUse(7, 1)]))
     assigned += [use for one in machine.outbox.to_worker if isinstance(one, SendSlots) for use in one.slots]
     assert len(assigned) == 3
     machine.on_command(Filled(2, [packed(assigned[0])]), 0.0)
@@ -234,9 +234,9 @@ def test_slots_not_lent_are_not_written() -> None:
 
 def test_bad_grants_are_dropped_and_counted() -> None:
     machine, _ = confirmed(grants=1)
-    say(machine, Grant(1, [SlotUse(0, 5), SlotUse(0, 4), SlotUse(REMOTE_SLOTS, 1)]))
-    say(machine, Grant(9, [SlotUse(1, 1)]))
-    say(machine, Grant(1, [SlotUse(1, 1)]), destination=ELSEWHERE)
+    deliver(machine, Grant(1, [SlotUse(0, 5), SlotUse(0, 4), SlotUse(REMOTE_SLOTS, 1)]))
+    deliver(machine, Grant(9, [SlotUse(1, 1)]))
+    deliver(machine, Grant(1, [SlotUse(1, 1)]), destination=ELSEWHERE)
     assert machine.outbox.drops == {
         "grant_stale_generation": 2,
         "grant_out_of_range": 1,
@@ -246,10 +246,10 @@ def test_bad_grants_are_dropped_and_counted() -> None:
     assert machine.outbox.to_worker == []
 
 
-def test_unknown_and_foreign_farewells_are_answered_truly() -> None:
+def test_unknown_and_foreign_ends_are_answered_truly() -> None:
     machine, _ = confirmed()
-    say(machine, CancelTransfer(50, "?"), Committed(51))
-    say(machine, CancelTransfer(1, "not yours"), destination=ELSEWHERE)
+    deliver(machine, CancelTransfer(50, "?"), Committed(51))
+    deliver(machine, CancelTransfer(1, "not yours"), destination=ELSEWHERE)
     closed = [(HERE, Closed(50)), (HERE, Closed(51)), (ELSEWHERE, Closed(1))]
     assert machine.outbox.to_destinations == closed
     assert machine.outbox.to_worker == []
@@ -257,7 +257,7 @@ def test_unknown_and_foreign_farewells_are_answered_truly() -> None:
 
 def test_an_offer_that_nobody_opens_is_not_held_for_ever() -> None:
     machine = TransferMachine(limits(SLOTS))
-    say(machine, Offer(1, 0, 9), Grant(1, [SlotUse(0, 1)]))
+    deliver(machine, Offer(1, 0, 9), Grant(1, [SlotUse(0, 1)]))
     machine.tick(59.0)
     assert machine.outbox.to_destinations == []
     machine.tick(60.0)
@@ -273,7 +273,7 @@ def test_an_offer_for_what_was_given_up_is_refused_at_once() -> None:
     machine.on_command(OpenSend(1, 10.0), 0.0)
     machine.on_command(Abort(1, "client left"), 0.0)
     machine.on_command(Abort(2, "client left before it was opened"), 0.0)
-    say(machine, Offer(1, 0, 9), Offer(2, 0, 9))
+    deliver(machine, Offer(1, 0, 9), Offer(2, 0, 9))
     cancels = [
         message for _, message in machine.outbox.to_destinations if isinstance(message, CancelTransfer)
     ]
@@ -282,7 +282,7 @@ def test_an_offer_for_what_was_given_up_is_refused_at_once() -> None:
 
 def test_a_destination_that_needs_nothing_may_commit_before_the_worker_opens() -> None:
     machine = TransferMachine(limits(SLOTS))
-    say(machine, Offer(1, 7, 7), Committed(1))
+    deliver(machine, Offer(1, 7, 7), Committed(1))
     assert machine.outbox.to_destinations == [(HERE, Closed(1))]
     machine.on_command(OpenSend(1, 10.0), 0.0)
     assert machine.outbox.to_worker == [SendConfirmed(1, 7, 7, 1, TOKENS_PER_SLOT, 1), SendCommitted(1)]
@@ -324,7 +324,7 @@ def test_what_is_packed_at_once_goes_out_in_small_writes() -> None:
     machine = TransferMachine(limits(10))
     machine.on_command(OpenSend(1, 10.0), 0.0)
     machine.on_command(SendReady(1), 0.0)
-    say(machine, Offer(1, 0, 20), Grant(1, [SlotUse(slot, 5) for slot in range(5)]))
+    deliver(machine, Offer(1, 0, 20), Grant(1, [SlotUse(slot, 5) for slot in range(5)]))
     [assigned] = [e.slots for e in machine.outbox.to_worker if isinstance(e, SendSlots)]
     assert len(assigned) == 5
     machine.on_command(Filled(1, [packed(use, 4 * at) for at, use in enumerate(assigned)]), 0.0)
@@ -338,5 +338,5 @@ def test_what_is_packed_at_once_goes_out_in_small_writes() -> None:
     assert [piece.remote_slot for write in writes for piece in write.pieces] == list(range(5))
     machine.sender.write_done(writes[2].write_id, 0.0)
     assert machine.pool.free == 6, "each write's end frees its own slots"
-    _, (_, said) = machine.outbox.to_destinations
-    assert isinstance(said, Written) and [s.slot for s in said.segments] == [4]
+    _, (_, written) = machine.outbox.to_destinations
+    assert isinstance(written, Written) and [s.slot for s in written.segments] == [4]

@@ -44,7 +44,7 @@ def test_conservation_under_random_operations(slots: int, operations: list[tuple
         assert counts.filled == states.count(SlotState.FILLED)
         assert counts.quarantined == states.count(SlotState.QUARANTINED)
         assert counts.free == slots - len(model) == pool.free
-        assert pool.held(Direction.SEND) + pool.held(Direction.RECEIVE) == len(model)
+        assert pool.in_use(Direction.SEND) + pool.in_use(Direction.RECEIVE) == len(model)
         assert len({held.slot for held in model}) == len(model)
 
 

@@ -8,10 +8,11 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 
 import router.api.call
-from router.api.call import Call
-from router.api.openai_requests import BodyDecoder, ChatBody, CompletionBody
-from router.api.parameters import RequestLimits, options_of
-from router.api.responses import ResponseBuilder, ResponseHeader, StreamSheet, WholeSheet
+from router.api.call import Call, PromptStream, ResponseBuilder
+from router.api.responses import ResponseHeader, StreamBuilder, WholeBuilder
+from router.openai.requests import BodyDecoder, ChatBody, CompletionBody
+from router.prepare.parameters import options_of
+from router.routing.limits import RequestLimits
 from router.routing.metrics import Metrics
 from router.text.tokenizer import TextTokenizer
 from services.protocol.messages import PrefillDone, TokenLogprob, Tokens
@@ -20,19 +21,23 @@ from tests.checkpoints import write_tokenizer
 LIMITS = RequestLimits(320, 1024, 1024, 8, 8, 8)
 
 
+def push(output: PromptStream, report: Tokens, now_s: float = 0.0) -> bool:
+    return output.choices[report.choice].on_tokens(report, now_s)
+
+
 def test_frames_that_nobody_takes_end_the_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(router.api.call, "MAX_UNSENT_FRAMES", 10)
     write_tokenizer(tmp_path)
     tokenizer = TextTokenizer(tmp_path)
     options = options_of(CompletionBody(prompt="a", stream=True, n=2, max_tokens=500), LIMITS, 1)
-    builder = StreamSheet(ResponseHeader("id", 0, "tiny"), tokenizer, False, None, False)
+    builder = StreamBuilder(ResponseHeader("id", 0, "tiny"), tokenizer, False, None, False)
     call = Call(options, builder, tokenizer, Metrics())
     output = call.add_prompt([5], None)
     for taken in range(100):
-        assert output.on_tokens(Tokens(1, taken % 2, [65], None, None), float(taken))
+        assert push(output, Tokens(1, taken % 2, [65], None, None), float(taken))
         call.take_frames()
     assert not call.ended
-    going_on = [output.on_tokens(Tokens(1, at % 2, [65], None, None), 100.0) for at in range(14)]
+    going_on = [push(output, Tokens(1, at % 2, [65], None, None), 100.0) for at in range(14)]
     assert going_on == [True] * 10 + [False] * 4
     assert call.ended and call.error is not None
     assert (call.error.status, call.error.code) == (408, "client_too_slow")
@@ -42,14 +47,14 @@ def answer(tokenizer: TextTokenizer, body: CompletionBody, text: str | None, pro
     """The choices of a whole answer, made of `COMPLETIONS`."""
     limits = RequestLimits(2000, 4096, 4096, 8, 8, 8)
     options = options_of(body, limits, 1)
-    builder = WholeSheet(ResponseHeader("id", 0, "tiny"), tokenizer, False, options.logprobs)
+    builder = WholeBuilder(ResponseHeader("id", 0, "tiny"), tokenizer, False, options.logprobs)
     call = Call(options, builder, tokenizer, Metrics())
     output = call.add_prompt(prompt, text)
     logprobs = [TokenLogprob(-1.0, []) for _ in prompt[1:]]
     output.on_prefilled(PrefillDone(1, 0.0, 0.0, 0, logprobs if options.logprobs is not None else None))
     for choice, tokens in enumerate(COMPLETIONS[: options.choices]):
         own = [TokenLogprob(-1.0, []) for _ in tokens] if options.logprobs is not None else None
-        output.on_tokens(Tokens(1, choice, tokens, own, "length"), 0.0)
+        push(output, Tokens(1, choice, tokens, own, "length"), 0.0)
     assert call.ended
     return json.loads(call.builder.body(call.usage))["choices"]
 
@@ -102,15 +107,15 @@ def test_an_echo_of_half_a_character_is_made_whole(tmp_path: Path) -> None:
     for streamed in (False, True):
         response_header = ResponseHeader("id", 0, "tiny")
         builder: ResponseBuilder = (
-            StreamSheet(response_header, tokenizer, False, 0, False)
+            StreamBuilder(response_header, tokenizer, False, 0, False)
             if streamed
-            else WholeSheet(response_header, tokenizer, False, 0)
+            else WholeBuilder(response_header, tokenizer, False, 0)
         )
         call = Call(options, builder, tokenizer, Metrics())
         output = call.add_prompt(tokens[:2], None)
         logprobs = [TokenLogprob(-1.0, [])]
         output.on_prefilled(PrefillDone(1, 0.0, 0.0, 0, logprobs))
-        output.on_tokens(Tokens(1, 0, tokens[2:], logprobs, "length"), 0.0)
+        push(output, Tokens(1, 0, tokens[2:], logprobs, "length"), 0.0)
         bodies = (
             [line[6:] for line in b"".join(builder.frames).splitlines() if line.startswith(b"data: {")]
             if streamed
@@ -155,9 +160,9 @@ def test_counters_and_usage_and_ids_agree(fields: dict[str, Any], stream: bool, 
     options = options_of(CompletionBody(**fields, stream=stream, return_token_ids=True), LIMITS, 1)
     response_header = ResponseHeader("id", 0, "tiny")
     builder: ResponseBuilder = (
-        StreamSheet(response_header, tokenizer, False, options.logprobs, True)
+        StreamBuilder(response_header, tokenizer, False, options.logprobs, True)
         if stream
-        else WholeSheet(response_header, tokenizer, False, options.logprobs)
+        else WholeBuilder(response_header, tokenizer, False, options.logprobs)
     )
     metrics = Metrics()
     call = Call(options, builder, tokenizer, metrics)
@@ -167,7 +172,7 @@ def test_counters_and_usage_and_ids_agree(fields: dict[str, Any], stream: bool, 
         output = call.add_prompt([5, 6 + number], text)
         for choice in range(options.choices):
             for tokens, finish in ((LETTERS[:1], None), (LETTERS[1:], "stop" if ends else "length")):
-                if not output.on_tokens(Tokens(1, choice, tokens, top[: len(tokens)], finish), 0.0):
+                if not push(output, Tokens(1, choice, tokens, top[: len(tokens)], finish), 0.0):
                     break
     assert call.ended and call.error is None
     raw = builder.body(call.usage).decode()
@@ -204,14 +209,14 @@ def test_a_stream_can_say_its_usage_all_along(chat: bool, tmp_path: Path) -> Non
     )
     body = BodyDecoder().decode(ChatBody if chat else CompletionBody, json.dumps(raw).encode())
     options = options_of(body, LIMITS, 1)
-    builder = StreamSheet(
+    builder = StreamBuilder(
         ResponseHeader("id", 0, "tiny"), tokenizer, chat, None, True, options.continuous_usage
     )
     call = Call(options, builder, tokenizer, Metrics())
     output = call.add_prompt([5, 6, 7], "the prompt")
     for choice in (0, 1):
-        output.on_tokens(Tokens(1, choice, LETTERS[:1], None, None), 0.0)
-        output.on_tokens(Tokens(1, choice, LETTERS[1:], None, "length"), 0.0)
+        push(output, Tokens(1, choice, LETTERS[:1], None, None), 0.0)
+        push(output, Tokens(1, choice, LETTERS[1:], None, "length"), 0.0)
     frames = [json.loads(line[6:]) for line in builder.body(call.usage).decode().split("\n\n")[:-2]]
     counts = [frame["usage"]["completion_tokens"] for frame in frames]
     assert counts == sorted(counts)

@@ -15,10 +15,10 @@ import pytest
 import router.api.generate
 from router.api.app import build_app
 from router.api.generate import Service
-from router.api.openai_requests import BodyDecoder
 from router.chat.chat_template import ChatTemplate
 from router.config import RouterConfig
-from router.prepare.process_pool import Preparers
+from router.openai.requests import BodyDecoder
+from router.prepare.process_pool import ProcessPool
 from router.prepare.request import Kit
 from router.routing.dispatcher import Dispatcher
 from router.routing.metrics import Metrics
@@ -29,19 +29,17 @@ from services.protocol.messages import (
     VERSION,
     DecodeStarted,
     Failed,
-    Ledger,
-    PageCounts,
     Prefill,
     PrefillDone,
     Report,
     Request,
     Role,
     StartDecode,
-    Status,
     Tokens,
     WorkerHello,
     WorkerTransferAddress,
 )
+from services.protocol.worker_status import Ledger, PageUsage, Status
 from tests.checkpoints import write_tokenizer
 
 ENDPOINTS: dict[Role, str] = {"prefill": "ipc:///p", "decode": "ipc:///d"}
@@ -58,9 +56,6 @@ class PlayedWire:
         if reports:
             asyncio.get_running_loop().call_soon(self._client._on_arrived, reports)
         return True
-
-    def poll(self) -> None:
-        """Nothing ever waits."""
 
     def close(self) -> None:
         """There is nothing to close."""
@@ -90,12 +85,12 @@ def failures(message: Request) -> list[Report]:
 def connect(client: WorkerClient, role: Role, answer: Callable[[Request], list[Report]]) -> None:
     address = WorkerTransferAddress(client.endpoint, 1)
     client._loop = asyncio.get_running_loop()
-    client._wire = PlayedWire(client, answer)
-    client._move(ClientState.CONNECTING, "connecting")
+    client._connection = PlayedWire(client, answer)
+    client._transition(ClientState.CONNECTING, "connecting")
     client.hello = WorkerHello(VERSION, role, role, 1, "m", 320, 1024, 1024, 16, 64, address)
-    client._move(ClientState.READY, "ready")
+    client._transition(ClientState.READY, "ready")
     client.status = Status(
-        None, 1, role, role, "ready", 1, None, 0, 0, 0, 0, PageCounts(64, 64, 0, 0), None, 0.0, 0, 0, 0.0,
+        None, 1, role, role, "ready", 1, None, 0, 0, 0, 0, PageUsage(64, 64, 0, 0), None, 0.0, 0, 0, 0.0,
         0.0, {}, Ledger("cpu", 1, 0.5, []),
     )  # fmt: skip
 
@@ -157,7 +152,7 @@ def test_nothing_is_left_to_the_collector(
     )
     metrics = Metrics(retries=RetryBudget(config.max_retries, config.retry_share, config.retry_burst))
     dispatcher = Dispatcher(config, metrics)
-    app = build_app(Service(config, kit, Preparers(tmp_path, "m", None), dispatcher, metrics))
+    app = build_app(Service(config, kit, ProcessPool(tmp_path, "m", None), dispatcher, metrics))
 
     async def request() -> Client:
         client = Client(body, leaves)

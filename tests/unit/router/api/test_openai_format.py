@@ -7,15 +7,19 @@ from typing import Any
 
 import pytest
 
-from router.api.openai_format import Usage, prompt_logprobs
-from router.api.responses import Echo, ResponseHeader, StreamSheet, WholeSheet
+from router.api.call import Call, ChoiceStream, ResponseBuilder
+from router.api.openai_format import Echo, Usage, prompt_logprobs
+from router.api.responses import ResponseHeader, StreamBuilder, WholeBuilder
+from router.openai.requests import CompletionBody
+from router.prepare.parameters import options_of
+from router.routing.limits import RequestLimits
 from router.routing.metrics import Histogram, Metrics, Snapshot, TokenRate, exposition
 from router.text.choice import LogprobEntry
 from router.text.tokenizer import TextTokenizer
 from services.protocol.messages import TokenLogprob, TopLogprob
 from tests.checkpoints import write_tokenizer
 
-HEADING = ResponseHeader("cmpl-1", 123, 'a "model"\n')
+HEADER = ResponseHeader("cmpl-1", 123, 'a "model"\n')
 NASTY = 'quote " back \\ line \n tab \t é 🙂 \x01 \u2028 data: [DONE]\n\n'
 
 
@@ -26,7 +30,13 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
     return TextTokenizer(directory)
 
 
-def frames(builder: StreamSheet) -> list[Any]:
+def choice_of(builder: ResponseBuilder, tokenizer: TextTokenizer, index: int, echo: Echo) -> ChoiceStream:
+    options = options_of(CompletionBody(prompt="a"), RequestLimits(320, 1024, 1024, 8, 8, 8), 1)
+    call = Call(options, builder, tokenizer, Metrics())
+    return builder.choice(call, index, tokenizer.detokenizer(), echo)
+
+
+def frames(builder: StreamBuilder) -> list[Any]:
     whole = b"".join(builder.frames)
     assert whole.endswith(b"\n\n")
     lines = whole.decode().removesuffix("\n\n").split("\n\n")
@@ -36,11 +46,11 @@ def frames(builder: StreamSheet) -> list[Any]:
 
 @pytest.mark.parametrize("with_usage", [True, False])
 def test_chat_frames(tokenizer: TextTokenizer, with_usage: bool) -> None:
-    builder = StreamSheet(HEADING, tokenizer, chat=True, logprobs=None, with_usage=with_usage)
-    writer = builder.writer(2, Echo())
-    writer.write(NASTY, (), None)
-    writer.write("", (), "stop")
-    builder.close(Usage(3, 2, 1))
+    builder = StreamBuilder(HEADER, tokenizer, chat=True, logprobs=None, with_usage=with_usage)
+    choice = choice_of(builder, tokenizer, 2, Echo())
+    choice.write(NASTY, (), None)
+    choice.write("", (), "stop")
+    builder.finish(Usage(3, 2, 1))
     found = frames(builder)
     assert found.pop() == "[DONE]"
     if with_usage:
@@ -53,7 +63,7 @@ def test_chat_frames(tokenizer: TextTokenizer, with_usage: bool) -> None:
         assert all("usage" not in frame for frame in found)
     for frame in found:
         assert (frame["id"], frame["object"], frame["created"]) == ("cmpl-1", "chat.completion.chunk", 123)
-        assert frame["model"] == HEADING.model
+        assert frame["model"] == HEADER.model
     choices = [frame["choices"][0] for frame in found]
     assert [choice["delta"] for choice in choices] == [
         {"role": "assistant", "content": ""},
@@ -70,11 +80,12 @@ def test_an_echo_comes_once_before_the_text(tokenizer: TextTokenizer) -> None:
     assert first["top_logprobs"][0] is None
     entry = LogprobEntry(68, TokenLogprob(-math.inf, []), 0, 1)
     echoed = Echo("ab", first)
-    builder = StreamSheet(HEADING, tokenizer, chat=False, logprobs=1, with_usage=False)
-    whole = WholeSheet(HEADING, tokenizer, chat=False, logprobs=1)
-    for writer in (builder.writer(0, echoed), whole.writer(0, echoed)):
-        writer.write("c", [entry], None)
-        writer.write("d", [], "length")
+    builder = StreamBuilder(HEADER, tokenizer, chat=False, logprobs=1, with_usage=False)
+    whole = WholeBuilder(HEADER, tokenizer, chat=False, logprobs=1)
+    for one in (builder, whole):
+        written = choice_of(one, tokenizer, 0, echoed)
+        written.write("c", [entry], None)
+        written.write("d", [], "length")
     texts = [frame["choices"][0]["text"] for frame in frames(builder)]
     assert texts == ["abc", "d"]
     choice = json.loads(whole.body(Usage()))["choices"][0]
@@ -88,8 +99,8 @@ def test_an_echo_comes_once_before_the_text(tokenizer: TextTokenizer) -> None:
 def test_chat_logprobs_have_bytes_and_alternatives(tokenizer: TextTokenizer) -> None:
     half = next(token for token in range(tokenizer.size) if tokenizer.token_bytes(token) == b"\xc3")
     entry = LogprobEntry(half, TokenLogprob(-1.5, [TopLogprob(65, -0.5)]), 0, 0)
-    whole = WholeSheet(HEADING, tokenizer, chat=True, logprobs=1)
-    whole.writer(0, Echo()).write("", [entry], "length")
+    whole = WholeBuilder(HEADER, tokenizer, chat=True, logprobs=1)
+    choice_of(whole, tokenizer, 0, Echo()).write("", [entry], "length")
     content = json.loads(whole.body(Usage()))["choices"][0]["logprobs"]["content"]
     assert content[0]["bytes"] == [0xC3]
     assert content[0]["token"] == "\N{REPLACEMENT CHARACTER}"
@@ -97,24 +108,25 @@ def test_chat_logprobs_have_bytes_and_alternatives(tokenizer: TextTokenizer) -> 
 
 
 def test_choices_are_in_order_whatever_ends_first(tokenizer: TextTokenizer) -> None:
-    whole = WholeSheet(HEADING, tokenizer, chat=False, logprobs=None)
-    writers = [whole.writer(index, Echo()) for index in (1, 0)]
-    writers[0].write("b", (), "stop")
-    writers[1].write("a", (), "length")
+    whole = WholeBuilder(HEADER, tokenizer, chat=False, logprobs=None)
+    for index, text, finish in ((1, "b", "stop"), (0, "a", "length")):
+        choice_of(whole, tokenizer, index, Echo()).write(text, (), finish)
     body = json.loads(whole.body(Usage(1, 2, 0)))
     assert [(choice["index"], choice["text"]) for choice in body["choices"]] == [(0, "a"), (1, "b")]
 
 
 def test_histograms_count_each_value_once() -> None:
-    histogram = Histogram([0.1, 1.0])
+    histogram = Histogram("baton_x_seconds", "X", [0.1, 1.0])
     for value_s in (0.05, 0.1, 0.5, 2.0):
         histogram.observe(value_s)
     assert histogram.counts == [2, 1, 1]
     metrics = Metrics()
-    metrics.inter_token = histogram
+    for value_s in (0.05, 0.1, 0.5, 20.0):
+        metrics.inter_token.observe(value_s)
     metrics.count_outcome("completed")
     text = exposition(metrics, Snapshot(1, 2, [("ipc:///a", "ready", True)], [], 5.0)).decode()
     assert 'baton_inter_token_latency_seconds_bucket{le="0.1"} 2.0' in text
+    assert 'baton_inter_token_latency_seconds_bucket{le="10.0"} 3.0' in text
     assert 'baton_inter_token_latency_seconds_bucket{le="+Inf"} 4.0' in text
     assert 'baton_requests_total{outcome="completed"} 1.0' in text
     assert 'baton_worker_ready{connection="ready",endpoint="ipc:///a"} 1.0' in text

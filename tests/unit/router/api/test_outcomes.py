@@ -7,9 +7,9 @@ from typing import Any, cast
 
 from router.api.app import build_app
 from router.api.generate import Service
-from router.api.openai_requests import BodyDecoder
-from router.api.parameters import RequestLimits
 from router.config import RouterConfig
+from router.openai.requests import BodyDecoder
+from router.routing.limits import RequestLimits
 from router.routing.metrics import Metrics
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from router.api.openai_requests import BodyDecoder, ChatBody, TokenizeBody
 from router.chat.chat_prompt import MAX_DEPTH, MAX_ENTRIES, REASONING_EFFORTS, chat_prompt
 from router.chat.chat_template import ChatTemplate
 from router.errors import ApiError
+from router.openai.requests import BodyDecoder, ChatBody, TokenizeBody
 
 DECODER = BodyDecoder()
 PLAIN = (

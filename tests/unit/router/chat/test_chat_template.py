@@ -7,6 +7,7 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import jinja2.sandbox
 import pytest
 
 from router.chat import template_budget
@@ -65,6 +66,9 @@ def test_the_default_of_named_templates(tmp_path: Path) -> None:
         "{{ messages.append(1) }}",
         "{{ messages[0].update({'a': 1}) }}",
         "{{ cycler.__init__.__globals__ }}",
+        "{{ 'x'.replace('x', '\t').expandtabs(100000) | length }}",
+        "{{ 'x'.translate({120: 'xx'}) | length }}",
+        "{{ (5).to_bytes(2000000000, 'big') | length }}",
         "{% include 'tokenizer.json' %}",
         "{% for i in range(100000000) %}x{% endfor %}",
         "{{ messages.nothing.at_all }}",
@@ -95,6 +99,11 @@ def test_what_a_template_may_not_do_is_a_client_error(tmp_path: Path, source: st
         "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(20) }}",
         "{% for a in [[1]] recursive %}{% for b in range(99999) if loop is defined %}{% endfor %}"
         "{% endfor %}" * 9,
+        "{% for a in range(9999) %}{{ loop.length }}{% for b in range(9999) %}{% endfor %}{% endfor %}",
+        "{% for a in range(9999) %}{% for b in range(9999) if false %}{% endfor %}{% endfor %}",
+        "{% for a in [1] recursive %}{{ loop([1, 2]) if loop.depth < 40 }}{% endfor %}",
+        "{% set n = namespace(d=0) %}{% block x %}{% set n.d = n.d + 1 %}{% if n.d < 40 %}{{ self.x() }}"
+        "{{ self.x() }}{% endif %}{% set n.d = n.d - 1 %}{% endblock %}",
         "{% macro f() %}{{ caller() }}{% endmacro %}{% for a in range(900) %}"
         "{% for b in range(900) %}{% call f() %}{% endcall %}{% endfor %}{% endfor %}",
     ],
@@ -150,8 +159,6 @@ MEGABYTE = "{% set s = 'x' * 1000000 %}"
         MEGABYTE + "{{ ('%(a)s' * 1000) % {'a': s} }}",
         MEGABYTE + "{{ s | replace('x', '\n') | indent(1000000) | length }}",
         MEGABYTE + "{{ s | replace('x', '\n') | indent(s) | length }}",
-        MEGABYTE + "{{ s.replace('x', '\t').expandtabs(100000) | length }}",
-        MEGABYTE + "{{ s.translate({120: s}) | length }}",
         MEGABYTE + MACRO + "{{ s }}{% endfor %}{% endmacro %}{{ f() | length }}",
         MACRO + "x" * 9999 + "{% endfor %}{% endmacro %}{{ f() | length }}",
         "{{ ([[1] * 1000000] * 1000000) | string | length }}",
@@ -164,10 +171,36 @@ MEGABYTE = "{% set s = 'x' * 1000000 %}"
         "{{ '{:>2000000000}'.format(1) }}",
         "{{ '{:>{w}}'.format(1, w=2000000000) }}",
         "{{ '%2000000000d' | format(1) }}",
-        "{{ (5).to_bytes(2000000000, 'big') | length }}",
         "{{ [1] | tojson(indent=2000000000) }}",
         "{{ strftime_now('%2000000000d') }}",
         GROW + "{% set n.s = dict(a=n.s, b=n.s) %}{% endfor %}",
+        GROW + "{% set n.s = n.s + 'x' + n.s %}{% endfor %}",
+        GROW + "{% set n.s = '<' ~ n.s | e | upper ~ n.s %}{% endfor %}",
+        MEGABYTE + "{{ 'x' in [s] * 200000 }}",
+        MEGABYTE + "{{ ([s] * 200000) | select('eq', 'x') | list }}",
+        MEGABYTE
+        + "{% set n = namespace(l=[s]) %}{% for i in range(18) %}{% set n.l = n.l + n.l %}{% endfor %}",
+        MEGABYTE + COLLECT + "{% set n.l = [s + 'x', n.l] %}{% endfor %}",
+        MEGABYTE + COLLECT + "{{ s + 'x' }}{% endfor %}",
+        MEGABYTE + COLLECT + "{{ s[:4000] + 'x' }}{{ s[:4000] }}{{ 'x' * 4000 }}{% endfor %}",
+        MEGABYTE + COLLECT + "{% set n.l = dict(n.l, **{i | string: s[:4000] ~ i}) %}{% endfor %}",
+        MEGABYTE + "{% set t %}{% for i in range(99999) %}{{ s[:4000] + 'x' }}{% endfor %}{% endset %}",
+        MEGABYTE + "{% filter upper %}{% for i in range(99999) %}{{ s }}{% endfor %}{% endfilter %}",
+        MEGABYTE + "{% macro f(s) %}{% set t = s | upper %}{{ f(t ~ 'x') }}{% endmacro %}{{ f(s) }}",
+        MEGABYTE
+        + "{% block b %}{{ s }}{{ s }}{% endblock %}{% for i in range(99) %}{{ self.b() }}{% endfor %}",
+        MEGABYTE + "{% autoescape true %}{% for i in range(999) %}{{ s }}{% endfor %}{% endautoescape %}",
+        MEGABYTE + "{{ ([s] * 9) | map('replace', 'x', 'y' * 99) | list | length }}",
+        MEGABYTE + "{{ dict.fromkeys(range(100000), s) | length }}",
+        MEGABYTE + "{{ s.split('x') }}",
+        MEGABYTE + "{{ s.replace('x', 'a\n').splitlines() }}",
+        MEGABYTE + "{{ s | list }}",
+        MEGABYTE + "{{ s | title }}",
+        "{% set n = namespace(l=range(100000) | list) %}{% for i in range(99) %}{% set n.l = [n.l] %}"
+        "{% endfor %}{{ n.l | tojson(indent=64) | length }}",
+        "{% set n = namespace(a=[1], b=[1]) %}{% for i in range(60) %}{% set n.a = [n.a, n.a] %}"
+        "{% set n.b = [n.b, n.b] %}{% endfor %}{{ n.a == n.b }}",
+        "{% for i in range(100000) if range(100000) | list | length < 0 %}{% endfor %}",
         "{% set n = namespace() %}{% set n.n = n %}{{ n }}",
     ],
 )
@@ -178,6 +211,51 @@ def test_a_template_that_makes_too_much_is_ended(tmp_path: Path, source: str) ->
     with pytest.raises(ApiError, match=r"makes too much") as caught:
         made.render(MESSAGES, True)
     assert caught.value.status == 400
+
+
+@pytest.mark.parametrize("start", [MEGABYTE, GROW + "{% endfor %}", COLLECT + "{% endfor %}"])
+def test_what_those_begin_with_is_not_too_much(tmp_path: Path, start: str) -> None:
+    assert template(tmp_path, start + "{{ s | length }}").render(MESSAGES, True) in ("0", "1000000")
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("{{ ('<' | e) + '<' }}{{ '<' | safe ~ '<' }}{{ ('{}' | e).format('<') }}", "&lt;&lt;<<&lt;"),
+        ("{% set x = ['a', 'b'] | join('-') %}{{ 'a' + 'b' + x | string }}", "aba-b"),
+        (
+            "{% set x %}{{ 1 + 2 }}{{ none }}{% endset %}{{ x }}{{ [1, 'a'] }}{{ 2 + loop | default(3) }}",
+            "3None[1, 'a']5",
+        ),
+        (
+            "{% for a in 'abc' if a != 'b' %}{{ loop.index ~ a ~ loop.last }}{% else %}-{% endfor %}",
+            "1aFalse2cTrue",
+        ),
+        ("{% for a in {'x': 1, 'y': 2}.items() %}{{ a[0] + '=' + a[1] | string }};{% endfor %}", "x=1;y=2;"),
+        ("{% for a in [[1, [2]]] recursive %}{{ a if a is number else loop(a) }},{% endfor %}", "1,2,,,"),
+        (
+            "{{ 'a,b,c'.split(',', 1) }}{{ 'a b'.split(maxsplit=1)[1] }}{{ 'aa'.replace('a', 'b', 1) }}",
+            "['a', 'b,c']bba",
+        ),
+        ("{% for a in nothing %}x{% else %}none{% endfor %}{{ nothing }}{{ nothing | trim }}", "none"),
+        (
+            "{% macro f(a, b='x' + 'y') %}{{ a + b }}{{ caller() if caller }}{% endmacro %}{{ f('z') }}"
+            "{% call f('q', b='r') %}!{% endcall %}",
+            "zxyqr!",
+        ),
+        (
+            "{{ '%s-%05d' % ('a', 7) }}{{ '{:>{w}}|{a[0]}'.format(1, w=3, a=[2]) }}{{ 7 % 4 }}",
+            "a-00007  1|23",
+        ),
+        ("{{ [1] + [2] }}{{ (1, 2) + (3,) }}{{ [3, 1] | sort | join('-') }}", "[1, 2](1, 2, 3)1-3"),
+        ("{% autoescape true %}{{ '<' }}{{ '<b>' | safe }}{% endautoescape %}", "&lt;<b>"),
+        ("{% block b %}{{ messages | length }}{% endblock %}{{ self.b() + 'x' }}", "11x"),
+    ],
+)
+def test_text_is_that_of_jinja(tmp_path: Path, source: str, text: str) -> None:
+    plain = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    assert plain.from_string(source).render(messages=MESSAGES) == text
+    assert template(tmp_path, source).render(MESSAGES, True) == text
 
 
 @pytest.mark.parametrize("grow", ["n.s + n.s", "[n.s | upper] + [n.s]", "n.s | replace('x', 'xx')"])

@@ -10,11 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from router.api.openai_requests import BodyDecoder, ChatBody
 from router.chat.chat_prompt import chat_prompt
 from router.chat.chat_template import ChatTemplate
 from router.chat.content_form import Form, proposed_form
 from router.errors import ApiError
+from router.openai.requests import BodyDecoder, ChatBody
 
 DECODER = BodyDecoder()
 

@@ -9,10 +9,11 @@ import pytest
 from deploy.commands.serve import checked_defaults
 from deploy.errors import UserError
 from deploy.settings.options import ServeSettings
-from router.api.openai_requests import BodyDecoder, ChatBody, CompletionBody, GenerationBody
-from router.api.parameters import Options, RequestLimits, options_of
 from router.config import RouterConfigError
+from router.openai.requests import BodyDecoder, ChatBody, CompletionBody, GenerationBody
 from router.prepare.generation_config import SamplingDefaults, sampling_defaults
+from router.prepare.parameters import Options, options_of
+from router.routing.limits import RequestLimits
 
 LIMITS = RequestLimits(320, 64, 100, 4, 3, 6)
 GIVEN = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.05, "repetition_penalty": 1.1}

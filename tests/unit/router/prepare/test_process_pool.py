@@ -14,12 +14,11 @@ import psutil
 import pytest
 
 from router.api.asgi import ClientGone, attended
-from router.api.openai_requests import BodyDecoder
-from router.api.parameters import RequestLimits
 from router.chat.chat_template import ChatTemplate
 from router.errors import ApiError
+from router.openai.requests import BodyDecoder
 from router.prepare import process_pool as beside
-from router.prepare.process_pool import Preparers
+from router.prepare.process_pool import ProcessPool
 from router.prepare.request import (
     MAX_TEXT_PARTS,
     Kind,
@@ -29,6 +28,7 @@ from router.prepare.request import (
     TooMuchHere,
     prepare,
 )
+from router.routing.limits import RequestLimits
 from router.text.tokenizer import TextTokenizer
 from tests.checkpoints import write_tokenizer
 
@@ -61,20 +61,20 @@ def chat(*texts: str, **fields: Any) -> bytes:
     return raw(messages=[{"role": "user", "content": text} for text in texts], **fields)
 
 
-def together(scenario: Callable[[Preparers], Awaitable[None]], model_dir: Path) -> None:
+def together(scenario: Callable[[ProcessPool], Awaitable[None]], model_dir: Path) -> None:
     """Ends with all seats free, and no process left."""
 
     async def run() -> None:
-        preparers = Preparers(model_dir, "m", None)
+        pool = ProcessPool(model_dir, "m", None)
         try:
             async with asyncio.timeout(DEADLINE_S):
-                await scenario(preparers)
+                await scenario(pool)
                 for _ in range(beside.PROCESSES):
-                    await preparers._worker_loads.acquire()
-            assert preparers._bytes == 0
+                    await pool._capacity.acquire()
+            assert pool._bytes == 0
         finally:
-            pids = [one.process.pid for one in preparers._all]
-            preparers.close()
+            pids = [one.process.pid for one in pool._all]
+            pool.close()
         assert not [pid for pid in pids if psutil.pid_exists(pid)]
 
     asyncio.run(run())
@@ -108,11 +108,11 @@ BODIES: dict[str, tuple[Kind, bytes]] = {
 def test_it_is_as_in_the_loop(model_dir: Path) -> None:
     here = kit(model_dir)
 
-    async def scenario(preparers: Preparers) -> None:
+    async def scenario(pool: ProcessPool) -> None:
         for name, (kind, body) in BODIES.items():
             for limits in (LIMITS, None):
                 ask = PrepareInput(kind, limits, seed=7, retry_after_s=3)
-                made = await asyncio.gather(preparers.prepare(ask, body), return_exceptions=True)
+                made = await asyncio.gather(pool.prepare(ask, body), return_exceptions=True)
                 try:
                     expected: Any = prepare(here, ask, body)
                 except ApiError as error:
@@ -121,7 +121,7 @@ def test_it_is_as_in_the_loop(model_dir: Path) -> None:
                 else:
                     assert not isinstance(made[0], BaseException), name
                     assert joined(made[0]) == expected, name
-        assert len(preparers._all) == 1
+        assert len(pool._all) == 1
 
     together(scenario, model_dir)
 
@@ -151,10 +151,10 @@ def test_what_is_large_after_all_is_left_to_the_process(model_dir: Path) -> None
     with pytest.raises(TooMuchHere):
         prepare(small, PrepareInput("chat", LIMITS), endless)
 
-    async def scenario(preparers: Preparers) -> None:
+    async def scenario(pool: ProcessPool) -> None:
         with pytest.raises(ApiError, match="does not come to an end: it ran for more than 1 s"):
-            await preparers.prepare(PrepareInput("chat", LIMITS), endless)
-        assert await preparers.prepare(PrepareInput("chat", LIMITS), chat("a"))
+            await pool.prepare(PrepareInput("chat", LIMITS), endless)
+        assert await pool.prepare(PrepareInput("chat", LIMITS), chat("a"))
 
     together(scenario, model_dir)
 
@@ -162,53 +162,53 @@ def test_what_is_large_after_all_is_left_to_the_process(model_dir: Path) -> None
 def test_what_a_process_dies_with_is_prepared_by_another(model_dir: Path) -> None:
     text = raw(prompt="Hello you")
 
-    async def scenario(preparers: Preparers) -> None:
-        expected = joined(await preparers.prepare(PrepareInput("tokenize"), text))
-        (process,) = preparers._all
+    async def scenario(pool: ProcessPool) -> None:
+        expected = joined(await pool.prepare(PrepareInput("tokenize"), text))
+        (process,) = pool._all
         os.kill(process.process.pid, signal.SIGSTOP)
-        dying = asyncio.create_task(preparers.prepare(PrepareInput("tokenize"), text))
-        other = asyncio.create_task(preparers.prepare(PrepareInput("tokenize"), text))
+        dying = asyncio.create_task(pool.prepare(PrepareInput("tokenize"), text))
+        other = asyncio.create_task(pool.prepare(PrepareInput("tokenize"), text))
         assert joined(await other) == expected
         os.kill(process.process.pid, signal.SIGKILL)
         assert joined(await dying) == expected
         # One that died while it had nothing to do is no error at all.
-        (process,) = preparers._all
+        (process,) = pool._all
         os.kill(process.process.pid, signal.SIGKILL)
         process.process.wait()
-        assert joined(await preparers.prepare(PrepareInput("tokenize"), text)) == expected
+        assert joined(await pool.prepare(PrepareInput("tokenize"), text)) == expected
 
     together(scenario, model_dir)
 
 
 def test_a_body_that_ends_two_processes_fails_alone(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    start = Preparers._start
+    start = ProcessPool._start
     killed: list[int] = []
 
-    def doomed(self: Preparers) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    def doomed(self: ProcessPool) -> tuple[subprocess.Popen[bytes], socket.socket]:
         process, ours = start(self)
         if len(killed) < 2:
             os.kill(process.pid, signal.SIGKILL)
             killed.append(process.pid)
         return process, ours
 
-    monkeypatch.setattr(Preparers, "_start", doomed)
+    monkeypatch.setattr(ProcessPool, "_start", doomed)
 
-    async def scenario(preparers: Preparers) -> None:
+    async def scenario(pool: ProcessPool) -> None:
         with pytest.raises(ApiError) as caught:
-            await preparers.prepare(PrepareInput("tokenize"), raw(prompt="a"))
+            await pool.prepare(PrepareInput("tokenize"), raw(prompt="a"))
         assert (caught.value.status, caught.value.code) == (500, "internal_error")
-        assert len(killed) == 2 and not preparers._bytes
-        assert await preparers.prepare(PrepareInput("tokenize"), raw(prompt="a"))
+        assert len(killed) == 2 and not pool._bytes
+        assert await pool.prepare(PrepareInput("tokenize"), raw(prompt="a"))
 
     together(scenario, model_dir)
 
 
 def test_too_much_computing_ends_with_an_error(model_dir: Path) -> None:
-    async def scenario(preparers: Preparers) -> None:
-        await preparers.prepare(PrepareInput("tokenize"), raw(prompt="a"))
-        (process,) = preparers._all
+    async def scenario(pool: ProcessPool) -> None:
+        await pool.prepare(PrepareInput("tokenize"), raw(prompt="a"))
+        (process,) = pool._all
         os.kill(process.process.pid, signal.SIGSTOP)
-        asked = asyncio.create_task(preparers.prepare(PrepareInput("tokenize"), raw(prompt="a")))
+        asked = asyncio.create_task(pool.prepare(PrepareInput("tokenize"), raw(prompt="a")))
         await asyncio.sleep(0)
         os.kill(process.process.pid, signal.SIGXCPU)  # what the kernel sends
         os.kill(process.process.pid, signal.SIGCONT)
@@ -227,9 +227,9 @@ def test_nobody_waits_for_what_nobody_wants(
     monkeypatch.setattr(beside, "PROCESSES", 1)
     text = raw(prompt="Hello you")
 
-    async def scenario(preparers: Preparers) -> None:
-        await preparers.prepare(PrepareInput("tokenize"), text)
-        (process,) = preparers._all
+    async def scenario(pool: ProcessPool) -> None:
+        await pool.prepare(PrepareInput("tokenize"), text)
+        (process,) = pool._all
         os.kill(process.process.pid, signal.SIGSTOP)
         left = asyncio.Event()
 
@@ -239,12 +239,12 @@ def test_nobody_waits_for_what_nobody_wants(
 
         def asked() -> Any:
             timeout_s = 0.05 if ending == "late" else DEADLINE_S
-            work = attended(preparers.prepare(PrepareInput("tokenize"), text), receive, timeout_s, 7.0)
+            work = attended(pool.prepare(PrepareInput("tokenize"), text), receive, timeout_s, 7.0)
             return asyncio.create_task(work)
 
         both = [asked(), asked()]  # one in the process, one that waits for it
         await asyncio.sleep(0)
-        assert preparers._bytes <= 2 * len(text)
+        assert pool._bytes <= 2 * len(text)
         if ending == "gone":
             left.set()
         for one in both:
@@ -255,9 +255,7 @@ def test_nobody_waits_for_what_nobody_wants(
                 with pytest.raises(ApiError, match=r"within 7 s") as caught:
                     await one
                 assert caught.value.status == 504
-        assert await preparers.prepare(PrepareInput("tokenize"), text), (
-            "a new process, since the old one hangs"
-        )
+        assert await pool.prepare(PrepareInput("tokenize"), text), "a new process, since the old one hangs"
 
     together(scenario, model_dir)
 
@@ -266,12 +264,12 @@ def test_more_than_there_is_room_for_is_refused(model_dir: Path, monkeypatch: py
     body = raw(prompt="a" * 1000)
     monkeypatch.setattr(beside, "MAX_WAITING_BYTES", 3 * len(body))
 
-    async def scenario(preparers: Preparers) -> None:
-        asked = [asyncio.create_task(preparers.prepare(PrepareInput("tokenize"), body)) for _ in range(5)]
+    async def scenario(pool: ProcessPool) -> None:
+        asked = [asyncio.create_task(pool.prepare(PrepareInput("tokenize"), body)) for _ in range(5)]
         done = await asyncio.gather(*asked, return_exceptions=True)
         refused = [one for one in done if isinstance(one, ApiError)]
         assert [(one.status, one.retry_after_s) for one in refused] == [(429, 1)] * 2
         # One that is larger than all the room is taken where nothing else waits.
-        assert await preparers.prepare(PrepareInput("tokenize"), raw(prompt="a" * 5000))
+        assert await pool.prepare(PrepareInput("tokenize"), raw(prompt="a" * 5000))
 
     together(scenario, model_dir)

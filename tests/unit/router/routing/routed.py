@@ -8,9 +8,9 @@ all shows.
 from dataclasses import dataclass, field
 
 from router.errors import ApiError
-from router.routing.attempt import WITHOUT_DECODE, Times, WorkerMessage
+from router.routing.attempt import Attempt, Times, WorkerMessage
 from router.routing.policy import Pairing
-from router.routing.routed_request import Branch, RetryBudget, RoutedRequest
+from router.routing.routed_request import NextStep, RetryBudget, RoutedRequest, WorkersOffer
 from services.protocol.messages import (
     Cancel,
     DecodeStarted,
@@ -30,6 +30,7 @@ from services.protocol.messages import (
 )
 
 PROMPT = [1, 2, 3]
+MAX_CHOICES = 8
 SOURCE = WorkerTransferAddress("ipc:///p", 3)
 
 
@@ -50,6 +51,11 @@ class Client:
     finishes: dict[int, str] = field(default_factory=dict)
     errors: list[ApiError] = field(default_factory=list)
     prefilled: int = 0
+
+    @property
+    def choices(self) -> "list[Client]":
+        """One output for all."""
+        return [self] * MAX_CHOICES
 
     def on_prefilled(self, report: PrefillDone) -> None:
         self.prefilled += 1
@@ -105,18 +111,21 @@ class World:
     # ------------------------------------------------------------ the dispatcher's part
 
     def place(self, first_id: int = 0) -> None:
-        for branch in list(self.routed.branches):
-            if branch.waiting and not branch.over:
-                self.route += 1
-                suffix = str(self.route % 2)
-                if self.unified:
-                    pairing = Pairing(None, "u" + suffix, None)
-                elif branch.attempt is not None:
-                    pairing = Pairing(branch.attempt.prefill, "d" + suffix, SOURCE)
-                else:
-                    pairing = Pairing("p" + suffix, "d" + suffix, SOURCE)
-                request_id = first_id or self.new_id()
-                self.deliver(self.routed.depart(branch, pairing, request_id, self.new_id(), self.now_s))
+        for attempt in list(self.routed.attempts):
+            if attempt.wait is None or self.routed.ended:
+                continue
+            self.route += 1
+            suffix = str(self.route % 2)
+            if self.unified:
+                pairing = Pairing(None, "u" + suffix, None)
+            elif attempt.prefill is not None:
+                pairing = Pairing(attempt.prefill, "d" + suffix, SOURCE)
+            else:
+                pairing = Pairing("p" + suffix, "d" + suffix, SOURCE)
+            decision = self.routed.decide(attempt, WorkersOffer(pairing, due=True, room=True))
+            assert decision.step is NextStep.START
+            request_id = first_id or self.new_id()
+            self.deliver(self.routed.start(attempt, pairing, request_id, self.new_id(), self.now_s))
 
     def deliver(self, sends: "list[WorkerMessage] | tuple[WorkerMessage, ...] | object") -> None:
         for send in sends:  # type: ignore[attr-defined]
@@ -147,10 +156,7 @@ class World:
 
     def report(self, worker: str, report: object) -> None:
         """To every attempt: those it does not belong to must ignore it."""
-        for branch in list(self.routed.branches):
-            attempt = branch.attempt
-            if attempt is None or attempt.ended:
-                continue
+        for attempt in list(self.routed.attempts):
             if getattr(report, "request_id", None) not in (attempt.work.request_id, attempt.decode_id):
                 continue
             match report:
@@ -163,13 +169,14 @@ class World:
                 case Failed():
                     self.deliver(attempt.on_failed(worker, report, self.now_s))
                 case KvTransferFailed():
-                    self.deliver(attempt.on_undelivered(worker, report))
-            self.settle(branch)
+                    self.deliver(attempt.on_kv_transfer_failed(worker, report))
+            self.follow_up(attempt)
 
-    def settle(self, branch: Branch) -> None:
-        attempt = branch.attempt
-        if attempt is not None and (attempt.ended or attempt.phase in WITHOUT_DECODE):
-            self.deliver(self.routed.settle(branch, self.now_s))
+    def follow_up(self, attempt: Attempt) -> None:
+        if attempt.needs_decision:
+            decision = self.routed.decide(attempt)
+            assert decision.step is self.routed.decide(attempt).step, "a decision changes nothing"
+            self.deliver(self.routed.apply(attempt, decision, self.now_s))
             if not attempt.ended:
                 self.jobs.pop((attempt.decode, attempt.decode_id), None)
 
@@ -185,7 +192,7 @@ class World:
         if not worker.startswith("d") and not job.prefilled:
             job.prefilled = True
             self.report(worker, PrefillDone(request_id, 0.1, 0.1, 0))
-            self._draw(worker, request_id, job)
+            self._sample(worker, request_id, job)
             for choice in list(job.positions) if worker.startswith("p") else []:
                 job.positions.pop(choice)
         elif worker.startswith("d") and not job.prefilled:
@@ -193,7 +200,7 @@ class World:
             self._forget_kv(request_id)
             self.report(worker, DecodeStarted(request_id, 0.1, 0.1, 3, 0))
         else:
-            self._draw(worker, request_id, job)
+            self._sample(worker, request_id, job)
         return True
 
     def _can_go(self, worker: str, job: Job) -> bool:
@@ -201,12 +208,11 @@ class World:
 
     def _forget_kv(self, decode_id: int) -> None:
         """A commit: the prefill worker lets the request go."""
-        for branch in self.routed.branches:
-            attempt = branch.attempt
-            if attempt is not None and attempt.decode_id == decode_id and attempt.prefill is not None:
+        for attempt in self.routed.attempts:
+            if attempt.decode_id == decode_id and attempt.prefill is not None:
                 self.jobs.pop((attempt.prefill, attempt.work.request_id), None)
 
-    def _draw(self, worker: str, request_id: int, job: Job) -> None:
+    def _sample(self, worker: str, request_id: int, job: Job) -> None:
         for choice in list(job.positions):
             if choice not in job.positions:  # ended by the router meanwhile
                 continue
@@ -233,10 +239,10 @@ class World:
                 (worker, Tokens(key[1], choice, [token_at(choice, position)]))
                 for choice, position in job.positions.items()
             ]
-        for branch in list(self.routed.branches):
-            if branch.attempt is not None and worker in branch.attempt.workers:
-                self.deliver(branch.attempt.on_worker_lost(worker, self.now_s))
-                self.settle(branch)
+        for attempt in list(self.routed.attempts):
+            if worker in attempt.workers:
+                self.deliver(attempt.on_worker_lost(worker, self.now_s))
+                self.follow_up(attempt)
 
     def say_late(self) -> None:
         """From decode workers, of attempts that still know the id: those of a dead prefill or unified worker

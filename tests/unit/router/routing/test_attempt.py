@@ -12,6 +12,7 @@ from router.routing.attempt import (
     Times,
     WorkerMessage,
 )
+from router.routing.policy import Pairing
 from services.protocol.messages import (
     Cancel,
     DecodeStarted,
@@ -31,6 +32,7 @@ from services.protocol.messages import (
 )
 
 SOURCE = WorkerTransferAddress("ipc:///p", 3)
+PAIRING = Pairing("p", "d", SOURCE)
 
 
 class Recorder:
@@ -39,7 +41,6 @@ class Recorder:
     def __init__(self, stops: set[tuple[int, int]] | None = None) -> None:
         self.stops = stops or set()
         self.tokens: list[tuple[int, int]] = []
-        self.errors: list[ApiError] = []
         self.prefilled = 0
 
     def on_prefilled(self, report: PrefillDone) -> None:
@@ -49,18 +50,27 @@ class Recorder:
         self.tokens += [(report.choice, token) for token in report.tokens]
         return report.finish is None and (report.choice, report.tokens[-1]) not in self.stops
 
-    def on_failed(self, error: ApiError) -> None:
-        self.errors.append(error)
-
 
 def make(
     choices: int = 1, unified: bool = False, stops: set[tuple[int, int]] | None = None
 ) -> tuple[Attempt, Recorder]:
+    """An attempt on its first workers."""
     recorder = Recorder(stops)
     work = SequenceRequest(7, [1, 2, 3], Sampling(max_tokens=9, seed=1), choices)
-    if unified:
-        return Attempt(work, "u", recorder, Times(0.0), 1), recorder
-    return Attempt(work, "d", recorder, Times(0.0), 1, prefill="p", transfer_id=99, source=SOURCE), recorder
+    attempt = Attempt(recorder, work, Times(0.0), 1)  # type: ignore[arg-type]
+    sends = attempt.start(work, Pairing(None, "u", None) if unified else PAIRING, 0 if unified else 99)
+    assert sends == (
+        (WorkerMessage("u", Generate(work)),)
+        if unified
+        else (WorkerMessage("p", Prefill(work, 99)), WorkerMessage("d", ReserveKv(work, 99, SOURCE)))
+    )
+    return attempt, recorder
+
+
+def error_of(attempt: Attempt) -> ApiError:
+    """What an attempt has failed with."""
+    assert attempt.phase is AttemptPhase.FAILED and attempt.error is not None
+    return attempt.error
 
 
 def prefilled(attempt: Attempt, worker: str = "p") -> None:
@@ -69,7 +79,6 @@ def prefilled(attempt: Attempt, worker: str = "p") -> None:
 
 def joined(choices: int = 1) -> tuple[Attempt, Recorder]:
     attempt, recorder = make(choices)
-    attempt.start()
     prefilled(attempt)
     for choice in range(choices):
         attempt.on_tokens("p", Tokens(7, choice, [10 + choice]), 1.0)
@@ -86,10 +95,6 @@ def decoding(choices: int = 1) -> tuple[Attempt, Recorder]:
 
 def test_a_pair_is_asked_at_once_and_joined_after_the_last_first_token() -> None:
     attempt, recorder = make(choices=2)
-    assert attempt.start() == (
-        WorkerMessage("p", Prefill(attempt.work, 99)),
-        WorkerMessage("d", ReserveKv(attempt.work, 99, SOURCE)),
-    )
     prefilled(attempt)
     assert not attempt.on_tokens("p", Tokens(7, 1, [11]), 1.0)
     assert attempt.on_tokens("p", Tokens(7, 0, [10]), 1.0) == (
@@ -107,7 +112,6 @@ def test_a_pair_is_asked_at_once_and_joined_after_the_last_first_token() -> None
 
 def test_a_unified_worker_does_both() -> None:
     attempt, _ = make(unified=True)
-    assert attempt.start() == (WorkerMessage("u", Generate(attempt.work)),)
     prefilled(attempt, "u")
     assert not attempt.on_tokens("u", Tokens(7, 0, [1]), 1.0)
     assert attempt.phase is AttemptPhase.DECODING
@@ -117,7 +121,6 @@ def test_a_unified_worker_does_both() -> None:
 
 def test_a_choice_that_ends_with_its_first_token_is_not_joined() -> None:
     attempt, _ = make(choices=2)
-    attempt.start()
     prefilled(attempt)
     attempt.on_tokens("p", Tokens(7, 0, [10], None, "stop"), 1.0)
     assert attempt.on_tokens("p", Tokens(7, 1, [11]), 1.0) == (
@@ -127,7 +130,6 @@ def test_a_choice_that_ends_with_its_first_token_is_not_joined() -> None:
 
 def test_a_request_that_ends_at_the_first_token_releases_its_reservation() -> None:
     attempt, _ = make()
-    attempt.start()
     prefilled(attempt)
     sends = attempt.on_tokens("p", Tokens(7, 0, [10], None, "length"), 1.0)
     assert list(sends) == [WorkerMessage("d", Cancel(7))]
@@ -136,7 +138,6 @@ def test_a_request_that_ends_at_the_first_token_releases_its_reservation() -> No
 
 def test_a_stop_string_in_the_first_token_also_frees_the_prefill_side() -> None:
     attempt, _ = make(stops={(0, 10)})
-    attempt.start()
     prefilled(attempt)
     sends = attempt.on_tokens("p", Tokens(7, 0, [10]), 1.0)
     assert list(sends) == [WorkerMessage("p", Cancel(7)), WorkerMessage("d", Cancel(7))]
@@ -166,17 +167,16 @@ def in_phase(phase: AttemptPhase) -> tuple[Attempt, Recorder]:
     if phase is AttemptPhase.DECODING:
         return decoding()
     attempt, recorder = make()
-    attempt.start()
     return attempt, recorder
 
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_cancel_reaches_every_worker_involved(phase: AttemptPhase) -> None:
-    attempt, recorder = in_phase(phase)
+    attempt, _ = in_phase(phase)
     assert list(attempt.cancel(5.0)) == [WorkerMessage(worker, Cancel(7)) for worker in PHASES[phase]]
     assert attempt.phase is AttemptPhase.CANCELLED
     assert not attempt.cancel(6.0)
-    assert not recorder.errors
+    assert attempt.error is None
 
 
 def break_one(attempt: Attempt, worker: str, lost: bool) -> list[WorkerMessage]:
@@ -190,7 +190,7 @@ def break_one(attempt: Attempt, worker: str, lost: bool) -> list[WorkerMessage]:
 )
 @pytest.mark.parametrize("lost", [True, False])
 def test_a_failure_of_one_side_cancels_the_other(phase: AttemptPhase, worker: str, lost: bool) -> None:
-    attempt, recorder = in_phase(phase)
+    attempt, _ = in_phase(phase)
     involved = PHASES[phase]
     sends = break_one(attempt, worker, lost)
     if worker not in involved:
@@ -198,11 +198,11 @@ def test_a_failure_of_one_side_cancels_the_other(phase: AttemptPhase, worker: st
         assert not sends
         return
     # The prefill worker may not have heard that its KV was taken by one who is gone now.
-    told = ("p", *involved) if phase is AttemptPhase.DECODING else involved
-    assert sends == [WorkerMessage(other, Cancel(7)) for other in told if other != worker]
+    cancelled = ("p", *involved) if phase is AttemptPhase.DECODING else involved
+    assert sends == [WorkerMessage(other, Cancel(7)) for other in cancelled if other != worker]
     assert attempt.phase is AttemptPhase.FAILED
     assert (attempt.open_choices, attempt.failed_on) == ([0], worker)
-    error = recorder.errors[0]
+    error = error_of(attempt)
     assert error.status == 503
     role = "decode" if worker == "d" else "prefill"
     assert error.retry_reason == (f"{role}_lost" if lost else "transfer")
@@ -214,9 +214,9 @@ def test_kv_that_is_held_is_pushed_to_another_decode_worker(lost: bool) -> None:
     attempt, recorder = in_phase(AttemptPhase.JOINING)
     assert not break_one(attempt, "d", lost)
     assert (attempt.phase, attempt.workers) == (AttemptPhase.HELD, ("p",))
-    assert attempt.error is not None and attempt.error.retry_reason and not recorder.errors
+    assert attempt.error is not None and attempt.error.retry_reason and not attempt.ended
     work = replace(attempt.work, request_id=8)
-    assert list(attempt.pair("e", 8, 100, SOURCE)) == [
+    assert list(attempt.pair(Pairing("p", "e", SOURCE), 8, 100)) == [
         WorkerMessage("p", RepushKv(7, 100)),
         WorkerMessage("e", ReserveKv(work, 100, SOURCE)),
         WorkerMessage("e", StartDecode(8, [FirstToken(0, 10)])),
@@ -226,7 +226,7 @@ def test_kv_that_is_held_is_pushed_to_another_decode_worker(lost: bool) -> None:
     attempt.on_decode_started("d", DecodeStarted(7, 0.1, 0.05, 3, 0), 6.0)
     attempt.on_decode_started("e", DecodeStarted(7, 0.1, 0.05, 3, 0), 6.0)
     assert not attempt.on_failed("e", Failed(7, "transfer", "late", True), 6.0)
-    assert not attempt.on_undelivered("p", KvTransferFailed(7, 99, "late"))
+    assert not attempt.on_kv_transfer_failed("p", KvTransferFailed(7, 99, "late"))
     assert (attempt.phase, attempt.ignored) == (AttemptPhase.JOINING, 4)
     attempt.on_decode_started("e", DecodeStarted(8, 0.1, 0.05, 3, 0), 7.0)
     assert not attempt.on_tokens("e", Tokens(7, 0, [66]), 8.0)
@@ -238,56 +238,55 @@ def test_kv_that_is_held_is_pushed_to_another_decode_worker(lost: bool) -> None:
 def test_kv_that_nobody_will_ask_for_again_is_let_go() -> None:
     """The decode worker has it, and the prefill worker has not heard so."""
     attempt, _ = make()
-    attempt.start()
-    assert not attempt.on_holding("p")
+    assert not attempt.on_kv_lease_expiring("p")
     prefilled(attempt)
     attempt.on_tokens("p", Tokens(7, 0, [10]), 1.0)
-    assert attempt.phase is AttemptPhase.JOINING and not attempt.on_holding("p")
+    assert attempt.phase is AttemptPhase.JOINING and not attempt.on_kv_lease_expiring("p")
     attempt.on_decode_started("d", DecodeStarted(7, 0.1, 0.05, 3, 0), 2.0)
-    assert list(attempt.on_holding("p")) == [WorkerMessage("p", Cancel(7))]
-    assert list(attempt.on_undelivered("p", KvTransferFailed(7, 99, "no word"))) == [
+    assert list(attempt.on_kv_lease_expiring("p")) == [WorkerMessage("p", Cancel(7))]
+    assert list(attempt.on_kv_transfer_failed("p", KvTransferFailed(7, 99, "no word"))) == [
         WorkerMessage("p", Cancel(7))
     ]
     assert attempt.phase is AttemptPhase.DECODING
-    assert not attempt.on_holding("d")
+    assert not attempt.on_kv_lease_expiring("d")
 
 
 def test_kv_that_was_taken_is_not_held_when_the_word_of_it_is_lost() -> None:
     """The decode worker has committed and decodes; its transfer process, or the way back, was lost then."""
-    attempt, recorder = decoding()
-    assert list(attempt.on_undelivered("p", KvTransferFailed(7, 99, "lost"))) == [
+    attempt, _ = decoding()
+    assert list(attempt.on_kv_transfer_failed("p", KvTransferFailed(7, 99, "lost"))) == [
         WorkerMessage("p", Cancel(7))
     ]
-    assert attempt.phase is AttemptPhase.DECODING and not attempt.on_undelivered(
+    assert attempt.phase is AttemptPhase.DECODING and not attempt.on_kv_transfer_failed(
         "x", KvTransferFailed(7, 99, "lost")
     )
     attempt.on_tokens("d", Tokens(7, 0, [20], finish="length"), 3.0)
-    assert attempt.phase is AttemptPhase.FINISHED and not recorder.errors
+    assert attempt.phase is AttemptPhase.FINISHED and attempt.error is None
 
 
 def test_a_prompt_goes_on_while_its_decode_worker_is_replaced() -> None:
     attempt, recorder = make(choices=2)
-    attempt.start()
-    assert list(attempt.on_undelivered("p", KvTransferFailed(7, 99, "no way through"))) == [
+    assert list(attempt.on_kv_transfer_failed("p", KvTransferFailed(7, 99, "no way through"))) == [
         WorkerMessage("d", Cancel(7))
     ]
     assert attempt.phase is AttemptPhase.UNPAIRED
     prefilled(attempt)
     assert not attempt.on_tokens("p", Tokens(7, 0, [10]), 1.0)
-    attempt.pair("e", 8, 100, SOURCE)
+    attempt.pair(Pairing("p", "e", SOURCE), 8, 100)
     assert attempt.phase is AttemptPhase.PREFILLING
     assert not attempt.on_worker_lost("e", 1.0)
     assert not attempt.on_tokens("p", Tokens(7, 1, [11]), 1.0)
     assert attempt.phase is AttemptPhase.HELD
     firsts = [FirstToken(0, 10), FirstToken(1, 11)]
-    assert list(attempt.pair("f", 9, 101, SOURCE))[-1] == WorkerMessage("f", StartDecode(9, firsts))
+    assert list(attempt.pair(Pairing("p", "f", SOURCE), 9, 101))[-1] == WorkerMessage(
+        "f", StartDecode(9, firsts)
+    )
     assert list(attempt.on_worker_lost("p", 2.0)) == [WorkerMessage("f", Cancel(9))]
     assert attempt.phase is AttemptPhase.FAILED and recorder.prefilled == 1
 
 
-def test_an_unpaired_flight_may_end_with_its_first_tokens() -> None:
+def test_an_unpaired_attempt_may_end_with_its_first_tokens() -> None:
     attempt, _ = make()
-    attempt.start()
     attempt.on_worker_lost("d", 1.0)
     prefilled(attempt)
     assert not attempt.on_tokens("p", Tokens(7, 0, [10], None, "length"), 2.0)
@@ -308,18 +307,18 @@ def test_an_unpaired_flight_may_end_with_its_first_tokens() -> None:
     ],
 )
 def test_failures_have_their_status(code: str, status: int) -> None:
-    attempt, recorder = in_phase(AttemptPhase.PREFILLING)
+    attempt, _ = in_phase(AttemptPhase.PREFILLING)
     attempt.on_failed("p", Failed(7, code, "why", True), 1.0)  # type: ignore[arg-type]
-    error = recorder.errors[0]
+    error = error_of(attempt)
     assert (error.status, error.message) == (status, "why")
     assert (error.retry_after_s is not None) == (status in (429, 503))
 
 
 @pytest.mark.parametrize("worker", ["p", "d"])
 def test_logits_that_are_no_numbers_are_tried_again_by_nobody(worker: str) -> None:
-    attempt, recorder = in_phase(AttemptPhase.PREFILLING)
+    attempt, _ = in_phase(AttemptPhase.PREFILLING)
     sends = attempt.on_failed(worker, Failed(7, "invalid_logits", "NaN", False), 1.0)
-    error = recorder.errors[0]
+    error = error_of(attempt)
     assert (error.code, error.committed, error.retry_reason) == ("invalid_logits", True, None)
     assert [(one.worker, type(one.message)) for one in sends] == [("d" if worker == "p" else "p", Cancel)]
 
@@ -338,23 +337,22 @@ def test_reports_that_do_not_belong_change_nothing() -> None:
 
 
 def test_tokens_before_decode_started_are_a_broken_protocol() -> None:
-    attempt, recorder = joined()
+    attempt, _ = joined()
     sends = attempt.on_tokens("d", Tokens(7, 0, [20]), 3.0)
     assert list(sends) == [WorkerMessage("p", Cancel(7)), WorkerMessage("d", Cancel(7))]
-    assert recorder.errors[0].status == 500
+    assert error_of(attempt).status == 500
 
 
 def test_a_second_first_token_is_a_broken_protocol() -> None:
-    attempt, recorder = make(choices=2)
-    attempt.start()
+    attempt, _ = make(choices=2)
     prefilled(attempt)
     attempt.on_tokens("p", Tokens(7, 0, [10]), 1.0)
     attempt.on_tokens("p", Tokens(7, 0, [11]), 1.0)
-    assert recorder.errors[0].status == 500
+    assert error_of(attempt).status == 500
 
 
-def test_moves_outside_the_table_raise() -> None:
+def test_transitions_outside_the_table_raise() -> None:
     attempt, _ = decoding()
     with pytest.raises(IllegalAttemptTransition):
-        attempt.start()
+        attempt.start(attempt.work, PAIRING, 99)
     assert set(TRANSITIONS) == set(AttemptPhase)

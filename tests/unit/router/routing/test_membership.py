@@ -7,39 +7,39 @@ from router.routing.membership import Membership, MemberState
 
 def test_a_worker_counts_from_the_first_list_that_names_it() -> None:
     membership = Membership(["a"])
-    assert membership.look(["a", "b", "c", "b"]) == ["b", "c"]
-    assert membership.look(["a", "b", "c"]) == []
-    assert [membership.standing(one) for one in "abcd"] == [*[MemberState.MEMBER] * 3, None]
+    assert membership.update(["a", "b", "c", "b"]) == ["b", "c"]
+    assert membership.update(["a", "b", "c"]) == []
+    assert [membership.state(one) for one in "abcd"] == [*[MemberState.MEMBER] * 3, None]
 
 
 def test_it_leaves_with_the_second_list_in_a_row_without_it() -> None:
     membership = Membership(["a", "b"])
-    membership.look(["a"])
-    assert membership.standing("b") is MemberState.MISSED
+    membership.update(["a"])
+    assert membership.state("b") is MemberState.MISSED
     assert membership.leaving == frozenset()
-    membership.look(["a", "b"])  # the file was being written
-    membership.look(["a"])
+    membership.update(["a", "b"])  # the file was being written
+    membership.update(["a"])
     assert membership.leaving == frozenset()
-    membership.look(["a"])
+    membership.update(["a"])
     assert membership.leaving == {"b"}
 
 
 def test_it_is_forgotten_once_nothing_runs_there() -> None:
     membership = Membership(["a", "b"])
     for _ in range(2):
-        membership.look([])
+        membership.update([])
     assert membership.release(["b"]) == ["a"]
-    assert membership.standing("a") is None
+    assert membership.state("a") is None
     assert membership.leaving == {"b"}
-    assert membership.look(["a"]) == ["a"], "it is new again"
+    assert membership.update(["a"]) == ["a"], "it is new again"
     assert membership.release([]) == ["b"]
 
 
 def test_one_that_is_listed_again_stays() -> None:
     membership = Membership(["a"])
     for _ in range(3):
-        membership.look([])
-    assert membership.look(["a"]) == [], "its client is still there"
+        membership.update([])
+    assert membership.update(["a"]) == [], "its client is still there"
     assert membership.leaving == frozenset()
     assert membership.release([]) == []
 
@@ -51,7 +51,7 @@ def test_nobody_leaves_while_listed_or_busy_whatever_comes() -> None:
         membership, there, absent = Membership(), set[str](), dict.fromkeys(names, 0)
         for _ in range(30):
             listed = rng.sample(names, rng.randrange(7))
-            new = membership.look(listed)
+            new = membership.update(listed)
             assert set(new) == set(listed) - there
             there |= set(new)
             for name in names:

@@ -12,8 +12,11 @@ from services.protocol.messages import FinishReason, TokenLogprob, Tokens
 from tests.checkpoints import IM_END, write_tokenizer
 
 
-class Paper:
-    def __init__(self) -> None:
+class Written(Choice):
+    """A choice, and all that it has written."""
+
+    def __init__(self, tokenizer: TextTokenizer, stops: Sequence[str], include: bool, logprobs: bool) -> None:
+        super().__init__(tokenizer.detokenizer(), stops, include, logprobs)
         self.text = ""
         self.entries: list[LogprobEntry] = []
         self.finishes: list[FinishReason] = []
@@ -38,70 +41,69 @@ def ids(tokenizer: TextTokenizer, text: str) -> list[int]:
 
 def make(
     tokenizer: TextTokenizer, stops: Sequence[str] = (), include: bool = False, logprobs: bool = False
-) -> tuple[Choice, Paper]:
-    paper = Paper()
-    return Choice(tokenizer.detokenizer(), stops, include, logprobs, paper), paper
+) -> Written:
+    return Written(tokenizer, stops, include, logprobs)
 
 
 @pytest.mark.parametrize("stops", [(), ("never",)])
 def test_an_end_token_counts_but_has_no_text(tokenizer: TextTokenizer, stops: tuple[str, ...]) -> None:
-    choice, paper = make(tokenizer, stops)
+    written = make(tokenizer, stops)
     end = tokenizer.encode(IM_END, False)
-    assert choice.push(Tokens(1, 0, ids(tokenizer, "ok")))
-    assert not choice.push(Tokens(1, 0, end, None, "stop"))
-    assert (paper.text, paper.finishes, choice.token_count) == ("ok", ["stop"], 3)
+    assert written.push(Tokens(1, 0, ids(tokenizer, "ok")))
+    assert not written.push(Tokens(1, 0, end, None, "stop"))
+    assert (written.text, written.finishes, written.token_count) == ("ok", ["stop"], 3)
 
 
 def test_an_end_token_that_is_no_special_token_has_no_text_either(tokenizer: TextTokenizer) -> None:
-    choice, paper = make(tokenizer)
-    assert not choice.push(Tokens(1, 0, ids(tokenizer, "okX"), None, "stop"))
-    assert paper.text == "ok"
-    choice, paper = make(tokenizer, include=True)
-    assert not choice.push(Tokens(1, 0, ids(tokenizer, "okX"), None, "stop"))
-    assert paper.text == "okX"
+    written = make(tokenizer)
+    assert not written.push(Tokens(1, 0, ids(tokenizer, "okX"), None, "stop"))
+    assert written.text == "ok"
+    written = make(tokenizer, include=True)
+    assert not written.push(Tokens(1, 0, ids(tokenizer, "okX"), None, "stop"))
+    assert written.text == "okX"
 
 
 def test_length_keeps_the_last_token_and_flushes_half_a_character(tokenizer: TextTokenizer) -> None:
-    choice, paper = make(tokenizer, stops=("b!",))
-    assert not choice.push(Tokens(1, 0, [*ids(tokenizer, "ab"), *ids(tokenizer, "é")[:1]], None, "length"))
-    assert (paper.text, paper.finishes) == ("ab\N{REPLACEMENT CHARACTER}", ["length"])
+    written = make(tokenizer, stops=("b!",))
+    assert not written.push(Tokens(1, 0, [*ids(tokenizer, "ab"), *ids(tokenizer, "é")[:1]], None, "length"))
+    assert (written.text, written.finishes) == ("ab\N{REPLACEMENT CHARACTER}", ["length"])
 
 
 def test_a_stop_string_over_several_reports_wins_over_length(tokenizer: TextTokenizer) -> None:
-    choice, paper = make(tokenizer, stops=("END",))
-    assert choice.push(Tokens(1, 0, ids(tokenizer, "a EN")))
-    assert paper.text == "a "
-    assert not choice.push(Tokens(1, 0, ids(tokenizer, "D"), None, "length"))
-    assert (paper.text, paper.finishes, choice.finish) == ("a ", ["stop"], "stop")
+    written = make(tokenizer, stops=("END",))
+    assert written.push(Tokens(1, 0, ids(tokenizer, "a EN")))
+    assert written.text == "a "
+    assert not written.push(Tokens(1, 0, ids(tokenizer, "D"), None, "length"))
+    assert (written.text, written.finishes, written.finish) == ("a ", ["stop"], "stop")
 
 
 def test_tokens_after_a_stop_string_do_not_count(tokenizer: TextTokenizer) -> None:
-    choice, paper = make(tokenizer, stops=(".",), include=True)
-    assert not choice.push(Tokens(1, 0, ids(tokenizer, "a.bcd")))
-    assert (paper.text, choice.token_count) == ("a.", 2)
+    written = make(tokenizer, stops=(".",), include=True)
+    assert not written.push(Tokens(1, 0, ids(tokenizer, "a.bcd")))
+    assert (written.text, written.token_count) == ("a.", 2)
 
 
 def test_logprobs_leave_with_their_text_and_those_cut_off_stay(tokenizer: TextTokenizer) -> None:
-    choice, paper = make(tokenizer, stops=("STOP",), logprobs=True)
+    written = make(tokenizer, stops=("STOP",), logprobs=True)
     tokens = ids(tokenizer, "aSTx")
-    choice.push(Tokens(1, 0, tokens[:3], [TokenLogprob(-1.0, []) for _ in range(3)]))
-    assert [entry.token for entry in paper.entries] == tokens[:1]
-    choice.push(Tokens(1, 0, tokens[3:], [TokenLogprob(-2.0, [])]))
-    assert [entry.token for entry in paper.entries] == tokens
-    assert [(entry.start, entry.end) for entry in paper.entries] == [(0, 1), (1, 2), (2, 3), (3, 4)]
+    written.push(Tokens(1, 0, tokens[:3], [TokenLogprob(-1.0, []) for _ in range(3)]))
+    assert [entry.token for entry in written.entries] == tokens[:1]
+    written.push(Tokens(1, 0, tokens[3:], [TokenLogprob(-2.0, [])]))
+    assert [entry.token for entry in written.entries] == tokens
+    assert [(entry.start, entry.end) for entry in written.entries] == [(0, 1), (1, 2), (2, 3), (3, 4)]
     rest = ids(tokenizer, "STOP")
-    assert not choice.push(Tokens(1, 0, rest, [TokenLogprob(-3.0, []) for _ in rest]))
-    assert (paper.text, len(paper.entries)) == ("aSTx", 4)
+    assert not written.push(Tokens(1, 0, rest, [TokenLogprob(-3.0, []) for _ in rest]))
+    assert (written.text, len(written.entries)) == ("aSTx", 4)
 
 
 def test_logprobs_of_half_characters_come_with_the_character(tokenizer: TextTokenizer) -> None:
-    choice, paper = make(tokenizer, logprobs=True)
+    written = make(tokenizer, logprobs=True)
     tokens = ids(tokenizer, "é")
     assert len(tokens) == 2
-    choice.push(Tokens(1, 0, tokens[:1], [TokenLogprob(-1.0, [])]))
-    choice.push(Tokens(1, 0, tokens[1:], [TokenLogprob(-2.0, [])], "length"))
-    assert paper.text == "é"
-    assert [entry.token for entry in paper.entries] == tokens
+    written.push(Tokens(1, 0, tokens[:1], [TokenLogprob(-1.0, [])]))
+    written.push(Tokens(1, 0, tokens[1:], [TokenLogprob(-2.0, [])], "length"))
+    assert written.text == "é"
+    assert [entry.token for entry in written.entries] == tokens
 
 
 @pytest.fixture(scope="module")
@@ -120,23 +122,23 @@ LINE_END = 2 + 0x0A
 
 
 def test_a_stop_string_ends_a_choice_before_more_bytes_could_change_it(llama: TextTokenizer) -> None:
-    choice, paper = make(llama, stops=("a\n",))
-    assert choice.push(Tokens(1, 0, [1, 0]))
-    assert not choice.push(Tokens(1, 0, [LINE_END]))
-    assert (paper.text, paper.finishes, choice.token_count) == ("b ", ["stop"], 3)
+    written = make(llama, stops=("a\n",))
+    assert written.push(Tokens(1, 0, [1, 0]))
+    assert not written.push(Tokens(1, 0, [LINE_END]))
+    assert (written.text, written.finishes, written.token_count) == ("b ", ["stop"], 3)
 
 
 def test_bytes_that_may_still_be_no_text_are_not_sent(llama: TextTokenizer) -> None:
-    choice, paper = make(llama, stops=("never",))
-    assert choice.push(Tokens(1, 0, [0, LINE_END]))
-    assert paper.text == "a"
-    assert not choice.push(Tokens(1, 0, [2 + 0xFF, 1], None, "length"))
-    assert paper.text == "a\ufffd\ufffd b"
+    written = make(llama, stops=("never",))
+    assert written.push(Tokens(1, 0, [0, LINE_END]))
+    assert written.text == "a"
+    assert not written.push(Tokens(1, 0, [2 + 0xFF, 1], None, "length"))
+    assert written.text == "a\ufffd\ufffd b"
 
 
 def test_logprobs_tell_where_held_text_will_be(llama: TextTokenizer) -> None:
-    choice, paper = make(llama, logprobs=True)
+    written = make(llama, logprobs=True)
     for token in (0, LINE_END, 1):
-        assert choice.push(Tokens(1, 0, [token], [TokenLogprob(-1.0, [])]))
-    assert paper.text == "a\n b"
-    assert [(entry.start, entry.end) for entry in paper.entries] == [(0, 1), (1, 2), (2, 4)]
+        assert written.push(Tokens(1, 0, [token], [TokenLogprob(-1.0, [])]))
+    assert written.text == "a\n b"
+    assert [(entry.start, entry.end) for entry in written.entries] == [(0, 1), (1, 2), (2, 4)]

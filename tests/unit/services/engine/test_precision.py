@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from services.config import WorkerConfig
-from services.engine.checkpoint.model_config import read_model_config
+from services.engine.models.model_config import read_model_config
 from services.engine.precision import PrecisionError
 from services.memory.estimate import plan_input_for
 from services.memory.inputs import PlanInput

@@ -2,7 +2,7 @@
 
 from services.memory.devices import shared_devices
 from services.memory.render import device_table
-from services.protocol.messages import Ledger, LedgerEntry
+from services.protocol.worker_status import Ledger, LedgerEntry
 
 GIB = 1 << 30
 

@@ -1,7 +1,7 @@
 """The table and the bar."""
 
 from services.memory.render import picture, table
-from services.protocol.messages import Ledger, LedgerEntry
+from services.protocol.worker_status import Ledger, LedgerEntry
 
 GIB = 1 << 30
 LEDGER = Ledger(

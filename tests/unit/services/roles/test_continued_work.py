@@ -46,7 +46,7 @@ def test_the_rest_is_what_it_would_have_been(kind: type[Role], overlap: bool, ou
         served.out[key] = [wanted[output_tokens]]
     served.run()
     assert dict(served.out) == {key: wanted[output_tokens:]} and served.finished == {key}
-    assert len(served.parts.requests) == 0 and served.pool.counts().used == 0
+    assert len(served.context.requests) == 0 and served.pool.counts().used == 0
 
 
 def test_a_join_of_a_choice_that_is_not_of_the_work_is_dropped() -> None:
@@ -54,7 +54,7 @@ def test_a_join_of_a_choice_that_is_not_of_the_work_is_dropped() -> None:
     served.role.accept(ROUTER, ReserveKv(continued([5]), 8, None))  # type: ignore[arg-type]
     for choice in (0, CHOICE + 1):
         served.role.accept(ROUTER, StartDecode(7, [FirstToken(choice, 6)]))
-    assert served.parts.counters["dropped_join"] == 2
+    assert served.context.counters["dropped_join"] == 2
 
 
 LIMITS = WorkerLimits(100, 20, 4, 3, frozenset())

@@ -6,8 +6,8 @@ from services.engine.batch import RowResult
 from services.protocol.messages import Sampling, SequenceRequest, TokenLogprob
 from services.rates import Rate
 from services.roles.limits import WorkerLimits, finish_reason, refuse
-from services.roles.live_requests import Requests
 from services.roles.report_queue import ReportQueue
+from services.roles.running_requests import Requests
 from services.roles.unified import UnifiedRole
 from services.scheduler.sequence import Chunk, prompt_sequence
 
@@ -64,13 +64,13 @@ def test_when_a_choice_ends(
 
 
 def test_a_prompt_that_starts_again_has_its_log_probabilities_once() -> None:
-    class Parts:
+    class Context:
         requests = Requests()
 
     role = UnifiedRole.__new__(UnifiedRole)
-    role.parts = Parts()  # type: ignore[assignment]
+    role.context = Context()  # type: ignore[assignment]
     given = work(list(range(6)), prompt_logprobs=0)
-    live = Parts.requests.add(given, b"router", 0.0)
+    running = Context.requests.add(given, b"router", 0.0)
     sequence = prompt_sequence(given)
 
     def compute(start: int, count: int) -> None:
@@ -82,7 +82,7 @@ def test_a_prompt_that_starts_again_has_its_log_probabilities_once() -> None:
     compute(0, 2)  # preempted: from the beginning
     compute(2, 2)
     compute(4, 2)
-    assert [one.logprob for one in live.prompt_logprobs] == [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert [one.logprob for one in running.prompt_logprobs] == [0.0, 1.0, 2.0, 3.0, 4.0]
 
 
 def test_the_outbox_sends_one_frame_a_router_and_names_the_lost_ones() -> None:

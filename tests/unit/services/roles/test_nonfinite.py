@@ -38,9 +38,9 @@ class Spoiling(FakeDevice):
 class Judged(Served):
     def __init__(self, kind: type[Role], pages: int, overlap: bool) -> None:
         super().__init__(kind, pages, overlap)
-        self.device = self.parts.engine = Spoiling(pages)  # type: ignore[assignment]
+        self.device = self.context.engine = Spoiling(pages)  # type: ignore[assignment]
         if isinstance(self.role, DecodeRole):
-            self.role.pull.device = self.device  # type: ignore[attr-defined]
+            self.role.receiver.device = self.device  # type: ignore[attr-defined]
         self.codes: dict[int, str] = {}
 
     def is_bad(self, work: SequenceRequest) -> bool:
@@ -52,7 +52,7 @@ class Judged(Served):
         bad = {one.request_id for one in self.works.values() if self.is_bad(one)}
         assert self.failed - cancelled == bad - cancelled
         assert set(self.codes.values()) <= {"invalid_logits"}
-        assert self.parts.counters["requests_failed_invalid_logits"] == len(self.failed)
+        assert self.context.counters["requests_failed_invalid_logits"] == len(self.failed)
         super().check()
         for work in self.works.values():
             for choice in range(work.choices):

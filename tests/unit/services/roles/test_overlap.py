@@ -31,7 +31,7 @@ from services.roles.role import Occupancy, Role, WorkerContext
 from services.roles.unified import UnifiedRole
 from services.scheduler.pages import PagePool, chain_digest, chain_root
 from services.scheduler.sequence import PENDING, Sequence, State
-from services.transfer.pull import IncomingTransfer, Settled
+from services.transfer.receiver import Settled
 from tests.unit.services.scheduler.harness import next_token
 
 SIZE = 4
@@ -107,7 +107,7 @@ class FakeDevice:
         return [next_token(prefix, draw.choice) for draw in row.samples]
 
 
-class FakePull:
+class FakeReceiver:
     """KV that has arrived as soon as it is asked for."""
 
     ready, in_flight = True, False
@@ -115,16 +115,14 @@ class FakePull:
     def __init__(self, device: FakeDevice) -> None:
         self.device = device
 
-    def open(
-        self, sequence: Sequence, transfer_id: int, source: object, deadline_s: float
-    ) -> IncomingTransfer:
+    def open(self, sequence: Sequence, transfer_id: int, source: object, deadline_s: float) -> bool:
         self.device.write(sequence.pages, 0, sequence.tokens)
-        return IncomingTransfer(transfer_id, sequence, 0)
+        return True
 
     def settle(self) -> Settled:
         return Settled()
 
-    def close(self, transfer_id: int, abort_reason: str | None = None) -> bool:
+    def end(self, transfer_id: int, abort_reason: str | None = None) -> bool:
         return False
 
 
@@ -141,7 +139,7 @@ class Served:
         self.silent: set[tuple[int, int | None]] = set()
         """What was cancelled: nothing may be reported of it any more."""
         self.works: dict[int, SequenceRequest] = {}
-        parts = WorkerContext(
+        context = WorkerContext(
             engine=self.device,  # type: ignore[arg-type]
             pool=self.pool,
             limits=self.limits,
@@ -150,8 +148,9 @@ class Served:
             clock=lambda: 0.0,
             overlap=overlap,
         )
-        self.parts = parts
-        self.role = UnifiedRole(parts) if kind is UnifiedRole else DecodeRole(parts, FakePull(self.device))  # type: ignore[arg-type]
+        self.context = context
+        receiver: Any = FakeReceiver(self.device)
+        self.role = UnifiedRole(context) if kind is UnifiedRole else DecodeRole(context, receiver)
 
     def expected(self, work: SequenceRequest, choice: int) -> list[int]:
         tokens = list(work.prompt)
@@ -187,7 +186,7 @@ class Served:
 
     def step(self) -> bool:
         busy = self.role.step()
-        self.parts.outbox.flush()
+        self.context.outbox.flush()
         counts = self.pool.counts()
         assert counts.free + counts.cached + counts.used == counts.total
         assert busy or not self.role.in_flight
@@ -201,7 +200,7 @@ class Served:
 
     def check(self) -> None:
         assert self.role.occupancy() == Occupancy() and not self.role.in_flight
-        assert len(self.parts.requests) == 0 and self.pool.counts().used == 0
+        assert len(self.context.requests) == 0 and self.pool.counts().used == 0
         truth: dict[bytes, list[int]] = {}
         for work in self.works.values():
             for choice in range(work.choices):
@@ -310,7 +309,7 @@ def test_a_failed_step_fails_the_requests_it_touched(kind: type[Role], overlap: 
     served.run()
     assert served.failed >= {1, 2}
     assert (3 in served.failed) == overlap, "its step went on from what the failed one computed"
-    assert served.parts.counters["engine_errors"] == 1
+    assert served.context.counters["engine_errors"] == 1
     served.works = {} if overlap else {3: later}
     served.check()
     assert not served.pool.match_prefix(b"", [9, 1], 2)
@@ -331,8 +330,8 @@ def test_a_prompt_that_loses_its_pages_while_its_end_is_in_flight_is_computed_ag
         served.add(SequenceRequest(2, [8] * 36, Sampling(max_tokens=5, seed=1, ignore_eos=True), choices=2))
         busy = True
         while busy:
-            flight = served.role._flight  # type: ignore[attr-defined]
-            ends = [one.sequence for one in flight.plan.chunks if one.samples] if flight else []
+            step = served.role._step_in_flight  # type: ignore[attr-defined]
+            ends = [one.sequence for one in step.plan.chunks if one.samples] if step else []
             busy = served.step()
             lost += any(sequence.state is State.WAITING for sequence in ends)
         served.check()

@@ -1,4 +1,4 @@
-"""A prefill worker whose pushes fail: the request stays, its KV is held, and goes where the router says."""
+"""A prefill worker whose transfers fail: the request stays, and its KV goes where the router says."""
 
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -33,8 +33,8 @@ ROUTER = b"r"
 
 
 @dataclass
-class Pushes:
-    """In the place of `PushParts`: which transfers are open, and which were given up, with what reason."""
+class FakeSender:
+    """In the place of `KvSender`: which transfers are open, and which were given up, with what reason."""
 
     open_ids: dict[int, Sequence] = field(default_factory=dict)
     given_up: list[tuple[int, str]] = field(default_factory=list)
@@ -47,16 +47,16 @@ class Pushes:
     def ready(self, transfer_id: int) -> None:
         self.ready_ids.append(transfer_id)
 
-    def join(self, event: Any) -> Any:
+    def on_event(self, event: Any) -> Any:
         if isinstance(event, SendCommitted | Aborted):
             self.open_ids.pop(event.transfer_id, None)
         return event
 
-    def close(self, transfer_id: int, abort_reason: str | None = None) -> None:
+    def end(self, transfer_id: int, abort_reason: str | None = None) -> None:
         if self.open_ids.pop(transfer_id, None) is not None and abort_reason is not None:
             self.given_up.append((transfer_id, abort_reason))
 
-    def clear(self, lost_rank: int) -> None:
+    def rank_lost(self, lost_rank: int) -> None:
         self.open_ids.clear()
 
 
@@ -65,7 +65,7 @@ class Scene:
         self.said: list[Report] = []
         self.now_s = 0.0
         self.outbox = ReportQueue(self._send)
-        parts = WorkerContext(
+        context = WorkerContext(
             engine=cast(Any, None),
             pool=PagePool(8, 4, prefix_cache=False),
             limits=LIMITS,
@@ -74,8 +74,8 @@ class Scene:
             clock=lambda: self.now_s,
             overlap=False,
         )
-        self.push = Pushes()
-        self.role = PrefillRole(parts, cast(Any, self.push))
+        self.sender = FakeSender()
+        self.role = PrefillRole(context, cast(Any, self.sender))
         self.role.accept(ROUTER, Prefill(SequenceRequest(1, [5] * 9, Sampling(max_tokens=4, seed=1)), 50))
 
     def _send(self, peer: bytes, reports: list[Report]) -> bool:
@@ -116,14 +116,14 @@ def test_kv_that_was_not_delivered_is_held_and_pushed_again(how: str) -> None:
     assert [type(one) for one in reports] == [KvTransferFailed]
     assert reports[0].transfer_id == 50  # type: ignore[union-attr]
     assert sequence.state is State.HOLDING and sequence.pages == pages
-    assert not scene.push.open_ids
+    assert not scene.sender.open_ids
     scene.role.on_transfer(SendCommitted(50))
     assert sequence.state is State.HOLDING, "a former transfer has no say"
     scene.role.accept(ROUTER, RepushKv(1, 51))
-    assert scene.push.open_ids == {51: sequence}
+    assert scene.sender.open_ids == {51: sequence}
     assert not scene.role.scheduler.schedule(), "nothing is computed again"
     scene.role.on_transfer(SendCommitted(51))
-    assert sequence.state is State.ENDED and not scene.role.parts.requests and not scene.heard()
+    assert sequence.state is State.ENDED and not scene.role.context.requests and not scene.heard()
 
 
 def test_slots_are_asked_for_once_there_are_pages() -> None:
@@ -132,16 +132,16 @@ def test_slots_are_asked_for_once_there_are_pages() -> None:
     scene.role.on_transfer(SendConfirmed(60, 0, 30, 1, 4, 1))
     scene.role.on_transfer(SendConfirmed(50, 0, 9, 1, 4, 1))
     scene.role._notify_ready()
-    assert scene.push.ready_ids == []
+    assert scene.sender.ready_ids == []
     plan = scene.role.scheduler.schedule()
     scene.role.scheduler.launched(plan)
     scene.role._notify_ready()
-    assert scene.push.ready_ids == [50], "the other one waits for pages that are in use"
+    assert scene.sender.ready_ids == [50], "the other one waits for pages that are in use"
     scene.role.on_transfer(Aborted(50, "lost"))
     scene.role.accept(ROUTER, RepushKv(1, 51))
     scene.role.on_transfer(SendConfirmed(51, 0, 9, 1, 4, 1))
     scene.role._notify_ready()
-    assert scene.push.ready_ids == [50, 51]
+    assert scene.sender.ready_ids == [50, 51]
 
 
 def test_what_is_held_for_long_is_asked_after() -> None:
@@ -160,17 +160,17 @@ def test_what_is_held_for_long_is_asked_after() -> None:
     scene.role.accept(ROUTER, Cancel(1))
     scene.now_s += LEASE_S
     scene.role.sweep()
-    assert not scene.heard() and not scene.role.parts.requests
+    assert not scene.heard() and not scene.role.context.requests
 
 
 def test_a_push_that_still_goes_on_is_given_up_for_the_next() -> None:
     scene = Scene()
     scene.role.accept(ROUTER, RepushKv(1, 51))
-    assert scene.push.given_up == [(50, WITHDRAWN)] and list(scene.push.open_ids) == [51]
+    assert scene.sender.given_up == [(50, WITHDRAWN)] and list(scene.sender.open_ids) == [51]
     scene.role.on_transfer(Aborted(50, "late"))
-    assert not scene.heard() and list(scene.push.open_ids) == [51]
+    assert not scene.heard() and list(scene.sender.open_ids) == [51]
     scene.role.accept(ROUTER, RepushKv(1, 51))
-    assert scene.role.parts.counters["dropped_duplicate_request"] == 1
+    assert scene.role.context.counters["dropped_duplicate_request"] == 1
 
 
 def test_what_is_not_here_any_more_is_said_at_once() -> None:
@@ -179,7 +179,7 @@ def test_what_is_not_here_any_more_is_said_at_once() -> None:
     scene.role.accept(ROUTER, RepushKv(1, 51))
     (report,) = scene.heard()
     assert isinstance(report, Failed) and report.retryable and report.code == "transfer"
-    assert not scene.push.open_ids
+    assert not scene.sender.open_ids
 
 
 def test_held_kv_gives_way_to_a_confirmed_prompt_and_is_computed_again() -> None:
@@ -210,4 +210,4 @@ def test_held_kv_is_given_back_at_the_deadline() -> None:
     scene.role.sweep()
     (report,) = scene.heard()
     assert isinstance(report, Failed) and report.code == "deadline"
-    assert sequence.state is State.ENDED and scene.role.parts.pool.counts().used == 0
+    assert sequence.state is State.ENDED and scene.role.context.pool.counts().used == 0

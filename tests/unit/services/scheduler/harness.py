@@ -71,7 +71,7 @@ class FakeKv:
     def _row(self, sequence: Sequence, start: int, count: int, samples: Iterable[int]) -> list[int]:
         tokens = list(sequence.tokens)
         if tokens[-1] == PENDING:
-            tokens[-1] = self.sampled[sequence.draw]
+            tokens[-1] = self.sampled[sequence.sample_index]
         assert PENDING not in tokens
         new = tokens[start : start + count]
         assert len(new) == count

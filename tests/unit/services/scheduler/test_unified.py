@@ -24,18 +24,18 @@ def drive(
     tokens are told to the scheduler only after the next step was launched."""
     scheduler, kv = UnifiedScheduler(pool, max_batch, chunk), FakeKv(pool)
     out: dict[tuple[int, int], list[int]] = {}
-    flight: list[tuple[Sequence, list[int]]] = []
+    in_flight: list[tuple[Sequence, list[int]]] = []
     for one in works:
         scheduler.add(one)
     for _ in range(max_steps):
         plan = scheduler.schedule()
-        if not plan and not flight:
+        if not plan and not in_flight:
             break
         assert plan.tokens == len(plan.decodes) + sum(one.count for one in plan.chunks)
         assert len(plan.decodes) <= max_batch and plan.tokens <= max(chunk, max_batch)
         sampled = kv.compute(plan)
         scheduler.launched(plan)
-        settled, flight = (flight, sampled) if overlap else (sampled, [])
+        settled, in_flight = (in_flight, sampled) if overlap else (sampled, [])
         for sequence, tokens in settled:
             if tokens and sequence.state is not State.ENDED:
                 take(scheduler, kv, sequence, tokens, out)

@@ -17,8 +17,9 @@ from services.tensor_parallel.messages import (
     RankCommand,
     Step,
     StepRow,
+    decode_config,
+    encode_config,
 )
-from services.tensor_parallel.rank_config import decode_config, encode_config
 
 Links = tuple[RankLink[Answer, RankCommand], RankLink[RankCommand, Answer], socket.socket]
 
@@ -55,12 +56,12 @@ def test_silence_garbage_and_an_end_are_a_lost_rank(links: Links) -> None:
     rank.close()
     with pytest.raises(RankLost):
         leader.receive(None)
-    with pytest.raises(RankLost, match="takes no orders"):
+    with pytest.raises(RankLost, match="takes no commands"):
         for _ in range(2):
             leader.send(CopyPages([]))
 
 
-def test_an_answer_is_no_order(links: Links) -> None:
+def test_an_answer_is_no_command(links: Links) -> None:
     _, rank, raw = links
     raw.sendall(rank.encode(Done(1)))
     with pytest.raises(RankLost, match="malformed frame"):

@@ -7,7 +7,7 @@ import pytest
 from services.engine.batch import Row, SampleSpec
 from services.protocol.messages import Sampling
 from services.tensor_parallel.messages import Grown, Step
-from services.tensor_parallel.page_tables import PageTableBook, PageTables
+from services.tensor_parallel.page_tables import PageTables, SentPageTables
 
 DRAW = SampleSpec(0, 1, Sampling(max_tokens=1, seed=7), [], [])
 
@@ -15,7 +15,7 @@ DRAW = SampleSpec(0, 1, Sampling(max_tokens=1, seed=7), [], [])
 def test_ranks_see_the_leaders_pages_in_lists_that_last() -> None:
     """Random sequences grow, end and come back, far more than the book keeps at a time."""
     random = Random(5)
-    book, rank = PageTableBook(capacity=6), PageTables()
+    book, rank = SentPageTables(capacity=6), PageTables()
     lists: list[list[int]] = [[random.randrange(100)] for _ in range(20)]
     sent_pages = 0
     for _ in range(300):

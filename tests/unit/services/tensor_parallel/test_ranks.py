@@ -10,18 +10,18 @@ from tests.patience import patient
 
 ROOT = Path(__file__).parents[4]
 OBEDIENT = "while data := os.read(int(sys.argv[3]), 65536): got = data"
-"""A rank that takes every order, answers none, and ends with its leader."""
+"""A rank that takes every command, answers none, and ends with its leader."""
 LEADER = """
 import logging, sys, threading
 from pathlib import Path
 import services.tensor_parallel.rank_pool
 from services.config import WorkerConfig
-from services.tensor_parallel.messages import LoadWeights, MoveKv, CopyRun
+from services.tensor_parallel.messages import CopyKv, CopyRun, LoadWeights
 logging.basicConfig(level=logging.WARNING)
 services.tensor_parallel.rank_pool.sys.executable = sys.argv[1]
 services.tensor_parallel.rank_pool.STEP_TIMEOUT_S = services.tensor_parallel.rank_pool.VERDICT_S = 0.2
 config = WorkerConfig("one", "decode", Path("m"), "ipc:///none", tp=3)
-ranks = services.tensor_parallel.rank_pool.Ranks(config, Path("none"))
+ranks = services.tensor_parallel.rank_pool.RankPool(config, Path("none"))
 blocked = threading.Event()
 """
 
@@ -60,11 +60,11 @@ def lead(tmp_path: Path, rank: str, then: str) -> tuple[int, str]:
         (
             OBEDIENT,
             "run = CopyRun([0], 0, 1, 0, 0, 1)\n"
-            "move = ranks.move(2, MoveKv(True, 0, [run], False))\nwhile not move.query(): ...",
-            "RankError: rank 2 of one: a move is not done after 0.2 s",
+            "copy = ranks.copy_kv(2, CopyKv(True, 0, [run], False))\nwhile not copy.query(): ...",
+            "RankError: rank 2 of one: a pack or unpack is not done after 0.2 s",
         ),
     ],
-    ids=["exits", "is killed", "hangs in a sum", "does not answer", "does not move"],
+    ids=["exits", "is killed", "hangs in a sum", "does not answer", "does not copy"],
 )
 def test_no_rank_is_waited_for_without_end(tmp_path: Path, rank: str, then: str, says: str) -> None:
     code, output = lead(tmp_path, rank, then)

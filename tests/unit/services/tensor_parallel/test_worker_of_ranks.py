@@ -31,7 +31,7 @@ class Event:
         self.waited.append(stream)
 
 
-def test_a_step_of_ranks_is_a_mark_like_any(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_of_ranks_is_an_event_like_any(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pack waits on its own stream for the step that computes what it packs."""
     event, ranks, stream = Event(), object(), object()
     watched: Any = _Watched(event, ranks)  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kvtransfer.client import SlotsAssigned, TransferClient
+from kvtransfer.client import SlotsAssigned
 from kvtransfer.messages import (
     Abort,
     Aborted,
@@ -34,10 +34,8 @@ from services.engine.kv.run_table import SlotRun
 from services.protocol.messages import Sampling, SequenceRequest
 from services.protocol.messages import WorkerTransferAddress as WorkerAddress
 from services.scheduler.sequence import prompt_sequence
-from services.transfer.pull import KvPull
-from services.transfer.pull_parts import PullParts
-from services.transfer.push import KvPush
-from services.transfer.push_parts import PushParts
+from services.transfer.receiver import KvReceiver
+from services.transfer.sender import KvSender
 
 KV_HEADS = 4
 GEOMETRY = KvGeometry("model", 1, KV_HEADS, 1, "float16")
@@ -110,7 +108,7 @@ class Rank:
         self.machine.on_command(command, 0.0)
         self.machine.settle(0.0)
 
-    # ------------------------------------------------------------ as the rank's moves
+    # ------------------------------------------------------------ as the rank's copier
 
     def pack(self, runs: Sequence[SlotRun], with_checksums: bool) -> Copy:
         byte_counts = []
@@ -138,7 +136,7 @@ class Rank:
     def passed_step(self) -> int:
         return 0
 
-    def fence(self, move: Copy) -> None: ...
+    def fence(self, copy: Copy) -> None: ...
 
 
 class Pair:
@@ -146,15 +144,16 @@ class Pair:
         self.rng = Random(seed)
         self.sources = [Rank(100 + rank, rank, source_tp) for rank in range(source_tp)]
         self.destinations = [Rank(200 + rank, rank, destination_tp) for rank in range(destination_tp)]
-        self.push = PushParts([KvPush(*self._lane(rank)) for rank in self.sources], KV_HEADS)
-        self.pull = PullParts([KvPull(*self._lane(rank)) for rank in self.destinations], KV_HEADS)
+        self.sender = KvSender(self._ranks(self.sources), KV_HEADS, lambda: 0.0, Spans())
+        self.receiver = KvReceiver(self._ranks(self.destinations), KV_HEADS, lambda: 0.0, Spans())
         self.by_epoch = {rank.address.epoch: rank for rank in (*self.sources, *self.destinations)}
         self.committed: list[int] = []
         self.whole: list[int] = []
 
     @staticmethod
-    def _lane(rank: Rank) -> tuple[Any, TransferClient, Any, Spans]:
-        return rank, rank, lambda: 0.0, Spans()  # type: ignore[return-value]
+    def _ranks(ranks: list[Rank]) -> Any:
+        """Each is its own copier and client."""
+        return zip(ranks, ranks, strict=True)
 
     def begin(self, number: int, tokens: int, cached: int) -> None:
         sequence = prompt_sequence(SequenceRequest(number, [1] * tokens, Sampling(max_tokens=1, seed=1)))
@@ -164,11 +163,11 @@ class Pair:
         first, *others = (rank.address for rank in self.sources)
         source = WorkerAddress(first.endpoint, first.epoch, tuple(others))
 
-        def open_pull() -> None:
-            if self.pull.open(there, 1000 + number, source, 9.0).missing_tokens == 0:
+        def open_receive_side() -> None:
+            if self.receiver.open(there, 1000 + number, source, 9.0):
                 self.whole.append(1000 + number)
 
-        opens = [open_pull, lambda: self.push.open(sequence, 1000 + number, 9.0)]
+        opens = [open_receive_side, lambda: self.sender.open(sequence, 1000 + number, 9.0)]
         self.rng.shuffle(opens)
         for open_one in opens:
             open_one()
@@ -181,18 +180,18 @@ class Pair:
             return
         for event in rank.events():
             if isinstance(event, Aborted) and rank in self.destinations:
-                self.pull.aborted(event)
+                self.receiver.aborted(event)
             elif rank in self.destinations:
-                self.pull.unpack(event)
+                self.receiver.arrived(event)
             else:
-                joined = self.push.join(event)
+                joined = self.sender.on_event(event)
                 if isinstance(joined, SendConfirmed):
-                    self.push.ready(joined.transfer_id)
+                    self.sender.ready(joined.transfer_id)
                 elif isinstance(joined, SendCommitted):
                     self.committed.append(joined.transfer_id)
-        self.push.pack()
-        self.push.deliver()
-        self.whole += [one.transfer_id for one in self.pull.settle().whole]
+        self.sender.pack()
+        self.sender.deliver()
+        self.whole += [one.transfer_id for one in self.receiver.settle().whole]
 
     def _carry_out(self, rank: Rank) -> None:
         out, epoch = rank.machine.outbox, rank.address.epoch
@@ -219,8 +218,8 @@ class Pair:
     def at_rest(self) -> bool:
         ranks = self.by_epoch.values()
         return (
-            not len(self.push)
-            and not len(self.pull)
+            not len(self.sender)
+            and not len(self.receiver)
             and all(one.machine.pool.free == SLOTS and one.machine.next_deadline_s() is None for one in ranks)
         )
 
@@ -252,13 +251,13 @@ def test_a_request_that_is_given_up_leaves_nothing(tp: tuple[int, int]) -> None:
         for number in range(1, 5):
             pair.begin(number, 200, 0)
         steps = [pair.rng.randrange(120) for _ in range(2)]
-        sides = [pair.push.close, pair.pull.close]
+        sides = [pair.sender.end, pair.receiver.end]
         pair.rng.shuffle(sides)
-        for count, close in zip(steps, sides, strict=True):
+        for count, end in zip(steps, sides, strict=True):
             for _ in range(count):
                 pair.step()
             for number in range(1, 5):
-                close(1000 + number, abort_reason="withdrawn")
+                end(1000 + number, abort_reason="withdrawn")
         for _ in range(5_000):
             pair.step()
             if pair.at_rest():

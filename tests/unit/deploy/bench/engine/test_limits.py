@@ -20,7 +20,7 @@ from deploy.bench.engine.limits import (
 from deploy.bench.engine.shapes import SHAPES, write_shape
 from deploy.bench.engine.workload import Offline, PrefillRow
 from deploy.errors import UserError
-from services.engine.checkpoint.model_config import read_model_config
+from services.engine.models.model_config import read_model_config
 
 H200 = Ceilings(4.49e12, 4.25e12, 781e12, 8192, "bfloat16", 1 << 32)
 EVEN = Ceilings(1e9, 1e9, 1e9, 1, "float32", 1)
@@ -93,6 +93,23 @@ def test_a_tied_output_matrix_is_read(tmp_path: Path) -> None:
     assert costs[0].output_weights == costs[1].output_weights == 151936 * 4096
 
 
+def test_of_experts_only_those_that_are_chosen_count(tmp_path: Path) -> None:
+    """Qwen3-30B-A3B: 29.0e9 weights in its experts, of which a token takes 8 of 128; 1.53e9 elsewhere, of
+    which 0.31e9 each are the embedding and the output matrix."""
+    model = read_model_config(write_shape("qwen3-30b-a3b", tmp_path))
+    cost = model_cost(model, "bfloat16", model.parameter_bytes("bfloat16"), 1.0)
+    expert, experts = 3 * 768 * 2048, 48 * 128
+    other = model.parameter_count() - experts * expert - 2 * 151936 * 2048
+    norms = 48 * (2 * 2048 + 36 * 128) + 2048
+    assert cost.layer_weights == experts * expert / 16 + other - norms
+    assert 3.0e9 < cost.layer_weights + 151936 * 2048 < 3.1e9
+    always = 2 * (other + 151936 * 2048)
+    for batch in (1, 2, 32, 4096):
+        read = 2 * experts * expert * (1 - (15 / 16) ** batch)
+        assert cost.decode(batch, 1.0)[0].read_bytes == pytest.approx(always + read, rel=1e-6)
+    assert cost.decode(4096, 1.0)[0].read_bytes == pytest.approx(cost.weights_bytes, rel=1e-6)
+
+
 def test_the_larger_of_bytes_and_operations_of_all_phases_or_of_each() -> None:
     phases = [RooflinePhase("products", "weights", 3e9, 1e9), RooflinePhase("attention", "KV", 1e9, 2e9)]
     assert limit_s(phases, EVEN) == 4.0
@@ -110,7 +127,7 @@ def replace_rate(ceilings: Ceilings, flop_per_s: float) -> Ceilings:
 @pytest.mark.parametrize("name", SHAPES)
 def test_known_shapes_are_models(name: str, tmp_path: Path) -> None:
     model = read_model_config(write_shape(name, tmp_path))
-    billions = {"qwen3-8b": 8.19, "llama-3.1-8b": 8.03}[name]
+    billions = {"qwen3-8b": 8.19, "qwen3-30b-a3b": 30.53, "llama-3.1-8b": 8.03}[name]
     assert model.parameter_count() / 1e9 == pytest.approx(billions, abs=0.005)
 
 
@@ -120,7 +137,7 @@ def test_a_shape_from_a_file_or_a_directory(tmp_path: Path) -> None:
     file.write_text(json.dumps(dict(SHAPES["qwen3-8b"]) | {"num_hidden_layers": 3}))
     assert read_model_config(write_shape(str(file), tmp_path)).layers == 3
     assert write_shape(str(file.parent), tmp_path) == file.parent
-    with pytest.raises(UserError, match=re.escape("qwen3-8b, llama-3.1-8b")):
+    with pytest.raises(UserError, match=re.escape("qwen3-8b, qwen3-30b-a3b, llama-3.1-8b")):
         write_shape("qwen3-80b", tmp_path)
 
 

@@ -56,6 +56,6 @@ def test_then_the_latest_ones(tmp_path: Path) -> None:
     assert max(event["ts"] for event in kept) < max(event["ts"] for event in events)
 
 
-def test_a_trace_without_the_mark_is_refused() -> None:
-    with pytest.raises(BenchError, match="no mark"):
+def test_a_trace_without_the_stretch_is_refused() -> None:
+    with pytest.raises(BenchError, match="no event of the measured stretch"):
         window_of([TraceEvent("gpu_user_annotation", WINDOW, 0, 1)])

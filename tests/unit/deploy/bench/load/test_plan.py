@@ -133,9 +133,9 @@ def test_a_trace_that_is_too_short(given: dict[str, Any], says: str, tmp_path: P
 
 def test_lengths_are_as_they_are_written() -> None:
     random = np.random.default_rng(5)
-    assert set(parse_lengths("12").draw(50, random).tolist()) == {12}
-    assert set(parse_lengths("uniform:3:5").draw(500, random).tolist()) == {3, 4, 5}
-    sampled = parse_lengths("lognormal:200:0.8:1000").draw(20_000, random)
+    assert set(parse_lengths("12").sample(50, random).tolist()) == {12}
+    assert set(parse_lengths("uniform:3:5").sample(500, random).tolist()) == {3, 4, 5}
+    sampled = parse_lengths("lognormal:200:0.8:1000").sample(20_000, random)
     assert np.median(sampled) == pytest.approx(200, rel=0.05)
     assert np.std(np.log(sampled[sampled < 1000])) == pytest.approx(0.8, rel=0.1)
     assert sampled.max() == 1000

@@ -21,7 +21,7 @@ def test_only_what_came_between_the_two_looks_counts() -> None:
 
 
 def test_quantiles_lie_where_the_values_do() -> None:
-    histogram = Histogram([0.001 * one for one in range(1, 101)])
+    histogram = Histogram("baton_x_seconds", "X", [0.001 * one for one in range(1, 101)])
     values = [0.0005 + 0.001 * one for one in range(100)]
     for value in values:
         histogram.observe(value)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import pytest
 
 from deploy.bench.transfer import copies as bench
-from services.engine.attention.plan import KvLayout
 from services.engine.kv.copies import Copy
+from services.engine.kv.layout import KvLayout
 from services.engine.kv.run_table import SlotRun
 
 

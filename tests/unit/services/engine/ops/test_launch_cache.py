@@ -9,7 +9,13 @@ import torch
 import triton
 
 from services.engine.ops import launch_cache as module
-from services.engine.ops.launch_cache import CachedKernel, cdiv, next_power_of_2
+from services.engine.ops.launch_cache import (
+    CachedKernel,
+    cdiv,
+    launches_as_known,
+    next_power_of_2,
+    warn_if_slow,
+)
 
 Grid = tuple[int, ...]
 
@@ -83,6 +89,33 @@ def test_what_triton_compiles_anew_goes_through_it(
     assert len(jit.launches) == 2 and not jit.ran
     kernel[(1,)](x, tensor(), size, **constants)
     assert len(jit.launches) == 2 and len(jit.ran) == 1
+
+
+def test_this_triton_launches_as_known() -> None:
+    assert CachedKernel.is_bypassing
+
+
+def differently(kernel: Any, grid: Grid, stream: Any, bound_args: dict[str, Any]) -> None:
+    kernel.run(*grid, stream, kernel.function, *bound_args.values())
+
+
+@pytest.mark.parametrize("run", [differently, len, None])
+def test_another_way_to_launch_is_not_known(run: Any) -> None:
+    assert not launches_as_known(run)
+
+
+def test_where_launches_are_not_known_all_go_through_triton(
+    jit: Jit, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    warn_if_slow()
+    assert not caplog.records
+    monkeypatch.setattr(CachedKernel, "is_bypassing", False)
+    kernel = CachedKernel(jit)
+    for _ in range(3):
+        kernel[(5, 2)](tensor(), tensor(), 48, B=8, A=4, num_warps=2)
+    assert len(jit.launches) == 3 and not jit.ran
+    warn_if_slow()
+    assert f"Triton {triton.__version__} launches kernels in a way" in caplog.text
 
 
 def test_nothing_is_remembered_on_a_cpu(jit: Jit) -> None:
