@@ -19,6 +19,8 @@ import numpy.typing as npt
 
 SAMPLES_A_BUCKET = 8
 REFIT_EVERY = 32
+REFIT_SHARE = 0.25
+"""And only after so many new steps a kept sample: a fit to many takes the host most of a millisecond."""
 MAX_DEVIATIONS = 3.0
 """A sample whose residual is further from the median than this many median absolute deviations is left out:
 a host that was stopped for a moment says nothing of the device."""
@@ -26,6 +28,7 @@ _SPREAD_FLOOR = 0.02
 """Of the predicted time: residuals of a model that fits to the digit would make every next one an outlier."""
 
 Row = npt.NDArray[np.float64]
+Kept = npt.NDArray[np.bool_]
 
 
 class StepShape(NamedTuple):
@@ -35,6 +38,12 @@ class StepShape(NamedTuple):
     cached_tokens: int
     prompt_tokens: int = 0
     context_tokens: float = 0.0
+
+    def plus_chunk(self, start: int, count: int) -> "StepShape":
+        """With `count` more tokens of a prompt whose first `start` are computed."""
+        prompt = self.prompt_tokens + count
+        pairs = self.prompt_tokens * self.context_tokens + count * (start + count / 2)
+        return StepShape(self.decodes, self.cached_tokens, prompt, pairs / prompt)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +76,7 @@ class StepCosts:
         if slack_s < 0:
             return 0
         pair_s = self.per_pair_s * context_tokens
-        if pair_s * self.free_prompt_tokens >= slack_s:
+        if pair_s > 0 and pair_s * self.free_prompt_tokens >= slack_s:
             return int(slack_s / pair_s)
         each_s = self.per_prompt_token_s + pair_s
         if each_s <= 0:
@@ -75,12 +84,19 @@ class StepCosts:
         return int((slack_s + self.per_prompt_token_s * self.free_prompt_tokens) / each_s)
 
 
+def unknown_costs(free_prompt_tokens: int = 0) -> StepCosts:
+    """What steps cost where none has been measured: nothing. So no step is too long, and any number of prompt
+    tokens fits, until the first `REFIT_EVERY` steps, the warm-up, have been fitted."""
+    return StepCosts(0.0, 0.0, 0.0, 0.0, 0.0, free_prompt_tokens)
+
+
 class StepTimeModel:
-    """`costs` follow what is measured. Samples are kept by size of the step, the latest few of each, so that
-    an hour of idling does not make the model forget what a full step takes."""
+    """`costs` follow what is measured, from the first fit on. Samples are kept by size of the step, the
+    latest few of each, so that an hour of idling does not make the model forget what a full step takes."""
 
     def __init__(self, costs: StepCosts) -> None:
         self.costs = costs
+        self.fits = 0
         self._free = costs.free_prompt_tokens
         self._buckets: dict[tuple[int, int, int], deque[tuple[Row, float]]] = {}
         self._since_fit = 0
@@ -100,9 +116,12 @@ class StepTimeModel:
         bucket = self._buckets.setdefault(_bucket(shape), deque(maxlen=SAMPLES_A_BUCKET))
         bucket.append((self._features(shape), seconds))
         self._since_fit += 1
-        if self._since_fit >= REFIT_EVERY:
+        if self._since_fit >= REFIT_EVERY and self._since_fit >= self._samples() * REFIT_SHARE:
             self._since_fit = 0
             self._fit()
+
+    def _samples(self) -> int:
+        return sum(map(len, self._buckets.values()))
 
     def _features(self, shape: StepShape) -> Row:
         paid = max(0, shape.prompt_tokens - self._free)
@@ -113,13 +132,19 @@ class StepTimeModel:
         samples = [sample for bucket in self._buckets.values() for sample in bucket]
         features = np.array([row for row, _ in samples])
         times_s = np.array([seconds for _, seconds in samples])
-        kept = _inliers(features @ _vector(self.costs), times_s)
+        prompts = np.array([bucket[1] > 0 for bucket, kept in self._buckets.items() for _ in kept])
+        everything = np.ones(len(samples), dtype=bool)
+        # Nothing is an outlier of costs that are not known.
+        kept = (
+            _inliers_of_kinds(features @ _vector(self.costs), times_s, prompts) if self.fits else everything
+        )
         if kept.sum() < features.shape[1]:
-            kept = np.ones(len(samples), dtype=bool)
+            kept = everything
         fitted = _nonnegative(features[kept], times_s[kept], _vector(self.costs))
-        again = _inliers(features @ fitted, times_s)
+        again = _inliers_of_kinds(features @ fitted, times_s, prompts)
         if again.sum() >= features.shape[1]:
             fitted = _nonnegative(features[again], times_s[again], _vector(self.costs))
+        self.fits += 1
         base, decode, cached, prompt, pair = map(float, fitted)
         self.costs = StepCosts(base, decode, cached, prompt, pair, self._free)
 
@@ -142,7 +167,17 @@ def _bucket(shape: StepShape) -> tuple[int, int, int]:
     return shape.decodes.bit_length(), shape.prompt_tokens.bit_length(), read.bit_length() // 2
 
 
-def _inliers(predicted_s: Row, times_s: Row) -> npt.NDArray[np.bool_]:
+def _inliers_of_kinds(predicted_s: Row, times_s: Row, prompts: Kept) -> Kept:
+    """Steps with prompts and steps without are judged among their own: the costs of a prompt that were never
+    measured are wrong for all prompts alike, and that makes none of them an outlier."""
+    kept = np.zeros(len(times_s), dtype=bool)
+    for kind in (prompts, ~prompts):
+        if kind.any():
+            kept[kind] = _inliers(predicted_s[kind], times_s[kind])
+    return kept
+
+
+def _inliers(predicted_s: Row, times_s: Row) -> Kept:
     residuals = (times_s - predicted_s) / np.maximum(predicted_s, 1e-9)
     from_median = np.abs(residuals - np.median(residuals))
     spread = max(float(np.median(from_median)), _SPREAD_FLOOR)
