@@ -1,10 +1,10 @@
 """The running batch: the sequences that take part in steps, and the pages they hold.
 
 All three schedulers are this plus a policy of what enters. A step computes one token of each decoding
-sequence first (they are what users watch), then fills up to `max_chunk_tokens`, and to the step's deadline
-(step_deadline.py), with chunks of the sequences that have more pending. When a sequence needs a page and none is left, the youngest one is
-preempted: its pages are released, and it is computed again later (mostly from the prefix cache). The
-oldest always goes on, so the batch never stands still.
+sequence first (they are what users watch), then chunks of the sequences that have more pending: up to
+`max_chunk_tokens`, and beside decodes up to the step's deadline (step_deadline.py). When a sequence needs a
+page and none is left, the youngest one is preempted: its pages are released, and it is computed again later
+(mostly from the prefix cache). The oldest always goes on, so the batch never stands still.
 
 Every step is `plan_step`, then `launched` once the engine has it; what it sampled is settled in the sequences
 when it is collected, which may be after the next step was launched. Pages may be released while a step that

@@ -96,7 +96,7 @@ class StepTimeModel:
 
     def __init__(self, costs: StepCosts) -> None:
         self.costs = costs
-        self.fits = 0
+        self._fitted = costs != unknown_costs(costs.free_prompt_tokens)
         self._free = costs.free_prompt_tokens
         self._buckets: dict[tuple[int, int, int], deque[tuple[Row, float]]] = {}
         self._since_fit = 0
@@ -133,18 +133,14 @@ class StepTimeModel:
         features = np.array([row for row, _ in samples])
         times_s = np.array([seconds for _, seconds in samples])
         prompts = np.array([bucket[1] > 0 for bucket, kept in self._buckets.items() for _ in kept])
-        everything = np.ones(len(samples), dtype=bool)
-        # Nothing is an outlier of costs that are not known.
-        kept = (
-            _inliers_of_kinds(features @ _vector(self.costs), times_s, prompts) if self.fits else everything
-        )
-        if kept.sum() < features.shape[1]:
-            kept = everything
+        kept = _inliers_of_kinds(features @ _vector(self.costs), times_s, prompts)
+        if kept.sum() < features.shape[1] or not self._fitted:  # nothing is far off from what is not known
+            kept = np.ones(len(samples), dtype=bool)
         fitted = _nonnegative(features[kept], times_s[kept], _vector(self.costs))
         again = _inliers_of_kinds(features @ fitted, times_s, prompts)
         if again.sum() >= features.shape[1]:
             fitted = _nonnegative(features[again], times_s[again], _vector(self.costs))
-        self.fits += 1
+        self._fitted = True
         base, decode, cached, prompt, pair = map(float, fitted)
         self.costs = StepCosts(base, decode, cached, prompt, pair, self._free)
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.scheduler.step_time import StepCosts, StepShape, StepTimeModel
+from services.scheduler.step_time import StepCosts, StepShape, StepTimeModel, unknown_costs
 
 TRUE = StepCosts(3.95e-3, 10.3e-6, 35.1e-9, 22e-6, 0.54e-9, 68)
 WRONG = StepCosts(8e-3, 1e-6, 1e-9, 80e-6, 2e-9, 68)
@@ -91,3 +91,22 @@ def test_predicted_and_measured_are_added_up() -> None:
     assert model.measured_s == pytest.approx(2 * model.predicted_s)
     assert model.absolute_error_s == pytest.approx(model.predicted_s)
     assert model.observed == 1
+
+
+def test_prompts_that_come_late_and_rarely_are_learned_by_a_model_that_knew_nothing() -> None:
+    """For it each of them takes much longer than it would have thought, and none is an outlier for that."""
+    rng, model = random.Random(9), StepTimeModel(unknown_costs(68))
+    for number in range(4000):
+        decodes = rng.randint(1, 200)
+        late = number > 1000 and number % 50 == 0
+        shape = StepShape(
+            decodes, decodes * rng.randint(100, 4000), rng.choice([256, 1024, 2048]) * late, 900.0 * late
+        )
+        model.observe(shape, TRUE.predict_s(shape) * rng.uniform(0.97, 1.03))
+    for prompt in (256, 600, 2048):
+        shape = StepShape(32, 32_000, prompt, 900.0)
+        assert model.costs.predict_s(shape) == pytest.approx(TRUE.predict_s(shape), rel=0.08)
+
+
+def test_a_step_that_is_known_to_take_nothing_has_room_for_all() -> None:
+    assert unknown_costs(64).prompt_tokens_within(0.0, 3, 1000, 500.0) >= 1 << 20
