@@ -119,9 +119,6 @@ class DecodingRole(Role, Generic[Scheduler]):
         result = self.collect(step, after=self._step_in_flight)
         if result is None:
             return
-        step_s = self._done_s - max(step.begun_s, before_s)
-        if step_s > 0 and not (was_late or self._done_late):
-            self.context.deadline.model.observe(step.shape, step_s)
         for sequence, sampled in result.decodes:
             try:
                 if sequence.state is not State.ENDED:
@@ -134,6 +131,9 @@ class DecodingRole(Role, Generic[Scheduler]):
                     self.take_chunk(chunk, row)
             except Exception as error:
                 self.contain("chunk", chunk.sequence.work.request_id, error)
+        step_s = self._done_s - max(step.begun_s, before_s)
+        if step_s > 0 and not (was_late or self._done_late):
+            self.context.deadline.model.observe(step.shape, step_s)  # last: a fit takes a moment
 
 
 def step_times(model: StepTimeModel) -> dict[str, Any]:

@@ -24,6 +24,8 @@ REFIT_SHARE = 0.25
 MAX_DEVIATIONS = 3.0
 """A sample whose residual is further from the median than this many median absolute deviations is left out:
 a host that was stopped for a moment says nothing of the device."""
+ANY_NUMBER = 1 << 30
+"""Of tokens: more than any step has."""
 _SPREAD_FLOOR = 0.02
 """Of the predicted time: residuals of a model that fits to the digit would make every next one an outlier."""
 
@@ -79,9 +81,8 @@ class StepCosts:
         if pair_s > 0 and pair_s * self.free_prompt_tokens >= slack_s:
             return int(slack_s / pair_s)
         each_s = self.per_prompt_token_s + pair_s
-        if each_s <= 0:
-            return 1 << 30
-        return int((slack_s + self.per_prompt_token_s * self.free_prompt_tokens) / each_s)
+        paid_s = slack_s + self.per_prompt_token_s * self.free_prompt_tokens
+        return int(paid_s / each_s) if paid_s < each_s * ANY_NUMBER else ANY_NUMBER
 
 
 def unknown_costs(free_prompt_tokens: int = 0) -> StepCosts:
