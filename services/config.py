@@ -46,6 +46,8 @@ class WorkerConfig:
     """Tokens in one forward pass, prefill and decode together."""
     tail_chunk_tokens: int = 512
     """A long prompt's last chunk, on a prefill worker: its KV is what nothing hides. 0: as it comes."""
+    slo_itl_ms: float = 0.0
+    """The longest gap between two tokens, to which prompts are cut beside decodes. 0: no limit."""
     max_queue: int = 1024
     """Requests waiting; more are refused as overloaded."""
     prefix_cache: bool = True

@@ -45,12 +45,14 @@ from services.protocol.messages import (
 from services.protocol.worker_status import PageUsage, Slots, Status
 from services.rates import Rate
 from services.roles.decode import DecodeRole
+from services.roles.decoding import step_times
 from services.roles.limits import WorkerLimits, named_request
 from services.roles.prefill import PrefillRole
 from services.roles.report_queue import ReportQueue
 from services.roles.role import Role, WorkerContext
 from services.roles.unified import UnifiedRole
 from services.scheduler.pages import PagePool
+from services.scheduler.step_deadline import step_deadline
 from services.startup import PreparedWorker, ledgers_now, prepare
 from services.tracing import Tracing
 from services.transfer.links import TransferRanks, total_counts
@@ -125,6 +127,7 @@ class Worker:
             clock=time.monotonic,
             overlap=config.device == "cuda",
             tail_chunk_tokens=config.tail_chunk_tokens,
+            deadline=step_deadline(config.slo_itl_ms, config.device),
         )
         self.role = _build_role(self.parts, prepared)
         self.tracing = Tracing(
@@ -374,6 +377,7 @@ class Worker:
             ledger=ledger,
             mover=transfer.clients[0].attached.mover if transfer is not None and transfer.ready else None,
             rank_ledgers=others,
+            **({} if self.config.role == "prefill" else step_times(self.parts.deadline.model)),
         )
 
 

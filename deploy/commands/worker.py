@@ -32,6 +32,7 @@ def run(settings: WorkerSettings) -> None:
         device_index=settings.device_index,
         staging_slots=settings.staging_slots,
         staging_slot_bytes=settings.staging_slot_bytes,
+        slo_itl_ms=settings.slo_itl_ms,
         max_queue=settings.max_queue,
         prefix_cache=settings.prefix_cache,
         drain_timeout_s=settings.drain_timeout,

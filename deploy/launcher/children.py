@@ -108,6 +108,7 @@ def worker_configs(settings: ServeSettings, slots: list[WorkerSlot]) -> list[Wor
             tp=slot.tp,
             staging_slots=settings.staging_slots,
             staging_slot_bytes=settings.staging_slot_bytes,
+            slo_itl_ms=settings.slo_itl_ms,
         )
         for slot in slots
     ]
@@ -209,6 +210,7 @@ def _worker(
         ("--page-size", settings.page_size),
         ("--max-batch", settings.max_batch),
         ("--max-chunk-tokens", settings.max_chunk_tokens),
+        ("--slo-itl-ms", settings.slo_itl_ms),
     ):
         if value is not None:
             arguments += [flag, str(value)]

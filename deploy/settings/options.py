@@ -12,6 +12,7 @@ from deploy.settings.values import (
     flag,
     fraction,
     integer,
+    number,
     origins,
     parse_api_key,
     path,
@@ -27,6 +28,10 @@ from services.memory.sizes import parse_bytes
 _port = integer(0, 65535)
 _count = integer(0, 64)
 _movers = mover_choices()
+_SLO_ITL = (
+    "Most ms between two tokens, for which prompts are cut to smaller chunks where others decode; "
+    "0: no limit. (default: 25 on cuda, 0 on cpu)"
+)
 BENCH_GROUPS = ("ready", "decode", "prefill", "offline", "trace")
 
 
@@ -169,6 +174,7 @@ class ServeSettings(HttpSettings, StagingSettings, MoverSettings, EngineSettings
     decode_tp: int | None = setting(None, integer(1, 64), "Ranks of a decode worker. (default: --tp)")
     prefix_cache: bool = setting(True, flag, "Reuse the KV of common prefixes.", switch=True)
     drain_timeout: float = setting(30.0, seconds(0, 3600), "Seconds that running requests get at the end.")
+    slo_itl_ms: float | None = setting(None, number(0, 1e9), _SLO_ITL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,6 +198,7 @@ class WorkerSettings(ChildSettings, StagingSettings, EngineSettings):
     name: str | None = setting(None, text, "Name in logs and metrics. (default: the role)")
     device_index: int = setting(0, integer(0, 1023), "Which GPU; with --tp, the first of them.")
     max_queue: int = setting(1024, integer(1, 1 << 20), "Requests waiting; more are refused.")
+    slo_itl_ms: float | None = setting(None, number(0, 1e9), _SLO_ITL)
     prefix_cache: bool = setting(True, flag, "Reuse the KV of common prefixes.", switch=True)
     key_dir: Path | None = setting(None, path, "CURVE keys for tcp:// endpoints.")
     drain_timeout: float = setting(30.0, seconds(0, 3600), "Seconds that running requests get at the end.")

@@ -33,12 +33,14 @@ class Defaults:
     page_size: int
     max_batch: int
     max_chunk_tokens: int
+    slo_itl_ms: float
 
 
 DEFAULTS: dict[Device, Defaults] = {
     # An interpreter with torch is a large part of a small device; on a GPU the rest is small change.
-    "cpu": Defaults(0.6, 1 << 20, page_size=16, max_batch=64, max_chunk_tokens=512),
-    "cuda": Defaults(0.85, 8 << 20, page_size=64, max_batch=256, max_chunk_tokens=2048),
+    # On a CPU steps take as long as others leave them time.
+    "cpu": Defaults(0.6, 1 << 20, page_size=16, max_batch=64, max_chunk_tokens=512, slo_itl_ms=0.0),
+    "cuda": Defaults(0.85, 8 << 20, page_size=64, max_batch=256, max_chunk_tokens=2048, slo_itl_ms=25.0),
 }
 
 
@@ -62,7 +64,11 @@ def resolve_dtype(dtype: str, device: Device) -> Dtype:
 
 
 def resolve_mem_fraction(mem_fraction: float | None, device: Device) -> float:
-    return DEFAULTS[device].mem_fraction if mem_fraction is None else mem_fraction
+    return _given(mem_fraction, DEFAULTS[device].mem_fraction)
+
+
+def _given(value: float | None, default: float) -> float:
+    return default if value is None else value
 
 
 def resolve_slot_bytes(slot_bytes: int | None, device: Device) -> int:
@@ -140,6 +146,7 @@ def worker_config(
     tp: int | None = None,
     staging_slots: int = 0,
     staging_slot_bytes: int | None = None,
+    slo_itl_ms: float | None = None,
     max_queue: int = 1024,
     prefix_cache: bool = True,
     drain_timeout_s: float = 30.0,
@@ -171,6 +178,7 @@ def worker_config(
         max_batch=settings.max_batch or defaults.max_batch,
         max_chunk_tokens=settings.max_chunk_tokens or defaults.max_chunk_tokens,
         tail_chunk_tokens=settings.tail_chunk_tokens,
+        slo_itl_ms=0.0 if role == "prefill" else _given(slo_itl_ms, defaults.slo_itl_ms),
         max_queue=max_queue,
         prefix_cache=prefix_cache,
         staging_slots=staging_slots,

@@ -116,6 +116,16 @@ MEMORY = MetricFamily(
 UTILISATION = MetricFamily("baton_worker_kv_utilisation", "gauge", "Share of the KV pages in use")
 EVENTS = MetricFamily("baton_worker_events", "counter", "A worker's counters", ("event",))
 NONFINITE = MetricFamily("baton_nonfinite_logits", "counter", "Requests ended by NaN or infinite logits")
+STEP_SECONDS = MetricFamily(
+    "baton_worker_step_seconds", "counter", "Time of the measured steps, and as it was predicted", ("kind",)
+)
+MEASURED_STEPS = MetricFamily("baton_worker_measured_steps", "counter", "Steps whose time was measured")
+STEP_COST = MetricFamily(
+    "baton_worker_step_cost",
+    "gauge",
+    "Coefficients of the prediction, by name and unit",
+    ("term",),
+)
 
 
 def _utilisation(pages: "PageUsage") -> list[Sample]:
@@ -124,6 +134,10 @@ def _utilisation(pages: "PageUsage") -> list[Sample]:
 
 def _events(counters: dict[str, float]) -> list[Sample]:
     return [((event,), value) for event, value in counters.items()]
+
+
+def _terms(costs: dict[str, float]) -> list[Sample]:
+    return [((term,), value) for term, value in costs.items()]
 
 
 def _nonfinite(counters: dict[str, float]) -> list[Sample]:
@@ -246,6 +260,29 @@ class Status(Struct, frozen=True, array_like=True, tag="status"):
     rank_ledgers: Annotated[
         list[Ledger], _field("memory of the other ranks' devices", MEMORY.each(_rank_memory), unit="bytes")
     ] = []
+    measured_steps: Annotated[
+        int | None,
+        _field(
+            "steps whose time was measured, of a worker that decodes",
+            MEASURED_STEPS.of(),
+            unit="steps",
+            page="{} steps measured",
+        ),
+    ] = None
+    measured_steps_s: Annotated[
+        float | None,
+        _field("time of these steps", STEP_SECONDS.of("measured"), unit="s", page="that took {} s"),
+    ] = None
+    predicted_steps_s: Annotated[
+        float | None,
+        _field(
+            "their time as it was predicted", STEP_SECONDS.of("predicted"), unit="s", page="{} s predicted"
+        ),
+    ] = None
+    step_costs: Annotated[
+        dict[str, float] | None,
+        _field("coefficients of the prediction, see docs/decisions.md", STEP_COST.each(_terms)),
+    ] = None
 
 
 def _entries(struct: type[Struct]) -> Iterator[FieldEntry]:

@@ -6,17 +6,21 @@
    that end with them. Until then turns go by, so that the loop sees to transfers meanwhile.
 3. What the step now in flight computes for a choice that has ended is thrown away when it is collected.
 
+Of each step it is measured how long it took, which the model of step times learns (step_time.py).
+
 A sample that looks at all tokens before it (penalties) makes 2 come before 1. So does an engine that finishes
 its steps before `launch` returns: there, nothing is left in flight between two steps.
 """
 
-from typing import Generic, TypeVar
+from dataclasses import asdict
+from typing import Any, Generic, TypeVar
 
 from kvtransfer.messages import WITHDRAWN
 from services.engine.batch import RowResult, SampledToken
 from services.roles.role import InFlightStep, Role, WorkerContext, sharing
 from services.scheduler.decode import DecodeScheduler
 from services.scheduler.sequence import Chunk, Sequence, State
+from services.scheduler.step_time import StepTimeModel
 from services.scheduler.unified import UnifiedScheduler
 
 Scheduler = TypeVar("Scheduler", DecodeScheduler, UnifiedScheduler)
@@ -27,10 +31,18 @@ class DecodingRole(Role, Generic[Scheduler]):
         super().__init__(context)
         limits = context.limits
         self.scheduler: Scheduler = scheduler(
-            context.pool, limits.max_batch, context.max_chunk_tokens, limits.max_sequence_tokens
+            context.pool,
+            limits.max_batch,
+            context.max_chunk_tokens,
+            limits.max_sequence_tokens,
+            context.deadline,
         )
         self._step_before: InFlightStep | None = None
         self._step_in_flight: InFlightStep | None = None
+        self._done_s = 0.0
+        """When the last step was seen to be done."""
+        self._done_late = False
+        """It was seen so late that the next one had ended as well."""
 
     @property
     def in_flight(self) -> bool:
@@ -94,7 +106,16 @@ class DecodingRole(Role, Generic[Scheduler]):
         self._take_results(step)
         return True
 
+    def _next_is_done(self) -> bool:
+        return self._step_in_flight is not None and self._step_in_flight.launched.is_done
+
     def _take_results(self, step: InFlightStep) -> None:
+        """Report what a step that is done has sampled, and how long it took: since its launch began (the
+        device may begin before it ends) or, if it was queued behind the step before, since that one was done.
+        Where the end of one was not seen before the end of the next, the time of neither is known.
+        """
+        before_s, self._done_s = self._done_s, self.context.clock()
+        was_late, self._done_late = self._done_late, self._next_is_done()
         result = self.collect(step, after=self._step_in_flight)
         if result is None:
             return
@@ -110,3 +131,16 @@ class DecodingRole(Role, Generic[Scheduler]):
                     self.take_chunk(chunk, row)
             except Exception as error:
                 self.contain("chunk", chunk.sequence.work.request_id, error)
+        step_s = self._done_s - max(step.begun_s, before_s)
+        if step_s > 0 and not (was_late or self._done_late):
+            self.context.deadline.model.observe(step.shape, step_s)  # last: a fit takes a moment
+
+
+def step_times(model: StepTimeModel) -> dict[str, Any]:
+    """What a status says of the steps that were measured."""
+    return {
+        "measured_steps": model.observed,
+        "measured_steps_s": model.measured_s,
+        "predicted_steps_s": model.predicted_s,
+        "step_costs": asdict(model.costs),
+    }

@@ -34,6 +34,8 @@ from services.roles.running_requests import Requests, RunningRequest
 from services.scheduler.chunks import DEFAULT_TAIL_TOKENS
 from services.scheduler.pages import PagePool
 from services.scheduler.sequence import Chunk, Sequence, State, StepPlan
+from services.scheduler.step_deadline import StepDeadline
+from services.scheduler.step_time import StepShape
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +55,8 @@ class WorkerContext:
     overlap: bool
     """Whether the engine's steps run on while the host plans the next one."""
     tail_chunk_tokens: int = DEFAULT_TAIL_TOKENS
+    deadline: StepDeadline = field(default_factory=StepDeadline)
+    """Of the roles that decode; its model is fed whether there is a limit or not."""
     requests: Requests = field(default_factory=Requests)
     counters: Counter[str] = field(default_factory=Counter)
     spans: Spans = field(default_factory=Spans)
@@ -70,11 +74,13 @@ class Occupancy:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class InFlightStep:
-    """A step on its way."""
+    """A step on its way: its launch began at `begun_s`, and the engine had it at `launched_s`."""
 
     plan: StepPlan
     launched: Launched
+    begun_s: float
     launched_s: float
+    shape: StepShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +210,7 @@ class Role(ABC):
             running = self.context.requests.get(chunk.sequence.work.request_id)
             if running is not None and running.started_s is None:
                 running.started_s = self.context.clock()
+        begun_s = self.context.clock()
         try:
             launched = self.context.engine.launch(rows_of(plan))
         except ENGINE_FAILURES as error:
@@ -212,7 +219,7 @@ class Role(ABC):
         self.context.pool.step = self.context.engine.queued_step
         self.context.counters["steps"] += 1
         self.context.counters["prompt_tokens"] += sum(chunk.count for chunk in plan.chunks)
-        return InFlightStep(plan, launched, self.context.clock())
+        return InFlightStep(plan, launched, begun_s, self.context.clock(), plan.shape())
 
     def copy_pages(self, pairs: list[tuple[int, int]]) -> None:
         """Copies that fork choices; a step to all who know steps by number."""

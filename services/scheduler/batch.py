@@ -1,10 +1,10 @@
 """The running batch: the sequences that take part in steps, and the pages they hold.
 
 All three schedulers are this plus a policy of what enters. A step computes one token of each decoding
-sequence first (they are what users watch), then fills up to `max_chunk_tokens` with chunks of the
-sequences that have more pending. When a sequence needs a page and none is left, the youngest one is
-preempted: its pages are released, and it is computed again later (mostly from the prefix cache). The
-oldest always goes on, so the batch never stands still.
+sequence first (they are what users watch), then chunks of the sequences that have more pending: up to
+`max_chunk_tokens`, and beside decodes up to the step's deadline (step_deadline.py). When a sequence needs a
+page and none is left, the youngest one is preempted: its pages are released, and it is computed again later
+(mostly from the prefix cache). The oldest always goes on, so the batch never stands still.
 
 Every step is `plan_step`, then `launched` once the engine has it; what it sampled is settled in the sequences
 when it is collected, which may be after the next step was launched. Pages may be released while a step that
@@ -22,6 +22,8 @@ from services.scheduler.chunks import chunk_tokens
 from services.scheduler.errors import IllegalSequenceTransition
 from services.scheduler.pages import PagePool, chain_digest, chain_root
 from services.scheduler.sequence import PENDING, Sequence, State, StepPlan, choice_sequence
+from services.scheduler.step_deadline import StepDeadline
+from services.scheduler.step_time import StepShape
 
 
 def _age(sequence: Sequence) -> int:
@@ -38,13 +40,16 @@ class RunningBatch:
         max_chunk_tokens: int,
         max_sequence_tokens: int | None = None,
         tail_tokens: int = 0,
+        deadline: StepDeadline | None = None,
     ) -> None:
-        """`tail_tokens`: see chunks.py; 0 where no KV leaves."""
+        """`tail_tokens`: see chunks.py; 0 where no KV leaves. `deadline`: see step_deadline.py; None where
+        nothing decodes."""
         self.pool = pool
         self.max_sequence_tokens = max_sequence_tokens or pool.total * pool.page_size_tokens
         self.max_batch = max_batch
         self.max_chunk_tokens = max_chunk_tokens
         self.tail_tokens = tail_tokens
+        self.deadline = deadline or StepDeadline()
         self.decoding: list[Sequence] = []
         self.computing: list[Sequence] = []
         self.resuming: list[Sequence] = []
@@ -147,7 +152,8 @@ class RunningBatch:
 
     def plan_step(self) -> StepPlan:
         """The next step, as if no choice ended with the step in flight, but for those whose last token it
-        samples: their length says so. A prompt whose last chunk is in flight has nothing to compute."""
+        samples: their length says so. A prompt whose last chunk is in flight has nothing to compute. Beside
+        sequences that decode, chunks are as large as the deadline lets them be."""
         plan = StepPlan()
         due = [one for one in self.decoding if len(one.tokens) < one.limit_tokens]
         preemptions = self.preemptions
@@ -158,12 +164,21 @@ class RunningBatch:
             due = [one for one in due if one.state is State.RUNNING]
         plan.decodes = due
         plan.tokens = len(due)
+        has_deadline = bool(due) and self.deadline.itl_limit_s > 0
+        shape: StepShape | None = None
         for sequence in self.computing:
             budget = self.max_chunk_tokens - plan.tokens
             if budget <= 0:
                 break
             if sequence.pending_tokens:
-                plan.add_chunk(sequence, chunk_tokens(sequence.pending_tokens, budget, self.tail_tokens))
+                count = chunk_tokens(sequence.pending_tokens, budget, self.tail_tokens)
+                if has_deadline:
+                    shape = shape or plan.shape()
+                    count = self.deadline.chunk_tokens(shape, sequence.computed_tokens, count)
+                    if count == 0:
+                        break
+                    shape = shape.plus_chunk(sequence.computed_tokens, count)
+                plan.add_chunk(sequence, count)
         return plan
 
     def launched(self, plan: StepPlan) -> None:

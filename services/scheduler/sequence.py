@@ -16,6 +16,7 @@ from enum import StrEnum
 
 from services.protocol.messages import FirstToken, SequenceRequest
 from services.scheduler.errors import IllegalSequenceTransition
+from services.scheduler.step_time import StepShape
 
 PENDING = -1
 """In the place of a token that is sampled, but not yet known to the host."""
@@ -168,6 +169,13 @@ class StepPlan:
 
     def __bool__(self) -> bool:
         return self.tokens > 0
+
+    def shape(self) -> StepShape:
+        """What the step costs is told by this. To be asked before the plan is launched."""
+        shape = StepShape(len(self.decodes), sum([one.computed_tokens for one in self.decodes]))
+        for chunk in self.chunks:
+            shape = shape.plus_chunk(chunk.start, chunk.count)
+        return shape
 
     def add_chunk(self, sequence: Sequence, count: int) -> None:
         samples = tuple(sequence.choices) if count == sequence.pending_tokens else ()

@@ -6,13 +6,19 @@ from services.protocol.messages import FirstToken, SequenceRequest
 from services.scheduler.batch import RunningBatch
 from services.scheduler.pages import PagePool
 from services.scheduler.sequence import Sequence, State, StepPlan, prompt_sequence
+from services.scheduler.step_deadline import StepDeadline
 
 
 class UnifiedScheduler:
     def __init__(
-        self, pool: PagePool, max_batch: int, max_chunk_tokens: int, max_sequence_tokens: int | None = None
+        self,
+        pool: PagePool,
+        max_batch: int,
+        max_chunk_tokens: int,
+        max_sequence_tokens: int | None = None,
+        deadline: StepDeadline | None = None,
     ) -> None:
-        self.batch = RunningBatch(pool, max_batch, max_chunk_tokens, max_sequence_tokens)
+        self.batch = RunningBatch(pool, max_batch, max_chunk_tokens, max_sequence_tokens, deadline=deadline)
         self.waiting: deque[Sequence] = deque()
         self._sequences: dict[int, list[Sequence]] = {}
 

@@ -139,6 +139,9 @@ def test_two_hundred_mixed_requests_end_as_they_should(size: str, tmp_path: Path
         if size == "tight":
             assert status["counters"]["preemptions"] > 0, "the pool was not tight enough to mean anything"
         assert status["counters"].get("transfer_dropped_total", 0) == 0
+        assert 0 < status["measured_steps"] <= status["counters"]["steps"]
+        assert status["measured_steps_s"] > 0 and status["step_costs"]["base_s"] >= 0
+        assert cluster.worker("prefill")["status"]["measured_steps"] is None
 
 
 def _fraction_for_pages(model_dir: Path, pages: int) -> str:

@@ -4,6 +4,7 @@ import asyncio.events
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ from services.config import WorkerConfig
 from services.memory.plan import Measured
 from services.protocol.messages import Role
 from services.protocol.worker_status import Ledger
+from services.scheduler.step_time import StepCosts
 from services.transfer.copies import OwnCopier
 from services.transfer.links import TransferRanks
 from services.transfer.staging import StagingSlots
@@ -31,6 +33,8 @@ SLOT_BYTES = 256
 TOKENS_PER_SLOT = SLOT_BYTES // CELL_BYTES
 LEDGER = Ledger("simulated", 0, 0.5, [])
 TERM = 15
+STEP_COSTS = StepCosts(4e-3, 1e-3, 0.1e-3, 1e-3, 0.1e-3)
+"""As if they had been measured: a deadline leaves a prompt a few tokens beside decodes, or one."""
 
 
 class TransferHost(Process):
@@ -123,6 +127,7 @@ class WorkerHost(Process):
             max_chunk_tokens=rng.choice((3, 8, 32)),
             prefix_cache=rng.random() < 0.8,
             drain_timeout_s=2.0,
+            slo_itl_ms=Random(f"{self.world.seed} {name}").choice((0.0, 10.0, 25.0)),
         )
         self.overlap = rng.random() < 0.5
         self.worker: Worker | None = None
@@ -193,6 +198,8 @@ class WorkerHost(Process):
         )
         self.worker = Worker(prepared, self._epoch)
         self.worker.parts.overlap = self.overlap
+        self.worker.parts.deadline.model.costs = STEP_COSTS
+        self.worker.parts.deadline.least_prompt_tokens = 1
         self.world.note(self.name, "serves", self._epoch)
 
 

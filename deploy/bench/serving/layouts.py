@@ -60,6 +60,7 @@ def _candidates(settings: LaunchedSettings, layouts: Sequence[Layout]) -> list[S
             decode=layout.decode,
             unified=layout.unified,
             port=claim_port("127.0.0.1", 0),
+            slo_itl_ms=settings.slo_itl_ms,
             request_timeout=settings.timeout,
             drain_timeout=DRAIN_TIMEOUT_S,
         )

@@ -100,6 +100,8 @@ def model_dir(tmp_path: Path) -> str:
         (["worker", "MODEL", "--role", "unified", "--listen", "http://x"], "is not an endpoint"),
         (["worker", "MODEL", "--role", "unified", "--listen", "tcp://x:0"], "a port from 1 to 65535"),
         (["worker", "MODEL", "--role", "unified", "--listen", "ipc:///" + "x" * 108], "at most 107 bytes"),
+        (["worker", "MODEL", *WORKER, "--slo-itl-ms", "-1"], "--slo-itl-ms: -1 is out of range"),
+        (["serve", "MODEL", "--slo-itl-ms", "nan"], "--slo-itl-ms: 'nan' is not a finite number"),
         (["worker", "EMPTY", *WORKER], "has no config.json: it is not a model directory"),
         (["worker", "BROKEN", *WORKER], "config.json cannot be read"),
         (["worker", "LIST", *WORKER], "does not hold a JSON object"),

@@ -78,6 +78,7 @@ def test_command_lines_say_what_was_asked_for() -> None:
         allowed_origins=("https://a.b,http://c:1", "http://d"),
         served_model_name="tales",
         drain_timeout=20.0,
+        slo_itl_ms=12.5,
     )
     slots = worker_slots(settings, 0)
     specs = child_specs(settings, slots, "cpu", RUN_DIR, 4321)
@@ -98,6 +99,7 @@ def test_command_lines_say_what_was_asked_for() -> None:
         assert (worker.dtype, worker.mem_fraction, worker.device_memory) == ("bfloat16", 0.4, 3 << 30)
         assert (worker.max_model_len, worker.page_size, worker.prefix_cache) == (512, 32, False)
         assert (worker.kv_dtype, worker.quantization) == ("fp8", "fp8")
+        assert worker.slo_itl_ms == 12.5
         assert worker.drain_timeout < settings.drain_timeout
         assert worker.run_dir == transfer.run_dir == RUN_DIR
     assert isinstance(router, RouterSettings)
@@ -117,6 +119,19 @@ def test_command_lines_say_what_was_asked_for() -> None:
     assert specs[6].secrets == (("BATON_API_KEY", "a,b"),)
     endpoints = [getattr(t, name) for t in transfers for name in ("listen", "peer_listen", "staging_socket")]
     assert len(set(endpoints)) == 9
+
+
+@pytest.mark.parametrize(
+    ("device", "given", "prefill", "others"),
+    [("cuda", None, 0.0, 25.0), ("cpu", None, 0.0, 0.0), ("cuda", 0.0, 0.0, 0.0), ("cpu", 40.0, 0.0, 40.0)],
+)
+def test_roles_that_decode_have_a_limit_between_tokens(
+    device: str, given: float | None, prefill: float, others: float
+) -> None:
+    settings = serve(device=device, prefill=1, decode=1, unified=1, slo_itl_ms=given)
+    configs = worker_configs(settings, worker_slots(settings, 1))
+    limits = {config.role: config.slo_itl_ms for config in configs}
+    assert limits == {"prefill": prefill, "decode": others, "unified": others}
 
 
 def test_unified_workers_have_no_transfer_process() -> None:
