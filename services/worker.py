@@ -118,7 +118,7 @@ class Worker:
             max_queue=config.max_queue,
             eos_token_ids=frozenset(engine.eos_token_ids),
         )
-        self.parts = WorkerContext(
+        self.context = WorkerContext(
             engine=engine,
             pool=pool,
             limits=limits,
@@ -129,12 +129,12 @@ class Worker:
             tail_chunk_tokens=config.tail_chunk_tokens,
             deadline=step_deadline(config.slo_itl_ms, config.device),
         )
-        self.role = _build_role(self.parts, prepared)
+        self.role = _build_role(self.context, prepared)
         self.tracing = Tracing(
-            config.name, self.parts.spans, self.transfer, self.parts.outbox, self.parts.clock
+            config.name, self.context.spans, self.transfer, self.context.outbox, self.context.clock
         )
         self._routers: dict[bytes, float] = {}
-        self._told_address = self._address()
+        self._sent_address = self._address()
         self._started_s = self._turn_began_s = time.monotonic()
         self._busy_s, self._was_busy = 0.0, False
         self._prompt_rate, self._output_rate = Rate(), Rate()
@@ -178,14 +178,14 @@ class Worker:
             self.transfer.close()
         if self.prepared.devices is not None:
             self.prepared.devices.close()
-        self.parts.engine.close()
+        self.context.engine.close()
         log.info("worker %s has ended", self.config.name)
 
     def finished(self) -> bool:
         """Whether a signal has come and nothing is left to wait for."""
         if self._draining_until_s is None:
             return False
-        at_rest = not self.parts.requests and not self.role.in_flight
+        at_rest = not self.context.requests and not self.role.in_flight
         return at_rest or time.monotonic() >= self._draining_until_s
 
     # ------------------------------------------------------------ one turn
@@ -200,8 +200,8 @@ class Worker:
                 except Exception as error:
                     if isinstance(event, TransferLost):
                         raise  # of all requests at once, and half done
-                    live = self.parts.requests.of_transfer(getattr(event, "transfer_id", 0))
-                    self.role.contain("event", None if live is None else live.work.request_id, error)
+                    running = self.context.requests.of_transfer(getattr(event, "transfer_id", 0))
+                    self.role.contain("event", None if running is None else running.work.request_id, error)
             self._send_address()
         for router, requests in self.server.receive():
             if router not in self._routers and not self._greet(router, requests):
@@ -229,22 +229,22 @@ class Worker:
         request_id = named_request(said)
         if request_id is not None:
             message = f"the worker cannot read this request: {why}"
-            self.parts.outbox.add(router, Failed(request_id, "internal", message, False))
+            self.context.outbox.add(router, Failed(request_id, "internal", message, False))
 
     def _refuse(self, router: bytes, request: Request, error: Exception) -> None:
         """A request that could not be taken in is answered all the same, and those beside it are not hurt."""
         work = getattr(request, "work", None)
         request_id = getattr(request, "request_id", None) if work is None else work.request_id
-        known = request_id is not None and request_id in self.parts.requests
+        known = request_id is not None and request_id in self.context.requests
         self.role.contain("request", request_id, error)
         if request_id is not None and not known:
             message = "the worker failed on this request"
-            self.parts.outbox.add(router, Failed(request_id, "internal", message, False))
+            self.context.outbox.add(router, Failed(request_id, "internal", message, False))
 
     def _send_address(self) -> None:
         """A transfer process that was restarted has a new address; without one, routers look elsewhere."""
-        if self._address() != self._told_address:
-            self._told_address = self._address()
+        if self._address() != self._sent_address:
+            self._sent_address = self._address()
             for router in list(self._routers):
                 self.server.send(router, [self._hello()])
 
@@ -270,23 +270,23 @@ class Worker:
             case TraceRequest():
                 self.tracing.ask(router, request)
             case Generate(work=work) | Prefill(work=work) | ReserveKv(work=work) if self._draining_until_s:
-                self.parts.outbox.add(
+                self.context.outbox.add(
                     router, Failed(work.request_id, "draining", "this worker is shutting down", True)
                 )
             case Prefill(work=work) | ReserveKv(work=work) if self._address() is None:
-                self.parts.outbox.add(
+                self.context.outbox.add(
                     router, Failed(work.request_id, "transfer", "the transfer process is not attached", True)
                 )
             case RepushKv(request_id=request_id, transfer_id=transfer_id) if self._address() is None:
                 message = "the transfer process is not attached"
-                self.parts.outbox.add(router, KvTransferFailed(request_id, transfer_id, message))
+                self.context.outbox.add(router, KvTransferFailed(request_id, transfer_id, message))
             case _:
                 self.role.accept(router, request)
 
     def _send_out(self) -> None:
         if self.transfer is not None:
             self.transfer.flush()
-        for router in self.parts.outbox.flush():
+        for router in self.context.outbox.flush():
             self._drop_router(router)
 
     def _once_a_second(self) -> None:
@@ -295,8 +295,8 @@ class Worker:
             return
         self._next_status_s = now_s + STATUS_INTERVAL_S
         self.role.sweep()
-        self._prompt_rate.observe(now_s, self.parts.counters["prompt_tokens"])
-        self._output_rate.observe(now_s, self.parts.counters["output_tokens"])
+        self._prompt_rate.observe(now_s, self.context.counters["prompt_tokens"])
+        self._output_rate.observe(now_s, self.context.counters["output_tokens"])
         status = self._status(None) if self._routers else None
         for router, heard_s in list(self._routers.items()):
             silent = now_s - heard_s > ROUTER_SILENCE_S
@@ -308,7 +308,7 @@ class Worker:
         self.role.drop_router(router)
 
     def _count_drop(self, reason: str) -> None:
-        self.parts.counters[f"dropped_{reason}"] += 1
+        self.context.counters[f"dropped_{reason}"] += 1
 
     # ------------------------------------------------------------ accounts
 
@@ -319,23 +319,23 @@ class Worker:
             role=self.config.role,
             worker_epoch=self.epoch,
             model_digest=self.prepared.engine.geometry.model_digest,
-            vocab_size=self.parts.limits.vocab_size,
+            vocab_size=self.context.limits.vocab_size,
             max_model_len=self.config.max_model_len,
-            max_sequence_tokens=self.parts.limits.max_sequence_tokens,
+            max_sequence_tokens=self.context.limits.max_sequence_tokens,
             page_size_tokens=self.config.page_size_tokens,
-            pages=self.parts.pool.total,
+            pages=self.context.pool.total,
             transfer=self._address(),
         )
 
     def _status(self, ask_id: int | None) -> Status:
-        pool, occupancy, transfer = self.parts.pool, self.role.occupancy(), self.transfer
+        pool, occupancy, transfer = self.context.pool, self.role.occupancy(), self.transfer
         pages = pool.counts()
         stats = [] if transfer is None else transfer.stats()
         slots = None
         if transfer is not None and transfer.ready and stats:
             counts = total_counts(stats)
             slots = Slots(transfer.slots, counts.free, counts.granted, counts.filled, counts.quarantined)
-        counters: dict[str, float] = dict(self.parts.counters)
+        counters: dict[str, float] = dict(self.context.counters)
         counters["busy_seconds"] = self._busy_s
         counters["uptime_seconds"] = time.monotonic() - self._started_s
         counters["prefix_cache_queries"] = pool.prefix_queries_tokens
@@ -377,18 +377,18 @@ class Worker:
             ledger=ledger,
             mover=transfer.clients[0].attached.mover if transfer is not None and transfer.ready else None,
             rank_ledgers=others,
-            **({} if self.config.role == "prefill" else step_times(self.parts.deadline.model)),
+            **({} if self.config.role == "prefill" else step_times(self.context.deadline.model)),
         )
 
 
-def _build_role(parts: WorkerContext, prepared: PreparedWorker) -> Role:
+def _build_role(context: WorkerContext, prepared: PreparedWorker) -> Role:
     role, transfer = prepared.config.role, prepared.transfer
     kv_heads = prepared.model.kv_heads
     if role == "unified":
-        return UnifiedRole(parts)
+        return UnifiedRole(context)
     if transfer is None:
         raise ValueError(f"--transfer: a {role} worker needs the address of its transfer process")
     ranks = zip(prepared.copiers, transfer.clients, strict=True)
     if role == "prefill":
-        return PrefillRole(parts, KvSender(ranks, kv_heads, parts.clock, parts.spans))
-    return DecodeRole(parts, KvReceiver(ranks, kv_heads, parts.clock, parts.spans))
+        return PrefillRole(context, KvSender(ranks, kv_heads, context.clock, context.spans))
+    return DecodeRole(context, KvReceiver(ranks, kv_heads, context.clock, context.spans))

@@ -66,7 +66,7 @@ class EngineState(Enum):
     SERVING = "serving"
 
 
-MOVES: dict[EngineState, EngineState | None] = {
+TRANSITIONS: dict[EngineState, EngineState | None] = {
     EngineState.NEW: EngineState.LOADED,
     EngineState.LOADED: EngineState.SERVING,
     EngineState.SERVING: None,
@@ -144,7 +144,7 @@ class Engine:
     def load(self, progress: Callable[[int, int], None]) -> int:
         """Allocate and fill the weights; returns their bytes. `progress(done_bytes, total_bytes)` is called
         as they come. Raises `CheckpointError`."""
-        self._move(EngineState.LOADED)
+        self._transition(EngineState.LOADED)
         specs = self.model.tensors
         parameters = Parameters(specs, self.dtype, self.device, self.config.quantization, self.group)
         shape = rank_shape(self.model, self.group.size)
@@ -211,7 +211,7 @@ class Engine:
 
     def allocate_pool(self, pages: int) -> int:
         """Allocate the KV pool, zeroed; returns its bytes."""
-        self._move(EngineState.SERVING)
+        self._transition(EngineState.SERVING)
         self._pool = KvPool(self.layout, pages, self.kv_dtype, self.device, self._kv_scales)
         self._copies = CopyStream(self._pool, self.config.staging_slots, self._step_events)
         fill_pinned_pool(self.device)
@@ -355,8 +355,8 @@ class Engine:
             raise EngineStateError("allocate the pool first")
         return self._copies
 
-    def _move(self, target: EngineState) -> None:
-        if MOVES[self.state] is not target:
+    def _transition(self, target: EngineState) -> None:
+        if TRANSITIONS[self.state] is not target:
             raise EngineStateError(f"engine is {self.state.value}: cannot become {target.value}")
         self.state = target
 

@@ -67,7 +67,7 @@ def served(
         return True
 
     pool = PagePool(pages, 4)
-    parts = WorkerContext(
+    context = WorkerContext(
         engine=engine,
         pool=pool,
         limits=WorkerLimits(VOCAB_SIZE, pages * 4, 8, 100, eos),
@@ -76,17 +76,17 @@ def served(
         clock=lambda: 0.0,
         overlap=overlap,
     )
-    role = UnifiedRole(parts)
+    role = UnifiedRole(context)
     for work in works:
         role.accept(b"router", Generate(work))
         role.step()
     was_in_flight = False
     while role.step():
         was_in_flight |= role.in_flight
-        parts.outbox.flush()
-    parts.outbox.flush()
+        context.outbox.flush()
+    context.outbox.flush()
     assert was_in_flight == overlap
-    assert role.occupancy() == Occupancy() and pool.counts().used == 0 and not parts.requests
+    assert role.occupancy() == Occupancy() and pool.counts().used == 0 and not context.requests
     return dict(out), dict(logprobs), finished, prompts, role.preemptions()
 
 

@@ -26,7 +26,7 @@ def sequences_of(worker: Worker) -> list[Sequence]:
 
 def check_pages(name: str, worker: Worker) -> None:
     """Every page is free, cached or used, exactly one of them, and used by those who hold it."""
-    pool = worker.parts.pool
+    pool = worker.context.pool
     sequences = sequences_of(worker)
     held = [0] * pool.total
     for one in sequences:
@@ -43,8 +43,8 @@ def check_pages(name: str, worker: Worker) -> None:
         if one.state is State.ENDED or one.computed_tokens > one.capacity_tokens:
             raise Violation(f"{name}: {one}")
     known = {one.work.request_id for one in sequences}
-    if known != worker.parts.requests._running.keys():
-        raise Violation(f"{name}: requests {worker.parts.requests.all()}, scheduled {sorted(known)}")
+    if known != worker.context.requests._running.keys():
+        raise Violation(f"{name}: requests {worker.context.requests.all()}, scheduled {sorted(known)}")
 
 
 def check_borders(name: str, counters: Mapping[str, int]) -> None:
@@ -94,8 +94,8 @@ def worker_rest(worker: Worker) -> str | None:
     occupancy = worker.role.occupancy()
     if any((occupancy.queued, occupancy.running, occupancy.reserved, occupancy.holding)):
         return str(occupancy)
-    if worker.parts.pool.counts().used or worker.role.in_flight:
-        return f"{worker.parts.pool.counts()}, in flight: {worker.role.in_flight}"
+    if worker.context.pool.counts().used or worker.role.in_flight:
+        return f"{worker.context.pool.counts()}, in flight: {worker.role.in_flight}"
     role = worker.role
     if isinstance(role, PrefillRole) and len(role.sender):
         return f"{len(role.sender)} transfers out"

@@ -164,7 +164,7 @@ class WorkerHost(Process):
     def check(self) -> None:
         if self.worker is not None:
             check_pages(self.name, self.worker)
-            check_borders(self.name, self.worker.parts.counters)
+            check_borders(self.name, self.worker.context.counters)
 
     def rest(self) -> str | None:
         return None if self.worker is None else worker_rest(self.worker)
@@ -197,9 +197,9 @@ class WorkerHost(Process):
             devices=None,
         )
         self.worker = Worker(prepared, self._epoch)
-        self.worker.parts.overlap = self.overlap
-        self.worker.parts.deadline.model.costs = STEP_COSTS
-        self.worker.parts.deadline.least_prompt_tokens = 1
+        self.worker.context.overlap = self.overlap
+        self.worker.context.deadline.model.costs = STEP_COSTS
+        self.worker.context.deadline.least_prompt_tokens = 1
         self.world.note(self.name, "serves", self._epoch)
 
 

@@ -35,8 +35,8 @@ class EngineLoop:
 
     def __init__(self, prepared: PreparedWorker) -> None:
         self.worker = Worker(prepared, worker_epoch=1)
-        self.parts, self.role = self.worker.parts, self.worker.role
-        self.parts.outbox = ReportQueue(self._deliver)
+        self.context, self.role = self.worker.context, self.worker.role
+        self.context.outbox = ReportQueue(self._deliver)
         self.output_tokens: dict[int, int] = {}
         self.total_tokens = 0
         self._failure: str | None = None
@@ -84,8 +84,8 @@ class EngineLoop:
         after `warm_steps` and half of `steps`. Whoever calls this calls `clear` in the end."""
         self._check_room(row.longest_tokens(warm_steps + steps), row.batch)
         first = max(1, row.context - warm_steps - steps // 2)
-        prompts = prompt_lengths(row.batch, first, self.parts.max_chunk_tokens)
-        works = [self._work(tokens, self.parts.limits.max_sequence_tokens) for tokens in prompts]
+        prompts = prompt_lengths(row.batch, first, self.context.max_chunk_tokens)
+        works = [self._work(tokens, self.context.limits.max_sequence_tokens) for tokens in prompts]
         self.give(works)
         while len(self.output_tokens) < row.batch:
             self.turn()
@@ -98,7 +98,7 @@ class EngineLoop:
         nothing to do."""
         before = self.total_tokens
         busy = self.role.step()
-        self.parts.outbox.flush()
+        self.context.outbox.flush()
         if self._failure is not None:
             raise BenchError(self._failure)
         if not busy and self.total_tokens == before:
@@ -114,11 +114,11 @@ class EngineLoop:
 
     def clear(self) -> None:
         """End what runs, and whatever of it is still on the device."""
-        for live in self.parts.requests.all():
-            self.role.accept(ROUTER, Cancel(live.work.request_id))
+        for running in self.context.requests.all():
+            self.role.accept(ROUTER, Cancel(running.work.request_id))
         while self.role.step():
-            self.parts.outbox.flush()
-        self.parts.outbox.flush()
+            self.context.outbox.flush()
+        self.context.outbox.flush()
         self.output_tokens.clear()
         self._failure = None
 
@@ -153,7 +153,7 @@ class EngineLoop:
         return True
 
     def _check_room(self, tokens: int, sequences: int) -> None:
-        limits, pool = self.parts.limits, self.parts.pool
+        limits, pool = self.context.limits, self.context.pool
         if tokens > limits.max_sequence_tokens:
             raise LeftOut(f"a sequence has at most {limits.max_sequence_tokens} tokens here, not {tokens}")
         if sequences > limits.max_batch:
@@ -164,7 +164,7 @@ class EngineLoop:
 
     def _work(self, prompt_tokens: int, max_tokens: int) -> SequenceRequest:
         """A prompt that shares no prefix with another, greedily continued and not ended by an end token."""
-        vocab_size = self.parts.limits.vocab_size
+        vocab_size = self.context.limits.vocab_size
         prompt = [self._random.randrange(vocab_size) for _ in range(prompt_tokens)]
         request_id, self._next_id = self._next_id, self._next_id + 1
         sampling = Sampling(max_tokens=max_tokens, seed=0, temperature=0.0, ignore_eos=True)

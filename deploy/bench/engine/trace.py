@@ -73,7 +73,7 @@ def _traced(loop: EngineLoop, name: str, steps: int, run: Callable[[Stretch], No
     import torch
     from torch.profiler import ProfilerActivity, profile, record_function
 
-    on_gpu = loop.parts.engine.device.type == "cuda"
+    on_gpu = loop.context.engine.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities) as recorded:
         run(lambda: record_function(WINDOW))

@@ -66,7 +66,7 @@ class Asked:
     def until_at_rest(self, ended: int) -> None:
         deadline_s = time.monotonic() + DEADLINE_S
         done = 0
-        while done < ended or self.worker.parts.requests._running:
+        while done < ended or self.worker.context.requests._running:
             assert time.monotonic() < deadline_s, (self.failed, self.tokens)
             self.worker.turn()
             for report in self.peer.receive():
@@ -82,12 +82,12 @@ class Asked:
         assert set(self.failed) == {bad}
         for one in set(IDS) - {bad}:
             assert self.tokens[one] == continuation(PROMPT, 0, one, TOKENS)
-        pool = self.worker.parts.pool.counts()
+        pool = self.worker.context.pool.counts()
         assert pool.used == 0 and pool.free + pool.cached == PAGES
         assert self.worker.role.occupancy().running == 0
 
     def counters(self) -> dict[str, int]:
-        counters = self.worker.parts.counters
+        counters = self.worker.context.counters
         return {name: count for name, count in counters.items() if name.startswith("internal_errors")}
 
 
@@ -114,7 +114,7 @@ def test_a_request_that_cannot_be_read_costs_its_neighbours_nothing(asked: Asked
     asked.until_at_rest(3)
     asked.check_others()
     assert asked.failed[BAD].code == "internal" and "choices" in asked.failed[BAD].message
-    assert asked.worker.parts.counters["dropped_malformed_request"] == 2
+    assert asked.worker.context.counters["dropped_malformed_request"] == 2
 
 
 def test_a_request_that_cannot_be_read_is_answered_where_it_comes_alone(asked: Asked) -> None:
@@ -186,12 +186,12 @@ def test_a_sweep_goes_on_behind_a_request_that_fails(asked: Asked, monkeypatch: 
     role = asked.worker.role
     for one in IDS:
         role.accept(b"router", generate(one))
-    lives = asked.worker.parts.requests.all()
+    running = asked.worker.context.requests.all()
     failing(monkeypatch, Role, "fail", KeyError("a bug"))
-    for live in lives:
+    for live in running:
         live.deadline_at_s = 0.0
     role.sweep()
-    assert not asked.worker.parts.requests.all()
+    assert not asked.worker.context.requests.all()
     assert asked.counters() == {"internal_errors_sweep": 1}
 
 
