@@ -92,6 +92,11 @@ ONLY_OFF = (
 
 _GENERAL = {"TokenizersBackend", "PreTrainedTokenizer", "PreTrainedTokenizerFast", "PythonBackend"}
 _QWEN2, _LLAMA = "Qwen2Tokenizer", "LlamaTokenizer"
+QWEN2_TYPES = {
+    *("qwen2", "qwen2_5_omni", "qwen2_5_vl", "qwen2_audio", "qwen2_moe", "qwen2_vl", "qwen3", "qwen3_asr"),
+    *("qwen3_moe", "qwen3_next", "qwen3_omni_moe", "qwen3_vl", "qwen3_vl_moe"),
+}
+"""Model types of Qwen that AutoTokenizer gives Qwen2Tokenizer where the files name no class."""
 _QWEN2_DEFAULTS = ("unk_token", "eos_token", "pad_token")
 _QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -168,7 +173,7 @@ def _kind(config: Mapping[str, Any], settings: Mapping[str, Any], tokenizer: Map
         return _QWEN2
     named = settings.get("tokenizer_class") or config.get("tokenizer_class")
     if not isinstance(named, str):
-        return _QWEN2 if model_type in ("qwen3", "qwen3_moe") else "TokenizersBackend"
+        return _QWEN2 if model_type in QWEN2_TYPES else "TokenizersBackend"
     if named.removesuffix("Fast") == _LLAMA and '"ByteLevel"' in json.dumps(tokenizer):
         return "TokenizersBackend"
     return named.removesuffix("Fast") if named not in _GENERAL else named

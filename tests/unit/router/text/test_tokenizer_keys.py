@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from transformers import AutoTokenizer, LlamaTokenizer, Qwen2Tokenizer, TokenizersBackend
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from router.config import RouterConfigError
@@ -27,6 +28,13 @@ TEXTS = (
 )
 
 # ---------------------------------------------------------------- the tables are whole
+
+
+def test_qwens_types_have_the_tokenizer_that_transformers_gives_them() -> None:
+    """So a further family of Qwen's that is served needs no word of the router's."""
+    of_qwen = {kind for kind, name in TOKENIZER_MAPPING_NAMES.items() if name == "Qwen2Tokenizer"}
+    assert {kind for kind in of_qwen if kind.startswith("qwen")} == keys.QWEN2_TYPES
+
 
 _READ = re.compile(r"""kwargs\.(?:pop|get|setdefault)\(\s*["'](\w+)["']|["'](\w+)["'] in (?:init_)?kwargs""")
 OF_THE_CALL = {
